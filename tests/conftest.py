@@ -1,0 +1,87 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from tinytl_hf import TinyTLModel
+
+ROOT = Path(__file__).parents[1]
+METHODS = ("FT-Last", "TinyTL-B", "TinyTL-L", "TinyTL-L+B", "FT-Norm+Last", "FT-Full", "FT-Layerwise")
+BACKBONES = (
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "mobilenet_v3_small",
+    "efficientnet_b0",
+    "mnasnet1_0",
+    "resnet18",
+    "resnet50",
+)
+
+
+@pytest.fixture
+def make_model():
+    def make(method="TinyTL-L+B", backbone="mobilenet_v2", **options):
+        torch.manual_seed(0)
+        options = {"num_classes": 4, "weights": "none", "image_size": 64, **options}
+        return TinyTLModel.from_backbone(backbone, method=method, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """A folder with cifar10/ and weights/, named by TINYTL_TEST_DATA."""
+    folder = os.environ.get("TINYTL_TEST_DATA")
+    if folder is None:
+        pytest.skip("TINYTL_TEST_DATA names no folder with cifar10/ and weights/")
+    return Path(folder)
+
+
+def write_image(path, mode="RGB", size=(40, 36), colour=None, seed=0):
+    """Write an image: of one colour, or of noise that depends on the seed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if colour is not None:
+        Image.new(mode, size, colour).save(path)
+    else:
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def colour_folder(tmp_path_factory):
+    """An imagefolder of red and blue noise: 2 classes, 24 images to train on and 10 to test on."""
+    root = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 5)):
+        for label, channel in (("blue", 2), ("red", 0)):
+            for i in range(count):
+                pixels = rng.integers(0, 60, (36 + i, 40, 3), dtype=np.uint8)
+                pixels[..., channel] += 180
+                path = root / split / label / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    return root
+
+
+def run_cli(*arguments, launch=(), cwd=ROOT, timeout=300):
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", *(launch or ()), *(["-m"] if launch else []), "tinytl_hf", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment)
+
+
+def small_run(dataset, output, *options):
+    """Options of a training run that takes seconds."""
+    return [
+        *("train", "--data.dataset", dataset, "--output_dir", output, "--backbone.weights", "none"),
+        *("--data.image_size", "32", "--data.crop_scale", "[0.5, 1.0]", "--train.global_batch_size", "8"),
+        *("--train.epochs", "2", *options),
+    ]

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as TF
+
+from tinytl_hf.augment import RandomCropFlip, centre_boxes, resample
+
+MEAN, STD = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)  # leaves pixel values as they are
+
+
+def pixels(n, height, width):
+    return torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 32), (64, 128), (240, 120)])
+@pytest.mark.parametrize("target", [32, 96])
+def test_evaluation_view_is_torchvisions_resize_and_centre_crop(size, target):
+    images = pixels(2, *size)
+    sizes = torch.tensor([size, size])
+    ours = resample(images, sizes, centre_boxes(sizes, 1.0), target, mean=MEAN, std=STD)
+    theirs = TF.center_crop(TF.resize(images.float(), [target], antialias=True), [target, target])
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("target", [16, 64])
+def test_a_box_of_whole_pixels_is_torchvisions_crop_of_the_resized_image(target):
+    images = pixels(1, 64, 64)
+    box = torch.tensor([[16.0, 16.0, 32.0, 32.0]])
+    ours = resample(images, torch.tensor([[64, 64]]), box, target, mean=MEAN, std=STD)
+    theirs = TF.center_crop(TF.resize(images.float(), [2 * target, 2 * target], antialias=True), [target, target])
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)
+
+
+def test_padding_never_shows():
+    small = pixels(1, 20, 30)
+    padded = torch.full((1, 3, 50, 60), 255, dtype=torch.uint8)
+    padded[..., :20, :30] = small
+    sizes = torch.tensor([[20, 30]])
+    box = torch.tensor([[0.0, 0.0, 20.0, 30.0]])
+    assert torch.equal(resample(padded, sizes, box, 32), resample(small, sizes, box, 32))
+
+
+def test_flip_mirrors_only_the_chosen_images():
+    images, sizes = pixels(2, 24, 24), torch.tensor([[24, 24]] * 2)
+    boxes = centre_boxes(sizes, 1.0)
+    plain = resample(images, sizes, boxes, 24)
+    flipped = resample(images, sizes, boxes, 24, flips=torch.tensor([True, False]))
+    torch.testing.assert_close(flipped[0], plain[0].flip(-1))
+    assert torch.equal(flipped[1], plain[1])
+
+
+def test_normalisation_is_imagenets():
+    white = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
+    sizes = torch.tensor([[8, 8]])
+    out = resample(white, sizes, centre_boxes(sizes, 1.0), 8)
+    expected = torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
+    torch.testing.assert_close(out.amax((0, 2, 3)), expected)
+
+
+def test_boxes_stay_inside_and_keep_to_the_scale():
+    augment = RandomCropFlip(images=4000, seed=0, scale=(0.25, 0.5), flip=True)
+    sizes = torch.tensor([[48, 64]]).expand(4000, 2)
+    boxes, flips = augment(sizes, torch.arange(4000))
+    area = boxes[:, 2] * boxes[:, 3] / (48 * 64)
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= sizes + 1e-3).all()
+    assert area.min() >= 0.25 * 0.99 and area.max() <= 0.5 * 1.01
+    assert 0.45 < flips.float().mean() < 0.55
+    assert len(boxes.unique(dim=0)) == 4000  # each image has its own box
+
+
+def test_a_draw_depends_on_seed_epoch_and_image_alone():
+    augment = RandomCropFlip(images=10, seed=3, scale=(0.1, 1.0), flip=True)
+    sizes = torch.tensor([[32, 32]] * 10)
+    whole, _ = augment(sizes, torch.arange(10))
+    part, _ = augment(sizes[:3], torch.tensor([7, 0, 4]))
+    assert torch.equal(part, whole[[7, 0, 4]])
+    augment.set_epoch(1)
+    assert not torch.equal(augment(sizes, torch.arange(10))[0], whole)
+    augment.set_epoch(0)
+    assert torch.equal(augment(sizes, torch.arange(10))[0], whole)
+    other = RandomCropFlip(images=10, seed=4, scale=(0.1, 1.0), flip=False)
+    boxes, flips = other(sizes, torch.arange(10))
+    assert not torch.equal(boxes, whole) and not flips.any()

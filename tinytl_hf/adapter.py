@@ -1,0 +1,227 @@
+"""The delta on disk: a folder that describes itself and loads strictly or not at all.
+
+``adapter_config.json`` says what to rebuild, ``adapter_model.safetensors`` holds exactly the trained
+tensors and the buffers that training can have changed, under the backbone's own names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from tinytl_hf.backbones import IMAGENET_MEAN, IMAGENET_STD
+from tinytl_hf.config import DataConfig, HeadConfig, LiteConfig, MethodName
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.methods import changing_buffers
+from tinytl_hf.version import __version__
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class BackboneRecord:
+    """The backbone an adapter was trained on.
+
+    Attributes:
+        name: torchvision's name.
+        weights: Source of the weights.
+        sha256: Hash of the frozen tensors; null where the method trains everything.
+    """
+
+    name: str
+    weights: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image to the network's input: resize, centre crop, normalise.
+
+    Attributes:
+        image_size: Side of the input in px.
+        crop_pct: Side of the centre crop as a share of the image's shorter side.
+        mean: Mean of each RGB channel, on a scale of 0 to 1.
+        std: Standard deviation of each RGB channel, on the same scale.
+    """
+
+    image_size: int
+    crop_pct: float = 0.875
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """The data an adapter was trained and evaluated on: what ``eval`` uses unless told otherwise."""
+
+    dataset: str
+    subset: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    train_split: str = "train"
+    eval_split: str | None = None
+    eval_fraction: float = 0.1
+    split_seed: int = 0
+    max_eval_samples: int | None = None
+
+    @classmethod
+    def of(cls, data: DataConfig) -> DataRecord:
+        """Keep what says which images were used."""
+        return cls(**{name: getattr(data, name) for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What ``adapter_config.json`` holds."""
+
+    backbone: BackboneRecord
+    method: MethodName
+    preprocessing: Preprocessing
+    label_names: list[str]
+    lite: LiteConfig = field(default_factory=LiteConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    data: DataRecord | None = None
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    format_version: int = FORMAT_VERSION
+    tinytl_hf_version: str = __version__
+
+    def to_json(self) -> str:
+        """Sorted, indented JSON."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+def adapter_tensors(backbone: nn.Module) -> dict[str, Tensor]:
+    """The tensors that make up the delta: parameters that train and buffers that training can change."""
+    buffers = changing_buffers(backbone)
+    tensors = {name: p.detach() for name, p in backbone.named_parameters() if p.requires_grad}
+    tensors.update({name: buffer for name, buffer in backbone.named_buffers() if name in buffers})
+    return tensors
+
+
+def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy a delta into ``backbone``, after checking all of it.
+
+    Raises:
+        TinyTLError: Missing, unexpected or misshapen tensors; nothing was copied.
+    """
+    own = adapter_tensors(backbone)
+    problems = {
+        "missing": sorted(own.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - own.keys()),
+        "of another shape": sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape),
+        "not finite": sorted(n for n, t in tensors.items() if not t.isfinite().all()),
+    }
+    for what, names in problems.items():
+        if names:
+            raise TinyTLError(
+                f"{source}: {len(names)} tensors are {what}, such as {names[0]}; the file does not belong to "
+                "this adapter_config.json"
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], card: str) -> None:
+    """Write an adapter folder; each file appears whole or not at all, and other files there stay.
+
+    Raises:
+        TinyTLError: The folder cannot be written, or a value does not fit ``config.dtype``.
+    """
+    stored = {name: _to_disk(name, tensor, config.dtype) for name, tensor in tensors.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{TENSORS_FILE}.tmp"
+        temporary.write_bytes(save(stored, metadata={"format": "pt"}))
+        _move(temporary, folder / TENSORS_FILE)
+        if card:
+            write_text(folder / CARD_FILE, card)
+        write_text(folder / CONFIG_FILE, config.to_json())
+    except OSError as error:
+        raise TinyTLError(f"cannot write the adapter to {folder}: {error}") from error
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Read ``adapter_config.json``.
+
+    Raises:
+        TinyTLError: No such folder, or a file that is no adapter config of a version known here.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise TinyTLError(f"{folder} is no adapter: it has no {CONFIG_FILE}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise TinyTLError(f"{path} is not valid JSON: {error}") from error
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if not isinstance(version, int):
+        raise TinyTLError(f"{path} is not a tinytl_hf adapter: it has no format_version")
+    if version > FORMAT_VERSION:
+        raise TinyTLError(
+            f"{path} has format_version {version}, and this tinytl_hf reads up to {FORMAT_VERSION}: "
+            "pip install --upgrade tinytl-hf"
+        )
+    return _config_from(values, path)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read ``adapter_model.safetensors`` as float32 (counters stay integers).
+
+    Raises:
+        TinyTLError: The file is absent, truncated or not safetensors.
+    """
+    path = folder / TENSORS_FILE
+    if not path.is_file():
+        raise TinyTLError(f"{folder} has no {TENSORS_FILE}: the adapter is incomplete")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise TinyTLError(f"{path} is truncated or not a safetensors file: {error}") from error
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _move(temporary, path)
+
+
+def _move(temporary: Path, path: Path) -> None:
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _to_disk(name: str, tensor: Tensor, dtype: str) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous().clone()
+    # Statistics stay fp32: they are few, and a variance can exceed fp16's range.
+    if dtype == "fp32" or not tensor.is_floating_point() or "running_" in name.rpartition(".")[2]:
+        return tensor
+    if tensor.abs().max() > torch.finfo(torch.float16).max:
+        raise TinyTLError(f"adapter.dtype=fp16: {name} has values beyond its range; use fp32")
+    return tensor.half()
+
+
+def _config_from(values: dict[str, Any], path: Path) -> AdapterConfig:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(AdapterConfig, "adapter")
+    try:
+        return parser.instantiate(parser.parse_object({"adapter": values}))["adapter"]
+    except Exception as error:
+        reason = " ".join(str(error).replace("adapter.", "").split())
+        raise TinyTLError(f"{path} is not a valid adapter config: {reason}") from error

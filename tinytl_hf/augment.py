@@ -1,0 +1,123 @@
+"""Crop, flip, resize and normalise a whole batch at once, each image by its own box.
+
+One matrix product per axis resamples all images of a batch: row ``i`` of an image's matrix holds the
+weights of the source pixels that make up output pixel ``i``. Those are the weights of bilinear resizing
+with anti-aliasing, as in Pillow and torchvision, whose transforms draw one box for a whole batch.
+
+Boxes are ``[N, 4]`` (top, left, height, width) in source pixels and may have fractions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tinytl_hf.backbones import IMAGENET_MEAN, IMAGENET_STD
+
+ASPECT_RATIOS = (3 / 4, 4 / 3)
+
+
+def centre_boxes(sizes: Tensor, crop_pct: float) -> Tensor:
+    """The centred squares whose side is ``crop_pct`` of an image's shorter side.
+
+    Args:
+        sizes: ``[N, 2]`` (height, width) in px.
+        crop_pct: Share of the shorter side.
+    """
+    sizes = sizes.float()
+    side = sizes.amin(1, keepdim=True) * crop_pct
+    return torch.cat([(sizes - side) / 2, side, side], dim=1)
+
+
+class RandomCropFlip:
+    """Random resized crop and flip whose draws depend on the seed, the epoch and the image alone.
+
+    So they are the same for any number of processes, workers or batches, and after a resume.
+
+    Args:
+        images: Number of images in the training set.
+        seed: Seed of the run.
+        scale: Least and greatest share of an image's area.
+        flip: Whether half of the images are mirrored.
+    """
+
+    def __init__(self, images: int, seed: int, scale: tuple[float, float], flip: bool) -> None:
+        self.images, self.seed, self.scale, self.flip = images, seed, scale, flip
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the numbers of one epoch: five for each image."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        self.draws = torch.rand(self.images, 5, generator=generator)
+
+    def __call__(self, sizes: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw a box and a flip for each image.
+
+        An aspect ratio that does not fit into an image is clamped to it.
+
+        Args:
+            sizes: ``[N, 2]`` (height, width) in px.
+            index: ``[N]`` positions of the images in the training set.
+
+        Returns:
+            Boxes ``[N, 4]`` and flips ``[N]`` (true: mirror).
+        """
+        area, ratio, top, left, flip = self.draws[index.cpu()].to(sizes.device).unbind(1)
+        height, width = sizes.float().unbind(1)
+        low, high = self.scale
+        area = (low + (high - low) * area) * height * width
+        log_low, log_high = (math.log(bound) for bound in ASPECT_RATIOS)
+        ratio = torch.exp(log_low + (log_high - log_low) * ratio)
+        box_height = torch.minimum((area / ratio).sqrt(), height)
+        box_width = torch.minimum((area * ratio).sqrt(), width)
+        boxes = torch.stack([top * (height - box_height), left * (width - box_width), box_height, box_width], dim=1)
+        return boxes, (flip < 0.5) if self.flip else torch.zeros_like(flip, dtype=torch.bool)
+
+
+def resample(
+    pixels: Tensor,
+    sizes: Tensor,
+    boxes: Tensor,
+    image_size: int,
+    flips: Tensor | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Tensor:
+    """Resize each image's box to a square and normalise it.
+
+    Args:
+        pixels: ``uint8`` ``[N, 3, H, W]``, padded at the bottom right.
+        sizes: ``[N, 2]`` true height and width in px.
+        boxes: ``[N, 4]``.
+        image_size: Side of the result in px.
+        flips: ``[N]`` images to mirror.
+        mean: Per channel, on a scale of 0 to 1.
+        std: Per channel, on the same scale.
+
+    Returns:
+        ``float32`` ``[N, 3, image_size, image_size]`` on the device of ``pixels``.
+    """
+    device = pixels.device
+    sizes, boxes = sizes.to(device), boxes.to(device)
+    rows = _weights(boxes[:, 0], boxes[:, 2], sizes[:, 0], pixels.shape[2], image_size)
+    columns = _weights(boxes[:, 1], boxes[:, 3], sizes[:, 1], pixels.shape[3], image_size)
+    if flips is not None:
+        columns = torch.where(flips.to(device)[:, None, None], columns.flip(1), columns)
+    scale = 1 / (255 * torch.tensor(std, device=device))
+    shift = -torch.tensor(mean, device=device) / torch.tensor(std, device=device)
+    images = rows[:, None] @ pixels.float() @ columns.mT[:, None]
+    return images.mul_(scale[:, None, None]).add_(shift[:, None, None])
+
+
+def _weights(start: Tensor, length: Tensor, size: Tensor, source: int, target: int) -> Tensor:
+    """Resampling matrices ``[N, target, source]`` of one axis; each row sums to 1."""
+    step = length / target
+    centre = start[:, None] + (torch.arange(target, device=start.device) + 0.5) * step[:, None]
+    support = step.clamp(min=1)[:, None, None]
+    position = torch.arange(source, device=start.device) + 0.5
+    weights = (1 - (position - centre[:, :, None]).abs() / support).clamp(min=0)
+    weights = weights * (position < size[:, None])[:, None]
+    return weights / weights.sum(2, keepdim=True)

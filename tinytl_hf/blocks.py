@@ -1,0 +1,124 @@
+"""The backbone's residual blocks, found by type and turned, in place, into blocks that take a delta.
+
+A block keeps its class's forward pass and all its parameter names. It gains an optional lite residual,
+whose output is added to its own, and optional gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
+
+from tinytl_hf.config import LiteConfig
+from tinytl_hf.lite_residual import LiteResidual
+from tinytl_hf.norms import keep_running_statistics
+
+
+class TinyTLBlock(nn.Module):
+    """Mixed in before a block's own class, whose ``forward`` it calls."""
+
+    lite_residual: LiteResidual | None
+    gradient_checkpointing: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` to the block's own output shape."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False, context_fn=_recompute_contexts)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        output = super().forward(x)
+        if self.lite_residual is None:
+            return output
+        height, width = output.shape[-2:]
+        return output + self.lite_residual(x, (height, width))
+
+
+class TinyTLInvertedResidualV2(TinyTLBlock, mobilenetv2.InvertedResidual):
+    """MobileNetV2's inverted residual."""
+
+
+class TinyTLInvertedResidualV3(TinyTLBlock, mobilenetv3.InvertedResidual):
+    """MobileNetV3's inverted residual."""
+
+
+class TinyTLMBConv(TinyTLBlock, efficientnet.MBConv):
+    """EfficientNet's inverted residual."""
+
+
+class TinyTLMnasBlock(TinyTLBlock, mnasnet._InvertedResidual):
+    """MNASNet's inverted residual."""
+
+
+class TinyTLBasicBlock(TinyTLBlock, resnet.BasicBlock):
+    """The residual block of ResNet-18 and ResNet-34."""
+
+
+class TinyTLBottleneck(TinyTLBlock, resnet.Bottleneck):
+    """The residual block of ResNet-50 and larger."""
+
+
+BLOCK_TYPES: dict[type[nn.Module], type[TinyTLBlock]] = {
+    mobilenetv2.InvertedResidual: TinyTLInvertedResidualV2,
+    mobilenetv3.InvertedResidual: TinyTLInvertedResidualV3,
+    efficientnet.MBConv: TinyTLMBConv,
+    mnasnet._InvertedResidual: TinyTLMnasBlock,
+    resnet.BasicBlock: TinyTLBasicBlock,
+    resnet.Bottleneck: TinyTLBottleneck,
+}
+
+
+def convert_blocks(backbone: nn.Module, gradient_checkpointing: bool = False) -> dict[str, TinyTLBlock]:
+    """Turn the residual blocks of ``backbone`` into :class:`TinyTLBlock`, in place.
+
+    Returns:
+        The blocks by name, in forward order; empty if the backbone has none of a known type.
+    """
+    blocks = {}
+    for name, module in backbone.named_modules():
+        if type(module) in BLOCK_TYPES:
+            # The layout of the object stays that of its class, as in torch.nn.utils.parametrize.
+            module.__class__ = BLOCK_TYPES[type(module)]
+            assert isinstance(module, TinyTLBlock)
+            module.register_module("lite_residual", None)
+            module.gradient_checkpointing = gradient_checkpointing
+            blocks[name] = module
+    return blocks
+
+
+def add_lite_residuals(
+    backbone: nn.Module, blocks: dict[str, TinyTLBlock], image_size: int, options: LiteConfig
+) -> None:
+    """Give each of ``blocks`` its lite residual, fitted to its maps at ``image_size`` px."""
+    for block, (input, output) in zip(blocks.values(), _trace_shapes(backbone, blocks, image_size), strict=True):
+        stride = max(conv.stride[0] for conv in block.modules() if isinstance(conv, nn.Conv2d))
+        map_size = min(input[-2:])
+        block.lite_residual = LiteResidual(input[1], output[1], stride, map_size, options)
+
+
+def _trace_shapes(
+    backbone: nn.Module, blocks: dict[str, TinyTLBlock], image_size: int
+) -> list[tuple[torch.Size, torch.Size]]:
+    """Input and output shape of each block for one image of ``image_size`` px."""
+    shapes: list[tuple[torch.Size, torch.Size]] = []
+    hooks = [
+        block.register_forward_hook(lambda _, args, output: shapes.append((args[0].shape, output.shape)))
+        for block in blocks.values()
+    ]
+    was_training = backbone.training
+    try:
+        with torch.no_grad():
+            backbone.eval()(torch.zeros(1, 3, image_size, image_size))
+    finally:
+        backbone.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return shapes
+
+
+def _recompute_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), keep_running_statistics()

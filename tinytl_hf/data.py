@@ -1,0 +1,355 @@
+"""Data sets by name or path to labelled splits, and splits to batches of pixels.
+
+A batch is a dict of ``pixels`` (``uint8`` ``[N, 3, H, W]``, padded at the bottom right), ``sizes``
+(``[N, 2]`` height and width), ``labels`` and ``index`` (``[N]``). Cropping, resizing and normalising
+happen on the training device (``augment.py``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.exceptions import DatasetNotFoundError
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tinytl_hf.config import DataConfig
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.images import decode, pad_images
+
+logger = logging.getLogger(__name__)
+
+EVAL_SPLITS = ("test", "validation")
+HOLDOUT = "holdout"
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+CHUNK = 256  # rows read from a data set at a time
+
+
+@dataclass(frozen=True)
+class Split:
+    """Encoded images and their class numbers.
+
+    Attributes:
+        name: The split's name, for messages.
+        rows: The images, undecoded, in the column ``image``.
+        labels: Class number of each image.
+        label_names: Names of the classes.
+    """
+
+    name: str
+    rows: datasets.Dataset
+    labels: np.ndarray
+    label_names: list[str]
+
+    def select(self, index: np.ndarray) -> Split:
+        """The images at ``index``."""
+        return Split(self.name, self.rows.select(index), self.labels[index], self.label_names)
+
+
+def open_splits(config: DataConfig) -> tuple[Split, Split]:
+    """Find the training and the evaluation split, without decoding an image.
+
+    Raises:
+        TinyTLError: The data set cannot be found or read, or its columns, splits or labels do not fit.
+    """
+    tables = _load(config)
+    if config.train_split not in tables:
+        raise TinyTLError(f"data.train_split={config.train_split}: the data set has {', '.join(tables)}")
+    train = _labelled(tables[config.train_split], config.train_split, config)
+    eval_name = config.eval_split or next((name for name in EVAL_SPLITS if name in tables), HOLDOUT)
+    if eval_name == HOLDOUT:
+        train, held_out = _hold_out(train, config)
+    elif eval_name not in tables or eval_name == config.train_split:
+        others = [name for name in tables if name != config.train_split]
+        raise TinyTLError(f"data.eval_split={eval_name}: use {', '.join([*others, HOLDOUT])}")
+    else:
+        held_out = with_label_names(_labelled(tables[eval_name], eval_name, config), train.label_names)
+    return (
+        _subset(train, config.max_train_samples, config.split_seed),
+        _subset(held_out, config.max_eval_samples, config.split_seed),
+    )
+
+
+def with_label_names(split: Split, label_names: Sequence[str]) -> Split:
+    """Number the classes of ``split`` as in ``label_names``.
+
+    Raises:
+        TinyTLError: The split has a class that is not among them.
+    """
+    if split.label_names == list(label_names):
+        return split
+    unknown = [name for name in split.label_names if name not in label_names]
+    if unknown:
+        raise TinyTLError(
+            f"split {split.name} has the class {unknown[0]!r}, which is not among the {len(label_names)} known "
+            f"classes ({', '.join(label_names[:5])}, ...); use data with the same classes"
+        )
+    numbers = np.array([label_names.index(name) for name in split.label_names])
+    return Split(split.name, split.rows, numbers[split.labels], list(label_names))
+
+
+def read_images(split: Split, config: DataConfig) -> DecodedImages | StreamedImages:
+    """Decode a split into memory, or make it stream where that would exceed ``config.memory_limit_mb``.
+
+    Raises:
+        TinyTLError: An image cannot be read and ``config.skip_corrupt`` is false; names its index.
+    """
+    sample = np.linspace(0, len(split.labels) - 1, min(32, len(split.labels))).astype(int)
+    sizes = [image.numel() for _, image in _decode_rows(split, sample, config) if image is not None]
+    streams = np.mean(sizes or [0]) * len(split.labels) > config.memory_limit_mb * 1e6
+    if streams and not config.skip_corrupt:
+        return StreamedImages(split, config)
+    if streams:
+        good = _readable(split, config)
+        return StreamedImages(_drop_corrupt(split, good), config)
+    decoded = [image for _, image in _decode_rows(split, np.arange(len(split.labels)), config)]
+    good = np.array([image is not None for image in decoded])
+    return DecodedImages([image for image in decoded if image is not None], _drop_corrupt(split, good))
+
+
+class DecodedImages(Dataset):
+    """Images decoded once, in memory."""
+
+    def __init__(self, images: list[Tensor], split: Split) -> None:
+        self.labels = torch.from_numpy(split.labels)
+        same_size = len({image.shape for image in images}) == 1
+        self.images = torch.stack(images) if same_size else images
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, index: list[int]) -> dict[str, Tensor]:
+        if isinstance(self.images, Tensor):
+            pixels = self.images[index]
+            sizes = torch.tensor(pixels.shape[-2:]).expand(len(index), 2)
+        else:
+            pixels, sizes = pad_images([self.images[i] for i in index])
+        return {"pixels": pixels, "sizes": sizes, "labels": self.labels[index], "index": torch.tensor(index)}
+
+
+class StreamedImages(Dataset):
+    """Images that are decoded each time they are used, by the loader's worker processes."""
+
+    def __init__(self, split: Split, config: DataConfig) -> None:
+        self.split, self.config = split, config
+        self.labels = torch.from_numpy(split.labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, index: list[int]) -> dict[str, Tensor]:
+        config = self.config
+        images = [image for _, image in _decode_rows(self.split, np.array(index), config) if image is not None]
+        pixels, sizes = pad_images(images)
+        return {"pixels": pixels, "sizes": sizes, "labels": self.labels[index], "index": torch.tensor(index)}
+
+
+class ShuffledBatches(Sampler[list[int]]):
+    """Batches of one size in an order that depends on the seed and the epoch alone.
+
+    The last optimizer step is filled up with images from the start of the order, so an epoch shows each
+    image at least once.
+
+    Args:
+        images: Number of images.
+        global_batch_size: Images an optimizer step.
+        accumulation_steps: Batches that make up one of those.
+        seed: Seed of the run.
+    """
+
+    drop_last = False
+
+    def __init__(self, images: int, global_batch_size: int, accumulation_steps: int, seed: int) -> None:
+        self.images, self.seed = images, seed
+        self.batch_size = global_batch_size // accumulation_steps
+        self.optimizer_steps = -(-images // global_batch_size)
+        self.batches = self.optimizer_steps * accumulation_steps
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.images)
+        order = np.resize(order, self.batches * self.batch_size)
+        yield from order.reshape(self.batches, self.batch_size).tolist()
+
+
+def make_loader(images: DecodedImages | StreamedImages, config: DataConfig, **batching: Any) -> DataLoader:
+    """A loader of ``images``; ``batching`` is a ``batch_sampler`` or a ``batch_size``."""
+    workers = config.workers if isinstance(images, StreamedImages) else 0
+    # A generator of its own, so that starting an epoch does not move the random state of the run.
+    return DataLoader(images, collate_fn=_as_is, num_workers=workers, generator=torch.Generator(), **batching)
+
+
+def _load(config: DataConfig) -> datasets.DatasetDict:
+    name, path = config.dataset, Path(config.dataset).expanduser()
+    if name == "digits":
+        return datasets.DatasetDict(train=_digits())
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+        elif name.endswith(".parquet"):
+            loaded = datasets.load_dataset("parquet", data_files=str(path))
+        else:
+            loaded = datasets.load_dataset(str(path) if path.is_dir() else name, config.subset)
+    except (DatasetNotFoundError, OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TinyTLError(
+            f"data.dataset={name}: cannot be loaded ({reason}); use a Hub id, the path of a folder or .parquet "
+            "file, or digits"
+        ) from error
+    return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
+
+
+def _digits() -> datasets.Dataset:
+    digits = load_digits()
+    images = [Image.fromarray((image / 16 * 255).round().astype(np.uint8)) for image in digits.images]
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=[str(name) for name in digits.target_names])
+    )
+    return datasets.Dataset.from_dict({"image": images, "label": digits.target}, features=features)
+
+
+def _labelled(table: datasets.Dataset, name: str, config: DataConfig) -> Split:
+    """Find the columns of a split and number its labels."""
+    if len(table) == 0:
+        raise TinyTLError(f"split {name} of {config.dataset} has no rows; use another split or data set")
+    image_column = _column(table, "image_column", config.image_column, (datasets.Image,))
+    label_column = _column(table, "label_column", config.label_column, (datasets.ClassLabel, str))
+    rows = table.select_columns([image_column]).rename_columns(
+        {image_column: "image"} if image_column != "image" else {}
+    )
+    if not isinstance(rows.features["image"], datasets.Image):
+        raise TinyTLError(f"data.image_column={image_column}: it holds {rows.features['image']}, not images")
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    values = table.with_format("numpy")[label_column][:]
+    feature = table.features[label_column]
+    missing = [i for i, value in enumerate(values) if value is None or value != value]
+    if missing:
+        raise TinyTLError(f"row {missing[0]} of split {name} has no label in {label_column}; drop such rows")
+    if isinstance(feature, datasets.ClassLabel):
+        labels, names = np.asarray(values, dtype=np.int64), list(feature.names)
+        outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
+        if outside.size:
+            raise TinyTLError(
+                f"row {outside[0]} of split {name} has label {labels[outside[0]]}, outside 0 to "
+                f"{len(names) - 1}; this split may be unlabelled, use another (data.eval_split)"
+            )
+    else:
+        classes, labels = np.unique(np.asarray(values), return_inverse=True)
+        names, labels = [str(value) for value in classes], labels.astype(np.int64)
+    if len(names) < 2:
+        raise TinyTLError(f"data.label_column={label_column}: split {name} has one class; use two or more")
+    return Split(name, rows, labels, names)
+
+
+def _column(table: datasets.Dataset, key: str, chosen: str | None, kinds: tuple[type, ...]) -> str:
+    """The chosen column, or the only one of the first of ``kinds`` that occurs."""
+    columns = ", ".join(table.column_names)
+    if chosen is not None:
+        if chosen not in table.column_names:
+            raise TinyTLError(f"data.{key}={chosen}: no such column; the data set has {columns}")
+        return chosen
+    for kind in kinds:
+        found = [name for name, feature in table.features.items() if _is_kind(feature, kind)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise TinyTLError(f"data.{key}: {', '.join(found)} all fit; name one, as --data.{key} {found[0]}")
+    raise TinyTLError(f"data.{key}: no column of {columns} fits by its type; name one with --data.{key}")
+
+
+def _is_kind(feature: Any, kind: type) -> bool:
+    if kind is str:
+        return isinstance(feature, datasets.Value) and feature.dtype in {"string", "large_string"}
+    return isinstance(feature, kind)
+
+
+def _hold_out(split: Split, config: DataConfig) -> tuple[Split, Split]:
+    try:
+        kept, held_out = train_test_split(
+            np.arange(len(split.labels)),
+            test_size=config.eval_fraction,
+            random_state=config.split_seed,
+            stratify=split.labels,
+        )
+    except ValueError as error:
+        raise TinyTLError(
+            f"data.eval_fraction={config.eval_fraction}: cannot hold out a part of {len(split.labels)} images "
+            f"with every class in both parts ({error}); use another fraction or more images"
+        ) from error
+    return split.select(np.sort(kept)), split.select(np.sort(held_out))
+
+
+def _subset(split: Split, count: int | None, seed: int) -> Split:
+    if count is None or count >= len(split.labels):
+        return split
+    return split.select(np.sort(np.random.default_rng(seed).permutation(len(split.labels))[:count]))
+
+
+def _decode_rows(split: Split, index: np.ndarray, config: DataConfig) -> Iterator[tuple[int, Tensor | None]]:
+    """Decode images in turn; null for one that cannot be read, if those are to be skipped."""
+    for chunk in np.array_split(index, -(-len(index) // CHUNK)):
+        for i, encoded in zip(chunk.tolist(), split.rows[chunk]["image"], strict=True):
+            try:
+                yield i, decode(encoded, config.image_size)
+            except UNREADABLE as error:
+                if not config.skip_corrupt:
+                    raise TinyTLError(
+                        f"image {i} of split {split.name} cannot be read ({error}); mend it, or leave such "
+                        "images out with --data.skip_corrupt true"
+                    ) from error
+                yield i, None
+
+
+class _Readable(Dataset):
+    """For each image, whether it can be read."""
+
+    def __init__(self, split: Split, config: DataConfig) -> None:
+        self.split, self.config = split, config
+
+    def __len__(self) -> int:
+        return len(self.split.labels)
+
+    def __getitems__(self, index: list[int]) -> list[bool]:
+        return [image is not None for _, image in _decode_rows(self.split, np.array(index), self.config)]
+
+
+def _readable(split: Split, config: DataConfig) -> np.ndarray:
+    loader = DataLoader(_Readable(split, config), batch_size=CHUNK, collate_fn=_as_is, num_workers=config.workers)
+    return np.concatenate([np.array(batch) for batch in loader])
+
+
+def _drop_corrupt(split: Split, good: np.ndarray) -> Split:
+    if good.all():
+        return split
+    bad = np.flatnonzero(~good)
+    if not good.any():
+        raise TinyTLError(f"none of the {len(good)} images of split {split.name} can be read")
+    logger.warning(
+        "split %s: left out %d images that cannot be read (%s%s)",
+        split.name,
+        bad.size,
+        ", ".join(map(str, bad[:5])),
+        ", ..." if bad.size > 5 else "",
+    )
+    return split.select(np.flatnonzero(good))
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

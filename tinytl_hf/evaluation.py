@@ -1,0 +1,159 @@
+"""Measure a model on a set of images: while training, and as the verb ``eval``."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import evaluate
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from tinytl_hf import data
+from tinytl_hf.augment import centre_boxes, resample
+from tinytl_hf.config import DataConfig
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.metrics import compute_metrics
+from tinytl_hf.model import TinyTLModel
+from tinytl_hf.version import __version__
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluate an adapter."""
+
+    adapter: str
+    """Folder of the adapter."""
+    weights: str | None = None
+    """Where to take the backbone's weights from; null: where the adapter says."""
+    output: str | None = None
+    """JSON file to write the figures to."""
+    batch_size: int = 128
+    """Images a forward pass, over all processes."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """no, bf16 or fp16; null: what `accelerate launch` was told."""
+
+
+def make_accelerator(**options: Any) -> Accelerator:
+    """An accelerator for loaders whose batch size counts over all processes."""
+    return Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True), **options)
+
+
+def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, Any]:
+    """Evaluate the adapter at ``config.adapter`` and write the figures to ``config.output``.
+
+    Raises:
+        TinyTLError: The adapter or the data cannot be loaded, or their classes differ.
+    """
+    accelerator = make_accelerator(mixed_precision=config.mixed_precision)
+    check_divides(config.batch_size, "batch_size", accelerator.num_processes)
+    model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights)
+    options = replace(model.config.preprocessing, image_size=data_config.image_size, crop_pct=data_config.crop_pct)
+    model.config = replace(model.config, preprocessing=options)
+    _, split = data.open_splits(data_config)
+    images = data.read_images(data.with_label_names(split, model.label_names), data_config)
+    prepared, loader = accelerator.prepare(model, data.make_loader(images, data_config, batch_size=config.batch_size))
+    start = time.perf_counter()
+    figures = evaluate_model(accelerator, prepared, loader, model, tables=True)
+    figures["seconds"] = time.perf_counter() - start
+    if config.output is not None and accelerator.is_main_process:
+        save_results(Path(config.output), figures, model, len(images), accelerator)
+    return {**figures, "n": len(images), "method": model.config.method}
+
+
+@torch.no_grad()
+def evaluate_model(
+    accelerator: Accelerator, prepared: nn.Module, loader: DataLoader, model: TinyTLModel, tables: bool = False
+) -> dict[str, Any]:
+    """Figures of a model on a set, exact for any number of processes and any size of the set.
+
+    Args:
+        accelerator: What ``prepared`` and ``loader`` were prepared with.
+        prepared: The prepared model.
+        loader: Batches of the set.
+        model: The model itself, for its preprocessing.
+        tables: Add accuracy by class and the confusion matrix.
+    """
+    options = model.config.preprocessing
+    prepared.eval()
+    all_logits, all_labels = [], []
+    bar = tqdm(loader, desc="eval", disable=not accelerator.is_main_process, leave=False, mininterval=1)
+    for batch in bar:
+        boxes = centre_boxes(batch["sizes"], options.crop_pct)
+        images = resample(
+            batch["pixels"], batch["sizes"], boxes, options.image_size, mean=options.mean, std=options.std
+        )
+        logits, labels = accelerator.gather_for_metrics((prepared(images).float(), batch["labels"]))
+        all_logits.append(logits.cpu())
+        all_labels.append(labels.cpu())
+    return compute_metrics(torch.cat(all_logits).numpy(), torch.cat(all_labels).numpy(), tables)
+
+
+def save_results(
+    path: Path, figures: dict[str, Any], model: TinyTLModel, images: int, accelerator: Accelerator
+) -> None:
+    """Write figures and their conditions with ``evaluate.save``.
+
+    That asks git for the commit at hand: what git says outside a repository is kept from the user, and
+    without git the same JSON is written without a commit.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    conditions = {
+        "n": images,
+        "method": model.config.method,
+        "backbone": model.config.backbone.name,
+        "image_size": model.config.preprocessing.image_size,
+        "label_names": model.label_names,
+        "device": device_name(accelerator),
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "torch_version": torch.__version__,
+        "tinytl_hf_version": __version__,
+    }
+    results = {**figures, **conditions}
+    try:
+        with _no_stderr():
+            evaluate.save(path, **results)
+    except FileNotFoundError:  # no git
+        path.write_text(json.dumps(results), encoding="utf-8")
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Silence this process's error stream and that of the programs it starts."""
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def device_name(accelerator: Accelerator) -> str:
+    """The GPU's name, or the machine's kind of processor."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_name(accelerator.device)
+    return f"{accelerator.device.type} ({platform.machine()})"
+
+
+def check_divides(batch_size: int, key: str, processes: int, accumulation_steps: int = 1) -> None:
+    """Raise unless a global batch splits evenly over processes and accumulation steps."""
+    parts = processes * accumulation_steps
+    if batch_size % parts:
+        raise TinyTLError(
+            f"{key}={batch_size}: must be a multiple of {parts} ({processes} processes times "
+            f"{accumulation_steps} accumulation steps)"
+        )

@@ -1,0 +1,42 @@
+"""The classifier head: the one layer that every method trains from scratch."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Head(nn.Linear):
+    """A linear layer with dropout on its input, in the place (and under the name) of the backbone's own.
+
+    Args:
+        in_features: Features that the backbone gives.
+        num_classes: Logits to compute.
+        dropout: Probability that a feature is dropped while training.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, dropout: float = 0.0) -> None:
+        super().__init__(in_features, num_classes)
+        self.dropout = dropout
+        nn.init.normal_(self.weight, 0.0, 0.01)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[N, in_features]`` to ``[N, num_classes]``."""
+        if self.training and self.dropout > 0:
+            input = input * self._mask(input)
+        return F.linear(input, self.weight, self.bias)
+
+    def _mask(self, input: Tensor) -> Tensor:
+        """Draw the mask of the whole global batch and keep this process's rows.
+
+        All processes share one seed, so that the run is the same however many there are.
+        """
+        processes, rank = 1, 0
+        if dist.is_available() and dist.is_initialized():
+            processes, rank = dist.get_world_size(), dist.get_rank()
+        rows = input.shape[0]
+        drawn = torch.rand(rows * processes, input.shape[1], device=input.device)[rank * rows :][:rows]
+        return (drawn >= self.dropout).to(input.dtype) / (1 - self.dropout)

@@ -1,0 +1,76 @@
+"""Image files of any kind to RGB pixels: ``uint8`` tensors ``[3, H, W]``."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+# Larger images are reduced to this multiple of the network's input on their shorter side: enough for the
+# crops, and a decoded photo takes less memory.
+REDUCE_ABOVE = 2
+
+
+def decode(encoded: dict[str, Any], image_size: int) -> Tensor:
+    """Read an undecoded image of ``datasets``: ``{"bytes": ..., "path": ...}``.
+
+    Raises:
+        OSError, ValueError, SyntaxError: What Pillow says of a file that it cannot read.
+    """
+    source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
+    with Image.open(source) as image:
+        side = REDUCE_ABOVE * image_size
+        image.draft("RGB" if image.mode == "YCbCr" else image.mode, (side, side))  # JPEG decodes small at once
+        return to_rgb(image, image_size)
+
+
+def to_rgb(image: Image.Image, image_size: int) -> Tensor:
+    """Turn an image of any mode upright and into RGB pixels.
+
+    Transparency is laid over white, 16-bit grey is scaled to 8 bits, EXIF rotation is applied.
+
+    Args:
+        image: A PIL image.
+        image_size: Side of the network's input in px; much larger images are reduced.
+
+    Returns:
+        ``uint8`` tensor ``[3, H, W]``.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    shorter = min(image.size)
+    if shorter > REDUCE_ABOVE * image_size:
+        scale = REDUCE_ABOVE * image_size / shorter
+        size = (round(image.width * scale), round(image.height * scale))
+        image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack images of any sizes, padded at the bottom right.
+
+    Returns:
+        Pixels ``[N, 3, H, W]`` and the true sizes ``[N, 2]`` (height, width).
+    """
+    sizes = torch.tensor([image.shape[-2:] for image in images])
+    height, width = sizes.amax(0).tolist()
+    pixels = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    for row, image in zip(pixels, images, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    return pixels, sizes
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.float32)
+    scale = 257 if values.max() > 255 else 1  # 65535 becomes 255
+    return Image.fromarray((values / scale).clip(0, 255).round().astype(np.uint8))

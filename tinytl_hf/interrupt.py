@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM as a wish that the training loop grants at the next optimizer step."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+import torch
+from accelerate import Accelerator
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved a checkpoint.
+
+    Attributes:
+        exit_code: 128 plus the signal's number, as shells expect.
+    """
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+class StopSignal:
+    """Within it, the first SIGINT or SIGTERM is noted; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def received(self, accelerator: Accelerator) -> int:
+        """The signal that any process got, or 0; all processes agree on it."""
+        if accelerator.num_processes == 1:
+            return self.signum
+        signums = accelerator.gather(torch.tensor([self.signum], device=accelerator.device))
+        return int(signums.max())
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum == signal.SIGINT == signum:
+            raise KeyboardInterrupt
+        self.signum = signum

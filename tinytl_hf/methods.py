@@ -1,0 +1,185 @@
+"""The seven train methods: which parameters train, and what each norm layer does.
+
+``apply_method`` is the only place that sets ``requires_grad``. It gives every parameter one role and the
+method says which roles train, so the optimizer, the adapter file and the counts all follow from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import nn
+
+from tinytl_hf.blocks import TinyTLBlock, add_lite_residuals
+from tinytl_hf.config import LiteConfig, MethodName
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.head import Head
+from tinytl_hf.lite_residual import LiteResidual
+from tinytl_hf.norms import FrozenBatchNorm2d, GlobalBatchNorm2d, replace_batch_norms
+
+
+class Role(Enum):
+    """What a parameter is, as far as the methods care."""
+
+    HEAD = "head"
+    LITE = "lite residual"
+    LITE_LAST_BIAS = "bias of a lite residual's last norm"
+    NORM_SCALE = "norm scale"
+    NORM_BIAS = "norm bias"
+    BIAS = "bias"
+    WEIGHT = "weight"
+
+
+BACKBONE = {Role.NORM_SCALE, Role.NORM_BIAS, Role.BIAS, Role.WEIGHT}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the methods table.
+
+    Attributes:
+        trains: Roles of the parameters that train.
+        batch_statistics: Whether the backbone's norms use batch statistics and update their running ones.
+        lite_residual: Whether each block gets a lite residual.
+    """
+
+    trains: frozenset[Role]
+    batch_statistics: bool = False
+    lite_residual: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "FT-Last": Method(frozenset({Role.HEAD})),
+    "TinyTL-B": Method(frozenset({Role.HEAD, Role.BIAS, Role.NORM_BIAS})),
+    "TinyTL-L": Method(frozenset({Role.HEAD, Role.LITE, Role.LITE_LAST_BIAS}), lite_residual=True),
+    # The bias of the lite residual's last norm would duplicate the block's own, so it stays at zero.
+    "TinyTL-L+B": Method(frozenset({Role.HEAD, Role.LITE, Role.BIAS, Role.NORM_BIAS}), lite_residual=True),
+    "FT-Norm+Last": Method(frozenset({Role.HEAD, Role.NORM_SCALE, Role.NORM_BIAS}), batch_statistics=True),
+    "FT-Full": Method(frozenset({Role.HEAD, *BACKBONE}), batch_statistics=True),
+    "FT-Layerwise": Method(frozenset({Role.HEAD, *BACKBONE}), batch_statistics=True),
+}
+
+LAYERWISE_LAST_BLOCKS = 5
+LAYERWISE_LAST_SCALE = 0.6
+LAYERWISE_REST_SCALE = 0.4
+
+
+def apply_method(
+    backbone: nn.Module,
+    blocks: dict[str, TinyTLBlock],
+    method: MethodName,
+    image_size: int,
+    lite: LiteConfig,
+) -> None:
+    """Make ``backbone`` train by ``method``, in place.
+
+    Args:
+        backbone: A network whose last layer is a :class:`~tinytl_hf.head.Head`.
+        blocks: Its residual blocks.
+        method: One of ``METHODS``.
+        image_size: Side of the training images in px, to which the lite residuals are fitted.
+        lite: Options of the lite residuals.
+
+    Raises:
+        TinyTLError: The backbone has no blocks where the method needs them, or a parameter of unknown role.
+    """
+    plan = METHODS[method]
+    if not blocks and (plan.lite_residual or method == "FT-Layerwise"):
+        raise TinyTLError(
+            f"method={method}: this backbone has no inverted-residual or residual blocks; it supports "
+            "FT-Last, TinyTL-B, FT-Norm+Last and FT-Full"
+        )
+    replace_batch_norms(backbone, GlobalBatchNorm2d if plan.batch_statistics else FrozenBatchNorm2d)
+    if plan.lite_residual:
+        add_lite_residuals(backbone, blocks, image_size, lite)
+    roles = parameter_roles(backbone)
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(roles[name] in plan.trains)
+
+
+def parameter_roles(backbone: nn.Module) -> dict[str, Role]:
+    """The role of every parameter by name.
+
+    Raises:
+        TinyTLError: A parameter's role is unknown, so no method can say whether it trains.
+    """
+    roles: dict[str, Role] = {}
+    for prefix, module in backbone.named_modules():
+        for name, _ in module.named_parameters(prefix, recurse=False):
+            # The layers of a lite residual follow it, and have their role already.
+            roles.setdefault(name, _role(module, name))
+        if isinstance(module, LiteResidual):
+            roles.update({name: Role.LITE for name, _ in module.named_parameters(prefix)})
+            roles[f"{prefix}.norm2.bias"] = Role.LITE_LAST_BIAS
+    return roles
+
+
+def changing_buffers(backbone: nn.Module) -> set[str]:
+    """Names of the buffers that training can change: those of norms with batch statistics."""
+    return {
+        name
+        for prefix, module in backbone.named_modules()
+        if isinstance(module, GlobalBatchNorm2d)
+        for name, _ in module.named_buffers(prefix, recurse=False)
+    }
+
+
+def parameter_groups(
+    backbone: nn.Module,
+    blocks: dict[str, TinyTLBlock],
+    method: MethodName,
+    lr: float,
+    weight_decay: float,
+    decay_norms_and_biases: bool = False,
+) -> list[dict[str, Any]]:
+    """Optimizer groups of the parameters that train, with their learning rate and weight decay."""
+    scales = _layerwise_scales(backbone, blocks) if method == "FT-Layerwise" else {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in backbone.named_parameters():
+        if parameter.requires_grad:
+            decays = decay_norms_and_biases or parameter.ndim > 1
+            key = (lr * scales.get(name, 1.0), weight_decay if decays else 0.0)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "lr": group_lr, "weight_decay": group_decay}
+        for (group_lr, group_decay), parameters in groups.items()
+    ]
+
+
+def _role(module: nn.Module, name: str) -> Role:
+    is_bias = name.rpartition(".")[2] == "bias"
+    if isinstance(module, Head):
+        return Role.HEAD
+    if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+        return Role.NORM_BIAS if is_bias else Role.NORM_SCALE
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        return Role.BIAS if is_bias else Role.WEIGHT
+    raise TinyTLError(
+        f"parameter {name} belongs to a {type(module).__name__}, which no method knows how to train; "
+        "use a convolutional backbone"
+    )
+
+
+def _layerwise_scales(backbone: nn.Module, blocks: dict[str, TinyTLBlock]) -> dict[str, float]:
+    """Learning-rate factors of FT-Layerwise.
+
+    The feature blocks are the stem, the residual blocks and what follows the last of them before the head
+    (MobileNetV2: ``features.0`` to ``features.18``); the last five get 0.6, those before them 0.4.
+    """
+    owner = {f"{block}.{name}": block for block, module in blocks.items() for name, _ in module.named_parameters()}
+    unit_of: dict[str, int] = {}
+    unit = 0
+    for name, role in parameter_roles(backbone).items():
+        if role is Role.HEAD:
+            continue
+        if owner.get(name) is not None:
+            unit = 1 + list(blocks).index(owner[name])
+        elif unit == len(blocks):
+            unit = len(blocks) + 1
+        unit_of[name] = unit
+    first_of_last = max(unit_of.values()) - LAYERWISE_LAST_BLOCKS + 1
+    return {
+        name: LAYERWISE_LAST_SCALE if unit >= first_of_last else LAYERWISE_REST_SCALE for name, unit in unit_of.items()
+    }

@@ -1,0 +1,208 @@
+"""``TinyTLModel``: a backbone, a method and the delta that it trains, as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tinytl_hf import methods
+from tinytl_hf.adapter import (
+    CARD_FILE,
+    AdapterConfig,
+    BackboneRecord,
+    DataRecord,
+    Preprocessing,
+    adapter_tensors,
+    load_tensors,
+    read_config,
+    read_tensors,
+    write_adapter,
+)
+from tinytl_hf.augment import centre_boxes, resample
+from tinytl_hf.backbones import MIN_IMAGE_SIZE, create_backbone, pin_weights, sha256
+from tinytl_hf.blocks import convert_blocks
+from tinytl_hf.config import METHOD_ALIASES, HeadConfig, LiteConfig
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.hub import render_card
+from tinytl_hf.images import pad_images, to_rgb
+from tinytl_hf.lite_residual import LiteResidual
+
+
+class TinyTLModel(nn.Module):
+    """An image classifier whose heavy weights are frozen and whose deltas train.
+
+    Build it with :meth:`from_backbone` or :meth:`from_pretrained`. Parameter names under ``backbone`` are
+    torchvision's, with ``lite_residual`` added to the blocks that have one.
+
+    Args:
+        config: What to build. A ``sha256`` in it is checked against the frozen weights.
+        gradient_checkpointing: Recompute each block in the backward pass.
+    """
+
+    def __init__(self, config: AdapterConfig, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        image_size = config.preprocessing.image_size
+        if image_size < MIN_IMAGE_SIZE:
+            raise TinyTLError(
+                f"data.image_size={image_size}: {config.backbone.name} reduces an image {MIN_IMAGE_SIZE} times; "
+                f"use {MIN_IMAGE_SIZE} or more"
+            )
+        self.backbone = create_backbone(
+            config.backbone.name, config.backbone.weights, len(config.label_names), config.head.dropout
+        )
+        self._blocks = convert_blocks(self.backbone, gradient_checkpointing)
+        methods.apply_method(self.backbone, self._blocks, config.method, image_size, config.lite)
+        # One layout always, so that a saved and a loaded model run the same kernels on the same numbers.
+        self.backbone.to(memory_format=torch.channels_last)
+        self.config = replace(config, backbone=replace(config.backbone, sha256=self._frozen_sha256()))
+
+    @classmethod
+    def from_backbone(
+        cls,
+        name: str,
+        *,
+        method: str = "TinyTL-L+B",
+        num_classes: int | None = None,
+        label_names: Sequence[str] | None = None,
+        weights: str = "imagenet",
+        image_size: int = 224,
+        crop_pct: float = 0.875,
+        lite: LiteConfig | None = None,
+        head: HeadConfig | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> TinyTLModel:
+        """Build a model to train.
+
+        Args:
+            name: torchvision's name of the backbone.
+            method: One of the seven methods, or an alias.
+            num_classes: Number of classes, where ``label_names`` does not say it.
+            label_names: Names of the classes; ``"0"``, ``"1"``, ... by default.
+            weights: Source of the backbone's weights.
+            image_size: Side of the training images in px.
+            crop_pct: Side of the evaluation crop as a share of an image's shorter side.
+            lite: Options of the lite residuals.
+            head: Options of the head.
+            gradient_checkpointing: Recompute each block in the backward pass.
+
+        Raises:
+            TinyTLError: A name, source or option that does not fit, with the fix.
+        """
+        names = list(label_names or [str(label) for label in range(num_classes or 0)])
+        if not names or (num_classes is not None and num_classes != len(names)):
+            raise TinyTLError(f"num_classes={num_classes}, label_names={label_names}: give one, or both alike")
+        method = METHOD_ALIASES.get(method, method)
+        if method not in methods.METHODS:
+            raise TinyTLError(f"method={method}: use one of {', '.join(methods.METHODS)}")
+        config = AdapterConfig(
+            backbone=BackboneRecord(name, weights),
+            method=method,  # type: ignore[arg-type]
+            preprocessing=Preprocessing(image_size, crop_pct),
+            label_names=names,
+            lite=lite or LiteConfig(),
+            head=head or HeadConfig(),
+        )
+        model = cls(config, gradient_checkpointing)
+        pinned = replace(model.config.backbone, weights=pin_weights(name, weights))
+        model.config = replace(model.config, backbone=pinned)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, weights: str | None = None) -> TinyTLModel:
+        """Load an adapter folder and the backbone it names.
+
+        Args:
+            path: The folder.
+            weights: Where to take the backbone from instead; it must hold the same frozen tensors.
+
+        Raises:
+            TinyTLError: No adapter there, a damaged one, or another backbone than it was trained on.
+        """
+        folder = Path(path)
+        saved = read_config(folder)
+        tensors = read_tensors(folder)
+        # A method that trains everything needs nothing of the backbone but its shape.
+        source = "none" if saved.backbone.sha256 is None else weights or saved.backbone.weights
+        model = cls(replace(saved, backbone=replace(saved.backbone, weights=source)))
+        if model.config.backbone.sha256 != saved.backbone.sha256:
+            raise TinyTLError(
+                f"{folder} was trained on other weights of {saved.backbone.name} than {source} holds "
+                f"(sha256 of the frozen tensors is {model.config.backbone.sha256}, expected "
+                f"{saved.backbone.sha256}); name the right ones with weights= or --weights"
+            )
+        load_tensors(model.backbone, tensors, source=str(folder))
+        model.config = replace(saved, backbone=replace(saved.backbone, weights=weights or saved.backbone.weights))
+        return model
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        *,
+        dtype: Literal["fp32", "fp16"] | None = None,
+        data: DataRecord | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Write the adapter folder: config, tensors and a short card. The network is never asked.
+
+        Args:
+            path: The folder; files of other names in it stay.
+            dtype: ``fp32`` or ``fp16``; by default that of the adapter that was loaded, or fp32.
+            data: The data it was trained on.
+            metrics: Figures on the evaluation set for the card.
+        """
+        folder = Path(path)
+        config = replace(self.config, dtype=dtype or self.config.dtype, data=data or self.config.data)
+        card_path = folder / CARD_FILE
+        existing = card_path.read_text(encoding="utf-8") if card_path.is_file() else None
+        write_adapter(folder, config, self.adapter_tensors(), render_card(config, metrics, existing))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``[N, 3, H, W]`` to logits ``[N, classes]``."""
+        return self.backbone(images.contiguous(memory_format=torch.channels_last))
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes, in the order of the logits."""
+        return self.config.label_names
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that train, in the backbone's order: what an optimizer should get."""
+        return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
+
+    def parameter_groups(self, lr: float, weight_decay: float, decay_all: bool = False) -> list[dict[str, Any]]:
+        """Optimizer groups with the method's learning rates; ``decay_all`` decays biases and norms too."""
+        return methods.parameter_groups(self.backbone, self._blocks, self.config.method, lr, weight_decay, decay_all)
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """The delta by the backbone's own names: trained parameters and buffers that can change."""
+        return adapter_tensors(self.backbone)
+
+    def load_adapter_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Copy a delta in, strictly; ``source`` names it in errors."""
+        load_tensors(self.backbone, tensors, source)
+
+    def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+        """PIL images of any mode and size to a normalised batch ``[N, 3, image_size, image_size]``."""
+        if isinstance(images, Image.Image):
+            images = [images]
+        options = self.config.preprocessing
+        pixels, sizes = pad_images([to_rgb(image, options.image_size) for image in images])
+        device = next(self.parameters()).device
+        boxes = centre_boxes(sizes, options.crop_pct)
+        return resample(pixels.to(device), sizes, boxes, options.image_size, mean=options.mean, std=options.std)
+
+    def _frozen_sha256(self) -> str | None:
+        lite = tuple(f"{name}." for name, module in self.backbone.named_modules() if isinstance(module, LiteResidual))
+        delta = self.adapter_tensors()
+        frozen = {
+            name: tensor
+            for name, tensor in self.backbone.state_dict().items()
+            if name not in delta and not name.startswith(lite) and not name.endswith("num_batches_tracked")
+        }
+        return sha256(frozen)

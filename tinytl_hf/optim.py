@@ -1,0 +1,42 @@
+"""Optimizer and learning-rate schedule of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from tinytl_hf.config import TrainConfig
+from tinytl_hf.model import TinyTLModel
+
+
+def make_optimizer(model: TinyTLModel, options: TrainConfig) -> Optimizer:
+    """An optimizer over the parameters that train, and no others."""
+    groups = model.parameter_groups(options.lr, options.weight_decay, options.decay_norms_and_biases)
+    if options.optimizer == "sgd":
+        return SGD(groups, lr=options.lr, momentum=options.momentum)
+    return (AdamW if options.optimizer == "adamw" else Adam)(groups, lr=options.lr)
+
+
+def make_scheduler(optimizer: Optimizer, options: TrainConfig, steps_per_epoch: int) -> LambdaLR:
+    """The schedule, stepped once an optimizer step."""
+    return LambdaLR(optimizer, lr_factor(options, steps_per_epoch))
+
+
+def lr_factor(options: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate as a factor of its highest, by optimizer step."""
+    total = options.epochs * steps_per_epoch
+    warmup = round(options.warmup_epochs * steps_per_epoch)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if options.schedule == "exponential":
+            return options.gamma ** (step // steps_per_epoch)
+        if options.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        return 1.0
+
+    return factor

@@ -1,0 +1,89 @@
+"""Label image files: the verb ``predict``."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from tinytl_hf.data import UNREADABLE
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.model import TinyTLModel
+
+IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Label image files with an adapter."""
+
+    adapter: str
+    """Folder of the adapter."""
+    weights: str | None = None
+    """Where to take the backbone's weights from; null: where the adapter says."""
+    top_k: int = 3
+    """Most likely labels to show for each image."""
+    json: bool = False
+    """Print a JSON object for each image instead of a table."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise TinyTLError(f"top_k={self.top_k}: use 1 or more")
+
+
+def predict(config: PredictConfig, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Label images, folders of images and patterns.
+
+    Yields:
+        For each image ``{"image": path, "labels": [{"label": ..., "probability": ...}, ...]}``, most likely
+        first, or ``{"image": path, "error": reason}``.
+
+    Raises:
+        TinyTLError: The adapter cannot be loaded.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights).eval().to(device)
+    paths = [path for name in names for path in find_images(name)]
+    for start in range(0, len(paths), BATCH_SIZE):
+        yield from _predict_batch(model, paths[start : start + BATCH_SIZE], config.top_k)
+
+
+def find_images(name: str) -> list[Path]:
+    """The image files that a path, folder or pattern stands for; the path itself if it is none of these."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+    elif path.exists():
+        return [path]
+    else:
+        found = [Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()]
+    return sorted(found) or [path]
+
+
+def _predict_batch(model: TinyTLModel, paths: list[Path], top_k: int) -> list[dict[str, Any]]:
+    results: dict[Path, dict[str, Any]] = {}
+    inputs = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                inputs.append((path, model.preprocess(image)))
+        except UNREADABLE as error:
+            reason = "no image in this folder" if path.is_dir() else str(error)
+            results[path] = {"image": str(path), "error": reason}
+    if inputs:
+        with torch.inference_mode():
+            probabilities = model(torch.cat([batch for _, batch in inputs])).softmax(1).cpu()
+        best = probabilities.topk(min(top_k, probabilities.shape[1]))
+        for (path, _), values, indices in zip(inputs, best.values, best.indices, strict=True):
+            labels = [
+                {"label": model.label_names[index], "probability": value}
+                for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+            ]
+            results[path] = {"image": str(path), "labels": labels}
+    return [results[path] for path in paths]

@@ -1,0 +1,68 @@
+"""What a run leaves in its folder, and how a folder is made ready for a run.
+
+``config.yaml``, ``metrics.jsonl`` (a line an epoch), ``eval_results.json``, ``adapter/`` (the best),
+``adapter_last/``, ``checkpoints/`` and the tracker's logs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tinytl_hf.adapter import write_text
+from tinytl_hf.checkpoint import FOLDER as CHECKPOINTS
+from tinytl_hf.config import Config
+from tinytl_hf.errors import TinyTLError
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+RESULTS_FILE = "eval_results.json"
+BEST_ADAPTER = "adapter"
+LAST_ADAPTER = "adapter_last"
+
+
+def check_free(config: Config) -> None:
+    """Raise if ``output_dir`` holds a run that this one would destroy.
+
+    Raises:
+        TinyTLError: With the ways out.
+    """
+    output = Path(config.output_dir)
+    if config.overwrite or config.train.resume != "never" or not (output / CONFIG_FILE).exists():
+        return
+    raise TinyTLError(
+        f"output_dir={output}: holds a run already; choose another, go on with --train.resume auto, or replace "
+        "it with --overwrite true"
+    )
+
+
+def make_ready(config: Config, epochs_done: int) -> None:
+    """Write the config; clear what a former run left, or, after a resume, what came after ``epochs_done``."""
+    output = Path(config.output_dir)
+    try:
+        if epochs_done == 0 and config.train.resume == "never":
+            for name in (BEST_ADAPTER, LAST_ADAPTER, CHECKPOINTS):
+                shutil.rmtree(output / name, ignore_errors=True)
+        (output / RESULTS_FILE).unlink(missing_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        lines = [line for line in read_metrics(output) if line["epoch"] <= epochs_done]
+        write_text(output / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
+        config.save(output / CONFIG_FILE)
+    except OSError as error:
+        raise TinyTLError(f"output_dir={output}: cannot be written ({error}); choose another") from error
+
+
+def append_metrics(output: Path, line: dict[str, Any]) -> None:
+    """Add an epoch's line to ``metrics.jsonl``."""
+    with (output / METRICS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(output: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``; none if there is no such file."""
+    path = output / METRICS_FILE
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,293 @@
+"""The training loop, in Accelerate's own idiom: read ``train`` first, then what it calls."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from tinytl_hf import checkpoint, data, run_folder
+from tinytl_hf.adapter import DataRecord, read_tensors
+from tinytl_hf.augment import RandomCropFlip, resample
+from tinytl_hf.checkpoint import Progress
+from tinytl_hf.config import Config
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.evaluation import check_divides, device_name, evaluate_model, make_accelerator, save_results
+from tinytl_hf.interrupt import Interrupted, StopSignal
+from tinytl_hf.model import TinyTLModel
+from tinytl_hf.optim import make_optimizer, make_scheduler
+
+logger = logging.getLogger(__name__)
+
+REPORT_EVERY = 10  # optimizer steps between two looks at the loss, each of which waits for the device
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with."""
+
+    config: Config
+    accelerator: Accelerator
+    model: TinyTLModel
+    prepared: nn.Module
+    optimizer: Any
+    scheduler: Any
+    train_loader: DataLoader
+    eval_loader: DataLoader
+    batches: data.ShuffledBatches
+    augment: RandomCropFlip
+    progress: Progress
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train an adapter and leave everything about the run in ``config.output_dir``.
+
+    Returns:
+        The figures of the best adapter on the evaluation set.
+
+    Raises:
+        TinyTLError: Bad config, data or weights, before training starts, or a loss that is not finite.
+        Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
+    """
+    run = set_up(config)
+    accelerator, progress = run.accelerator, run.progress
+    with StopSignal() as stop:
+        while progress.epoch < config.train.epochs:
+            learning_rate = run.scheduler.get_last_lr()[-1]
+            train_epoch(run, stop)
+            figures = evaluate_model(accelerator, run.prepared, run.eval_loader, run.model)
+            finish_epoch(run, figures, learning_rate)
+            path = checkpoint.save(accelerator, config, progress)
+            stop_if_asked(run, stop, path)
+    # The figures of a run are those of the file that it leaves behind.
+    best = Path(config.output_dir) / run_folder.BEST_ADAPTER
+    run.model.load_adapter_tensors(read_tensors(best), str(best))
+    results = evaluate_model(accelerator, run.prepared, run.eval_loader, run.model, tables=True)
+    if accelerator.is_main_process:
+        path = Path(config.output_dir) / run_folder.RESULTS_FILE
+        save_results(path, results, run.model, len(run.eval_loader.dataset), accelerator)  # type: ignore[arg-type]
+    accelerator.end_training()
+    return results
+
+
+def set_up(config: Config) -> Run:
+    """Check and load everything, and bring it to where a checkpoint left it if there is one."""
+    options = config.train
+    accelerator = make_accelerator(
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.output_dir,
+        # Norms see the batch of all processes, so the buffers are the same everywhere.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    log_conditions(accelerator, config)
+    check_tracker(config.tracker)
+    run_folder.check_free(config)
+    resume_from = checkpoint.find(config)
+    set_seed(config.seed)
+
+    train_split, eval_split = data.open_splits(config.data)
+    model = TinyTLModel.from_backbone(
+        config.backbone.name,
+        method=config.method,
+        label_names=train_split.label_names,
+        weights=config.backbone.weights,
+        image_size=config.data.image_size,
+        crop_pct=config.data.crop_pct,
+        lite=config.lite,
+        head=config.head,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+    train_images = data.read_images(train_split, config.data)
+    eval_images = data.read_images(eval_split, config.data)
+    batches = data.ShuffledBatches(
+        len(train_images), options.global_batch_size, options.gradient_accumulation_steps, config.seed
+    )
+    optimizer = make_optimizer(model, options)
+    prepared, prepared_optimizer, train_loader, eval_loader, scheduler = accelerator.prepare(
+        model,
+        optimizer,
+        data.make_loader(train_images, config.data, batch_sampler=batches),
+        data.make_loader(eval_images, config.data, batch_size=options.global_batch_size),
+        make_scheduler(optimizer, options, batches.optimizer_steps),
+    )
+    checkpoint.register(accelerator)
+    progress = checkpoint.load(accelerator, resume_from) if resume_from else Progress()
+    if accelerator.is_main_process:
+        run_folder.make_ready(config, progress.epoch)
+    if config.tracker != "none":
+        accelerator.init_trackers("tinytl_hf", config=checkpoint.flat(config.to_dict()))
+    augment = RandomCropFlip(len(train_images), config.seed, config.data.crop_scale, config.data.flip)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        prepared=prepared,
+        optimizer=prepared_optimizer,
+        scheduler=scheduler,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        batches=batches,
+        augment=augment,
+        progress=progress,
+    )
+
+
+def train_epoch(run: Run, stop: StopSignal) -> None:
+    """Train for what is left of the current epoch."""
+    accelerator, options, progress = run.accelerator, run.config.train, run.progress
+    run.batches.set_epoch(progress.epoch)
+    run.augment.set_epoch(progress.epoch)
+    run.prepared.train()
+    loader = run.train_loader
+    if progress.batch:
+        loader = accelerator.skip_first_batches(loader, progress.batch)
+    sums = torch.zeros(2, device=accelerator.device)  # loss and right answers of this process
+    start, seconds_before = time.perf_counter(), progress.seconds
+    with progress_bar(run) as bar:
+        for batch in loader:
+            with accelerator.accumulate(run.prepared):
+                logits = run.prepared(augmented(run, batch))
+                loss = F.cross_entropy(logits, batch["labels"], label_smoothing=options.label_smoothing)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and options.max_grad_norm is not None:
+                    accelerator.clip_grad_norm_(run.model.trainable_parameters(), options.max_grad_norm)
+                run.optimizer.step()
+                run.scheduler.step()
+                run.optimizer.zero_grad()
+            right = (logits.argmax(1) == batch["labels"]).sum()
+            sums += torch.stack([loss.detach() * len(logits), right])
+            progress.batch += 1
+            bar.update(run.batches.batch_size)
+            if accelerator.sync_gradients:
+                progress.step += 1
+                progress.seconds = seconds_before + time.perf_counter() - start
+                if progress.step % REPORT_EVERY == 0:
+                    report(run, bar, loss.item(), sums)
+                if signum := stop.received(accelerator):
+                    progress.add(accelerator.reduce(sums))
+                    path = checkpoint.save(accelerator, run.config, progress)
+                    raise Interrupted(signum, f"stopped at step {progress.step}: go on from {path}")
+    progress.add(accelerator.reduce(sums))
+
+
+def augmented(run: Run, batch: dict[str, Tensor]) -> Tensor:
+    """A batch of pixels, cropped, flipped, resized and normalised."""
+    boxes, flips = run.augment(batch["sizes"], batch["index"])
+    return resample(batch["pixels"], batch["sizes"], boxes, run.config.data.image_size, flips=flips)
+
+
+def finish_epoch(run: Run, figures: dict[str, float], learning_rate: float) -> None:
+    """Write the epoch's figures and adapters, and turn to the next."""
+    config, progress, output = run.config, run.progress, Path(run.config.output_dir)
+    images = progress.batch * run.batches.batch_size
+    train_figures = {
+        "loss": progress.loss / images,
+        "accuracy": progress.right / images,
+        "images_per_second": images / progress.seconds,
+    }
+    line = {
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        "lr": learning_rate,
+        "seconds": progress.seconds,
+        "train": train_figures,
+        "eval": figures,
+    }
+    if not math.isfinite(progress.loss):
+        raise_not_finite(run)
+    run.accelerator.log(checkpoint.flat(line), step=progress.epoch + 1)
+    is_best = figures["accuracy"] > progress.best_accuracy
+    if run.accelerator.is_main_process:
+        run_folder.append_metrics(output, line)
+        record, dtype = DataRecord.of(config.data), config.adapter.dtype
+        for name in [run_folder.LAST_ADAPTER, *([run_folder.BEST_ADAPTER] if is_best else [])]:
+            run.model.save_pretrained(output / name, dtype=dtype, data=record, metrics=figures)
+    logger.info(
+        "epoch %d: train loss %.3f, accuracy %.4f, %.0f images/s; eval loss %.3f, accuracy %.4f%s",
+        progress.epoch + 1,
+        train_figures["loss"],
+        train_figures["accuracy"],
+        train_figures["images_per_second"],
+        figures["loss"],
+        figures["accuracy"],
+        " (best)" if is_best else "",
+    )
+    progress.next_epoch(figures["accuracy"])
+
+
+def progress_bar(run: Run) -> tqdm:
+    """A bar of the current epoch, on the main process."""
+    return tqdm(
+        total=run.batches.batches * run.batches.batch_size,
+        initial=run.progress.batch * run.batches.batch_size,
+        desc=f"epoch {run.progress.epoch + 1}/{run.config.train.epochs}",
+        unit="img",
+        disable=not run.accelerator.is_main_process,
+        mininterval=1,
+    )
+
+
+def report(run: Run, bar: tqdm, loss: float, sums: Tensor) -> None:
+    """Show the loss of the last batch and the accuracy of the epoch so far (of this process)."""
+    if not math.isfinite(loss):
+        raise_not_finite(run)
+    images = bar.n - bar.initial
+    accuracy = sums[1].item() * run.accelerator.num_processes / images
+    bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.4f}", refresh=False)
+
+
+def raise_not_finite(run: Run) -> None:
+    """End a run whose loss is infinite or not a number; what it saved before stays."""
+    raise TinyTLError(
+        f"the loss is not finite at step {run.progress.step} (lr {run.scheduler.get_last_lr()[-1]:.2g}); use a "
+        f"lower --train.lr or --train.max_grad_norm 1, the last good state is in {run.config.output_dir}"
+    )
+
+
+def stop_if_asked(run: Run, stop: StopSignal, path: Path) -> None:
+    """End the run between two epochs if a signal came; the end of the last epoch needs no stop."""
+    if run.progress.epoch < run.config.train.epochs and (signum := stop.received(run.accelerator)):
+        raise Interrupted(signum, f"stopped after epoch {run.progress.epoch}: go on from {path}")
+
+
+def log_conditions(accelerator: Accelerator, config: Config) -> None:
+    """Say on what this run runs, and check that its batch can be split."""
+    batch, steps = config.train.global_batch_size, config.train.gradient_accumulation_steps
+    processes = accelerator.num_processes
+    check_divides(batch, "train.global_batch_size", processes, steps)
+    logger.info(
+        "%s on %d process(es), %s, %d threads, precision %s, global batch %d (%d images x %d processes x %d steps)",
+        config.method,
+        processes,
+        device_name(accelerator),
+        torch.get_num_threads(),
+        "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
+        batch,
+        batch // processes // steps,
+        processes,
+        steps,
+    )
+
+
+def check_tracker(tracker: str) -> None:
+    """Raise unless the tracker's package is there.
+
+    Raises:
+        TinyTLError: With the command that installs it.
+    """
+    if tracker != "none" and find_spec(tracker) is None:
+        raise TinyTLError(f"tracker={tracker}: not installed; run pip install tinytl-hf[{tracker}]")
