@@ -98,10 +98,11 @@ def _read_weights(name: str, weights: str) -> Mapping[str, Tensor]:
         return _read_file(path)
     enum = torchvision.models.get_model_weights(name)
     pinned = pin_weights(name, weights)
-    if pinned not in enum.__members__:
+    names = [member.name for member in enum]
+    if pinned not in names:
         raise TinyTLError(
-            f"backbone.weights={weights}: use imagenet, {', '.join(enum.__members__)}, {WHEEL}, none, or the "
-            "path of a .safetensors or .pth file"
+            f"backbone.weights={weights}: use imagenet, {', '.join(names)}, {WHEEL}, none, or the path of a "
+            ".safetensors or .pth file"
         )
     try:
         return enum[pinned].get_state_dict(progress=False, check_hash=True)

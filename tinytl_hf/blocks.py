@@ -26,9 +26,13 @@ class TinyTLBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the block's own output shape."""
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+        if self.gradient_checkpointing and self.training and self._needs_gradient(x):
             return checkpoint(self._forward, x, use_reentrant=False, context_fn=_recompute_contexts)
         return self._forward(x)
+
+    def _needs_gradient(self, x: Tensor) -> bool:
+        trains = any(parameter.requires_grad for parameter in self.parameters())
+        return torch.is_grad_enabled() and (x.requires_grad or trains)
 
     def _forward(self, x: Tensor) -> Tensor:
         output = super().forward(x)

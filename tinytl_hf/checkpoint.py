@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tinytl_hf.config import Config
+from tinytl_hf.config import Config, flat
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
 
@@ -147,14 +147,6 @@ def _check_same_run(path: Path, config: Config) -> None:
                 f"{key}={now.get(key)}: the checkpoint {path} was made with {before.get(key)}; use that, or "
                 "another --output_dir"
             )
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted keys."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return result
 
 
 def _unwrapped(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:

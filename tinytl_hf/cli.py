@@ -22,14 +22,8 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader, set_parsing_settings
 
-from tinytl_hf.adapter import read_config
-from tinytl_hf.checkpoint import flat
-from tinytl_hf.config import Config, DataConfig
-from tinytl_hf.errors import TinyTLError
-from tinytl_hf.evaluation import EvalConfig, evaluate_adapter
-from tinytl_hf.interrupt import Interrupted
-from tinytl_hf.predict import PredictConfig, predict
-from tinytl_hf.train import train
+from tinytl_hf.config import Config, DataConfig, EvalConfig, PredictConfig, flat
+from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.version import __version__
 
 PROG = "tinytl-hf"
@@ -59,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("tinytl_hf").setLevel(logging.INFO if _is_main_process() else logging.ERROR)
     if not debug:
         warnings.filterwarnings("ignore")
@@ -76,15 +70,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """Parse ``argv`` and do what it says."""
+    """Parse ``argv`` and do what it says; what a verb needs (torch, above all) is imported once it is sure."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", lambda text: yaml.load(text, Loader=Yaml12Loader), (yaml.YAMLError,))
     parser = make_parser(_eval_defaults(argv))
     parsed = parser.parse_args(argv)
     values = parser.instantiate(parsed)[parsed.subcommand]
     if parsed.subcommand == "train":
+        from tinytl_hf.train import train
+
         _print_figures(train(_build(Config, values)))
     elif parsed.subcommand == "eval":
+        from tinytl_hf.evaluation import evaluate_adapter
+
         _print_figures(evaluate_adapter(_build(EvalConfig, values), values.data))
     else:
         _print_predictions(_build(PredictConfig, values), values.images)
@@ -124,6 +122,8 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
     known, _ = first.parse_known_args(argv)
     if known.verb != "eval" or known.adapter is None:
         return {}
+    from tinytl_hf.adapter import read_config
+
     config = read_config(Path(known.adapter))
     defaults: dict[str, Any] = {
         "image_size": config.preprocessing.image_size,
@@ -145,6 +145,8 @@ def _print_figures(figures: dict[str, Any]) -> None:
 
 
 def _print_predictions(config: PredictConfig, images: list[str]) -> None:
+    from tinytl_hf.predict import predict
+
     failed = False
     for result in predict(config, images):
         failed |= "error" in result

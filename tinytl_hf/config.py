@@ -1,4 +1,4 @@
-"""One run as frozen dataclasses: what YAML files and the command line fill in.
+"""A training run, an evaluation and a prediction as frozen dataclasses: what YAML files and options fill in.
 
 The string under a field is its help text. Each class checks its own values; what only shows once the
 backbone, the data or the number of processes is known is checked where it is known.
@@ -251,3 +251,47 @@ class Config:
     def save(self, path: Path) -> None:
         """Write the config as a YAML file that ``--config`` reads back."""
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluate an adapter."""
+
+    adapter: str
+    """Folder of the adapter."""
+    weights: str | None = None
+    """Where to take the backbone's weights from; null: where the adapter says."""
+    output: str | None = None
+    """JSON file to write the figures to."""
+    batch_size: int = 128
+    """Images a forward pass, over all processes."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """no, bf16 or fp16; null: what `accelerate launch` was told."""
+
+    def __post_init__(self) -> None:
+        _check(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Label image files with an adapter."""
+
+    adapter: str
+    """Folder of the adapter."""
+    weights: str | None = None
+    """Where to take the backbone's weights from; null: where the adapter says."""
+    top_k: int = 3
+    """Most likely labels to show for each image."""
+    json: bool = False
+    """Print a JSON object for each image instead of a table."""
+
+    def __post_init__(self) -> None:
+        _check(self.top_k >= 1, "top_k", self.top_k, "use 1 or more")
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return result

@@ -174,11 +174,7 @@ class ShuffledBatches(Sampler[list[int]]):
         self.batch_size = global_batch_size // accumulation_steps
         self.optimizer_steps = -(-images // global_batch_size)
         self.batches = self.optimizer_steps * accumulation_steps
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order."""
-        self.epoch = epoch
+        self.epoch = 0  # set by the loop; Accelerate would count from 0 again after a resume
 
     def __len__(self) -> int:
         return self.batches

@@ -8,9 +8,9 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import evaluate
 import torch
@@ -21,27 +21,11 @@ from tqdm import tqdm
 
 from tinytl_hf import data
 from tinytl_hf.augment import centre_boxes, resample
-from tinytl_hf.config import DataConfig
+from tinytl_hf.config import DataConfig, EvalConfig
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.metrics import compute_metrics
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.version import __version__
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluate an adapter."""
-
-    adapter: str
-    """Folder of the adapter."""
-    weights: str | None = None
-    """Where to take the backbone's weights from; null: where the adapter says."""
-    output: str | None = None
-    """JSON file to write the figures to."""
-    batch_size: int = 128
-    """Images a forward pass, over all processes."""
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """no, bf16 or fp16; null: what `accelerate launch` was told."""
 
 
 def make_accelerator(**options: Any) -> Accelerator:

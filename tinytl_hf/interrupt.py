@@ -9,18 +9,6 @@ import torch
 from accelerate import Accelerator
 
 
-class Interrupted(Exception):
-    """The run was asked to stop and has saved a checkpoint.
-
-    Attributes:
-        exit_code: 128 plus the signal's number, as shells expect.
-    """
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signum
-
-
 class StopSignal:
     """Within it, the first SIGINT or SIGTERM is noted; a second SIGINT stops at once."""
 

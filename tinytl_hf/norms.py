@@ -60,8 +60,10 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if count_batches and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if _world_size() == 1:
-            mean, var = (self.running_mean, self.running_var) if count_batches else (None, None)
-            return F.batch_norm(input, mean, var, self.weight, self.bias, True, self._rate, self.eps)
+            rate = self._rate if count_batches else 0.0
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, True, rate, self.eps
+            )
         return self._forward_over_processes(input, count_batches)
 
     @property

@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from tinytl_hf.config import PredictConfig
 from tinytl_hf.data import UNREADABLE
-from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
 
 IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
 BATCH_SIZE = 32
-
-
-@dataclass(frozen=True)
-class PredictConfig:
-    """Label image files with an adapter."""
-
-    adapter: str
-    """Folder of the adapter."""
-    weights: str | None = None
-    """Where to take the backbone's weights from; null: where the adapter says."""
-    top_k: int = 3
-    """Most likely labels to show for each image."""
-    json: bool = False
-    """Print a JSON object for each image instead of a table."""
-
-    def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise TinyTLError(f"top_k={self.top_k}: use 1 or more")
 
 
 def predict(config: PredictConfig, names: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -22,10 +22,10 @@ from tinytl_hf import checkpoint, data, run_folder
 from tinytl_hf.adapter import DataRecord, read_tensors
 from tinytl_hf.augment import RandomCropFlip, resample
 from tinytl_hf.checkpoint import Progress
-from tinytl_hf.config import Config
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.config import Config, flat
+from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.evaluation import check_divides, device_name, evaluate_model, make_accelerator, save_results
-from tinytl_hf.interrupt import Interrupted, StopSignal
+from tinytl_hf.interrupt import StopSignal
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.optim import make_optimizer, make_scheduler
 
@@ -129,7 +129,8 @@ def set_up(config: Config) -> Run:
     if accelerator.is_main_process:
         run_folder.make_ready(config, progress.epoch)
     if config.tracker != "none":
-        accelerator.init_trackers("tinytl_hf", config=checkpoint.flat(config.to_dict()))
+        options_as_text = {key: str(value) for key, value in flat(config.to_dict()).items()}
+        accelerator.init_trackers("tinytl_hf", config=options_as_text)  # tensorboard takes no lists or nulls
     augment = RandomCropFlip(len(train_images), config.seed, config.data.crop_scale, config.data.flip)
     return Run(
         config=config,
@@ -149,7 +150,7 @@ def set_up(config: Config) -> Run:
 def train_epoch(run: Run, stop: StopSignal) -> None:
     """Train for what is left of the current epoch."""
     accelerator, options, progress = run.accelerator, run.config.train, run.progress
-    run.batches.set_epoch(progress.epoch)
+    run.batches.epoch = progress.epoch
     run.augment.set_epoch(progress.epoch)
     run.prepared.train()
     loader = run.train_loader
@@ -182,6 +183,8 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
                     path = checkpoint.save(accelerator, run.config, progress)
                     raise Interrupted(signum, f"stopped at step {progress.step}: go on from {path}")
     progress.add(accelerator.reduce(sums))
+    if not math.isfinite(progress.loss):
+        raise_not_finite(run)
 
 
 def augmented(run: Run, batch: dict[str, Tensor]) -> Tensor:
@@ -207,9 +210,7 @@ def finish_epoch(run: Run, figures: dict[str, float], learning_rate: float) -> N
         "train": train_figures,
         "eval": figures,
     }
-    if not math.isfinite(progress.loss):
-        raise_not_finite(run)
-    run.accelerator.log(checkpoint.flat(line), step=progress.epoch + 1)
+    run.accelerator.log(flat(line), step=progress.epoch + 1)
     is_best = figures["accuracy"] > progress.best_accuracy
     if run.accelerator.is_main_process:
         run_folder.append_metrics(output, line)

