@@ -35,7 +35,7 @@ class Progress:
         batch: Forward passes done in the current epoch.
         step: Optimizer steps done.
         best_accuracy: Best evaluation accuracy so far; -1 before the first.
-        loss, right: Sums over the current epoch's training images: loss in nats, right answers.
+        loss, right, images: Sums over the current epoch's training images: loss in nats, right answers, count.
         seconds: Training time of the current epoch.
     """
 
@@ -45,18 +45,19 @@ class Progress:
     best_accuracy: float = -1.0
     loss: float = 0.0
     right: float = 0.0
+    images: float = 0.0
     seconds: float = 0.0
 
     def add(self, sums: torch.Tensor) -> None:
-        """Add the loss and the right answers of some batches, over all processes."""
-        self.loss += sums[0].item()
-        self.right += sums[1].item()
+        """Add loss, right answers and count of some images, over all processes."""
+        loss, right, images = sums.tolist()
+        self.loss, self.right, self.images = self.loss + loss, self.right + right, self.images + images
 
     def next_epoch(self, accuracy: float) -> None:
         """Turn to the next epoch."""
         self.best_accuracy = max(self.best_accuracy, accuracy)
         self.epoch += 1
-        self.batch, self.loss, self.right, self.seconds = 0, 0.0, 0.0, 0.0
+        self.batch, self.loss, self.right, self.images, self.seconds = 0, 0.0, 0.0, 0.0, 0.0
 
 
 def register(accelerator: Accelerator) -> None:

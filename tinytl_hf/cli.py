@@ -188,5 +188,6 @@ def _is_main_process() -> bool:
 
 
 def _end(message: str, code: int) -> NoReturn:
-    print(f"{PROG}: {message}", file=sys.stderr)
+    rank = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (process {os.environ['RANK']})"
+    print(f"{PROG}{rank}: {message}", file=sys.stderr)
     sys.exit(code)

