@@ -1,7 +1,6 @@
 import io
 import os
 import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -89,12 +88,6 @@ def run_cli(*arguments):
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
-
-
-def run_process(*arguments):
-    """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "tinytl_hf", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
 def small_run(dataset, output, *options):

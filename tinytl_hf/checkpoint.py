@@ -23,7 +23,10 @@ from tinytl_hf.model import TinyTLModel
 FOLDER = "checkpoints"
 DELTA_FILE = "delta.safetensors"
 PROGRESS_FILE = "progress.json"
-MAY_DIFFER = {"output_dir", "overwrite", "tracker", "train.epochs", "train.resume", "train.keep_checkpoints"}
+MAY_DIFFER = {
+    *("output_dir", "overwrite", "tracker", "adapter.dtype", "data.workers", "data.memory_limit_mb"),
+    *("train.epochs", "train.resume", "train.keep_checkpoints"),
+}
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Progress:
         best_accuracy: Best evaluation accuracy so far; -1 before the first.
         loss, right, images: Sums over the current epoch's training images: loss in nats, right answers, count.
         seconds: Training time of the current epoch.
+        learning_rate: That of the last step.
     """
 
     epoch: int = 0
@@ -47,6 +51,7 @@ class Progress:
     right: float = 0.0
     images: float = 0.0
     seconds: float = 0.0
+    learning_rate: float = 0.0
 
     def add(self, sums: torch.Tensor) -> None:
         """Add loss, right answers and count of some images, over all processes."""
@@ -92,7 +97,8 @@ def save(accelerator: Accelerator, config: Config, progress: Progress) -> Path:
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        record = {"progress": asdict(progress), "config": config.to_dict()}
+        processes = accelerator.num_processes
+        record = {"progress": asdict(progress), "config": config.to_dict(), "processes": processes}
         (temporary / PROGRESS_FILE).write_text(json.dumps(record, indent=2), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         temporary.replace(final)
@@ -102,7 +108,7 @@ def save(accelerator: Accelerator, config: Config, progress: Progress) -> Path:
     return final
 
 
-def find(config: Config) -> Path | None:
+def find(config: Config, processes: int) -> Path | None:
     """The checkpoint that ``train.resume`` asks for, if any.
 
     Raises:
@@ -118,7 +124,7 @@ def find(config: Config) -> Path | None:
         if not (path / PROGRESS_FILE).is_file():
             raise TinyTLError(f"train.resume={path}: not a checkpoint; use auto, never or a checkpoint's folder")
     if path is not None:
-        _check_same_run(path, config)
+        _check_same_run(path, config, processes)
     return path
 
 
@@ -140,8 +146,10 @@ def _record(path: Path) -> dict[str, Any]:
         raise TinyTLError(f"checkpoint {path} cannot be read ({error}); resume from another") from error
 
 
-def _check_same_run(path: Path, config: Config) -> None:
-    before, now = flat(_record(path)["config"]), flat(config.to_dict())
+def _check_same_run(path: Path, config: Config, processes: int) -> None:
+    record = _record(path)
+    before = {**flat(record["config"]), "processes": record["processes"]}
+    now = {**flat(config.to_dict()), "processes": processes}
     for key in sorted(before.keys() | now.keys()):
         if key not in MAY_DIFFER and before.get(key) != now.get(key):
             raise TinyTLError(

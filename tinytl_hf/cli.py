@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader, set_parsing_settings
 
-from tinytl_hf.config import Config, DataConfig, EvalConfig, PredictConfig, flat
+from tinytl_hf.config import Config, DataConfig, EvalConfig, PredictConfig, TrainConfig, flat
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.version import __version__
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     if not debug:
         warnings.filterwarnings("ignore")
     try:
-        run([argument for argument in argv if argument != "--debug"])
+        run(_with_values([argument for argument in argv if argument != "--debug"]))
     except Interrupted as stop:
         _end(str(stop), stop.exit_code)
     except KeyboardInterrupt:
@@ -115,11 +115,14 @@ def make_parser(eval_defaults: dict[str, Any] | None = None) -> ArgumentParser:
 
 def _eval_defaults(argv: list[str]) -> dict[str, Any]:
     """Data options of the adapter that ``eval`` is about; only its preprocessing if other data is named."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("verb", nargs="?")
     first.add_argument("--adapter")
     first.add_argument("--data.dataset", dest="dataset")
-    known, _ = first.parse_known_args(argv)
+    try:
+        known, _ = first.parse_known_args(argv)
+    except argparse.ArgumentError:
+        return {}  # the real parser says what is wrong
     if known.verb != "eval" or known.adapter is None:
         return {}
     from tinytl_hf.adapter import read_config
@@ -129,9 +132,27 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
         "image_size": config.preprocessing.image_size,
         "crop_pct": config.preprocessing.crop_pct,
     }
-    if known.dataset is None and config.data is not None:
+    if config.data is not None and known.dataset in (None, config.data.dataset):
         defaults.update(asdict(config.data))
     return {f"data.{key}": value for key, value in defaults.items()}
+
+
+def _with_values(argv: list[str]) -> list[str]:
+    """Let an option that is true or false stand alone, as ``--json``: it is true then."""
+    groups = {"": (Config, EvalConfig, PredictConfig), "data.": (DataConfig,), "train.": (TrainConfig,)}
+    flags = {
+        f"--{prefix}{field.name}"
+        for prefix, kinds in groups.items()
+        for kind in kinds
+        for field in fields(kind)
+        if field.type == "bool"
+    }
+    result = []
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        result.append(argument)
+        if argument in flags and following.lower() not in {"true", "false"}:
+            result.append("true")
+    return result
 
 
 def _build(kind: type[T], values: Namespace) -> T:
@@ -164,6 +185,8 @@ def _print_predictions(config: PredictConfig, images: list[str]) -> None:
 def _one_line(error: Exception) -> str:
     """What went wrong and how to mend it, without the library's own layout."""
     text = " ".join(str(error).split())
+    if text.startswith("Caught TinyTLError in DataLoader"):  # torch wraps what a worker process raises
+        text = text.rpartition("TinyTLError: ")[2]
     if isinstance(error, TinyTLError):
         return text
     if not isinstance(error, ArgumentError):

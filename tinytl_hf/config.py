@@ -113,7 +113,8 @@ class DataConfig:
     skip_corrupt: bool = False
     """Leave out images that cannot be read and report how many (true), or stop at the first (false)."""
     memory_limit_mb: int = 2048
-    """Decoded images stay in memory up to this many MB a process; larger sets stream through workers."""
+    """Decoded images of a split stay in memory up to this many MB a process; larger ones stream through
+    workers."""
     workers: int = 2
     """Worker processes that decode the images of a set that streams; 0: the training process does."""
 
@@ -240,6 +241,7 @@ class Config:
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
 
     def __post_init__(self) -> None:
+        _check(self.seed >= 0, "seed", self.seed, "use 0 or more")
         object.__setattr__(self, "method", METHOD_ALIASES.get(self.method, self.method))
 
     def to_dict(self) -> dict[str, Any]:
@@ -270,6 +272,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
+        is_json = self.output is None or self.output.endswith(".json")
+        _check(is_json, "output", self.output, "name a .json file")
 
 
 @dataclass(frozen=True)

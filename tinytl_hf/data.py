@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -25,13 +25,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tinytl_hf.config import DataConfig
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.images import decode, pad_images
+from tinytl_hf.images import UnreadableImageError, decode, pad_images
 
 logger = logging.getLogger(__name__)
 
 EVAL_SPLITS = ("test", "validation")
 HOLDOUT = "holdout"
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 CHUNK = 256  # rows read from a data set at a time
 
 
@@ -44,16 +43,19 @@ class Split:
         rows: The images, undecoded, in the column ``image``.
         labels: Class number of each image.
         label_names: Names of the classes.
+        numbers: Number of each image's row in the split as the data set has it.
     """
 
     name: str
     rows: datasets.Dataset
     labels: np.ndarray
     label_names: list[str]
+    numbers: np.ndarray
 
     def select(self, index: np.ndarray) -> Split:
         """The images at ``index``."""
-        return Split(self.name, self.rows.select(index), self.labels[index], self.label_names)
+        rows, labels, numbers = self.rows.select(index), self.labels[index], self.numbers[index]
+        return Split(self.name, rows, labels, self.label_names, numbers)
 
 
 def open_splits(config: DataConfig) -> tuple[Split, Split]:
@@ -80,6 +82,27 @@ def open_splits(config: DataConfig) -> tuple[Split, Split]:
     )
 
 
+def open_eval_split(config: DataConfig, trained_on: str | None) -> Split:
+    """Find the split to evaluate on, which may be the only one that there is.
+
+    Args:
+        config: The data to evaluate on.
+        trained_on: The data set that the model was trained on. Of that one, without another split, only the
+            part that was held out is used; any other data set is used whole.
+
+    Raises:
+        TinyTLError: As :func:`open_splits`.
+    """
+    tables = _load(config)
+    name = config.eval_split or next((name for name in EVAL_SPLITS if name in tables), None)
+    if name == HOLDOUT or (name is None and config.dataset == trained_on):
+        return open_splits(config)[1]
+    name = name or next(iter(tables))
+    if name not in tables:
+        raise TinyTLError(f"data.eval_split={name}: use {', '.join([*tables, HOLDOUT])}")
+    return _subset(_labelled(tables[name], name, config), config.max_eval_samples, config.split_seed)
+
+
 def with_label_names(split: Split, label_names: Sequence[str]) -> Split:
     """Number the classes of ``split`` as in ``label_names``.
 
@@ -95,7 +118,7 @@ def with_label_names(split: Split, label_names: Sequence[str]) -> Split:
             f"classes ({', '.join(label_names[:5])}, ...); use data with the same classes"
         )
     numbers = np.array([label_names.index(name) for name in split.label_names])
-    return Split(split.name, split.rows, numbers[split.labels], list(label_names))
+    return replace(split, labels=numbers[split.labels], label_names=list(label_names))
 
 
 def read_images(split: Split, config: DataConfig) -> DecodedImages | StreamedImages:
@@ -149,8 +172,8 @@ class StreamedImages(Dataset):
 
     def __getitems__(self, index: list[int]) -> dict[str, Tensor]:
         config = self.config
-        images = [image for _, image in _decode_rows(self.split, np.array(index), config) if image is not None]
-        pixels, sizes = pad_images(images)
+        images = [image for _, image in _decode_rows(self.split, np.array(index), config)]
+        pixels, sizes = pad_images([image for image in images if image is not None])
         return {"pixels": pixels, "sizes": sizes, "labels": self.labels[index], "index": torch.tensor(index)}
 
 
@@ -203,7 +226,7 @@ def _load(config: DataConfig) -> datasets.DatasetDict:
             loaded = datasets.load_dataset("parquet", data_files=str(path))
         else:
             loaded = datasets.load_dataset(str(path) if path.is_dir() else name, config.subset)
-    except (DatasetNotFoundError, OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TinyTLError(
             f"data.dataset={name}: cannot be loaded ({reason}); use a Hub id, the path of a folder or .parquet "
@@ -251,7 +274,7 @@ def _labelled(table: datasets.Dataset, name: str, config: DataConfig) -> Split:
         names, labels = [str(value) for value in classes], labels.astype(np.int64)
     if len(names) < 2:
         raise TinyTLError(f"data.label_column={label_column}: split {name} has one class; use two or more")
-    return Split(name, rows, labels, names)
+    return Split(name, rows, labels, names, np.arange(len(labels)))
 
 
 def _column(table: datasets.Dataset, key: str, chosen: str | None, kinds: tuple[type, ...]) -> str:
@@ -304,11 +327,11 @@ def _decode_rows(split: Split, index: np.ndarray, config: DataConfig) -> Iterato
         for i, encoded in zip(chunk.tolist(), split.rows[chunk]["image"], strict=True):
             try:
                 yield i, decode(encoded, config.image_size)
-            except UNREADABLE as error:
+            except UnreadableImageError as error:
                 if not config.skip_corrupt:
                     raise TinyTLError(
-                        f"image {i} of split {split.name} cannot be read ({error}); mend it, or leave such "
-                        "images out with --data.skip_corrupt true"
+                        f"image {split.numbers[i]} of split {split.name} cannot be read ({error}); mend it, or "
+                        "leave such images out with --data.skip_corrupt true"
                     ) from error
                 yield i, None
 
@@ -334,7 +357,7 @@ def _readable(split: Split, config: DataConfig) -> np.ndarray:
 def _drop_corrupt(split: Split, good: np.ndarray) -> Split:
     if good.all():
         return split
-    bad = np.flatnonzero(~good)
+    bad = split.numbers[~good]
     if not good.any():
         raise TinyTLError(f"none of the {len(good)} images of split {split.name} can be read")
     logger.warning(

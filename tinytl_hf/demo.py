@@ -48,7 +48,7 @@ def _train_and_reload(config: Path, method: str) -> tuple[str, ...]:
     options = ["--config", str(config), "--method", method, "--output_dir", str(output), "--overwrite", "true"]
     _run(*launch, "-m", "tinytl_hf", "train", *options)
     reloaded = output / "reloaded_results.json"
-    _run("tinytl_hf", "eval", "--adapter", str(output / BEST_ADAPTER), "--output", str(reloaded))
+    _run("tinytl_hf", "eval", "--adapter", str(output / BEST_ADAPTER), "--output", str(reloaded), "--batch_size", "64")
     seconds = time.perf_counter() - start
 
     trained = json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))["accuracy"]

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tinytl_hf import data
-from tinytl_hf.augment import centre_boxes, resample
+from tinytl_hf.backbones import check_image_size
 from tinytl_hf.config import DataConfig, EvalConfig
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.metrics import compute_metrics
@@ -28,9 +28,17 @@ from tinytl_hf.model import TinyTLModel
 from tinytl_hf.version import __version__
 
 
-def make_accelerator(**options: Any) -> Accelerator:
-    """An accelerator for loaders whose batch size counts over all processes."""
-    return Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True), **options)
+def make_accelerator(mixed_precision: str | None, **options: Any) -> Accelerator:
+    """An accelerator for loaders whose batch size counts over all processes.
+
+    Raises:
+        TinyTLError: A precision that the device does not have.
+    """
+    loader = DataLoaderConfiguration(split_batches=True)
+    accelerator = Accelerator(mixed_precision=mixed_precision, dataloader_config=loader, **options)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise TinyTLError("train.mixed_precision=fp16: a CPU would train in fp32; use bf16 or no")
+    return accelerator
 
 
 def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, Any]:
@@ -39,13 +47,17 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     Raises:
         TinyTLError: The adapter or the data cannot be loaded, or their classes differ.
     """
-    accelerator = make_accelerator(mixed_precision=config.mixed_precision)
+    accelerator = make_accelerator(config.mixed_precision)
     check_divides(config.batch_size, "batch_size", accelerator.num_processes)
+    if config.output is not None:
+        _make_folder_of(Path(config.output))
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights)
+    check_image_size(model.config.backbone.name, data_config.image_size)
     options = replace(model.config.preprocessing, image_size=data_config.image_size, crop_pct=data_config.crop_pct)
     model.config = replace(model.config, preprocessing=options)
-    _, split = data.open_splits(data_config)
-    images = data.read_images(data.with_label_names(split, model.label_names), data_config)
+    trained_on = model.config.data.dataset if model.config.data is not None else None
+    split = data.with_label_names(data.open_eval_split(data_config, trained_on), model.label_names)
+    images = data.read_images(split, data_config)
     prepared, loader = accelerator.prepare(model, data.make_loader(images, data_config, batch_size=config.batch_size))
     start = time.perf_counter()
     figures = evaluate_model(accelerator, prepared, loader, model, tables=True)
@@ -57,7 +69,12 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
 
 @torch.no_grad()
 def evaluate_model(
-    accelerator: Accelerator, prepared: nn.Module, loader: DataLoader, model: TinyTLModel, tables: bool = False
+    accelerator: Accelerator,
+    prepared: nn.Module,
+    loader: DataLoader,
+    model: TinyTLModel,
+    tables: bool = False,
+    after_batch: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Figures of a model on a set, exact for any number of processes and any size of the set.
 
@@ -67,20 +84,24 @@ def evaluate_model(
         loader: Batches of the set.
         model: The model itself, for its preprocessing.
         tables: Add accuracy by class and the confusion matrix.
+        after_batch: Called after each batch; may raise.
+
+    Raises:
+        TinyTLError: The model gives values that are not finite.
     """
-    options = model.config.preprocessing
     prepared.eval()
     all_logits, all_labels = [], []
-    bar = tqdm(loader, desc="eval", disable=not accelerator.is_main_process, leave=False, mininterval=1)
-    for batch in bar:
-        boxes = centre_boxes(batch["sizes"], options.crop_pct)
-        images = resample(
-            batch["pixels"], batch["sizes"], boxes, options.image_size, mean=options.mean, std=options.std
-        )
-        logits, labels = accelerator.gather_for_metrics((prepared(images).float(), batch["labels"]))
+    for batch in tqdm(loader, desc="eval", disable=not accelerator.is_main_process, leave=False, mininterval=1):
+        logits = prepared(model.normalise(batch["pixels"], batch["sizes"])).float()
+        logits, labels = accelerator.gather_for_metrics((logits, batch["labels"]))
         all_logits.append(logits.cpu())
         all_labels.append(labels.cpu())
-    return compute_metrics(torch.cat(all_logits).numpy(), torch.cat(all_labels).numpy(), tables)
+        if after_batch is not None:
+            after_batch()
+    logits = torch.cat(all_logits)
+    if not logits.isfinite().all():
+        raise TinyTLError("the model gives values that are not finite; train with a lower --train.lr")
+    return compute_metrics(logits.numpy(), torch.cat(all_labels).numpy(), tables)
 
 
 def save_results(
@@ -91,7 +112,6 @@ def save_results(
     That asks git for the commit at hand: what git says outside a repository is kept from the user, and
     without git the same JSON is written without a commit.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     conditions = {
         "n": images,
         "method": model.config.method,
@@ -111,6 +131,13 @@ def save_results(
             evaluate.save(path, **results)
     except FileNotFoundError:  # no git
         path.write_text(json.dumps(results), encoding="utf-8")
+
+
+def _make_folder_of(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TinyTLError(f"output={path}: cannot be written ({error}); name another file") from error
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,28 +12,38 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-# Larger images are reduced to this multiple of the network's input on their shorter side: enough for the
-# crops, and a decoded photo takes less memory.
+# Larger images are reduced to this multiple of the network's input on their shorter side, so that a decoded
+# photo takes little memory; only crops of less than a quarter of its area could show more detail than that.
 REDUCE_ABOVE = 2
+MAX_ASPECT = 4  # longer images are cropped to it at their centre: a batch takes the size of its largest image
 
 
-def decode(encoded: dict[str, Any], image_size: int) -> Tensor:
+class UnreadableImageError(ValueError):
+    """A file that Pillow cannot read, or that is no image."""
+
+
+def decode(encoded: dict[str, Any] | None, image_size: int) -> Tensor:
     """Read an undecoded image of ``datasets``: ``{"bytes": ..., "path": ...}``.
 
     Raises:
-        OSError, ValueError, SyntaxError: What Pillow says of a file that it cannot read.
+        UnreadableImageError: With what Pillow says of it.
     """
+    if encoded is None:
+        raise UnreadableImageError("there is no image")
     source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
-    with Image.open(source) as image:
-        side = REDUCE_ABOVE * image_size
-        image.draft("RGB" if image.mode == "YCbCr" else image.mode, (side, side))  # JPEG decodes small at once
-        return to_rgb(image, image_size)
+    try:
+        with Image.open(source) as image:
+            return to_rgb(image, image_size)
+    except Exception as error:  # a damaged file can make Pillow raise almost anything
+        reason = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))
+        raise UnreadableImageError(reason or type(error).__name__) from error
 
 
 def to_rgb(image: Image.Image, image_size: int) -> Tensor:
     """Turn an image of any mode upright and into RGB pixels.
 
-    Transparency is laid over white, 16-bit grey is scaled to 8 bits, EXIF rotation is applied.
+    Transparency is laid over white, 16-bit grey is scaled to 8 bits, EXIF rotation is applied, and of very
+    long images the middle is kept.
 
     Args:
         image: A PIL image.
@@ -44,6 +55,7 @@ def to_rgb(image: Image.Image, image_size: int) -> Tensor:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = _eight_bits(image)
+    image = _limit_aspect(image)
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -70,7 +82,15 @@ def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return pixels, sizes
 
 
+def _limit_aspect(image: Image.Image) -> Image.Image:
+    longest = MAX_ASPECT * min(image.size)
+    width, height = (min(side, longest) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float32)
-    scale = 257 if values.max() > 255 else 1  # 65535 becomes 255
+    sixteen = image.mode.startswith("I;16") or values.max() > 255  # mode I does not say how many bits are used
+    scale = 257 if sixteen else 1  # 65535 becomes 255
     return Image.fromarray((values / scale).clip(0, 255).round().astype(np.uint8))

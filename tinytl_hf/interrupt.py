@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the training loop grants at the next optimizer step."""
+"""Ctrl-C and SIGTERM as a wish that the training loop grants after one of the next steps."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
+from scipy.special import logsumexp, softmax
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 CALIBRATION_BINS = 15
 
@@ -95,7 +96,8 @@ class Loss(LogitsMetric):
 
     def figures(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         """``loss``."""
-        return {"loss": float(log_loss(labels, _softmax(logits), labels=range(logits.shape[1])))}
+        of_label = logits[np.arange(len(labels)), labels].astype(np.float64)
+        return {"loss": float((logsumexp(logits.astype(np.float64), axis=1) - of_label).mean())}
 
 
 class CalibrationError(LogitsMetric):
@@ -103,7 +105,7 @@ class CalibrationError(LogitsMetric):
 
     def figures(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         """``ece``."""
-        probabilities = _softmax(logits)
+        probabilities = softmax(logits.astype(np.float64), axis=1)
         confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
         bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
         gaps = [abs(right[bins == i].sum() - confidence[bins == i].sum()) for i in range(CALIBRATION_BINS)]
@@ -120,8 +122,3 @@ def compute_metrics(logits: np.ndarray, labels: np.ndarray, tables: bool = False
     for metric in SCALARS + (TABLES if tables else ()):
         figures.update(metric().compute(predictions=logits, references=labels))
     return figures
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-    return shifted / shifted.sum(1, keepdims=True)

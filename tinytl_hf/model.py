@@ -25,7 +25,7 @@ from tinytl_hf.adapter import (
     write_adapter,
 )
 from tinytl_hf.augment import centre_boxes, resample
-from tinytl_hf.backbones import MIN_IMAGE_SIZE, create_backbone, pin_weights, sha256
+from tinytl_hf.backbones import check_image_size, create_backbone, pin_weights, sha256
 from tinytl_hf.blocks import convert_blocks
 from tinytl_hf.config import METHOD_ALIASES, HeadConfig, LiteConfig
 from tinytl_hf.errors import TinyTLError
@@ -48,11 +48,7 @@ class TinyTLModel(nn.Module):
     def __init__(self, config: AdapterConfig, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         image_size = config.preprocessing.image_size
-        if image_size < MIN_IMAGE_SIZE:
-            raise TinyTLError(
-                f"data.image_size={image_size}: {config.backbone.name} reduces an image {MIN_IMAGE_SIZE} times; "
-                f"use {MIN_IMAGE_SIZE} or more"
-            )
+        check_image_size(config.backbone.name, image_size)
         self.backbone = create_backbone(
             config.backbone.name, config.backbone.weights, len(config.label_names), config.head.dropout
         )
@@ -191,11 +187,23 @@ class TinyTLModel(nn.Module):
         """PIL images of any mode and size to a normalised batch ``[N, 3, image_size, image_size]``."""
         if isinstance(images, Image.Image):
             images = [images]
+        pixels, sizes = pad_images([to_rgb(image, self.config.preprocessing.image_size) for image in images])
+        return self.normalise(pixels, sizes)
+
+    def normalise(self, pixels: Tensor, sizes: Tensor) -> Tensor:
+        """The evaluation view of decoded images: resized, cropped at the centre, normalised.
+
+        Args:
+            pixels: ``uint8`` ``[N, 3, H, W]``, padded at the bottom right.
+            sizes: ``[N, 2]`` true height and width in px.
+
+        Returns:
+            ``[N, 3, image_size, image_size]`` on the model's device.
+        """
         options = self.config.preprocessing
-        pixels, sizes = pad_images([to_rgb(image, options.image_size) for image in images])
-        device = next(self.parameters()).device
         boxes = centre_boxes(sizes, options.crop_pct)
-        return resample(pixels.to(device), sizes, boxes, options.image_size, mean=options.mean, std=options.std)
+        pixels = pixels.to(next(self.parameters()).device)
+        return resample(pixels, sizes, boxes, options.image_size, mean=options.mean, std=options.std)
 
     def _frozen_sha256(self) -> str | None:
         lite = tuple(f"{name}." for name, module in self.backbone.named_modules() if isinstance(module, LiteResidual))

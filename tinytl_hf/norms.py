@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
+
+from tinytl_hf.errors import TinyTLError
 
 _recomputing = threading.local()
 
@@ -31,6 +33,11 @@ def keep_running_statistics() -> Iterator[None]:
         yield
     finally:
         _recomputing.active = False
+
+
+def recompute_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts of the first and of the repeated forward pass, as ``torch.utils.checkpoint`` wants them."""
+    return nullcontext(), keep_running_statistics()
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
@@ -55,7 +62,9 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         if input.numel() == input.shape[1] and _world_size() == 1:
-            raise ValueError("batch norm needs more than one value a channel: use a larger batch or image")
+            raise TinyTLError(
+                "batch norm needs more than one value a channel: use a larger batch or image, or --lite.norm group"
+            )
         count_batches = not getattr(_recomputing, "active", False)
         if count_batches and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tinytl_hf.config import PredictConfig
-from tinytl_hf.data import UNREADABLE
+from tinytl_hf.images import UnreadableImageError, decode, pad_images
 from tinytl_hf.model import TinyTLModel
 
 IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
@@ -50,16 +50,17 @@ def find_images(name: str) -> list[Path]:
 def _predict_batch(model: TinyTLModel, paths: list[Path], top_k: int) -> list[dict[str, Any]]:
     results: dict[Path, dict[str, Any]] = {}
     inputs = []
+    image_size = model.config.preprocessing.image_size
     for path in paths:
         try:
-            with Image.open(path) as image:
-                inputs.append((path, model.preprocess(image)))
-        except UNREADABLE as error:
+            inputs.append((path, decode({"bytes": None, "path": str(path)}, image_size)))
+        except UnreadableImageError as error:
             reason = "no image in this folder" if path.is_dir() else str(error)
             results[path] = {"image": str(path), "error": reason}
     if inputs:
         with torch.inference_mode():
-            probabilities = model(torch.cat([batch for _, batch in inputs])).softmax(1).cpu()
+            pixels, sizes = pad_images([image for _, image in inputs])
+            probabilities = model(model.normalise(pixels, sizes)).softmax(1).cpu()
         best = probabilities.topk(min(top_k, probabilities.shape[1]))
         for (path, _), values, indices in zip(inputs, best.values, best.indices, strict=True):
             labels = [

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -65,16 +68,17 @@ def train(config: Config) -> dict[str, Any]:
     accelerator, progress = run.accelerator, run.progress
     with StopSignal() as stop:
         while progress.epoch < config.train.epochs:
-            learning_rate = run.scheduler.get_last_lr()[-1]
             train_epoch(run, stop)
-            figures = evaluate_model(accelerator, run.prepared, run.eval_loader, run.model)
-            finish_epoch(run, figures, learning_rate)
             path = checkpoint.save(accelerator, config, progress)
-            stop_if_asked(run, stop, path)
+            figures = evaluate(run, partial(stop_if_asked, run, stop, path))
+            finish_epoch(run, figures)
+            path = checkpoint.save(accelerator, config, progress)
+            if progress.epoch < config.train.epochs:
+                stop_if_asked(run, stop, path)
     # The figures of a run are those of the file that it leaves behind.
     best = Path(config.output_dir) / run_folder.BEST_ADAPTER
     run.model.load_adapter_tensors(read_tensors(best), str(best))
-    results = evaluate_model(accelerator, run.prepared, run.eval_loader, run.model, tables=True)
+    results = evaluate(run, tables=True)
     if accelerator.is_main_process:
         path = Path(config.output_dir) / run_folder.RESULTS_FILE
         save_results(path, results, run.model, len(run.eval_loader.dataset), accelerator)  # type: ignore[arg-type]
@@ -86,7 +90,7 @@ def set_up(config: Config) -> Run:
     """Check and load everything, and bring it to where a checkpoint left it if there is one."""
     options = config.train
     accelerator = make_accelerator(
-        mixed_precision=options.mixed_precision,
+        options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.output_dir,
@@ -96,7 +100,7 @@ def set_up(config: Config) -> Run:
     log_conditions(accelerator, config)
     check_tracker(config.tracker)
     run_folder.check_free(config)
-    resume_from = checkpoint.find(config)
+    resume_from = checkpoint.find(config, accelerator.num_processes)
     set_seed(config.seed)
 
     train_split, eval_split = data.open_splits(config.data)
@@ -128,9 +132,11 @@ def set_up(config: Config) -> Run:
     progress = checkpoint.load(accelerator, resume_from) if resume_from else Progress()
     if accelerator.is_main_process:
         run_folder.make_ready(config, progress.epoch)
-    if config.tracker != "none":
-        options_as_text = {key: str(value) for key, value in flat(config.to_dict()).items()}
-        accelerator.init_trackers("tinytl_hf", config=options_as_text)  # tensorboard takes no lists or nulls
+    if resume_from is not None and not (Path(config.output_dir) / run_folder.BEST_ADAPTER).exists():
+        # Resumed into another folder: the best so far stayed in the first.
+        progress.best_accuracy = -1.0
+        save_adapters(model, config, [run_folder.BEST_ADAPTER], accelerator)
+    start_tracker(accelerator, config)
     augment = RandomCropFlip(len(train_images), config.seed, config.data.crop_scale, config.data.flip)
     return Run(
         config=config,
@@ -166,6 +172,7 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and options.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(run.model.trainable_parameters(), options.max_grad_norm)
+                progress.learning_rate = run.scheduler.get_last_lr()[-1]
                 run.optimizer.step()
                 run.scheduler.step()
                 run.optimizer.zero_grad()
@@ -178,10 +185,11 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
                 progress.seconds = seconds_before + time.perf_counter() - start
                 if progress.step % REPORT_EVERY == 0:
                     report(run, bar, loss.item(), sums)
-                if signum := stop.received(accelerator):
+                # Several processes have to agree, which waits for the device.
+                looks = accelerator.num_processes == 1 or progress.step % REPORT_EVERY == 0
+                if looks and stop.received(accelerator):
                     progress.add(accelerator.reduce(sums))
-                    path = checkpoint.save(accelerator, run.config, progress)
-                    raise Interrupted(signum, f"stopped at step {progress.step}: go on from {path}")
+                    stop_if_asked(run, stop, checkpoint.save(accelerator, run.config, progress))
     progress.add(accelerator.reduce(sums))
     if not math.isfinite(progress.loss):
         raise_not_finite(run)
@@ -193,9 +201,14 @@ def augmented(run: Run, batch: dict[str, Tensor]) -> Tensor:
     return resample(batch["pixels"], batch["sizes"], boxes, run.config.data.image_size, flips=flips)
 
 
-def finish_epoch(run: Run, figures: dict[str, float], learning_rate: float) -> None:
+def evaluate(run: Run, after_batch: Callable[[], None] | None = None, tables: bool = False) -> dict[str, Any]:
+    """Figures of the model as it is on the evaluation set."""
+    return evaluate_model(run.accelerator, run.prepared, run.eval_loader, run.model, tables, after_batch)
+
+
+def finish_epoch(run: Run, figures: dict[str, float]) -> None:
     """Write the epoch's figures and adapters, and turn to the next."""
-    config, progress, output = run.config, run.progress, Path(run.config.output_dir)
+    config, progress = run.config, run.progress
     train_figures = {
         "loss": progress.loss / progress.images,
         "accuracy": progress.right / progress.images,
@@ -204,18 +217,17 @@ def finish_epoch(run: Run, figures: dict[str, float], learning_rate: float) -> N
     line = {
         "epoch": progress.epoch + 1,
         "step": progress.step,
-        "lr": learning_rate,
+        "lr": progress.learning_rate,
         "seconds": progress.seconds,
         "train": train_figures,
         "eval": figures,
     }
     run.accelerator.log(flat(line), step=progress.epoch + 1)
     is_best = figures["accuracy"] > progress.best_accuracy
+    names = [run_folder.LAST_ADAPTER, *([run_folder.BEST_ADAPTER] if is_best else [])]
+    save_adapters(run.model, config, names, run.accelerator, figures)
     if run.accelerator.is_main_process:
-        run_folder.append_metrics(output, line)
-        record, dtype = DataRecord.of(config.data), config.adapter.dtype
-        for name in [run_folder.LAST_ADAPTER, *([run_folder.BEST_ADAPTER] if is_best else [])]:
-            run.model.save_pretrained(output / name, dtype=dtype, data=record, metrics=figures)
+        run_folder.append_metrics(Path(config.output_dir), line)
     logger.info(
         "epoch %d: train loss %.3f, accuracy %.4f, %.0f images/s; eval loss %.3f, accuracy %.4f%s",
         progress.epoch + 1,
@@ -227,6 +239,20 @@ def finish_epoch(run: Run, figures: dict[str, float], learning_rate: float) -> N
         " (best)" if is_best else "",
     )
     progress.next_epoch(figures["accuracy"])
+
+
+def save_adapters(
+    model: TinyTLModel,
+    config: Config,
+    names: list[str],
+    accelerator: Accelerator,
+    figures: dict[str, float] | None = None,
+) -> None:
+    """Write the model as it is to folders of the run, from the main process."""
+    if accelerator.is_main_process:
+        record, dtype = DataRecord.of(config.data), config.adapter.dtype
+        for name in names:
+            model.save_pretrained(Path(config.output_dir) / name, dtype=dtype, data=record, metrics=figures)
 
 
 def progress_bar(run: Run) -> tqdm:
@@ -257,9 +283,10 @@ def raise_not_finite(run: Run) -> None:
 
 
 def stop_if_asked(run: Run, stop: StopSignal, path: Path) -> None:
-    """End the run between two epochs if a signal came; the end of the last epoch needs no stop."""
-    if run.progress.epoch < run.config.train.epochs and (signum := stop.received(run.accelerator)):
-        raise Interrupted(signum, f"stopped after epoch {run.progress.epoch}: go on from {path}")
+    """End the run if a signal came; the checkpoint at ``path`` is of this moment."""
+    if signum := stop.received(run.accelerator):
+        run.accelerator.end_training()
+        raise Interrupted(signum, f"stopped at step {run.progress.step}: --train.resume auto goes on from {path}")
 
 
 def log_conditions(accelerator: Accelerator, config: Config) -> None:
@@ -279,6 +306,15 @@ def log_conditions(accelerator: Accelerator, config: Config) -> None:
         processes,
         steps,
     )
+
+
+def start_tracker(accelerator: Accelerator, config: Config) -> None:
+    """Open the tracker, with its files in the run's folder."""
+    if config.tracker == "none":
+        return
+    os.environ.setdefault("TRACKIO_DIR", str(Path(config.output_dir) / "trackio"))
+    options = {key: str(value) for key, value in flat(config.to_dict()).items()}  # no lists or nulls for tensorboard
+    accelerator.init_trackers("tinytl_hf", options, init_kwargs={"wandb": {"dir": config.output_dir}})
 
 
 def check_tracker(tracker: str) -> None:

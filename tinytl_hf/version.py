@@ -1,3 +1,3 @@
-"""The version of the package, and of the adapter format it writes."""
+"""The version of the package."""
 
 __version__ = "0.1.0"

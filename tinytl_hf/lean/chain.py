@@ -1,0 +1,251 @@
+"""A chain of frozen convolutions, each with its norm and activation, as one autograd function over slices.
+
+With frozen weights, the gradient of a chain's input and of its biases needs the weights and, of each
+activation, one bit a value (ReLU, ReLU6) or its input (hardswish, SiLU). The norm is folded into the
+convolution on the fly. The batch is worked through in slices, forward and backward, so that the wide maps
+inside an inverted residual exist for one slice at a time (TinyTL, section 3.1, applied to whole blocks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from tinytl_hf.lean import bits
+
+UPPER = {"relu": float("inf"), "relu6": 6.0}  # activations whose gradient is a mask
+SMOOTH = {"hardswish": F.hardswish, "silu": F.silu}
+SLICE_BYTES = 2 << 20  # about what stays in the cache between one stage and the next
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A frozen convolution with what follows it.
+
+    Attributes:
+        conv: The convolution.
+        norm: Its frozen norm, if any.
+        activation: ``relu``, ``relu6``, ``hardswish``, ``silu`` or null.
+    """
+
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d | None = None
+    activation: str | None = None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that may train: the norm's, or the convolution's where there is no norm."""
+        return self.conv.bias if self.norm is None else self.norm.bias
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether it is a matrix product of rows of channels."""
+        conv = self.conv
+        return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)
+
+    def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the convolution that does the norm's work too."""
+        weight, bias = self.conv.weight, self.bias
+        if self.norm is not None:
+            assert self.norm.running_mean is not None and self.norm.running_var is not None and bias is not None
+            scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
+            weight = weight * scale[:, None, None, None]
+            bias = bias - self.norm.running_mean * scale
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output for an input of this size."""
+        conv = self.conv
+        padding = conv.padding
+        assert isinstance(padding, tuple)
+        sizes = [
+            (size + 2 * padding[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
+            for i, size in enumerate((height, width))
+        ]
+        return sizes[0], sizes[1]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Stages that run one after the other, with the input added at the end if ``residual``."""
+
+    stages: tuple[Stage, ...]
+    residual: bool = False
+    slice_bytes: int = field(default=SLICE_BYTES)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` to the last stage's output, keeping only what the gradients need."""
+        return _ChainFunction.apply(x, self, *(stage.bias for stage in self.stages))
+
+    def slices(self, shape: torch.Size, itemsize: int) -> Iterator[slice]:
+        """Ranges of the batch whose widest map takes about ``slice_bytes``."""
+        images, _, height, width = shape
+        widest = 1
+        for stage in self.stages:
+            height, width = stage.output_size(height, width)
+            widest = max(widest, stage.conv.out_channels * height * width * itemsize)
+        count = max(1, self.slice_bytes // widest)
+        count = -(-images // -(-images // count))  # of one size, as far as it goes
+        for start in range(0, images, count):
+            yield slice(start, min(start + count, images))
+
+
+class _ChainFunction(Function):
+    """The chain's output; keeps masks and pre-activations only."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, chain: Chain, *biases: Tensor | None) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        folded = [stage.folded(dtype) for stage in chain.stages]
+        kept: list[Tensor] = []
+        outputs: Tensor | None = None
+        with torch.autocast(device, enabled=False):
+            for part in chain.slices(x.shape, dtype.itemsize):
+                maps = inputs = x[part].to(dtype)
+                for stage, (weight, bias) in zip(chain.stages, folded, strict=True):
+                    maps = _activate(stage, _convolve(stage, maps, weight, bias), kept)
+                if chain.residual:
+                    maps += inputs
+                if outputs is None:
+                    shape = (x.shape[0], *maps.shape[1:])
+                    outputs = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+                outputs[part] = maps
+        assert outputs is not None
+        ctx.save_for_backward(*kept)
+        _remember(ctx, chain=chain, shape=x.shape, dtype=x.dtype, compute_dtype=dtype)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        chain: Chain = ctx.chain
+        needs_input, _, *needs_bias = ctx.needs_input_grad
+        dtype = ctx.compute_dtype
+        folded = [stage.folded(dtype)[0] for stage in chain.stages]
+        sums: list[Tensor | None] = [None] * len(chain.stages)
+        kept = iter(ctx.saved_tensors)
+        grad_input: Tensor | None = None
+        if needs_input:
+            grad_input = torch.empty(ctx.shape, dtype=dtype, device=grad.device, memory_format=torch.channels_last)
+        sizes = _sizes(chain, ctx.shape)
+        for part in chain.slices(ctx.shape, dtype.itemsize):
+            flowing = outer = grad[part].contiguous(memory_format=torch.channels_last)
+            masks = [next(kept) if stage.activation is not None else None for stage in chain.stages]
+            for i in reversed(range(len(chain.stages))):
+                stage = chain.stages[i]
+                flowing = _activation_backward(stage, flowing, masks[i])
+                if needs_bias[i]:
+                    total = _rows(flowing).sum(0, dtype=torch.promote_types(dtype, torch.float32))
+                    before = sums[i]
+                    sums[i] = total if before is None else before + total
+                if i == 0 and not needs_input:
+                    break
+                flowing = _convolve_backward(stage, flowing, folded[i], (flowing.shape[0], *sizes[i]))
+            if grad_input is not None:
+                grad_input[part] = flowing + outer if chain.residual else flowing
+        bias_grads = [
+            None if total is None or stage.bias is None else total.to(stage.bias.dtype)
+            for stage, total in zip(chain.stages, sums, strict=True)
+        ]
+        return None if grad_input is None else grad_input.to(ctx.dtype), None, *bias_grads
+
+
+def _remember(ctx: Any, **values: Any) -> None:
+    for name, value in values.items():
+        setattr(ctx, name, value)
+
+
+def _sizes(chain: Chain, shape: torch.Size) -> list[tuple[int, int, int]]:
+    """Channels, height and width of each stage's input."""
+    height, width = shape[2:]
+    sizes = []
+    for stage in chain.stages:
+        sizes.append((stage.conv.in_channels, height, width))
+        height, width = stage.output_size(height, width)
+    return sizes
+
+
+def _rows(maps: Tensor) -> Tensor:
+    """``[N, C, H, W]`` as ``[N * H * W, C]``: a view of channels-last memory."""
+    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+
+
+def _images(rows: Tensor, images: int, height: int, width: int) -> Tensor:
+    return rows.view(images, height, width, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def _convolve(stage: Stage, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    images, _, height, width = maps.shape
+    if stage.is_pointwise:
+        matrix = weight.flatten(1).t()
+        rows = _rows(maps)
+        rows = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
+        return _images(rows, images, height, width)
+    conv = stage.conv
+    maps = F.conv2d(maps, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return maps.contiguous(memory_format=torch.channels_last)
+
+
+def _convolve_backward(stage: Stage, grad: Tensor, weight: Tensor, input_shape: tuple[int, ...]) -> Tensor:
+    """The gradient of the input, for which the convolution's input itself is not needed."""
+    images, _, height, width = input_shape
+    conv = stage.conv
+    if stage.is_pointwise:
+        return _images(_rows(grad) @ weight.flatten(1), images, height, width)
+    is_same = (
+        conv.stride == (1, 1)
+        and conv.dilation == (1, 1)
+        and conv.padding == tuple(size // 2 for size in conv.kernel_size)
+    )
+    if is_same and conv.groups == conv.in_channels == conv.out_channels and conv.kernel_size[0] % 2 == 1:
+        grad_input = F.conv2d(grad, weight.flip(2, 3), None, 1, conv.padding, 1, conv.groups)
+    else:
+        # The kernel wants a tensor of the input's shape and layout, and does not read it.
+        unread = torch.empty(input_shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+        grad_input = torch.ops.aten.convolution_backward(
+            grad,
+            unread,
+            weight,
+            None,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            False,
+            [0, 0],
+            conv.groups,
+            [True, False, False],
+        )[0]
+    return grad_input.contiguous(memory_format=torch.channels_last)
+
+
+def _activate(stage: Stage, maps: Tensor, kept: list[Tensor]) -> Tensor:
+    """Apply the activation, in place if it can be, and keep what its gradient needs."""
+    if stage.activation is None:
+        return maps
+    if stage.activation in SMOOTH:
+        kept.append(maps)
+        return SMOOTH[stage.activation](maps)
+    upper = UPPER[stage.activation]
+    maps.clamp_(0, upper)
+    kept.append(bits.pack(_rows(maps), upper))
+    return maps
+
+
+def _activation_backward(stage: Stage, grad: Tensor, kept: Tensor | None) -> Tensor:
+    if stage.activation is None or kept is None:
+        return grad
+    if stage.activation == "silu":
+        return torch.ops.aten.silu_backward(grad, kept)
+    if stage.activation == "hardswish":
+        return torch.ops.aten.hardswish_backward(grad, kept)
+    images, _, height, width = grad.shape
+    rows = _rows(grad)
+    return _images(rows * bits.unpack(kept, tuple(rows.shape), grad.dtype), images, height, width)

@@ -1,0 +1,132 @@
+"""Single lean layers: stock modules whose training pass keeps less; without gradients they are stock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torchvision.ops.misc import Conv2dNormActivation
+
+from tinytl_hf.lean import bits
+from tinytl_hf.lean.chain import UPPER, Chain, Stage
+from tinytl_hf.norms import FrozenBatchNorm2d
+
+
+class LeanConv2d(nn.Conv2d):
+    """A convolution with a frozen weight: keeps nothing."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Conv2d``."""
+        if not torch.is_grad_enabled():
+            return super().forward(input)
+        return Chain((Stage(self),))(input)
+
+
+class LeanFrozenBatchNorm2d(FrozenBatchNorm2d):
+    """A norm with frozen statistics and scale: keeps nothing of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As :class:`~tinytl_hf.norms.FrozenBatchNorm2d`."""
+        if not torch.is_grad_enabled():
+            return super().forward(input)
+        assert self.running_mean is not None and self.running_var is not None
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        shift = self.bias - self.running_mean * scale
+        return (input * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
+
+
+class LeanReLU(nn.ReLU):
+    """ReLU that keeps one bit a value."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.ReLU``."""
+        if not torch.is_grad_enabled():
+            return super().forward(input)
+        return masked_relu(input, UPPER["relu"])
+
+
+class LeanReLU6(nn.ReLU6):
+    """ReLU6 that keeps one bit a value."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.ReLU6``."""
+        if not torch.is_grad_enabled():
+            return super().forward(input)
+        return masked_relu(input, UPPER["relu6"])
+
+
+class LeanConvNormActivation(Conv2dNormActivation):
+    """torchvision's convolution, norm and activation as one lean function."""
+
+    chain: Chain
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``Conv2dNormActivation``."""
+        return self.chain(input) if torch.is_grad_enabled() else super().forward(input)
+
+
+class LeanResNetPath:
+    """The training pass of a ResNet block: main chain plus shortcut, then ReLU.
+
+    Args:
+        main: The convolutions of the block.
+        shortcut: The projection of its input, or null where the input itself is added.
+    """
+
+    def __init__(self, main: Chain, shortcut: Chain | None) -> None:
+        self.main, self.shortcut = main, shortcut
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As the block."""
+        return masked_relu(self.main(x) + (x if self.shortcut is None else self.shortcut(x)), UPPER["relu"])
+
+
+def masked_relu(input: Tensor, upper: float) -> Tensor:
+    """``clamp(input, 0, upper)``; keeps one bit a value."""
+    return _MaskedReLU.apply(input, upper)
+
+
+def average_pool(input: Tensor) -> Tensor:
+    """Mean of 2x2 px; keeps nothing."""
+    return _AveragePool.apply(input)
+
+
+class _MaskedReLU(Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, upper: float) -> Tensor:
+        output = input.clamp(0, upper)
+        ctx.channels_last = output.is_contiguous(memory_format=torch.channels_last)
+        ctx.save_for_backward(bits.pack(_flat(output, ctx.channels_last), upper))
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
+        flat = _flat(grad.contiguous(memory_format=layout), ctx.channels_last)
+        masked = flat * bits.unpack(mask, tuple(flat.shape), grad.dtype)
+        return masked.permute(0, 3, 1, 2) if ctx.channels_last else masked, None
+
+
+class _AveragePool(Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        ctx.size = input.shape[-2:]
+        return F.avg_pool2d(input, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        height, width = ctx.size
+        spread = F.interpolate(grad / 4, scale_factor=2, mode="nearest")
+        return F.pad(spread, (0, width % 2, 0, height % 2))
+
+
+def _flat(maps: Tensor, channels_last: bool) -> Tensor:
+    """The values in the order of their memory."""
+    return maps.permute(0, 2, 3, 1) if channels_last else maps.contiguous()
