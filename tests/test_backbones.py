@@ -38,7 +38,7 @@ def test_blocks_are_found_by_type_and_names_stay(name, make_model):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_step_0_gives_exactly_the_logits_of_the_stock_network(name, make_model):
-    model = make_model("TinyTL-L+B", name)
+    model = make_model("TinyTL-L+B", name, lean=False)
     stock = torchvision.models.get_model(name, num_classes=4).to(memory_format=torch.channels_last).eval()
     own = model.backbone.state_dict()
     for key, tensor in stock.state_dict().items():

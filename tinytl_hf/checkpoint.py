@@ -25,6 +25,7 @@ DELTA_FILE = "delta.safetensors"
 PROGRESS_FILE = "progress.json"
 MAY_DIFFER = {
     *("output_dir", "overwrite", "tracker", "adapter.dtype", "data.workers", "data.memory_limit_mb"),
+    *("memory.lean", "memory.slice_mb"),
     *("train.epochs", "train.resume", "train.keep_checkpoints"),
 }
 

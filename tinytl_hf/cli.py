@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader, set_parsing_settings
 
-from tinytl_hf.config import Config, DataConfig, EvalConfig, PredictConfig, TrainConfig, flat
+from tinytl_hf.config import Config, DataConfig, EvalConfig, MemoryConfig, PredictConfig, TrainConfig, flat
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.version import __version__
 
@@ -139,14 +139,9 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
 
 def _with_values(argv: list[str]) -> list[str]:
     """Let an option that is true or false stand alone, as ``--json``: it is true then."""
-    groups = {"": (Config, EvalConfig, PredictConfig), "data.": (DataConfig,), "train.": (TrainConfig,)}
-    flags = {
-        f"--{prefix}{field.name}"
-        for prefix, kinds in groups.items()
-        for kind in kinds
-        for field in fields(kind)
-        if field.type == "bool"
-    }
+    groups = [("", Config), ("", EvalConfig), ("", PredictConfig)]
+    groups += [("data.", DataConfig), ("train.", TrainConfig), ("memory.", MemoryConfig)]
+    flags = {f"--{prefix}{field.name}" for prefix, kind in groups for field in fields(kind) if field.type == "bool"}
     result = []
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         result.append(argument)

@@ -141,6 +141,20 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """How much training keeps in memory: an execution choice that changes no name and no result."""
+
+    lean: bool = True
+    """Keep only what the gradients need (true), or what stock PyTorch keeps (false)."""
+    slice_mb: float = 2.0
+    """Work through frozen blocks in slices of the batch whose widest map takes about this many MB: smaller
+    slices need less memory."""
+
+    def __post_init__(self) -> None:
+        _check(self.slice_mb > 0, "memory.slice_mb", self.slice_mb, "use a number of MB above 0, such as 2")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The training loop."""
 
@@ -238,6 +252,7 @@ class Config:
     head: HeadConfig = field(default_factory=HeadConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
 
     def __post_init__(self) -> None:

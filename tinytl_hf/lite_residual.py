@@ -10,15 +10,12 @@ The last norm's weight starts at zero, so at step 0 the sum is exactly the block
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tinytl_hf.config import LiteConfig
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.lean.layers import average_pool
-from tinytl_hf.norms import GlobalBatchNorm2d, recompute_contexts
+from tinytl_hf.norms import GlobalBatchNorm2d
 
 CHANNELS_PER_GROUP = 8
 
@@ -36,7 +33,6 @@ class LiteResidual(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, map_size: int, options: LiteConfig) -> None:
         super().__init__()
-        self.lean = False
         middle = _round_channels(in_channels * options.expand)
         if in_channels % options.groups or middle % options.groups:
             raise TinyTLError(
@@ -62,19 +58,16 @@ class LiteResidual(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """``[N, in_channels, H, W]`` to ``[N, out_channels, *size]``."""
-        lean = self.lean and torch.is_grad_enabled()
-        if self.pools and min(x.shape[-2:]) > 1:
-            x = average_pool(x) if lean else F.avg_pool2d(x, 2)
-        if lean:  # keeps the pooled input and computes the branch again in the backward pass
-            x = checkpoint(
-                self._branch, x, use_reentrant=False, context_fn=recompute_contexts, preserve_rng_state=False
-            )
-        else:
-            x = self._branch(x)
-        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        pooled = F.avg_pool2d(x, 2) if self.pools_maps_of(x) else x
+        return F.interpolate(self.branch(pooled), size=size, mode="bilinear", align_corners=False)
 
-    def _branch(self, x: Tensor) -> Tensor:
-        return self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+    def pools_maps_of(self, x: Tensor) -> bool:
+        """Whether ``x`` is pooled: not if it is 1 px high or wide, at whatever size the branch was built for."""
+        return self.pools and min(x.shape[-2:]) > 1
+
+    def branch(self, pooled: Tensor) -> Tensor:
+        """What comes between pooling and up-sampling."""
+        return self.norm2(self.conv2(F.relu(self.norm1(self.conv1(pooled)))))
 
 
 def fit_kernel(kernel_size: int, map_size: int) -> tuple[int, bool]:

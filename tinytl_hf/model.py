@@ -31,6 +31,8 @@ from tinytl_hf.config import METHOD_ALIASES, HeadConfig, LiteConfig
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub import render_card
 from tinytl_hf.images import pad_images, to_rgb
+from tinytl_hf.lean.chain import SLICE_MB
+from tinytl_hf.lean.convert import convert
 from tinytl_hf.lite_residual import LiteResidual
 
 
@@ -43,9 +45,20 @@ class TinyTLModel(nn.Module):
     Args:
         config: What to build. A ``sha256`` in it is checked against the frozen weights.
         gradient_checkpointing: Recompute each block in the backward pass.
+        lean: Keep only what the gradients need while training; changes neither names nor results.
+        slice_mb: About how much of a frozen block's widest map exists at a time, in MB.
+
+    Attributes:
+        stock_layers: Layers that keep full-size maps while training, by name and type.
     """
 
-    def __init__(self, config: AdapterConfig, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        config: AdapterConfig,
+        gradient_checkpointing: bool = False,
+        lean: bool = True,
+        slice_mb: float = SLICE_MB,
+    ) -> None:
         super().__init__()
         image_size = config.preprocessing.image_size
         check_image_size(config.backbone.name, image_size)
@@ -54,6 +67,7 @@ class TinyTLModel(nn.Module):
         )
         self._blocks = convert_blocks(self.backbone, gradient_checkpointing)
         methods.apply_method(self.backbone, self._blocks, config.method, image_size, config.lite)
+        self.stock_layers = convert(self.backbone, self._blocks, slice_mb) if lean else []
         # One layout always, so that a saved and a loaded model run the same kernels on the same numbers.
         self.backbone.to(memory_format=torch.channels_last)
         self.config = replace(config, backbone=replace(config.backbone, sha256=self._frozen_sha256()))
@@ -72,6 +86,8 @@ class TinyTLModel(nn.Module):
         lite: LiteConfig | None = None,
         head: HeadConfig | None = None,
         gradient_checkpointing: bool = False,
+        lean: bool = True,
+        slice_mb: float = SLICE_MB,
     ) -> TinyTLModel:
         """Build a model to train.
 
@@ -86,6 +102,8 @@ class TinyTLModel(nn.Module):
             lite: Options of the lite residuals.
             head: Options of the head.
             gradient_checkpointing: Recompute each block in the backward pass.
+            lean: Keep only what the gradients need while training, or what stock PyTorch keeps.
+            slice_mb: About how much of a frozen block's widest map exists at a time, in MB.
 
         Raises:
             TinyTLError: A name, source or option that does not fit, with the fix.
@@ -104,7 +122,7 @@ class TinyTLModel(nn.Module):
             lite=lite or LiteConfig(),
             head=head or HeadConfig(),
         )
-        model = cls(config, gradient_checkpointing)
+        model = cls(config, gradient_checkpointing, lean, slice_mb)
         pinned = replace(model.config.backbone, weights=pin_weights(name, weights))
         model.config = replace(model.config, backbone=pinned)
         return model

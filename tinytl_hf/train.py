@@ -114,6 +114,8 @@ def set_up(config: Config) -> Run:
         lite=config.lite,
         head=config.head,
         gradient_checkpointing=options.gradient_checkpointing,
+        lean=config.memory.lean,
+        slice_mb=config.memory.slice_mb,
     )
     train_images = data.read_images(train_split, config.data)
     eval_images = data.read_images(eval_split, config.data)

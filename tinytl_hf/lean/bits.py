@@ -42,7 +42,9 @@ def _pack_float32(flat: Tensor, upper: float) -> Tensor:
     bound = np.float32(upper).view(np.uint32) - np.uint32(1)
     inside = torch.empty(flat.numel(), dtype=torch.bool)
     np.less(shifted.numpy().view(np.uint32), bound, out=inside.numpy())
-    return torch.from_numpy(np.packbits(inside.numpy(), bitorder="little"))
+    packed = torch.empty(-(-flat.numel() // 8), dtype=torch.uint8)  # PyTorch's memory, so that it is counted
+    packed.numpy()[:] = np.packbits(inside.numpy(), bitorder="little")
+    return packed
 
 
 @functools.cache

@@ -9,20 +9,20 @@ inside an inverted residual exist for one slice at a time (TinyTL, section 3.1, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from tinytl_hf.lean import bits
 
 UPPER = {"relu": float("inf"), "relu6": 6.0}  # activations whose gradient is a mask
 SMOOTH = {"hardswish": F.hardswish, "silu": F.silu}
-SLICE_BYTES = 2 << 20  # about what stays in the cache between one stage and the next
+SLICE_MB = 2.0  # about what stays in the cache between one stage and the next
 
 
 @dataclass(frozen=True)
@@ -78,35 +78,58 @@ class Chain:
 
     stages: tuple[Stage, ...]
     residual: bool = False
-    slice_bytes: int = field(default=SLICE_BYTES)
+    slice_mb: float = SLICE_MB
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the last stage's output, keeping only what the gradients need."""
-        return _ChainFunction.apply(x, self, *(stage.bias for stage in self.stages))
+        return _ChainFunction.apply(x, self, False, *self._biases())[0]
+
+    def with_pooled_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and the mean of 2x2 px of ``x``, whose gradient then needs no tensor of its own."""
+        return _ChainFunction.apply(x, self, True, *self._biases())
+
+    def needs_gradient(self, x: Tensor) -> bool:
+        """Whether anything is to be kept for a backward pass."""
+        trains = any(bias is not None and bias.requires_grad for bias in self._biases())
+        return torch.is_grad_enabled() and (x.requires_grad or trains)
 
     def slices(self, shape: torch.Size, itemsize: int) -> Iterator[slice]:
-        """Ranges of the batch whose widest map takes about ``slice_bytes``."""
+        """Ranges of the batch whose widest map takes about ``slice_mb``."""
         images, _, height, width = shape
         widest = 1
         for stage in self.stages:
             height, width = stage.output_size(height, width)
             widest = max(widest, stage.conv.out_channels * height * width * itemsize)
-        count = max(1, self.slice_bytes // widest)
+        count = max(1, int(self.slice_mb * 1e6) // widest)
         count = -(-images // -(-images // count))  # of one size, as far as it goes
         for start in range(0, images, count):
             yield slice(start, min(start + count, images))
+
+    def input_sizes(self, shape: torch.Size) -> list[tuple[int, int, int]]:
+        """Channels, height and width of each stage's input."""
+        height, width = shape[2:]
+        sizes = []
+        for stage in self.stages:
+            sizes.append((stage.conv.in_channels, height, width))
+            height, width = stage.output_size(height, width)
+        return sizes
+
+    def _biases(self) -> list[Tensor | None]:
+        return [stage.bias for stage in self.stages]
 
 
 class _ChainFunction(Function):
     """The chain's output; keeps masks and pre-activations only."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, chain: Chain, *biases: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, chain: Chain, pools: bool, *biases: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         folded = [stage.folded(dtype) for stage in chain.stages]
         kept: list[Tensor] = []
-        outputs: Tensor | None = None
+        outputs, pooled = _Gathered(x.shape[0]), _Gathered(x.shape[0])
         with torch.autocast(device, enabled=False):
             for part in chain.slices(x.shape, dtype.itemsize):
                 maps = inputs = x[part].to(dtype)
@@ -114,63 +137,86 @@ class _ChainFunction(Function):
                     maps = _activate(stage, _convolve(stage, maps, weight, bias), kept)
                 if chain.residual:
                     maps += inputs
-                if outputs is None:
-                    shape = (x.shape[0], *maps.shape[1:])
-                    outputs = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
-                outputs[part] = maps
-        assert outputs is not None
+                outputs.put(part, maps)
+                if pools:
+                    pooled.put(part, F.avg_pool2d(inputs, 2))
         ctx.save_for_backward(*kept)
-        _remember(ctx, chain=chain, shape=x.shape, dtype=x.dtype, compute_dtype=dtype)
-        return outputs
+        ctx.chain, ctx.shape, ctx.dtype, ctx.compute_dtype = chain, x.shape, x.dtype, dtype
+        return outputs.whole, pooled.whole
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
         chain: Chain = ctx.chain
-        needs_input, _, *needs_bias = ctx.needs_input_grad
+        needs_input, _, _, *needs_bias = ctx.needs_input_grad
         dtype = ctx.compute_dtype
-        folded = [stage.folded(dtype)[0] for stage in chain.stages]
+        weights = [stage.folded(dtype)[0] for stage in chain.stages]
         sums: list[Tensor | None] = [None] * len(chain.stages)
         kept = iter(ctx.saved_tensors)
-        grad_input: Tensor | None = None
-        if needs_input:
-            grad_input = torch.empty(ctx.shape, dtype=dtype, device=grad.device, memory_format=torch.channels_last)
-        sizes = _sizes(chain, ctx.shape)
+        grad_input = _Gathered(ctx.shape[0])
         for part in chain.slices(ctx.shape, dtype.itemsize):
-            flowing = outer = grad[part].contiguous(memory_format=torch.channels_last)
+            outer = grad[part].contiguous(memory_format=torch.channels_last)
             masks = [next(kept) if stage.activation is not None else None for stage in chain.stages]
-            for i in reversed(range(len(chain.stages))):
-                stage = chain.stages[i]
-                flowing = _activation_backward(stage, flowing, masks[i])
-                if needs_bias[i]:
-                    total = _rows(flowing).sum(0, dtype=torch.promote_types(dtype, torch.float32))
-                    before = sums[i]
-                    sums[i] = total if before is None else before + total
-                if i == 0 and not needs_input:
-                    break
-                flowing = _convolve_backward(stage, flowing, folded[i], (flowing.shape[0], *sizes[i]))
-            if grad_input is not None:
-                grad_input[part] = flowing + outer if chain.residual else flowing
+            flowing = _slice_backward(chain, outer, weights, masks, sums, needs_bias, needs_input, ctx.shape)
+            if needs_input:
+                if chain.residual:
+                    flowing.add_(outer)
+                if grad_pooled is not None:
+                    _add_spread(flowing, grad_pooled[part])
+                grad_input.put(part, flowing.to(ctx.dtype))
         bias_grads = [
             None if total is None or stage.bias is None else total.to(stage.bias.dtype)
             for stage, total in zip(chain.stages, sums, strict=True)
         ]
-        return None if grad_input is None else grad_input.to(ctx.dtype), None, *bias_grads
+        return grad_input.whole, None, None, *bias_grads
 
 
-def _remember(ctx: Any, **values: Any) -> None:
-    for name, value in values.items():
-        setattr(ctx, name, value)
+class _Gathered:
+    """A channels-last tensor that is filled slice by slice, and made when its first slice comes."""
+
+    def __init__(self, images: int) -> None:
+        self.images = images
+        self.whole: Tensor | None = None
+
+    def put(self, part: slice, maps: Tensor) -> None:
+        if self.whole is None:
+            shape = (self.images, *maps.shape[1:])
+            self.whole = torch.empty(shape, dtype=maps.dtype, device=maps.device, memory_format=torch.channels_last)
+        self.whole[part] = maps
 
 
-def _sizes(chain: Chain, shape: torch.Size) -> list[tuple[int, int, int]]:
-    """Channels, height and width of each stage's input."""
-    height, width = shape[2:]
-    sizes = []
-    for stage in chain.stages:
-        sizes.append((stage.conv.in_channels, height, width))
-        height, width = stage.output_size(height, width)
-    return sizes
+def _slice_backward(
+    chain: Chain,
+    flowing: Tensor,
+    weights: list[Tensor],
+    masks: list[Tensor | None],
+    sums: list[Tensor | None],
+    needs_bias: list[bool],
+    needs_input: bool,
+    shape: torch.Size,
+) -> Tensor:
+    """The gradient of a slice's input; adds the gradients of the biases to ``sums``."""
+    sizes = chain.input_sizes(shape)
+    last_needed = 0 if needs_input else needs_bias.index(True)
+    for i in reversed(range(last_needed, len(chain.stages))):
+        stage = chain.stages[i]
+        flowing = _activation_backward(stage, flowing, masks[i])
+        if needs_bias[i]:
+            total = _rows(flowing).sum(0, dtype=torch.promote_types(flowing.dtype, torch.float32))
+            before = sums[i]
+            sums[i] = total if before is None else before + total
+        if i > last_needed or needs_input:
+            flowing = _convolve_backward(stage, flowing, weights[i], (flowing.shape[0], *sizes[i]))
+    return flowing
+
+
+def _add_spread(maps: Tensor, grad_pooled: Tensor) -> None:
+    """Add to ``maps`` the gradient of their 2x2 means."""
+    quarter = grad_pooled.to(maps.dtype) / 4
+    height, width = 2 * quarter.shape[2], 2 * quarter.shape[3]
+    for top in (0, 1):
+        for left in (0, 1):
+            maps[:, :, top:height:2, left:width:2] += quarter
 
 
 def _rows(maps: Tensor) -> Tensor:

@@ -21,9 +21,8 @@ class LeanConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Conv2d``."""
-        if not torch.is_grad_enabled():
-            return super().forward(input)
-        return Chain((Stage(self),))(input)
+        chain = Chain((Stage(self),))
+        return chain(input) if chain.needs_gradient(input) else super().forward(input)
 
 
 class LeanFrozenBatchNorm2d(FrozenBatchNorm2d):
@@ -44,7 +43,7 @@ class LeanReLU(nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.ReLU``."""
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
         return masked_relu(input, UPPER["relu"])
 
@@ -54,7 +53,7 @@ class LeanReLU6(nn.ReLU6):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.ReLU6``."""
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
         return masked_relu(input, UPPER["relu6"])
 
@@ -66,28 +65,17 @@ class LeanConvNormActivation(Conv2dNormActivation):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``Conv2dNormActivation``."""
-        return self.chain(input) if torch.is_grad_enabled() else super().forward(input)
-
-
-class LeanResNetPath:
-    """The training pass of a ResNet block: main chain plus shortcut, then ReLU.
-
-    Args:
-        main: The convolutions of the block.
-        shortcut: The projection of its input, or null where the input itself is added.
-    """
-
-    def __init__(self, main: Chain, shortcut: Chain | None) -> None:
-        self.main, self.shortcut = main, shortcut
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """As the block."""
-        return masked_relu(self.main(x) + (x if self.shortcut is None else self.shortcut(x)), UPPER["relu"])
+        return self.chain(input) if self.chain.needs_gradient(input) else super().forward(input)
 
 
 def masked_relu(input: Tensor, upper: float) -> Tensor:
     """``clamp(input, 0, upper)``; keeps one bit a value."""
     return _MaskedReLU.apply(input, upper)
+
+
+def upsample_add(maps: Tensor, small: Tensor) -> Tensor:
+    """Add ``small``, bilinearly resized, to ``maps`` in place; keeps nothing."""
+    return _UpsampleAdd.apply(maps, small)
 
 
 def average_pool(input: Tensor) -> Tensor:
@@ -111,6 +99,23 @@ class _MaskedReLU(Function):
         flat = _flat(grad.contiguous(memory_format=layout), ctx.channels_last)
         masked = flat * bits.unpack(mask, tuple(flat.shape), grad.dtype)
         return masked.permute(0, 3, 1, 2) if ctx.channels_last else masked, None
+
+
+class _UpsampleAdd(Function):
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, small: Tensor) -> Tensor:
+        ctx.mark_dirty(maps)
+        ctx.shape, ctx.dtype = small.shape, small.dtype
+        for i in range(len(maps)):  # the up-sampled maps exist for one image at a time
+            maps[i] += F.interpolate(small[i : i + 1], size=maps.shape[-2:], mode="bilinear", align_corners=False)[0]
+        return maps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        size = list(grad.shape[-2:])
+        grad_small = torch.ops.aten.upsample_bilinear2d_backward(grad.to(ctx.dtype), size, list(ctx.shape), False)
+        return grad, grad_small
 
 
 class _AveragePool(Function):

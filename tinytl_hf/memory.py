@@ -1,0 +1,329 @@
+"""Training memory as three figures that are never mixed up: computed, kept and measured.
+
+:func:`paper_rule` computes what the TinyTL paper would report, :func:`kept_for_backward` counts what one real
+forward pass keeps, :func:`measure_peak` measures one real training step. Figures are bytes; MB are 1e6 bytes.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, UntypedStorage, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.optim import AdamW
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.hooks import RemovableHandle
+from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
+
+from tinytl_hf.evaluation import _no_stderr
+from tinytl_hf.head import Head
+from tinytl_hf.lite_residual import LiteResidual
+from tinytl_hf.model import TinyTLModel
+
+MB = 1e6
+FLOAT_BYTES = 4
+MASKED = (nn.ReLU, nn.ReLU6)
+SMOOTH = (nn.Hardswish, nn.SiLU, nn.Hardsigmoid, nn.Sigmoid)
+NAMED_LAYERS = 4  # how many of a row's stock layers the table names
+
+
+def paper_rule(model: TinyTLModel, batch_size: int, frozen_bits: int = 8) -> float:
+    """Training memory in bytes by the rule of the TinyTL paper (section 4.1): analytic, nothing is measured.
+
+    One image at the model's resolution walks through the stock network. A convolution, linear layer or norm keeps
+    its fp32 input if its own weight trains; if anything but the head trains, a ReLU keeps one bit a value and a
+    smooth activation its fp32 input. While a layer runs it takes its input and, if it is a convolution or linear
+    layer, its output too (one group's share of it); a block that adds its input back holds that as well. The
+    highest sum, times ``batch_size``, and the parameters make up the figure.
+
+    Not counted, as in the paper: gradients, optimizer state, running statistics, temporaries of the backward pass, a
+    lite residual's pooled and up-sampled maps and, where a block has one but adds nothing back itself, its input.
+
+    MobileNetV2 of torchvision, 10 classes, 224 px, batch 8: FT-Full 447.2 MB, FT-Norm+Last 224.1, TinyTL-L+B 63.9,
+    TinyTL-L 63.9, TinyTL-B 48.1, FT-Last 47.2 MB. Of the paper's own figures only FT-Full's can be compared (447.8 MB
+    with 100 classes, figure 4); its table 2 is for ProxylessNAS-Mobile, which torchvision does not have.
+
+    Args:
+        model: The model; it may be lean or stock.
+        batch_size: Images a step.
+        frozen_bits: Bits in which a frozen parameter would be stored.
+    """
+    size = model.config.preprocessing.image_size
+    walk = _Walk(model)
+    hooks = [hook for module in model.modules() for hook in walk.follow(module)]
+    try:
+        with _left_as_found(model, training=False), torch.no_grad():
+            model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    weights = sum(p.numel() * (FLOAT_BYTES if p.requires_grad else frozen_bits / 8) for p in model.parameters())
+    return batch_size * walk.peak + weights
+
+
+class _Walk:
+    """What one image's forward pass takes by the paper's rule, in bytes."""
+
+    def __init__(self, model: TinyTLModel) -> None:
+        head = {p for module in model.modules() if isinstance(module, Head) for p in module.parameters()}
+        self.backpropagates = any(p not in head for p in model.trainable_parameters())
+        self.peak = self.kept = self.residual = 0.0
+
+    def follow(self, module: nn.Module) -> list[RemovableHandle]:
+        """Hook a layer that counts, or a block that holds its input."""
+        if _adds_input_back(module):
+            return [module.register_forward_pre_hook(self._hold), module.register_forward_hook(self._hold)]
+        if isinstance(module, LiteResidual):  # its ReLU is no layer of its own
+            return [module.norm1.register_forward_hook(lambda _, __, maps: self._run(nn.ReLU(), (maps,), maps))]
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.GroupNorm, *MASKED, *SMOOTH)):
+            return [module.register_forward_hook(self._run, prepend=True)]  # a norm before the ReLU that follows it
+        return []
+
+    def _hold(self, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> None:
+        self.residual = FLOAT_BYTES * inputs[0].numel() if output is None else 0.0
+
+    def _run(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        read = temporary = FLOAT_BYTES * inputs[0].numel()
+        if isinstance(layer, nn.Conv2d):
+            temporary += FLOAT_BYTES * output.numel() // layer.groups
+        elif isinstance(layer, nn.Linear):
+            temporary += FLOAT_BYTES * output.numel()
+        self.peak = max(self.peak, temporary + self.kept + self.residual)
+        if isinstance(layer, (*MASKED, *SMOOTH)):
+            share = 1 / 32 if isinstance(layer, MASKED) else 1.0
+            self.kept += share * read if self.backpropagates else 0.0
+        elif isinstance(layer.weight, Tensor) and layer.weight.requires_grad:
+            self.kept += read
+
+
+def _adds_input_back(module: nn.Module) -> bool:
+    if isinstance(module, (mobilenetv2.InvertedResidual, mobilenetv3.InvertedResidual, efficientnet.MBConv)):
+        return module.use_res_connect
+    if isinstance(module, mnasnet._InvertedResidual):
+        return module.apply_residual
+    return isinstance(module, (resnet.BasicBlock, resnet.Bottleneck))
+
+
+def kept_for_backward(model: TinyTLModel, images: Tensor, labels: Tensor) -> int:
+    """Bytes that one training forward pass and its loss keep for the backward pass: an exact ledger.
+
+    Every distinct storage counts once and whole, unless it is the batch itself, a parameter or a buffer. The model
+    stays as it was, running statistics included.
+
+    Args:
+        model: The model, lean or stock.
+        images: Normalised images ``[N, 3, H, W]`` on the model's device.
+        labels: Their labels ``[N]``.
+    """
+    return sum(_kept_storages(model, images, labels))
+
+
+def _kept_storages(model: TinyTLModel, images: Tensor, labels: Tensor) -> tuple[int, int]:
+    """Bytes kept in torch's own memory, and in memory that came from elsewhere, such as NumPy."""
+    storages: dict[int, UntypedStorage] = {}  # by address; held, so that no address comes a second time
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor.detach()  # the tensor itself would make a cycle that is never freed
+
+    # A checkpointed part keeps its inputs with the hooks around it, which are these, and hides only what it computes
+    # again: so the pooled input of each lite residual is here too.
+    with _left_as_found(model, training=True), saved_tensors_hooks(pack, lambda tensor: tensor):
+        F.cross_entropy(model(images), labels)
+    for tensor in (images, labels, *model.parameters(), *model.buffers()):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    inside = sum(storage.nbytes() for storage in storages.values() if storage.resizable())
+    return inside, sum(storage.nbytes() for storage in storages.values()) - inside
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a training step takes when it takes most, in bytes. The parts add up to what was measured.
+
+    Attributes:
+        frozen_weights: Parameters and buffers that do not change.
+        trained_weights: Parameters that train and running statistics that change.
+        gradients: Of the parameters that train; less where the peak comes before they can all be there.
+        optimizer_state: AdamW's moments.
+        kept_activations: What the forward pass keeps for the backward pass, by the ledger.
+        transient: The rest: temporaries of whatever runs at the peak.
+    """
+
+    frozen_weights: int
+    trained_weights: int
+    gradients: int
+    optimizer_state: int
+    kept_activations: int
+    transient: int
+
+    @property
+    def dynamic(self) -> int:
+        """Kept activations and temporaries: what grows with the batch."""
+        return self.kept_activations + self.transient
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.frozen_weights + self.trained_weights + self.gradients + self.optimizer_state + self.dynamic
+
+
+def measure_peak(model: TinyTLModel, images: Tensor, labels: Tensor) -> Peak:
+    """Measure the allocator's peak in one training step: forward, loss, backward, AdamW.
+
+    Weights and optimizer state are there before; the batch does not count. What is kept in memory that is not the
+    allocator's (NumPy's) is added in full, wherever the peak was. Scratch memory of oneDNN's and BLAS's kernels on a
+    CPU is out of sight. Arguments are those of :func:`kept_for_backward`, and again the model stays as it was.
+    """
+    inside, outside = _kept_storages(model, images, labels)
+    trained = _bytes(model.adapter_tensors().values())
+    with _left_as_found(model, training=True):
+        optimizer, step = _warmed_up_step(model, images, labels)
+        measured = (_cuda_peak if images.is_cuda else _cpu_peak)(step)
+        state = _bytes(value for values in optimizer.state.values() for value in values.values())
+    # All that is kept is there when the forward pass ends, so the peak is no less.
+    gradients = min(_bytes(model.trainable_parameters()), max(0, measured - inside))
+    return Peak(
+        frozen_weights=_bytes(model.parameters()) + _bytes(model.buffers()) - trained,
+        trained_weights=trained,
+        gradients=gradients,
+        optimizer_state=state,
+        kept_activations=inside + outside,
+        transient=max(0, measured - inside - gradients),
+    )
+
+
+def measure_speed(model: TinyTLModel, images: Tensor, labels: Tensor, repeats: int = 5) -> float:
+    """Images a second in the step of :func:`measure_peak`: the median of ``repeats`` steps, after a warm-up."""
+    seconds = []
+    with _left_as_found(model, training=True):
+        _, step = _warmed_up_step(model, images, labels)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+    return len(images) / statistics.median(seconds)
+
+
+def process_high_water() -> int:
+    """The most memory that this process has had resident so far, in bytes: ask a fresh process."""
+    status = Path("/proc/self/status")
+    _, found, value = (status.read_text() if status.is_file() else "").partition("VmHWM:")
+    if found:
+        return int(value.split()[0]) * 1024
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _warmed_up_step(model: TinyTLModel, images: Tensor, labels: Tensor) -> tuple[AdamW, Callable[[], None]]:
+    # At rate 0 a step does all of its work, on the same weights each time.
+    optimizer = AdamW(model.trainable_parameters(), lr=0.0)
+
+    def step() -> None:
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if images.is_cuda:
+            torch.cuda.synchronize()
+
+    step()
+    return optimizer, step
+
+
+def _cpu_peak(step: Callable[[], None]) -> int:
+    gc.collect()  # what is freed late would count as memory that the step gave back
+    with _no_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+def _cuda_peak(step: Callable[[], None]) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@contextmanager
+def _left_as_found(model: TinyTLModel, training: bool) -> Iterator[None]:
+    """Start without gradients, in the mode asked for; leave the model and the random generator as they were."""
+    delta = {name: tensor.clone() for name, tensor in model.adapter_tensors().items()}
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
+    model.train(training).zero_grad()
+    try:
+        with torch.random.fork_rng({p.device for p in gradients if p.is_cuda}):
+            yield
+    finally:
+        for name, tensor in model.adapter_tensors().items():
+            tensor.copy_(delta[name])
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """One method's figures on one engine, ``lean`` or ``stock``; ``high_water`` is of a process that ran it alone."""
+
+    method: str
+    engine: str
+    paper: float
+    kept: int
+    peak: Peak
+    images_per_second: float
+    high_water: int | None
+    stock_layers: list[str]
+
+
+LABELS = {"paper": "paper rule (analytic)", "kept": "kept for backward (ledger)", "peak": "peak (measured)"}
+LEGEND = f"""\
+A  {LABELS["paper"]}: computed as in the TinyTL paper, with 8-bit frozen weights
+B  {LABELS["kept"]}: what one forward pass really keeps
+C  {LABELS["peak"]}: of one training step, the sum of the six columns after it; dynamic = kept + transient
+process: the most that a process running this alone had resident. All in MB of 1e6 bytes.
+"""
+COLUMNS = ["A", "B", "C", "frozen", "trained", "gradients", "optimizer", "kept", "transient", "dynamic", "process"]
+
+
+def memory_table(rows: Sequence[MemoryRow]) -> str:
+    """The rows as plain text, with a legend that says which figure is computed and which is measured."""
+    table = [["method", "engine", *COLUMNS, "images/s"]]
+    notes = []
+    for row in rows:
+        figures = [row.paper, row.kept, row.peak.total, *asdict(row.peak).values(), row.peak.dynamic, row.high_water]
+        in_mb = ["-" if figure is None else f"{figure / MB:.1f}" for figure in figures]
+        table.append([row.method, row.engine, *in_mb, f"{row.images_per_second:.1f}"])
+        if row.stock_layers:
+            names = ", ".join(row.stock_layers[:NAMED_LAYERS]) + ", ..." * (len(row.stock_layers) > NAMED_LAYERS)
+            notes.append(f"{row.method}, {row.engine}: {len(row.stock_layers)} layers stay stock: {names}")
+    lines = [f"{method:13}{engine:5}" + "".join(f"{c:>10}" for c in cells) for method, engine, *cells in table]
+    return "\n".join([LEGEND, *lines, *notes]) + "\n"
+
+
+def to_json(rows: Sequence[MemoryRow], conditions: Mapping[str, Any]) -> str:
+    """The rows in bytes, with the conditions they hold under: device, threads, batch size and the like."""
+    plain = [asdict(row) for row in rows]
+    for row, values in zip(rows, plain, strict=True):
+        values["peak"] |= {"dynamic": row.peak.dynamic, "total": row.peak.total}
+    report = {"unit": "bytes", "labels": LABELS, "conditions": dict(conditions), "rows": plain}
+    return json.dumps(report, indent=2) + "\n"
