@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from tinytl_hf.lean import bits
 
 UPPER = {"relu": float("inf"), "relu6": 6.0}  # activations whose gradient is a mask
-SMOOTH = {"hardswish": F.hardswish, "silu": F.silu}
+SMOOTH = {"hardswish": F.hardswish, "silu": F.silu}  # those that need their input
+SMOOTH_BACKWARD = {"hardswish": torch.ops.aten.hardswish_backward, "silu": torch.ops.aten.silu_backward}
 SLICE_MB = 2.0  # about what stays in the cache between one stage and the next
 
 
@@ -130,11 +131,14 @@ class _ChainFunction(Function):
         folded = [stage.folded(dtype) for stage in chain.stages]
         kept: list[Tensor] = []
         outputs, pooled = _Gathered(x.shape[0]), _Gathered(x.shape[0])
+        scratch = _Scratch()
         with torch.autocast(device, enabled=False):
             for part in chain.slices(x.shape, dtype.itemsize):
                 maps = inputs = x[part].to(dtype)
-                for stage, (weight, bias) in zip(chain.stages, folded, strict=True):
-                    maps = _activate(stage, _convolve(stage, maps, weight, bias), kept)
+                for i, (stage, (weight, bias)) in enumerate(zip(chain.stages, folded, strict=True)):
+                    # What a smooth activation keeps must not be overwritten by the next slice.
+                    reused = None if stage.activation in SMOOTH else scratch
+                    maps = _activate(stage, _convolve(stage, maps, weight, bias, reused, i), kept)
                 if chain.residual:
                     maps += inputs
                 outputs.put(part, maps)
@@ -154,10 +158,11 @@ class _ChainFunction(Function):
         sums: list[Tensor | None] = [None] * len(chain.stages)
         kept = iter(ctx.saved_tensors)
         grad_input = _Gathered(ctx.shape[0])
+        scratch = _Scratch()
         for part in chain.slices(ctx.shape, dtype.itemsize):
             outer = grad[part].contiguous(memory_format=torch.channels_last)
             masks = [next(kept) if stage.activation is not None else None for stage in chain.stages]
-            flowing = _slice_backward(chain, outer, weights, masks, sums, needs_bias, needs_input, ctx.shape)
+            flowing = _slice_backward(chain, outer, weights, masks, sums, needs_bias, needs_input, ctx.shape, scratch)
             if needs_input:
                 if chain.residual:
                     flowing.add_(outer)
@@ -185,29 +190,63 @@ class _Gathered:
         self.whole[part] = maps
 
 
+class _Scratch:
+    """Memory that the slices of one pass use in turn: fresh memory costs a page fault every 4 kB."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[int, Tensor] = {}
+
+    def take(self, key: int, values: int, like: Tensor) -> Tensor:
+        """At least ``values`` values; the first slice is the largest."""
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.numel() < values:
+            buffer = self.buffers[key] = torch.empty(values, dtype=like.dtype, device=like.device)
+        return buffer[:values]
+
+
 def _slice_backward(
     chain: Chain,
-    flowing: Tensor,
+    outer: Tensor,
     weights: list[Tensor],
-    masks: list[Tensor | None],
+    kept: list[Tensor | None],
     sums: list[Tensor | None],
     needs_bias: list[bool],
     needs_input: bool,
     shape: torch.Size,
+    scratch: _Scratch,
 ) -> Tensor:
     """The gradient of a slice's input; adds the gradients of the biases to ``sums``."""
     sizes = chain.input_sizes(shape)
     last_needed = 0 if needs_input else needs_bias.index(True)
+    flowing, mask = outer, _mask(chain.stages[-1], kept[-1], outer, len(kept), scratch)
     for i in reversed(range(last_needed, len(chain.stages))):
-        stage = chain.stages[i]
-        flowing = _activation_backward(stage, flowing, masks[i])
+        stage, saved = chain.stages[i], kept[i]
+        if mask is not None:
+            flowing = flowing * mask if flowing is outer else flowing.mul_(mask)
+        elif saved is not None:
+            flowing = SMOOTH_BACKWARD[str(stage.activation)](flowing, saved)
         if needs_bias[i]:
             total = _rows(flowing).sum(0, dtype=torch.promote_types(flowing.dtype, torch.float32))
             before = sums[i]
             sums[i] = total if before is None else before + total
         if i > last_needed or needs_input:
-            flowing = _convolve_backward(stage, flowing, weights[i], (flowing.shape[0], *sizes[i]))
+            maps = (flowing.shape[0], *sizes[i])
+            before_stage = None if i == 0 else chain.stages[i - 1]
+            mask = None if before_stage is None else _mask(before_stage, kept[i - 1], flowing, i, scratch, maps)
+            flowing = _convolve_backward(stage, flowing, weights[i], maps, mask)
     return flowing
+
+
+def _mask(
+    stage: Stage, kept: Tensor | None, like: Tensor, key: int, scratch: _Scratch, shape: tuple[int, ...] | None = None
+) -> Tensor | None:
+    """The mask of a stage's activation as a channels-last tensor; null if its gradient is no mask."""
+    if kept is None or stage.activation not in UPPER:
+        return None
+    images, channels, height, width = like.shape if shape is None else shape
+    memory = scratch.take(-1 - key % 2, 8 * kept.numel(), like)
+    rows = bits.unpack(kept, (images * height * width, channels), like.dtype, out=memory)
+    return _images(rows, images, height, width)
 
 
 def _add_spread(maps: Tensor, grad_pooled: Tensor) -> None:
@@ -228,47 +267,42 @@ def _images(rows: Tensor, images: int, height: int, width: int) -> Tensor:
     return rows.view(images, height, width, rows.shape[1]).permute(0, 3, 1, 2)
 
 
-def _convolve(stage: Stage, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolve(
+    stage: Stage, maps: Tensor, weight: Tensor, bias: Tensor | None, scratch: _Scratch | None, key: int
+) -> Tensor:
     images, _, height, width = maps.shape
     if stage.is_pointwise:
-        matrix = weight.flatten(1).t()
-        rows = _rows(maps)
-        rows = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
+        matrix, rows = weight.flatten(1).t(), _rows(maps)
+        out = None
+        if scratch is not None:
+            out = scratch.take(key, rows.shape[0] * matrix.shape[1], rows).view(-1, matrix.shape[1])
+        rows = torch.mm(rows, matrix, out=out) if bias is None else torch.addmm(bias, rows, matrix, out=out)
         return _images(rows, images, height, width)
     conv = stage.conv
     maps = F.conv2d(maps, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     return maps.contiguous(memory_format=torch.channels_last)
 
 
-def _convolve_backward(stage: Stage, grad: Tensor, weight: Tensor, input_shape: tuple[int, ...]) -> Tensor:
+def _convolve_backward(
+    stage: Stage, grad: Tensor, weight: Tensor, input_shape: tuple[int, ...], unread: Tensor | None
+) -> Tensor:
     """The gradient of the input, for which the convolution's input itself is not needed."""
     images, _, height, width = input_shape
     conv = stage.conv
     if stage.is_pointwise:
         return _images(_rows(grad) @ weight.flatten(1), images, height, width)
-    is_same = (
-        conv.stride == (1, 1)
-        and conv.dilation == (1, 1)
-        and conv.padding == tuple(size // 2 for size in conv.kernel_size)
-    )
-    if is_same and conv.groups == conv.in_channels == conv.out_channels and conv.kernel_size[0] % 2 == 1:
+    padding = tuple(size // 2 for size in conv.kernel_size)
+    keeps_size = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.padding == padding
+    if keeps_size and conv.groups == conv.in_channels == conv.out_channels and conv.kernel_size[0] % 2 == 1:
         grad_input = F.conv2d(grad, weight.flip(2, 3), None, 1, conv.padding, 1, conv.groups)
     else:
         # The kernel wants a tensor of the input's shape and layout, and does not read it.
-        unread = torch.empty(input_shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
-        grad_input = torch.ops.aten.convolution_backward(
-            grad,
-            unread,
-            weight,
-            None,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            False,
-            [0, 0],
-            conv.groups,
-            [True, False, False],
-        )[0]
+        if unread is None:
+            layout = torch.channels_last
+            unread = torch.empty(input_shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+        geometry = (conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups)
+        mask = [True, False, False]
+        grad_input = torch.ops.aten.convolution_backward(grad, unread, weight, None, *geometry, mask)[0]
     return grad_input.contiguous(memory_format=torch.channels_last)
 
 
@@ -283,15 +317,3 @@ def _activate(stage: Stage, maps: Tensor, kept: list[Tensor]) -> Tensor:
     maps.clamp_(0, upper)
     kept.append(bits.pack(_rows(maps), upper))
     return maps
-
-
-def _activation_backward(stage: Stage, grad: Tensor, kept: Tensor | None) -> Tensor:
-    if stage.activation is None or kept is None:
-        return grad
-    if stage.activation == "silu":
-        return torch.ops.aten.silu_backward(grad, kept)
-    if stage.activation == "hardswish":
-        return torch.ops.aten.hardswish_backward(grad, kept)
-    images, _, height, width = grad.shape
-    rows = _rows(grad)
-    return _images(rows * bits.unpack(kept, tuple(rows.shape), grad.dtype), images, height, width)
