@@ -1,4 +1,4 @@
-"""The command line: ``tinytl-hf train | eval | predict``.
+"""The command line: ``tinytl-hf train | eval | predict | memory``.
 
 Every option is a field of a dataclass; a YAML file given with ``--config`` comes first and what is on
 the command line wins. A mistake ends with one line; ``--debug`` shows where it was raised.
@@ -22,7 +22,16 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader, set_parsing_settings
 
-from tinytl_hf.config import Config, DataConfig, EvalConfig, MemoryConfig, PredictConfig, TrainConfig, flat
+from tinytl_hf.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    MemoryConfig,
+    MemoryTableConfig,
+    PredictConfig,
+    TrainConfig,
+    flat,
+)
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.version import __version__
 
@@ -84,6 +93,8 @@ def run(argv: list[str]) -> None:
         from tinytl_hf.evaluation import evaluate_adapter
 
         _print_figures(evaluate_adapter(_build(EvalConfig, values), values.data))
+    elif parsed.subcommand == "memory":
+        _print_memory(_build(Config, values), _build(MemoryTableConfig, values))
     else:
         _print_predictions(_build(PredictConfig, values), values.images)
 
@@ -105,6 +116,12 @@ def make_parser(eval_defaults: dict[str, Any] | None = None) -> ArgumentParser:
     eval_parser.add_class_arguments(DataConfig, "data")
     eval_parser.set_defaults(eval_defaults or {})
     verbs.add_subcommand("eval", eval_parser, help="evaluate an adapter, by default on the data it names")
+
+    memory_parser = ArgumentParser(exit_on_error=False)
+    memory_parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    memory_parser.add_class_arguments(MemoryTableConfig)
+    memory_parser.add_class_arguments(Config)
+    verbs.add_subcommand("memory", memory_parser, help="measure the training memory of every method, lean and stock")
 
     predict_parser = ArgumentParser(exit_on_error=False)
     predict_parser.add_class_arguments(PredictConfig)
@@ -139,7 +156,7 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
 
 def _with_values(argv: list[str]) -> list[str]:
     """Let an option that is true or false stand alone, as ``--json``: it is true then."""
-    groups = [("", Config), ("", EvalConfig), ("", PredictConfig)]
+    groups = [("", Config), ("", EvalConfig), ("", PredictConfig), ("", MemoryTableConfig)]
     groups += [("data.", DataConfig), ("train.", TrainConfig), ("memory.", MemoryConfig)]
     flags = {f"--{prefix}{field.name}" for prefix, kind in groups for field in fields(kind) if field.type == "bool"}
     result = []
@@ -177,6 +194,27 @@ def _print_predictions(config: PredictConfig, images: list[str]) -> None:
         sys.exit(1)
 
 
+def _print_memory(config: Config, options: MemoryTableConfig) -> None:
+    import torch
+
+    from tinytl_hf.memory import measure_rows, memory_table, to_json
+
+    rows = list(measure_rows(config, options))
+    conditions = {
+        "backbone": config.backbone.name,
+        "image_size": config.data.image_size,
+        "batch_size": options.batch_size,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch_version": torch.__version__,
+    }
+    if options.json:
+        print(to_json(rows, conditions), end="")
+    else:
+        print(", ".join(f"{name} {value}" for name, value in conditions.items()), end="\n\n")
+        print(memory_table(rows), end="")
+
+
 def _one_line(error: Exception) -> str:
     """What went wrong and how to mend it, without the library's own layout."""
     text = " ".join(str(error).split())
@@ -195,7 +233,7 @@ def _one_line(error: Exception) -> str:
 
 def _no_such_option(key: str) -> str:
     options = [f"data.{field.name}" for field in fields(DataConfig)]
-    options += [field.name for kind in (EvalConfig, PredictConfig) for field in fields(kind)]
+    options += [field.name for kind in (EvalConfig, PredictConfig, MemoryTableConfig) for field in fields(kind)]
     options += flat(Config().to_dict())
     close = difflib.get_close_matches(key, options, n=1)
     return f"{key}: no such option{f'; did you mean {close[0]}?' if close else '; see --help'}"

@@ -146,12 +146,12 @@ class MemoryConfig:
 
     lean: bool = True
     """Keep only what the gradients need (true), or what stock PyTorch keeps (false)."""
-    slice_mb: float = 2.0
+    slice_mb: float = 3.0
     """Work through frozen blocks in slices of the batch whose widest map takes about this many MB: smaller
     slices need less memory."""
 
     def __post_init__(self) -> None:
-        _check(self.slice_mb > 0, "memory.slice_mb", self.slice_mb, "use a number of MB above 0, such as 2")
+        _check(self.slice_mb > 0, "memory.slice_mb", self.slice_mb, "use a number of MB above 0, such as 3")
 
 
 @dataclass(frozen=True)
@@ -306,6 +306,26 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         _check(self.top_k >= 1, "top_k", self.top_k, "use 1 or more")
+
+
+@dataclass(frozen=True)
+class MemoryTableConfig:
+    """Measure the training memory and speed of methods, lean and stock."""
+
+    methods: list[MethodName] | None = None
+    """Methods to measure; null: all."""
+    batch_size: int = 8
+    """Images a forward and backward pass."""
+    num_classes: int = 10
+    """Outputs of the head."""
+    repeats: int = 5
+    """Steps whose median time counts."""
+    json: bool = False
+    """Print JSON, in bytes and with the conditions, instead of a table."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_classes", "repeats"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -127,7 +127,7 @@ def save_results(
     }
     results = {**figures, **conditions}
     try:
-        with _no_stderr():
+        with no_stderr():
             evaluate.save(path, **results)
     except FileNotFoundError:  # no git
         path.write_text(json.dumps(results), encoding="utf-8")
@@ -141,7 +141,7 @@ def _make_folder_of(path: Path) -> None:
 
 
 @contextmanager
-def _no_stderr() -> Iterator[None]:
+def no_stderr() -> Iterator[None]:
     """Silence this process's error stream and that of the programs it starts."""
     saved = os.dup(2)
     try:

@@ -12,9 +12,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import accumulate
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.hooks import RemovableHandle
 from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
 
-from tinytl_hf.evaluation import _no_stderr
+from tinytl_hf.config import Config, MemoryTableConfig
+from tinytl_hf.evaluation import no_stderr
 from tinytl_hf.head import Head
 from tinytl_hf.lite_residual import LiteResidual
+from tinytl_hf.methods import METHODS
 from tinytl_hf.model import TinyTLModel
 
 MB = 1e6
@@ -248,7 +252,7 @@ def _warmed_up_step(model: TinyTLModel, images: Tensor, labels: Tensor) -> tuple
 
 def _cpu_peak(step: Callable[[], None]) -> int:
     gc.collect()  # what is freed late would count as memory that the step gave back
-    with _no_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with no_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
@@ -279,6 +283,51 @@ def _left_as_found(model: TinyTLModel, training: bool) -> Iterator[None]:
             parameter.grad = gradient
         for module, mode in modes.items():
             module.training = mode
+
+
+def measure_rows(config: Config, options: MemoryTableConfig) -> Iterator[MemoryRow]:
+    """Measure methods on both engines, each in a process of its own, so that none inherits another's memory.
+
+    Args:
+        config: The run: backbone, image size, lite residual and head; its method and data do not matter.
+        options: Methods, batch, classes and repeats.
+    """
+    for method in options.methods or METHODS:
+        for lean in (False, True):
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                yield pool.submit(_measure_row, config, options, method, lean).result()
+
+
+def _measure_row(config: Config, options: MemoryTableConfig, method: str, lean: bool) -> MemoryRow:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = config.data.image_size
+    model = TinyTLModel.from_backbone(
+        config.backbone.name,
+        method=method,
+        num_classes=options.num_classes,
+        weights=config.backbone.weights,
+        image_size=size,
+        lite=config.lite,
+        head=config.head,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        lean=lean,
+        slice_mb=config.memory.slice_mb,
+    ).to(device)
+    images = torch.randn(options.batch_size, 3, size, size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(options.num_classes, (options.batch_size,), device=device)
+    speed = measure_speed(model, images, labels, options.repeats)
+    high_water = process_high_water()  # before the profiler takes memory of its own
+    return MemoryRow(
+        method=method,
+        engine="lean" if lean else "stock",
+        paper=paper_rule(model, options.batch_size),
+        kept=kept_for_backward(model, images, labels),
+        peak=measure_peak(model, images, labels),
+        images_per_second=speed,
+        high_water=high_water,
+        stock_layers=model.stock_layers,
+    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tinytl_hf.lean import bits
 UPPER = {"relu": float("inf"), "relu6": 6.0}  # activations whose gradient is a mask
 SMOOTH = {"hardswish": F.hardswish, "silu": F.silu}  # those that need their input
 SMOOTH_BACKWARD = {"hardswish": torch.ops.aten.hardswish_backward, "silu": torch.ops.aten.silu_backward}
-SLICE_MB = 2.0  # about what stays in the cache between one stage and the next
+SLICE_MB = 3.0  # about what stays in the cache between one stage and the next
 
 
 @dataclass(frozen=True)
