@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from conftest import run_cli
 from torch import nn
 
 from tinytl_hf.config import HeadConfig
@@ -230,3 +231,15 @@ def test_json_has_every_row_its_labels_and_the_conditions():
     assert [row["method"] for row in report["rows"]] == ["TinyTL-L+B", "FT-Full"]
     assert report["rows"][0]["peak"]["total"] == 21_000_000 and report["rows"][0]["peak"]["dynamic"] == 11_000_000
     assert len(report["rows"][1]["stock_layers"]) == 9 and report["rows"][1]["high_water"] is None
+
+
+def test_the_verb_measures_each_engine_in_a_process_of_its_own():
+    arguments = ["memory", "--methods", "[TinyTL-B]", "--backbone.weights", "none", "--data.image_size", "64"]
+    done = run_cli(*arguments, "--batch_size", "4", "--repeats", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    plain, lean = report["rows"]
+    assert (plain["engine"], lean["engine"]) == ("stock", "lean")
+    assert report["conditions"]["batch_size"] == 4 and plain["paper"] == lean["paper"]
+    assert plain["kept"] > 50 * lean["kept"] and plain["peak"]["dynamic"] > 4 * lean["peak"]["dynamic"]
+    assert plain["high_water"] > 100e6 and plain["images_per_second"] > 0

@@ -35,6 +35,8 @@ def test_every_command_runs(colour_folder, tmp_path, monkeypatch):
         arguments = arguments_of(command)
         if arguments[0] == "train":
             arguments += [*SMALL, "--data.dataset", str(colour_folder), "--overwrite", "true"]
+        elif arguments[0] == "memory":
+            arguments += [*SMALL[:4], "--batch_size", "2", "--repeats", "1"]
         done = run_cli(*arguments)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         ran += 1
