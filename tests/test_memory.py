@@ -118,15 +118,17 @@ def test_ledger_of_lean_biases_is_one_bit_for_each_relu6(make_model):
     assert kept_for_backward(model, *make_batch(2)) == masks + 2 * HEAD_INPUT + bytes_of_loss(2)
 
 
-def test_ledger_sees_the_pooled_input_of_each_lite_residual(make_model):
+def test_ledger_sees_what_each_lite_residual_keeps(make_model):
     biases, both = make_model("TinyTL-B"), make_model("TinyTL-L+B")
-    pooled = []
+    kept = []  # values before and after the grouped convolution
     for block in both._blocks.values():
-        block.lite_residual.conv1.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0].numel()))
+        block.lite_residual.conv1.register_forward_hook(
+            lambda _, inputs, output: kept.append(inputs[0].numel() + output.numel())
+        )
     with torch.no_grad():
         both.eval()(make_batch(2)[0])
-    assert len(pooled) == 17
-    batch, expected = make_batch(2), 4 * sum(pooled)
+    assert len(kept) == 17
+    batch, expected = make_batch(2), 4 * sum(kept)
     assert kept_for_backward(both, *batch) == kept_for_backward(biases, *batch) + expected
 
 

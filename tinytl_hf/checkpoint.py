@@ -26,7 +26,7 @@ PROGRESS_FILE = "progress.json"
 MAY_DIFFER = {
     *("output_dir", "overwrite", "tracker", "adapter.dtype", "data.workers", "data.memory_limit_mb"),
     *("memory.lean", "memory.slice_mb"),
-    *("train.epochs", "train.resume", "train.keep_checkpoints"),
+    *("train.epochs", "train.resume", "train.keep_checkpoints", "train.threads"),
 }
 
 

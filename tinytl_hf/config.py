@@ -188,6 +188,8 @@ class TrainConfig:
     """Recompute each block in the backward pass: less memory, more time, same results."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """no, bf16 or fp16; null: what `accelerate launch` was told."""
+    threads: int | None = None
+    """CPU threads of each process; null: the machine's cores divided by its processes."""
     resume: str = "never"
     """auto (go on from the newest checkpoint in output_dir, if there is one), a checkpoint's path, or
     never."""
@@ -220,6 +222,7 @@ class TrainConfig:
             self.label_smoothing,
             "use a share from 0 to below 1",
         )
+        _check(self.threads is None or self.threads >= 1, "train.threads", self.threads, "use 1 or more, or null")
         clips = self.max_grad_norm is None or self.max_grad_norm > 0
         _check(clips, "train.max_grad_norm", self.max_grad_norm, "use a number above 0, or null")
 

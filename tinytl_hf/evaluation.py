@@ -28,14 +28,21 @@ from tinytl_hf.model import TinyTLModel
 from tinytl_hf.version import __version__
 
 
-def make_accelerator(mixed_precision: str | None, **options: Any) -> Accelerator:
+def make_accelerator(mixed_precision: str | None, threads: int | None = None, **options: Any) -> Accelerator:
     """An accelerator for loaders whose batch size counts over all processes.
+
+    Args:
+        mixed_precision: ``no``, ``bf16``, ``fp16`` or what the launcher was told.
+        threads: CPU threads of this process; null for its share of the cores, where the launcher would give it one.
+        **options: More arguments of the accelerator.
 
     Raises:
         TinyTLError: A precision that the device does not have.
     """
     loader = DataLoaderConfiguration(split_batches=True)
     accelerator = Accelerator(mixed_precision=mixed_precision, dataloader_config=loader, **options)
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes_here))
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise TinyTLError("train.mixed_precision=fp16: a CPU would train in fp32; use bf16 or no")
     return accelerator

@@ -59,15 +59,16 @@ class LiteResidual(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """``[N, in_channels, H, W]`` to ``[N, out_channels, *size]``."""
         pooled = F.avg_pool2d(x, 2) if self.pools_maps_of(x) else x
-        return F.interpolate(self.branch(pooled), size=size, mode="bilinear", align_corners=False)
+        small = self.after_conv1(self.conv1(pooled))
+        return F.interpolate(small, size=size, mode="bilinear", align_corners=False)
 
     def pools_maps_of(self, x: Tensor) -> bool:
         """Whether ``x`` is pooled: not if it is 1 px high or wide, at whatever size the branch was built for."""
         return self.pools and min(x.shape[-2:]) > 1
 
-    def branch(self, pooled: Tensor) -> Tensor:
-        """What comes between pooling and up-sampling."""
-        return self.norm2(self.conv2(F.relu(self.norm1(self.conv1(pooled)))))
+    def after_conv1(self, maps: Tensor) -> Tensor:
+        """What comes between the grouped convolution and the up-sampling."""
+        return self.norm2(self.conv2(F.relu(self.norm1(maps))))
 
 
 def fit_kernel(kernel_size: int, map_size: int) -> tuple[int, bool]:

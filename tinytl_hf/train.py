@@ -91,6 +91,7 @@ def set_up(config: Config) -> Run:
     options = config.train
     accelerator = make_accelerator(
         options.mixed_precision,
+        options.threads,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.output_dir,

@@ -33,7 +33,9 @@ class LeanResNetPath:
 
 @dataclass(frozen=True)
 class LeanBlockPath:
-    """A block plus its lite residual, which keeps its pooled input and is computed again for the backward pass.
+    """A block plus its lite residual, which keeps the maps before and after its grouped convolution.
+
+    What follows that convolution is cheap and is computed again for the backward pass.
 
     Attributes:
         main: The block itself.
@@ -51,7 +53,8 @@ class LeanBlockPath:
             output, pooled = self.main.with_pooled_input(x)
         else:
             output, pooled = self.main(x), average_pool(x)
+        maps = self.lite.conv1(pooled)
         small = checkpoint(
-            self.lite.branch, pooled, use_reentrant=False, context_fn=recompute_contexts, preserve_rng_state=False
+            self.lite.after_conv1, maps, use_reentrant=False, context_fn=recompute_contexts, preserve_rng_state=False
         )
         return upsample_add(output, small)
