@@ -1,0 +1,71 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinytl_hf import plots
+
+METHODS = ("FT-Last", "TinyTL-B", "TinyTL-L", "TinyTL-L+B", "FT-Norm+Last", "FT-Full", "FT-Layerwise")
+
+
+def pixels(draw, *arguments):
+    """The picture that a function draws, as RGB values."""
+    file = io.BytesIO()
+    draw(file, *arguments)
+    return np.asarray(Image.open(file).convert("RGB"))
+
+
+def share_of(colour, picture):
+    """Share of the picture's pixels that have a colour."""
+    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return (picture == wanted).all(-1).mean()
+
+
+def curve(epochs, level):
+    figures = {"accuracy": level, "loss": 1 - level}
+    return [{"epoch": epoch + 1, "train": figures, "eval": figures} for epoch in range(epochs)]
+
+
+@pytest.mark.parametrize("epochs", [1, 12])
+def test_every_run_has_a_colour_of_its_own_in_the_curves(epochs):
+    picture = pixels(plots.save_curves, {method: curve(epochs, 0.1 * i) for i, method in enumerate(METHODS)})
+    assert all(share_of(colour, picture) > 2e-4 for colour in plots.COLOURS)
+
+
+def test_names_with_dollars_are_drawn_as_they_are():
+    runs = {r"$\frac{$": curve(2, 0.5)}
+    assert share_of(plots.COLOURS[0], pixels(plots.save_curves, runs)) > 2e-4
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_a_confusion_matrix_is_dark_where_the_counts_are(classes):
+    right = pixels(plots.save_confusion, np.eye(classes, dtype=int) * 7, [f"class {i}" for i in range(classes)])
+    one_column = np.zeros((classes, classes), dtype=int)
+    one_column[:, 0] = 7
+    wrong = pixels(plots.save_confusion, one_column, [f"class {i}" for i in range(classes)])
+    assert right.shape == wrong.shape
+    dark_right, dark_wrong = ((picture[..., 0] < 30) & (picture[..., 2] > 90) for picture in (right, wrong))
+    assert dark_right.sum() == pytest.approx(dark_wrong.sum(), rel=0.1)
+    assert not (dark_right == dark_wrong).all()
+
+
+def test_a_class_without_images_is_drawn_as_an_empty_row():
+    assert pixels(plots.save_confusion, [[3, 1], [0, 0]], ["a", "b"]).size
+
+
+def test_memory_bars_are_as_long_as_their_parts():
+    peak = dict.fromkeys(plots.MEMORY_PARTS, 10_000_000)
+    rows = [{"method": method, "engine": engine, "peak": peak} for method in METHODS for engine in ("stock", "lean")]
+    picture = pixels(plots.save_memory_bars, rows)
+    shares = [share_of(colour, picture) for colour in plots.COLOURS[: len(peak)]]
+    assert max(shares) < 1.1 * min(shares) and min(shares) > 0.03
+    rows = [{**row, "peak": {**peak, "kept_activations": 0}} for row in rows]
+    kept = plots.COLOURS[list(plots.MEMORY_PARTS).index("kept_activations")]
+    assert share_of(kept, pixels(plots.save_memory_bars, rows)) < 0.003  # the legend's
+
+
+def test_accuracy_and_memory_of_every_method_are_marked():
+    points = [plots.AccuracyMemory(method, 0.7, 0.01, 1e7 * (i + 1)) for i, method in enumerate(METHODS)]
+    picture = pixels(plots.save_accuracy_memory, points)
+    assert all(share_of(colour, picture) > 1e-4 for colour in plots.COLOURS)

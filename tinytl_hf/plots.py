@@ -1,0 +1,198 @@
+"""Pictures of runs and of their memory, as PNG files. Matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which people with any colour vision can tell apart, without the faint yellow.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX*"  # one more than colours, so that no pair comes twice for a long time
+MB = 1e6
+DPI = 144
+LONGEST_LABEL = 24  # characters of a class's name that are shown
+LONGEST_NAME = 48  # and of a run's
+COUNTED_CLASSES = 20  # up to so many classes each cell of a confusion matrix holds its count
+NAMED_CLASSES = 34  # about how many labels fit on an axis
+
+MEMORY_PARTS = {
+    "frozen_weights": "frozen weights",
+    "trained_weights": "trained weights",
+    "gradients": "gradients",
+    "optimizer_state": "optimizer state",
+    "kept_activations": "kept activations",
+    "transient": "transient",
+}
+
+
+@dataclass(frozen=True)
+class AccuracyMemory:
+    """A method in the plot of accuracy against memory.
+
+    Attributes:
+        name: What the legend says.
+        accuracy: Mean over seeds, a fraction.
+        std: Standard deviation over seeds, or null for one seed.
+        peak_bytes: Measured peak of a training step.
+    """
+
+    name: str
+    accuracy: float
+    std: float | None
+    peak_bytes: float
+
+
+def save_curves(path: Path | BinaryIO, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Draw accuracy and loss of runs by epoch, on the training set (dashed) and the evaluation set (solid).
+
+    Args:
+        path: The PNG file.
+        runs: Lines of ``metrics.jsonl`` by name of the run.
+    """
+    with _figure(path, 9.6, 4.4 + 0.25 * _legend_rows(runs)) as figure:
+        axes = figure.subplots(1, 2)
+        for axis, key, unit, factor in zip(axes, ("accuracy", "loss"), ("%", "nats"), (100, 1), strict=True):
+            for i, (name, lines) in enumerate(runs.items()):
+                style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+                epochs = [line["epoch"] for line in lines]
+                for part, dash, label in (("eval", "-", _short(name)), ("train", "--", "_")):
+                    values = [factor * line[part][key] for line in lines]
+                    fill = style["color"] if part == "eval" else "white"
+                    axis.plot(epochs, values, dash, label=label, markerfacecolor=fill, **style)
+            axis.set(xlabel="epoch", ylabel=f"{key} ({unit})")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            if all(len(lines) < 2 for lines in runs.values()):
+                axis.set_xlim(0, 2)
+        axes[0].plot([], [], "k-", label="evaluation set")
+        axes[0].plot([], [], "k--", label="training set")
+        _legend(figure, axes[0])
+
+
+def save_confusion(path: Path | BinaryIO, matrix: Sequence[Sequence[int]], label_names: Sequence[str]) -> None:
+    """Draw a confusion matrix: counts where they fit, coloured by the share of each true class.
+
+    Args:
+        path: The PNG file.
+        matrix: Images by true class (row) and predicted class (column).
+        label_names: Names of the classes.
+    """
+    from matplotlib.colors import PowerNorm  # rare confusions show
+
+    classes = len(label_names)
+    shares = [[100 * count / max(1, sum(row)) for count in row] for row in matrix]
+    side = min(9.0, max(4.5, 2.6 + 0.42 * classes))
+    with _figure(path, side + 1, side) as figure:
+        axis = figure.subplots()
+        image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+        axis.grid(visible=False)
+        step = -(-classes // NAMED_CLASSES)
+        named = range(0, classes, step)
+        names = [_short(label_names[i], LONGEST_LABEL) for i in named]
+        axis.set_xticks(named, names, rotation=90 if step > 1 else 45, ha="center" if step > 1 else "right")
+        if step == 1:
+            for label in axis.get_xticklabels():
+                label.set_rotation_mode("anchor")
+        axis.set_yticks(named, names)
+        axis.tick_params(labelsize=9 if classes <= COUNTED_CLASSES else 7)
+        every = "" if step == 1 else f" (1 of {step} named)"
+        axis.set(xlabel=f"predicted class{every}", ylabel=f"true class{every}")
+        figure.colorbar(image, label="share of the true class (%)", shrink=0.8)
+        if classes <= COUNTED_CLASSES:
+            size = min(9.0, 26 / max(len(str(count)) for row in matrix for count in row))
+            for i, row in enumerate(matrix):
+                for j, count in enumerate(row):
+                    colour = "white" if shares[i][j] > 35 else "black"
+                    if count:
+                        axis.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=size)
+
+
+def save_memory_bars(path: Path | BinaryIO, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the measured peak of a training step, split into its parts, as a bar for each method and engine.
+
+    Args:
+        path: The PNG file.
+        rows: The ``rows`` of :func:`tinytl_hf.memory.to_json`, in bytes.
+    """
+    with _figure(path, 9.6, 1.8 + 0.34 * len(rows)) as figure:
+        axis = figure.subplots()
+        left = [0.0] * len(rows)
+        for (part, label), colour in zip(MEMORY_PARTS.items(), COLOURS, strict=False):
+            widths = [row["peak"][part] / MB for row in rows]
+            axis.barh(range(len(rows)), widths, 0.7, left=left, label=label, color=colour)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        for i, total in enumerate(left):
+            axis.annotate(f"{total:.1f}", (total, i), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        axis.set_yticks(range(len(rows)), [f"{row['method']}, {row['engine']}" for row in rows])
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_xlim(0, 1.1 * max(left))
+        axis.set_xlabel("peak of one training step, measured (MB of 1e6 bytes)")
+        axis.grid(axis="y", visible=False)
+        _legend(figure, axis)
+
+
+def save_accuracy_memory(path: Path | BinaryIO, points: Sequence[AccuracyMemory]) -> None:
+    """Draw accuracy on the evaluation set against measured memory: up and to the left is better."""
+    with _figure(path, 6.4, 4.4 + 0.25 * _legend_rows({point.name: () for point in points})) as figure:
+        axis = figure.subplots()
+        for i, point in enumerate(points):
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            error = None if point.std is None else 100 * point.std
+            place = (point.peak_bytes / MB, 100 * point.accuracy)
+            axis.errorbar(
+                *place, yerr=error, label=_short(point.name), color=colour, marker=marker, linestyle="", capsize=4
+            )
+        axis.set_xlim(0, 1.1 * max(point.peak_bytes for point in points) / MB)
+        axis.margins(y=0.15)
+        axis.set(xlabel="peak of one training step, measured (MB of 1e6 bytes)", ylabel="accuracy, evaluation set (%)")
+        _legend(figure, axis)
+
+
+@contextmanager
+def _figure(path: Path | BinaryIO, width: float, height: float) -> Iterator[Figure]:
+    """A figure of so many inches that is written at the end; labels are taken as they are, dollars too."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(
+        {
+            "text.parse_math": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "grid.alpha": 0.3,
+        }
+    ):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        figure.savefig(path, dpi=DPI)
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    """Below the axes, so that it hides nothing."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=_columns(labels), frameon=False, fontsize=9)
+
+
+def _columns(labels: Sequence[str]) -> int:
+    return 3 if max(len(label) for label in labels) <= LONGEST_NAME // 2 else 2
+
+
+def _legend_rows(names: Mapping[str, Any]) -> int:
+    return -(-(len(names) + 2) // _columns([_short(name) for name in names]))
+
+
+def _short(name: str, longest: int = LONGEST_NAME) -> str:
+    """The name on one line, with its middle left out if it is too long: names often differ at an end."""
+    name = " ".join(name.split())
+    kept = (longest - 3) // 2
+    return name if len(name) <= longest else f"{name[:kept]}...{name[-kept:]}"
