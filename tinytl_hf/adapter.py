@@ -7,7 +7,6 @@ tensors and the buffers that training can have changed, under the backbone's own
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from tinytl_hf.backbones import IMAGENET_MEAN, IMAGENET_STD
 from tinytl_hf.config import DataConfig, HeadConfig, LiteConfig, MethodName
+from tinytl_hf.disk import write_bytes, write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.methods import changing_buffers
 from tinytl_hf.version import __version__
@@ -145,9 +145,7 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Ten
     stored = {name: _to_disk(name, tensor, config.dtype) for name, tensor in tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{TENSORS_FILE}.tmp"
-        temporary.write_bytes(save(stored, metadata={"format": "pt"}))
-        _move(temporary, folder / TENSORS_FILE)
+        write_bytes(folder / TENSORS_FILE, save(stored, metadata={"format": "pt"}))
         if card:
             write_text(folder / CARD_FILE, card)
         write_text(folder / CONFIG_FILE, config.to_json())
@@ -193,19 +191,6 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise TinyTLError(f"{path} is truncated or not a safetensors file: {error}") from error
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _move(temporary, path)
-
-
-def _move(temporary: Path, path: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _to_disk(name: str, tensor: Tensor, dtype: str) -> Tensor:

@@ -1,32 +1,40 @@
-"""Checkpoints that hold what a run changes: deltas, optimizer, schedule, random states and position.
+"""Checkpoints that hold what a run changes: deltas, optimizer, schedule, scaler, random states and position.
 
-The frozen backbone is not in them. A checkpoint appears whole or not at all.
+The frozen backbone is not in them, only its hash. A checkpoint appears whole or not at all, and what happens
+to its files later shows: ``SHA256SUMS`` lists their hashes, as ``sha256sum -c`` reads them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tinytl_hf.config import Config, flat
+from tinytl_hf.disk import sync
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 DELTA_FILE = "delta.safetensors"
 PROGRESS_FILE = "progress.json"
+SUMS_FILE = "SHA256SUMS"
 MAY_DIFFER = {
     *("output_dir", "overwrite", "tracker", "adapter.dtype", "data.workers", "data.memory_limit_mb"),
-    *("memory.lean", "memory.slice_mb"),
-    *("train.epochs", "train.resume", "train.keep_checkpoints", "train.threads"),
+    *("memory.lean", "memory.slice_mb", "train.epochs", "train.resume", "train.threads"),
+    *("train.checkpoint_every", "train.keep_checkpoints"),
 }
 
 
@@ -39,31 +47,26 @@ class Progress:
         batch: Forward passes done in the current epoch.
         step: Optimizer steps done.
         best_accuracy: Best evaluation accuracy so far; -1 before the first.
-        loss, right, images: Sums over the current epoch's training images: loss in nats, right answers, count.
+        sums: A row a process, of the current epoch's training images: loss in nats, right answers, count.
         seconds: Training time of the current epoch.
         learning_rate: That of the last step.
+        overflows: Steps of the current epoch that fp16 could not represent and that were left out.
     """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     best_accuracy: float = -1.0
-    loss: float = 0.0
-    right: float = 0.0
-    images: float = 0.0
+    sums: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
     learning_rate: float = 0.0
-
-    def add(self, sums: torch.Tensor) -> None:
-        """Add loss, right answers and count of some images, over all processes."""
-        loss, right, images = sums.tolist()
-        self.loss, self.right, self.images = self.loss + loss, self.right + right, self.images + images
+    overflows: int = 0
 
     def next_epoch(self, accuracy: float) -> None:
         """Turn to the next epoch."""
         self.best_accuracy = max(self.best_accuracy, accuracy)
         self.epoch += 1
-        self.batch, self.loss, self.right, self.images, self.seconds = 0, 0.0, 0.0, 0.0, 0.0
+        self.batch, self.sums, self.seconds, self.overflows = 0, [], 0.0, 0
 
 
 def register(accelerator: Accelerator) -> None:
@@ -86,25 +89,47 @@ def register(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load_delta)
 
 
-def save(accelerator: Accelerator, config: Config, progress: Progress) -> Path:
-    """Write a checkpoint of this moment and remove those beyond ``keep_checkpoints``."""
+def save(accelerator: Accelerator, config: Config, progress: Progress, hashes: dict[str, str | None]) -> Path:
+    """Write a checkpoint of this moment and remove those beyond ``keep_checkpoints``.
+
+    Args:
+        accelerator: What holds the states.
+        config: The run's config.
+        progress: How far it is.
+        hashes: Of the frozen backbone and of the data: what a resumed run must have too.
+
+    Raises:
+        TinyTLError: The disk is full or the folder cannot be written; the checkpoints before stay.
+    """
     folder = Path(config.output_dir) / FOLDER
-    final = folder / f"step_{progress.step:08d}"
+    final = folder / f"step_{progress.step:08d}_epoch_{progress.epoch:04d}"
     temporary = folder / f".{final.name}.tmp"
-    if accelerator.is_main_process:
+    try:
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left_over in folder.glob(".step_*"):
+                shutil.rmtree(left_over)
+            temporary.mkdir()
+        accelerator.wait_for_everyone()
+        _save_state(accelerator, temporary)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            run = {**flat(config.to_dict()), "processes": accelerator.num_processes, **hashes}
+            record = json.dumps({"progress": asdict(progress), "run": run}, indent=2)
+            (temporary / PROGRESS_FILE).write_text(record, encoding="utf-8")
+            _seal(temporary)
+            if final.exists():  # damaged, or of the time before a resume from an earlier one
+                final.replace(folder / f".{final.name}.old")
+            temporary.replace(final)
+            sync(folder)
+            for old in list_checkpoints(folder)[: -config.train.keep_checkpoints]:
+                shutil.rmtree(old)
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        processes = accelerator.num_processes
-        record = {"progress": asdict(progress), "config": config.to_dict(), "processes": processes}
-        (temporary / PROGRESS_FILE).write_text(json.dumps(record, indent=2), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.replace(final)
-        for old in list_checkpoints(folder)[: -config.train.keep_checkpoints]:
-            shutil.rmtree(old)
+        raise TinyTLError(
+            f"output_dir={config.output_dir}: the checkpoint of step {progress.step} cannot be written ({error}); "
+            "make room and go on from the one before with --train.resume auto"
+        ) from error
     accelerator.wait_for_everyone()
     return final
 
@@ -113,49 +138,106 @@ def find(config: Config, processes: int) -> Path | None:
     """The checkpoint that ``train.resume`` asks for, if any.
 
     Raises:
-        TinyTLError: It names a folder that is no checkpoint, or one of another kind of run.
+        TinyTLError: It names a folder that is no checkpoint, a damaged one, or one of another kind of run.
     """
     if config.train.resume == "never":
         return None
     if config.train.resume == "auto":
-        found = list_checkpoints(Path(config.output_dir) / FOLDER)
-        path = found[-1] if found else None
+        path = _newest_whole(Path(config.output_dir) / FOLDER)
     else:
         path = Path(config.train.resume).expanduser()
         if not (path / PROGRESS_FILE).is_file():
             raise TinyTLError(f"train.resume={path}: not a checkpoint; use auto, never or a checkpoint's folder")
+        if damage := find_damage(path):
+            raise TinyTLError(f"train.resume={path}: damaged ({damage}); use another checkpoint, or auto")
     if path is not None:
-        _check_same_run(path, config, processes)
+        _check_same(path, {**flat(config.to_dict()), "processes": processes})
     return path
 
 
-def load(accelerator: Accelerator, path: Path) -> Progress:
-    """Bring model, optimizer, schedule and random states back to the checkpoint at ``path``."""
+def load(accelerator: Accelerator, path: Path, hashes: dict[str, str | None]) -> Progress:
+    """Bring model, optimizer, schedule, scaler and random states back to the checkpoint at ``path``.
+
+    Nothing in it is unpickled but tensors and numbers (``torch.load(weights_only=True)``).
+
+    Raises:
+        TinyTLError: It was made with another backbone or other data.
+    """
+    _check_same(path, hashes)
     accelerator.load_state(str(path))
     return Progress(**_record(path)["progress"])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{PROGRESS_FILE}"))
+    """Checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or null."""
+    try:
+        lines = (path / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        names = _file_names(path)
+        if unlisted := [name for name in names if name not in sums]:
+            return f"{SUMS_FILE} does not list {unlisted[0]}"
+        if missing := [name for name in sums if name not in names]:
+            return f"{missing[0]} is missing"
+        return next((f"{name} was changed" for name in names if _sha256(path / name) != sums[name]), None)
+    except (OSError, ValueError) as error:
+        return f"{SUMS_FILE}: {error}"
+
+
+def _newest_whole(folder: Path) -> Path | None:
+    paths = list_checkpoints(folder)
+    for path in reversed(paths):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        logger.warning("checkpoint %s is damaged (%s): left out, for the one before it", path, damage)
+    if paths:
+        raise TinyTLError(
+            f"train.resume=auto: no checkpoint in {folder} is whole; start again with --overwrite true "
+            "--train.resume never"
+        )
+    return None
+
+
+def _save_state(accelerator: Accelerator, folder: Path) -> None:
+    try:
+        accelerator.save_state(str(folder))
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def _seal(folder: Path) -> None:
+    """List the files' hashes, and wait until everything is on the disk."""
+    names = _file_names(folder)
+    (folder / SUMS_FILE).write_text("".join(f"{_sha256(folder / n)}  {n}\n" for n in names), encoding="utf-8")
+    for name in (*names, SUMS_FILE):
+        sync(folder / name)
+    sync(folder)
+
+
+def _file_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != SUMS_FILE)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _record(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads((path / PROGRESS_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise TinyTLError(f"checkpoint {path} cannot be read ({error}); resume from another") from error
+    return json.loads((path / PROGRESS_FILE).read_text(encoding="utf-8"))
 
 
-def _check_same_run(path: Path, config: Config, processes: int) -> None:
-    record = _record(path)
-    before = {**flat(record["config"]), "processes": record["processes"]}
-    now = {**flat(config.to_dict()), "processes": processes}
-    for key in sorted(before.keys() | now.keys()):
-        if key not in MAY_DIFFER and before.get(key) != now.get(key):
+def _check_same(path: Path, now: dict[str, Any]) -> None:
+    before = _record(path)["run"]
+    for key, value in now.items():
+        if key not in MAY_DIFFER and before.get(key) != value:
             raise TinyTLError(
-                f"{key}={now.get(key)}: the checkpoint {path} was made with {before.get(key)}; use that, or "
-                "another --output_dir"
+                f"{key}={value}: the checkpoint {path} was made with {before.get(key)}; use that, or another "
+                "--output_dir"
             )
 
 

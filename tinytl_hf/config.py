@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
 
 MethodName = Literal["FT-Last", "TinyTL-B", "TinyTL-L", "TinyTL-L+B", "FT-Norm+Last", "FT-Full", "FT-Layerwise"]
@@ -193,13 +194,16 @@ class TrainConfig:
     resume: str = "never"
     """auto (go on from the newest checkpoint in output_dir, if there is one), a checkpoint's path, or
     never."""
-    keep_checkpoints: int = 1
-    """Newest checkpoints to keep."""
+    checkpoint_every: int = 0
+    """Optimizer steps from one checkpoint to the next; 0: at the end of each epoch, where there is one always."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep: where the last one turns out damaged, the one before it is used."""
 
     def __post_init__(self) -> None:
         at_least_one = ("epochs", "global_batch_size", "gradient_accumulation_steps", "keep_checkpoints")
         for name in at_least_one:
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "use 1 or more")
+        _check(self.checkpoint_every >= 0, "train.checkpoint_every", self.checkpoint_every, "use 0 or more steps")
         _check(
             self.global_batch_size % self.gradient_accumulation_steps == 0,
             "train.gradient_accumulation_steps",
@@ -270,7 +274,7 @@ class Config:
 
     def save(self, path: Path) -> None:
         """Write the config as a YAML file that ``--config`` reads back."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
 @dataclass(frozen=True)

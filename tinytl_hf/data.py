@@ -7,6 +7,7 @@ happen on the training device (``augment.py``).
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -127,8 +128,7 @@ def read_images(split: Split, config: DataConfig) -> DecodedImages | StreamedIma
     Raises:
         TinyTLError: An image cannot be read and ``config.skip_corrupt`` is false; names its index.
     """
-    sample = np.linspace(0, len(split.labels) - 1, min(32, len(split.labels))).astype(int)
-    sizes = [image.numel() for _, image in _decode_rows(split, sample, config) if image is not None]
+    sizes = [image.numel() for _, image in _decode_rows(split, _sample(split), config) if image is not None]
     streams = np.mean(sizes or [0]) * len(split.labels) > config.memory_limit_mb * 1e6
     if streams and not config.skip_corrupt:
         return StreamedImages(split, config)
@@ -138,6 +138,18 @@ def read_images(split: Split, config: DataConfig) -> DecodedImages | StreamedIma
     decoded = [image for _, image in _decode_rows(split, np.arange(len(split.labels)), config)]
     good = np.array([image is not None for image in decoded])
     return DecodedImages([image for image in decoded if image is not None], _drop_corrupt(split, good))
+
+
+def sha256(split: Split) -> str:
+    """Hash of a split's labels and of a sample of its image files."""
+    digest = hashlib.sha256("\0".join(split.label_names).encode())
+    digest.update(split.labels.tobytes())
+    for image in split.rows[_sample(split)]["image"]:
+        if image is not None and image["bytes"] is not None:
+            digest.update(image["bytes"])
+        elif image is not None and Path(image["path"]).is_file():
+            digest.update(Path(image["path"]).read_bytes())
+    return digest.hexdigest()
 
 
 class DecodedImages(Dataset):
@@ -368,6 +380,11 @@ def _drop_corrupt(split: Split, good: np.ndarray) -> Split:
         ", ..." if bad.size > 5 else "",
     )
     return split.select(np.flatnonzero(good))
+
+
+def _sample(split: Split) -> np.ndarray:
+    """Some of a split's images, spread evenly."""
+    return np.linspace(0, len(split.labels) - 1, min(32, len(split.labels))).astype(int)
 
 
 def _as_is(batch: Any) -> Any:

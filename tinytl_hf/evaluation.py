@@ -118,6 +118,9 @@ def save_results(
 
     That asks git for the commit at hand: what git says outside a repository is kept from the user, and
     without git the same JSON is written without a commit.
+
+    Raises:
+        TinyTLError: The file cannot be written.
     """
     conditions = {
         "n": images,
@@ -133,11 +136,18 @@ def save_results(
         "tinytl_hf_version": __version__,
     }
     results = {**figures, **conditions}
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with no_stderr():
-            evaluate.save(path, **results)
-    except FileNotFoundError:  # no git
-        path.write_text(json.dumps(results), encoding="utf-8")
+        try:
+            with no_stderr():
+                evaluate.save(temporary, **results)
+        except FileNotFoundError:  # no git
+            temporary.write_text(json.dumps(results), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        for left_over in path.parent.glob(f"{temporary.name}*"):
+            left_over.unlink()
+        raise TinyTLError(f"{path}: cannot be written ({error}); make room, or name another folder") from error
 
 
 def _make_folder_of(path: Path) -> None:

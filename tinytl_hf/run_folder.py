@@ -11,9 +11,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tinytl_hf.adapter import write_text
+import yaml
+
 from tinytl_hf.checkpoint import FOLDER as CHECKPOINTS
-from tinytl_hf.config import Config
+from tinytl_hf.checkpoint import MAY_DIFFER, list_checkpoints
+from tinytl_hf.config import Config, flat
+from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
 
 CONFIG_FILE = "config.yaml"
@@ -29,13 +32,27 @@ def check_free(config: Config) -> None:
     Raises:
         TinyTLError: With the ways out.
     """
-    output = Path(config.output_dir)
-    if config.overwrite or config.train.resume != "never" or not (output / CONFIG_FILE).exists():
+    output, resume = Path(config.output_dir), config.train.resume
+    if config.overwrite or not (output / CONFIG_FILE).exists():
+        return
+    if resume == "auto" and (list_checkpoints(output / CHECKPOINTS) or _is_same_run(output, config)):
+        return  # its checkpoints are compared with this run when they are read
+    if resume not in ("auto", "never") and output.resolve() in Path(resume).expanduser().resolve().parents:
         return
     raise TinyTLError(
         f"output_dir={output}: holds a run already; choose another, go on with --train.resume auto, or replace "
         "it with --overwrite true"
     )
+
+
+def _is_same_run(output: Path, config: Config) -> bool:
+    """Whether a run that has no checkpoint yet was started with this config."""
+    try:
+        before = flat(yaml.safe_load((output / CONFIG_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return False
+    now = flat(config.to_dict())
+    return all(before.get(key) == now[key] for key in now.keys() - MAY_DIFFER)
 
 
 def make_ready(config: Config, epochs_done: int) -> None:
@@ -55,14 +72,25 @@ def make_ready(config: Config, epochs_done: int) -> None:
 
 
 def append_metrics(output: Path, line: dict[str, Any]) -> None:
-    """Add an epoch's line to ``metrics.jsonl``."""
-    with (output / METRICS_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    """Add an epoch's line to ``metrics.jsonl``.
+
+    Raises:
+        TinyTLError: It cannot be written.
+    """
+    try:
+        with (output / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise TinyTLError(
+            f"output_dir={output}: {METRICS_FILE} cannot be written ({error}); make room and go on with "
+            "--train.resume auto"
+        ) from error
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; none if there is no such file."""
+    """The lines of ``metrics.jsonl``; none if there is no such file. A last line that a kill cut off is left out."""
     path = output / METRICS_FILE
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -52,6 +52,7 @@ class Run:
     batches: data.ShuffledBatches
     augment: RandomCropFlip
     progress: Progress
+    hashes: dict[str, str | None]  # of the frozen backbone and the data
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -69,10 +70,10 @@ def train(config: Config) -> dict[str, Any]:
     with StopSignal() as stop:
         while progress.epoch < config.train.epochs:
             train_epoch(run, stop)
-            path = checkpoint.save(accelerator, config, progress)
+            path = save_checkpoint(run)
             figures = evaluate(run, partial(stop_if_asked, run, stop, path))
             finish_epoch(run, figures)
-            path = checkpoint.save(accelerator, config, progress)
+            path = save_checkpoint(run)
             if progress.epoch < config.train.epochs:
                 stop_if_asked(run, stop, path)
     # The figures of a run are those of the file that it leaves behind.
@@ -132,7 +133,12 @@ def set_up(config: Config) -> Run:
         make_scheduler(optimizer, options, batches.optimizer_steps),
     )
     checkpoint.register(accelerator)
-    progress = checkpoint.load(accelerator, resume_from) if resume_from else Progress()
+    hashes = {
+        "backbone.sha256": model.config.backbone.sha256,
+        "data.train_sha256": data.sha256(train_split),
+        "data.eval_sha256": data.sha256(eval_split),
+    }
+    progress = checkpoint.load(accelerator, resume_from, hashes) if resume_from else Progress()
     if accelerator.is_main_process:
         run_folder.make_ready(config, progress.epoch)
     if resume_from is not None and not (Path(config.output_dir) / run_folder.BEST_ADAPTER).exists():
@@ -153,6 +159,7 @@ def set_up(config: Config) -> Run:
         batches=batches,
         augment=augment,
         progress=progress,
+        hashes=hashes,
     )
 
 
@@ -165,7 +172,8 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
     loader = run.train_loader
     if progress.batch:
         loader = accelerator.skip_first_batches(loader, progress.batch)
-    sums = torch.zeros(3, device=accelerator.device)  # loss, right answers and images of this process
+    before = progress.sums[accelerator.process_index] if progress.sums else [0.0, 0.0, 0.0]
+    sums = torch.tensor(before, device=accelerator.device)  # loss, right answers and images of this process
     start, seconds_before = time.perf_counter(), progress.seconds
     with progress_bar(run) as bar:
         for batch in loader:
@@ -185,17 +193,30 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
             bar.update(run.batches.batch_size)
             if accelerator.sync_gradients:
                 progress.step += 1
+                progress.overflows += run.optimizer.step_was_skipped
                 progress.seconds = seconds_before + time.perf_counter() - start
                 if progress.step % REPORT_EVERY == 0:
                     report(run, bar, loss.item(), sums)
-                # Several processes have to agree, which waits for the device.
-                looks = accelerator.num_processes == 1 or progress.step % REPORT_EVERY == 0
-                if looks and stop.received(accelerator):
-                    progress.add(accelerator.reduce(sums))
-                    stop_if_asked(run, stop, checkpoint.save(accelerator, run.config, progress))
-    progress.add(accelerator.reduce(sums))
-    if not math.isfinite(progress.loss):
+                due = options.checkpoint_every > 0 and progress.step % options.checkpoint_every == 0
+                if due or (looks_for_signals(run) and stop.received(accelerator)):
+                    progress.sums = accelerator.gather(sums[None]).tolist()
+                    stop_if_asked(run, stop, save_checkpoint(run))
+    progress.sums = accelerator.gather(sums[None]).tolist()
+
+
+def save_checkpoint(run: Run) -> Path:
+    """Write a checkpoint, unless this run has gone wrong: then the last good one stays."""
+    finite = all(math.isfinite(row[0]) for row in run.progress.sums)
+    if not finite or not all(tensor.isfinite().all() for tensor in run.model.adapter_tensors().values()):
         raise_not_finite(run)
+    return checkpoint.save(run.accelerator, run.config, run.progress, run.hashes)
+
+
+def looks_for_signals(run: Run) -> bool:
+    """Whether this step asks for signals: several processes on GPUs have to wait for the device to agree."""
+    accelerator = run.accelerator
+    cheap = accelerator.num_processes == 1 or accelerator.device.type == "cpu"
+    return cheap or run.progress.step % REPORT_EVERY == 0
 
 
 def augmented(run: Run, batch: dict[str, Tensor]) -> Tensor:
@@ -212,11 +233,14 @@ def evaluate(run: Run, after_batch: Callable[[], None] | None = None, tables: bo
 def finish_epoch(run: Run, figures: dict[str, float]) -> None:
     """Write the epoch's figures and adapters, and turn to the next."""
     config, progress = run.config, run.progress
+    loss, right, images = (sum(column) for column in zip(*progress.sums, strict=True))
     train_figures = {
-        "loss": progress.loss / progress.images,
-        "accuracy": progress.right / progress.images,
-        "images_per_second": progress.images / progress.seconds,
+        "loss": loss / images,
+        "accuracy": right / images,
+        "images_per_second": images / progress.seconds,
     }
+    if run.accelerator.scaler is not None:
+        train_figures["overflow_steps"] = progress.overflows
     line = {
         "epoch": progress.epoch + 1,
         "step": progress.step,

@@ -1,0 +1,164 @@
+"""Training runs in processes of their own, forked from one that has imported everything, and what they leave."""
+
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import torch
+from accelerate.utils.other import load
+from safetensors.torch import load_file
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tinytl_hf.cli", "tinytl_hf.train"])
+TIMINGS = ("seconds", "images_per_second")
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Run:
+    """A command of the command line in one process or several.
+
+    Args:
+        arguments: What would follow ``tinytl-hf``.
+        log: File that gets what the processes print.
+        processes: How many of them.
+        kill: ``(module, function, n)``: the last process kills itself at the n-th call of that function.
+        environment: Further environment variables.
+        limit: Bytes that a file can grow to.
+    """
+
+    def __init__(self, arguments, log, processes=1, kill=None, environment=None, limit=None):
+        arguments = [str(argument) for argument in arguments]
+        shared = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", **(environment or {})}
+        if processes > 1:
+            shared |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        self.log = log
+        self.workers = []
+        for rank in range(processes):
+            own = {**shared, "RANK": rank, "LOCAL_RANK": rank} if processes > 1 else shared
+            own = {key: str(value) for key, value in own.items()}
+            last = rank == processes - 1
+            options = (arguments, own, str(log), kill if last else None, limit)
+            self.workers.append(CONTEXT.Process(target=_run, args=options))
+            self.workers[-1].start()
+
+    def wait(self, seconds=240):
+        """Wait for the end; return the exit code of the first process that failed, or 0, and what was printed."""
+        end = time.monotonic() + seconds
+        while any(worker.is_alive() for worker in self.workers):
+            failed = [worker for worker in self.workers if worker.exitcode]
+            if failed:  # as a launcher would
+                self.kill()
+            assert time.monotonic() < end, f"no end after {seconds} s: {self.log.read_text()}"
+            time.sleep(0.02)
+        codes = [worker.exitcode for worker in self.workers if worker.exitcode]
+        return subprocess.CompletedProcess(self.log, codes[-1] if codes else 0, stderr=self.log.read_text())
+
+    def kill(self):
+        for worker in self.workers:
+            worker.kill()
+
+    def signal(self, signum):
+        os.kill(self.workers[0].pid, signum)
+
+
+def run(*arguments, **options):
+    """Start a run and wait for its end."""
+    return Run(*arguments, **options).wait()
+
+
+def _run(arguments, environment, log, kill, limit):
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
+    if kill is not None:
+        _kill_at(*kill)
+    if limit is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    from tinytl_hf.cli import main
+
+    main(arguments)
+
+
+def _kill_at(module, name, number):
+    module = importlib.import_module(module)
+    original, calls = getattr(module, name), itertools.count(1)
+
+    def counted(*arguments, **options):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(module, name, counted)
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def delta(run, name="adapter_last"):
+    return load_file(run / name / "adapter_model.safetensors")
+
+
+def checkpoints(run):
+    return sorted((run / "checkpoints").glob("step_*"))
+
+
+def state(run):
+    """Everything of a run that does not depend on the time it took: figures, adapters, the newest checkpoint."""
+    newest = checkpoints(run)[-1]
+    files = {path.name: load(path) for path in newest.iterdir() if path.suffix in (".bin", ".pkl")}
+    progress = json.loads((newest / "progress.json").read_text())["progress"]
+    return {
+        "files": files,
+        "delta": load_file(newest / "delta.safetensors"),
+        "progress": _without_timings(progress),
+        "metrics": _without_timings(metrics(run)),
+        "adapters": {name: (run / name / "adapter_model.safetensors").read_bytes() for name in ADAPTERS},
+        "results": _without_timings(json.loads((run / "eval_results.json").read_text())),
+    }
+
+
+ADAPTERS = ("adapter", "adapter_last")
+
+
+def _without_timings(value):
+    if isinstance(value, list):
+        return [_without_timings(item) for item in value]
+    if isinstance(value, dict):
+        return {k: _without_timings(v) for k, v in value.items() if k not in TIMINGS and not k.startswith("_")}
+    return value
+
+
+def differences(first, second, where=""):
+    """Where two nested values are not the same to the last bit."""
+    if type(first) is not type(second):
+        return [f"{where}: {type(first)} and {type(second)}"]
+    if isinstance(first, dict):
+        keys = first.keys() | second.keys()
+        return [d for key in keys for d in differences(first.get(key), second.get(key), f"{where}/{key}")]
+    if isinstance(first, (list, tuple)):
+        if len(first) != len(second):
+            return [f"{where}: {len(first)} and {len(second)} items"]
+        return [
+            d for i, pair in enumerate(zip(first, second, strict=True)) for d in differences(*pair, f"{where}/{i}")
+        ]
+    same = torch.equal(first, second) if isinstance(first, torch.Tensor) else (first == second)
+    return [] if (same if isinstance(same, bool) else same.all()) else [f"{where} differs"]

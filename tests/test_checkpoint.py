@@ -1,0 +1,159 @@
+"""Checkpoints: what is in them, damage that is found, and runs that may not go on from them."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import run_cli, small_run
+from runs import checkpoints, delta, metrics, run
+from safetensors.torch import load_file
+
+from tinytl_hf import checkpoint
+from tinytl_hf.checkpoint import Progress
+from tinytl_hf.config import Config
+from tinytl_hf.evaluation import make_accelerator
+from tinytl_hf.optim import make_optimizer
+
+OPTIONS = ["--method", "FT-Last", "--train.threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def original(colour_folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    done = run(small_run(colour_folder, root / "run", *OPTIONS), root / "log")
+    assert done.returncode == 0, done.stderr
+    return root / "run"
+
+
+@pytest.fixture
+def finished(original, tmp_path):
+    """A run of two epochs, of which a test may do what it likes."""
+    return shutil.copytree(original, tmp_path / "run")
+
+
+def resume(data, folder, *options):
+    return run_cli(*small_run(data, folder, *OPTIONS, "--train.resume", "auto", *options))
+
+
+def test_a_checkpoint_of_the_largest_delta_with_adamw_is_small_and_without_backbone(make_model, tmp_path):
+    model = make_model("TinyTL-L+B", num_classes=10, image_size=224)
+    config = Config(output_dir=str(tmp_path))
+    accelerator = make_accelerator("no", 1)
+    prepared, optimizer = accelerator.prepare(model, make_optimizer(model, config.train))
+    for parameter in model.trainable_parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    checkpoint.register(accelerator)
+    path = checkpoint.save(accelerator, config, Progress(), {"backbone.sha256": model.config.backbone.sha256})
+    files = {file.name: file for file in path.iterdir()}
+    assert sum(file.stat().st_size for file in files.values()) < 15e6
+    assert load_file(files["delta.safetensors"]).keys() == model.adapter_tensors().keys()
+    moments = torch.load(files["optimizer.bin"], weights_only=True)["state"].values()
+    assert sum(m["exp_avg"].numel() for m in moments) == sum(p.numel() for p in model.trainable_parameters())
+    assert json.loads(files["progress.json"].read_text())["run"]["backbone.sha256"] == model.config.backbone.sha256
+    assert accelerator.unwrap_model(prepared) is model
+
+
+def test_checksums_are_those_of_sha256sum(finished):
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=checkpoints(finished)[-1], capture_output=True)
+    assert done.returncode == 0 and done.stdout.count(b": OK") == 5
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda path: truncate(path / "optimizer.bin"), "optimizer.bin was changed"),
+        (lambda path: truncate(path / "SHA256SUMS"), "SHA256SUMS does not list scheduler.bin"),
+        (lambda path: (path / "delta.safetensors").unlink(), "delta.safetensors is missing"),
+        (lambda path: (path / "SHA256SUMS").unlink(), "SHA256SUMS: "),
+        (lambda path: (path / "progress.json").write_bytes(b"\0" * 900), "progress.json was changed"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, named, finished, original, colour_folder):
+    before, newest = checkpoints(finished)
+    damage(newest)
+    done = resume(colour_folder, finished)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "is damaged" in line]
+    assert str(newest) in line and named in line
+    assert [path.name for path in checkpoints(finished)] == [before.name, newest.name]
+    assert all(torch.equal(tensor, delta(finished)[name]) for name, tensor in delta(original).items())
+
+
+def test_damage_everywhere_ends_with_one_line_and_nothing_is_lost(finished, colour_folder):
+    for path in checkpoints(finished):
+        truncate(path / "optimizer.bin")
+    adapter = (finished / "adapter" / "adapter_model.safetensors").read_bytes()
+    done = resume(colour_folder, finished)
+    assert done.returncode == 1 and "no checkpoint in" in done.stderr and "--overwrite true" in done.stderr
+    done = resume(colour_folder, finished, "--train.resume", checkpoints(finished)[0])
+    assert done.returncode == 1 and "damaged (optimizer.bin was changed)" in done.stderr
+    assert (finished / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("--method", "TinyTL-B", "method=TinyTL-B"),
+        ("--seed", "1", "seed=1"),
+        ("--train.global_batch_size", "4", "train.global_batch_size=4"),
+        ("--data.max_train_samples", "20", "data.max_train_samples=20"),
+    ],
+)
+def test_another_kind_of_run_is_refused(option, value, named, original, colour_folder):
+    done = resume(colour_folder, original, option, value)
+    assert done.returncode == 1 and named in done.stderr and "was made with" in done.stderr
+
+
+def test_other_images_at_the_same_place_are_refused(colour_folder, finished, tmp_path):
+    data = shutil.copytree(colour_folder, tmp_path / "data")
+    arguments = small_run(data, tmp_path / "own", *OPTIONS)
+    assert run_cli(*arguments).returncode == 0
+    shutil.copy(data / "train" / "red" / "1.png", data / "train" / "blue" / "0.png")
+    done = run_cli(*arguments, "--train.resume", "auto")
+    assert done.returncode == 1 and "data.train_sha256=" in done.stderr and "was made with" in done.stderr
+
+
+def test_other_backbone_weights_at_the_same_place_are_refused(colour_folder, tmp_path):
+    import torchvision
+
+    weights = tmp_path / "weights.pth"
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        torch.save(torchvision.models.mobilenet_v2().state_dict(), weights)
+        options = [*OPTIONS, "--backbone.weights", weights, "--train.resume", "auto"]
+        done = run_cli(*small_run(colour_folder, tmp_path / "run", *options))
+    assert done.returncode == 1 and "backbone.sha256=" in done.stderr and "was made with" in done.stderr
+
+
+def test_more_epochs_go_on_where_the_run_ended(finished, colour_folder):
+    first = metrics(finished)
+    done = resume(colour_folder, finished, "--train.epochs", "3")
+    assert done.returncode == 0 and metrics(finished)[:2] == first and len(metrics(finished)) == 3
+
+
+def test_a_folder_of_another_run_is_not_taken_over_by_a_resume(finished, colour_folder, tmp_path):
+    elsewhere = shutil.copytree(checkpoints(finished)[-1], tmp_path / "elsewhere" / "step_00000006_epoch_0002")
+    done = resume(colour_folder, finished, "--train.resume", elsewhere)
+    assert done.returncode == 1 and "holds a run already" in done.stderr
+    shutil.rmtree(finished / "checkpoints")
+    done = resume(colour_folder, finished, "--seed", "5")
+    assert done.returncode == 1 and "holds a run already" in done.stderr
+    assert resume(colour_folder, finished).returncode == 0  # the same run, which had saved nothing yet
+
+
+def test_the_newest_checkpoints_are_kept_and_left_overs_of_a_kill_removed(finished, colour_folder):
+    (finished / "checkpoints" / ".step_00000099_epoch_0009.tmp").mkdir()
+    done = resume(
+        *(colour_folder, finished, "--train.epochs", "4", "--train.keep_checkpoints", "3"),
+        *("--train.checkpoint_every", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    names = ["step_00000012_epoch_0003", "step_00000012_epoch_0004"]  # before and after the last evaluation
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step_00000010_epoch_0003", *names]

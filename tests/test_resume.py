@@ -1,0 +1,52 @@
+"""N steps in one go, and k steps, a kill and the rest: the same bits of everything."""
+
+import signal
+
+import pytest
+from conftest import METHODS, small_run
+from runs import differences, metrics, run, state
+
+OPTIONS = ["--train.global_batch_size", "4", "--head.dropout", "0.2", "--train.checkpoint_every", "2"]
+OPTIONS += ["--train.threads", "1", "--train.schedule", "cosine", "--train.warmup_epochs", "0.5", "--train.lr", "1e-3"]
+KILLED_AT = 9  # of 12 batches, in the second epoch: between two checkpoints
+
+
+def check_resume(data, tmp_path, options, processes, killed_at):
+    """Compare a run in one go with one that is killed and goes on."""
+    arguments = small_run(data, tmp_path / "straight", *OPTIONS, *options)
+    straight = run(arguments, tmp_path / "straight.log", processes)
+    assert straight.returncode == 0, straight.stderr
+    arguments = small_run(data, tmp_path / "killed", *OPTIONS, *options, "--train.resume", "auto")
+    kill = ("tinytl_hf.train", "augmented", killed_at)
+    killed = run(arguments, tmp_path / "killed.log", processes, kill)
+    assert killed.returncode == -signal.SIGKILL and len(metrics(tmp_path / "killed")) == 1, killed.stderr
+    resumed = run(arguments, tmp_path / "resumed.log", processes)
+    assert resumed.returncode == 0, resumed.stderr
+    assert differences(state(tmp_path / "straight"), state(tmp_path / "killed")) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "processes"),
+    [
+        ("TinyTL-L+B", [], 1),
+        ("TinyTL-L", ["--lite.norm", "group", "--memory.lean", "false"], 1),
+        ("FT-Layerwise", ["--train.optimizer", "sgd"], 1),
+        ("TinyTL-B", ["--train.gradient_accumulation_steps", "2"], 2),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(method, options, processes, colour_folder, tmp_path):
+    killed_at = KILLED_AT * (2 if "--train.gradient_accumulation_steps" in options else 1)
+    check_resume(colour_folder, tmp_path, ["--method", method, *options], processes, killed_at)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lean", ["true", "false"])
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize(
+    ("method", "norm"), [*((method, "batch") for method in METHODS), ("TinyTL-L", "group"), ("TinyTL-L+B", "group")]
+)
+def test_every_method_resumes_to_the_same_bits(method, norm, steps, processes, lean, colour_folder, tmp_path):
+    options = ["--method", method, "--lite.norm", norm, "--memory.lean", lean]
+    options += ["--train.gradient_accumulation_steps", steps]
+    check_resume(colour_folder, tmp_path, options, processes, KILLED_AT * steps)
