@@ -41,10 +41,11 @@ def test_every_command_runs(colour_folder, tmp_path, monkeypatch):
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         ran += 1
     assert ran >= 7
-    (python,) = [block for language, block in BLOCKS if language == "python"]
-    printed = []
-    exec(python.replace("print(", "printed.append("), {"printed": printed})
-    assert printed == ["red"] or printed == ["blue"]
+    python = "".join(block for language, block in BLOCKS if language == "python")
+    names = {"printed": []}
+    exec(python.replace("print(", "printed.append("), names)
+    assert names["printed"] in (["red"], ["blue"])
+    assert names["model"].adapter_names == ["default"] and names["logits"].shape == (1, 2)
 
 
 def test_the_command_for_two_processes_on_a_cpu_is_the_tested_one():

@@ -22,6 +22,7 @@ from tinytl_hf.backbones import IMAGENET_MEAN, IMAGENET_STD
 from tinytl_hf.config import DataConfig, HeadConfig, LiteConfig, MethodName
 from tinytl_hf.disk import write_bytes, write_text
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.lite_residual import LiteResidual
 from tinytl_hf.methods import changing_buffers
 from tinytl_hf.version import __version__
 
@@ -110,6 +111,18 @@ def adapter_tensors(backbone: nn.Module) -> dict[str, Tensor]:
     tensors = {name: p.detach() for name, p in backbone.named_parameters() if p.requires_grad}
     tensors.update({name: buffer for name, buffer in backbone.named_buffers() if name in buffers})
     return tensors
+
+
+def frozen_tensors(backbone: nn.Module) -> dict[str, Tensor]:
+    """The tensors that come with the backbone and never change, as they are in its modules."""
+    delta = adapter_tensors(backbone)
+    lite = tuple(f"{name}." for name, module in backbone.named_modules() if isinstance(module, LiteResidual))
+    tensors = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in delta and not name.startswith(lite) and not name.endswith("num_batches_tracked")
+    }
 
 
 def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

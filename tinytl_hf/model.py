@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from tinytl_hf.adapter import (
     DataRecord,
     Preprocessing,
     adapter_tensors,
+    frozen_tensors,
     load_tensors,
     read_config,
     read_tensors,
@@ -33,7 +35,7 @@ from tinytl_hf.hub import render_card
 from tinytl_hf.images import pad_images, to_rgb
 from tinytl_hf.lean.chain import SLICE_MB
 from tinytl_hf.lean.convert import convert
-from tinytl_hf.lite_residual import LiteResidual
+from tinytl_hf.switching import Adapters, LoadedAdapter
 
 
 class TinyTLModel(nn.Module):
@@ -41,6 +43,9 @@ class TinyTLModel(nn.Module):
 
     Build it with :meth:`from_backbone` or :meth:`from_pretrained`. Parameter names under ``backbone`` are
     torchvision's, with ``lite_residual`` added to the blocks that have one.
+
+    It can hold more adapters over the same frozen weights: see :meth:`load_adapter`. Everything else (calls,
+    ``config``, ``preprocess``, ``trainable_parameters``, ``save_pretrained``) is about the active one.
 
     Args:
         config: What to build. A ``sha256`` in it is checked against the frozen weights.
@@ -71,6 +76,8 @@ class TinyTLModel(nn.Module):
         # One layout always, so that a saved and a loaded model run the same kernels on the same numbers.
         self.backbone.to(memory_format=torch.channels_last)
         self.config = replace(config, backbone=replace(config.backbone, sha256=self._frozen_sha256()))
+        self._engine = {"gradient_checkpointing": gradient_checkpointing, "lean": lean, "slice_mb": slice_mb}
+        self._adapters = Adapters()
 
     @classmethod
     def from_backbone(
@@ -140,18 +147,25 @@ class TinyTLModel(nn.Module):
         """
         folder = Path(path)
         saved = read_config(folder)
-        tensors = read_tensors(folder)
-        # A method that trains everything needs nothing of the backbone but its shape.
-        source = "none" if saved.backbone.sha256 is None else weights or saved.backbone.weights
-        model = cls(replace(saved, backbone=replace(saved.backbone, weights=source)))
+        source = weights or saved.backbone.weights
+        model = cls._with_tensors(folder, saved, source)
         if model.config.backbone.sha256 != saved.backbone.sha256:
             raise TinyTLError(
                 f"{folder} was trained on other weights of {saved.backbone.name} than {source} holds "
                 f"(sha256 of the frozen tensors is {model.config.backbone.sha256}, expected "
                 f"{saved.backbone.sha256}); name the right ones with weights= or --weights"
             )
+        return model
+
+    @classmethod
+    def _with_tensors(cls, folder: Path, saved: AdapterConfig, source: str, **engine: Any) -> TinyTLModel:
+        """The adapter in ``folder`` over the weights from ``source``, whose hash is still to be compared."""
+        tensors = read_tensors(folder)
+        # A method that trains everything needs nothing of the backbone but its shape.
+        weights = "none" if saved.backbone.sha256 is None else source
+        model = cls(replace(saved, backbone=replace(saved.backbone, weights=weights)), **engine)
         load_tensors(model.backbone, tensors, source=str(folder))
-        model.config = replace(saved, backbone=replace(saved.backbone, weights=weights or saved.backbone.weights))
+        model.config = replace(model.config, backbone=replace(model.config.backbone, weights=source))
         return model
 
     def save_pretrained(
@@ -193,6 +207,67 @@ class TinyTLModel(nn.Module):
         """Optimizer groups with the method's learning rates; ``decay_all`` decays biases and norms too."""
         return methods.parameter_groups(self.backbone, self._blocks, self.config.method, lr, weight_decay, decay_all)
 
+    @property
+    def active_adapter(self) -> str:
+        """Name of the adapter in use: ``default`` is the one that the model was made with."""
+        return self._adapters.active
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of all loaded adapters, the active one first."""
+        return self._adapters.names
+
+    def load_adapter(self, path: str | Path, name: str, *, weights: str | None = None) -> None:
+        """Load another adapter beside the active one, which stays active, over the same frozen weights.
+
+        It may have another method, label set and image size.
+
+        Args:
+            path: Its folder.
+            name: What to call it here.
+            weights: Where to read the backbone's weights that it needs and that are not in memory, as the active
+                adapter trains them; null: where this model's came from.
+
+        Raises:
+            TinyTLError: No adapter there, a damaged one, one of another backbone, or a name that is taken.
+        """
+        folder = Path(path)
+        saved = read_config(folder)
+        self._adapters.check_new(name, saved, self.config, folder)
+        source = weights or self._adapters.source(self.config, own=saved.backbone.weights)
+        new = self._with_tensors(folder, saved, source, **self._engine)
+        self._adapters.add(name, new._loaded(), self._loaded(), folder, saved.backbone.sha256)
+
+    def set_adapter(self, name: str) -> None:
+        """Use the adapter called ``name`` from now on; it takes the model's mode, train or eval.
+
+        An optimizer keeps the parameters that it was given: make one for the adapter that is to train.
+
+        Raises:
+            TinyTLError: No such adapter.
+        """
+        adapter = self._adapters.switch(name, self._loaded())
+        self.backbone, self._blocks = adapter.backbone.train(self.training), adapter.blocks
+        self.stock_layers, self.config = adapter.stock_layers, adapter.config
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[TinyTLModel]:
+        """Use another adapter in a ``with`` block, and the one before it again after that."""
+        before = self.active_adapter
+        self.set_adapter(name)
+        try:
+            yield self
+        finally:
+            self.set_adapter(before)
+
+    def unload_adapter(self, name: str) -> None:
+        """Free what an adapter has of its own.
+
+        Raises:
+            TinyTLError: No such adapter, or it is the active one.
+        """
+        self._adapters.remove(name)
+
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The delta by the backbone's own names: trained parameters and buffers that can change."""
         return adapter_tensors(self.backbone)
@@ -224,11 +299,13 @@ class TinyTLModel(nn.Module):
         return resample(pixels, sizes, boxes, options.image_size, mean=options.mean, std=options.std)
 
     def _frozen_sha256(self) -> str | None:
-        lite = tuple(f"{name}." for name, module in self.backbone.named_modules() if isinstance(module, LiteResidual))
-        delta = self.adapter_tensors()
-        frozen = {
-            name: tensor
-            for name, tensor in self.backbone.state_dict().items()
-            if name not in delta and not name.startswith(lite) and not name.endswith("num_batches_tracked")
-        }
-        return sha256(frozen)
+        return sha256(frozen_tensors(self.backbone))
+
+    def _loaded(self) -> LoadedAdapter:
+        return LoadedAdapter(self.backbone, self._blocks, self.stock_layers, self.config)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TinyTLModel:
+        """Move or cast all adapters, where PyTorch would only reach the active one."""
+        super()._apply(fn, recurse)
+        self._adapters.apply(fn, self._loaded())
+        return self
