@@ -187,7 +187,22 @@ def read_config(folder: Path) -> AdapterConfig:
             f"{path} has format_version {version}, and this tinytl_hf reads up to {FORMAT_VERSION}: "
             "pip install --upgrade tinytl-hf"
         )
-    return _config_from(values, path)
+    return config_from(values, path)
+
+
+def config_from(values: dict[str, Any], path: Path) -> AdapterConfig:
+    """The config that a file's ``values`` describe.
+
+    Raises:
+        TinyTLError: They are not those of an adapter.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(AdapterConfig, "adapter")
+    try:
+        return parser.instantiate(parser.parse_object({"adapter": values}))["adapter"]
+    except Exception as error:
+        reason = " ".join(str(error).replace("adapter.", "").split())
+        raise TinyTLError(f"{path} is not a valid adapter config: {reason}") from error
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -214,13 +229,3 @@ def _to_disk(name: str, tensor: Tensor, dtype: str) -> Tensor:
     if tensor.abs().max() > torch.finfo(torch.float16).max:
         raise TinyTLError(f"adapter.dtype=fp16: {name} has values beyond its range; use fp32")
     return tensor.half()
-
-
-def _config_from(values: dict[str, Any], path: Path) -> AdapterConfig:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(AdapterConfig, "adapter")
-    try:
-        return parser.instantiate(parser.parse_object({"adapter": values}))["adapter"]
-    except Exception as error:
-        reason = " ".join(str(error).replace("adapter.", "").split())
-        raise TinyTLError(f"{path} is not a valid adapter config: {reason}") from error

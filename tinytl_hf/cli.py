@@ -1,4 +1,4 @@
-"""The command line: ``tinytl-hf train | eval | predict | memory``.
+"""The command line: ``tinytl-hf train | eval | predict | merge | memory``.
 
 Every option is a field of a dataclass; a YAML file given with ``--config`` comes first and what is on
 the command line wins. A mistake ends with one line; ``--debug`` shows where it was raised.
@@ -28,6 +28,7 @@ from tinytl_hf.config import (
     EvalConfig,
     MemoryConfig,
     MemoryTableConfig,
+    MergeConfig,
     PredictConfig,
     TrainConfig,
     flat,
@@ -36,6 +37,7 @@ from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.version import __version__
 
 PROG = "tinytl-hf"
+OTHER_VERBS = (EvalConfig, PredictConfig, MergeConfig, MemoryTableConfig)  # options of verbs other than train
 T = TypeVar("T")
 
 
@@ -95,6 +97,10 @@ def run(argv: list[str]) -> None:
         _print_figures(evaluate_adapter(_build(EvalConfig, values), values.data))
     elif parsed.subcommand == "memory":
         _print_memory(_build(Config, values), _build(MemoryTableConfig, values))
+    elif parsed.subcommand == "merge":
+        from tinytl_hf.merge import merge
+
+        print(merge(_build(MergeConfig, values)))
     else:
         _print_predictions(_build(PredictConfig, values), values.images)
 
@@ -127,6 +133,10 @@ def make_parser(eval_defaults: dict[str, Any] | None = None) -> ArgumentParser:
     predict_parser.add_class_arguments(PredictConfig)
     predict_parser.add_argument("images", nargs="+", metavar="IMAGE", help="Files, folders or patterns.")
     verbs.add_subcommand("predict", predict_parser, help="label images with an adapter")
+
+    merge_parser = ArgumentParser(exit_on_error=False)
+    merge_parser.add_class_arguments(MergeConfig)
+    verbs.add_subcommand("merge", merge_parser, help="write backbone and adapter as one file of weights")
     return parser
 
 
@@ -156,7 +166,7 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
 
 def _with_values(argv: list[str]) -> list[str]:
     """Let an option that is true or false stand alone, as ``--json``: it is true then."""
-    groups = [("", Config), ("", EvalConfig), ("", PredictConfig), ("", MemoryTableConfig)]
+    groups: list[tuple[str, type]] = [("", kind) for kind in (Config, *OTHER_VERBS)]
     groups += [("data.", DataConfig), ("train.", TrainConfig), ("memory.", MemoryConfig)]
     flags = {f"--{prefix}{field.name}" for prefix, kind in groups for field in fields(kind) if field.type == "bool"}
     result = []
@@ -233,7 +243,7 @@ def _one_line(error: Exception) -> str:
 
 def _no_such_option(key: str) -> str:
     options = [f"data.{field.name}" for field in fields(DataConfig)]
-    options += [field.name for kind in (EvalConfig, PredictConfig, MemoryTableConfig) for field in fields(kind)]
+    options += [field.name for kind in OTHER_VERBS for field in fields(kind)]
     options += flat(Config().to_dict())
     close = difflib.get_close_matches(key, options, n=1)
     return f"{key}: no such option{f'; did you mean {close[0]}?' if close else '; see --help'}"

@@ -316,6 +316,23 @@ class PredictConfig:
 
 
 @dataclass(frozen=True)
+class MergeConfig:
+    """Merge an adapter into its backbone."""
+
+    adapter: str
+    """Folder of the adapter."""
+    output: str
+    """The .safetensors file to write."""
+    weights: str | None = None
+    """Where to take the backbone's weights from; null: where the adapter says."""
+    overwrite: bool = False
+    """Replace a file that is there."""
+
+    def __post_init__(self) -> None:
+        _check(self.output.endswith(".safetensors"), "output", self.output, "name a .safetensors file")
+
+
+@dataclass(frozen=True)
 class MemoryTableConfig:
     """Measure the training memory and speed of methods, lean and stock."""
 

@@ -1,0 +1,96 @@
+import json
+
+import pytest
+import torch
+import torchvision
+from conftest import run_cli
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_methods import train_steps
+
+from tinytl_hf import TinyTLError
+from tinytl_hf.merge import load_merged
+
+IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+IMAGES = IMAGES.contiguous(memory_format=torch.channels_last)
+PLAIN = ("FT-Last", "TinyTL-B", "FT-Norm+Last", "FT-Full", "FT-Layerwise")
+
+
+@pytest.fixture
+def merged(make_model, tmp_path):
+    """Train, save and merge: the model, the file and what the command printed."""
+
+    def run(method, backbone="mobilenet_v2"):
+        model = make_model(method, backbone)
+        train_steps(model, steps=1)
+        model.save_pretrained(tmp_path / "adapter")
+        done = run_cli("merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "new" / "m.safetensors")
+        assert done.returncode == 0, done.stderr
+        return model.eval(), tmp_path / "new" / "m.safetensors", done.stdout
+
+    return run
+
+
+@torch.no_grad()
+def same_logits(one, other):
+    return torch.equal(one(IMAGES), other(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("method", "backbone"),
+    [*((method, "mobilenet_v2") for method in PLAIN), ("TinyTL-B", "resnet18"), ("FT-Norm+Last", "efficientnet_b0")],
+)
+def test_the_file_is_torchvisions_own_network_with_the_same_logits(method, backbone, merged):
+    model, path, printed = merged(method, backbone)
+    network = torchvision.models.get_model(backbone, num_classes=4)
+    network.load_state_dict(load_file(path), strict=True)
+    network.eval().to(memory_format=torch.channels_last)
+    assert same_logits(network, model)
+    assert f"torchvision's {backbone} with 4 classes; load it with torchvision.models.get_model" in printed
+
+
+@pytest.mark.parametrize("method", ["TinyTL-L", "TinyTL-L+B", "FT-Norm+Last"])
+def test_the_file_needs_nothing_else(method, merged, tmp_path):
+    model, path, printed = merged(method)
+    loaded = load_merged(path).eval()
+    assert same_logits(loaded, model)
+    assert loaded.config == model.config
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+    if method.startswith("TinyTL-L"):
+        assert "with lite residuals" in printed and "not a torchvision model" in printed
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        assert metadata["load_with"] == 'tinytl_hf.merge.load_merged("m.safetensors")'
+        assert metadata["load_with"] in printed
+        assert json.loads(metadata["adapter_config"])["label_names"] == ["0", "1", "2", "3"]
+
+
+def test_a_file_is_replaced_only_on_request_and_then_whole(merged, tmp_path, monkeypatch):
+    _, path, _ = merged("FT-Last")
+    path.write_bytes(b"mine")
+    options = ("merge", "--adapter", tmp_path / "adapter", "--output", path)
+    done = run_cli(*options)
+    assert done.returncode == 1 and f"output={path}: exists" in done.stderr and path.read_bytes() == b"mine"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        done = run_cli(*options, "--overwrite")
+    assert done.returncode == 1 and "No space left on device" in done.stderr
+    assert [file.name for file in path.parent.iterdir()] == [path.name] and path.read_bytes() == b"mine"
+    assert run_cli(*options, "--overwrite").returncode == 0
+    assert load_merged(path).label_names == ["0", "1", "2", "3"]
+
+
+def test_wrong_files_are_named(merged, tmp_path):
+    _, path, _ = merged("FT-Last")
+    done = run_cli("merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "model.pth")
+    assert done.returncode == 1 and "model.pth: name a .safetensors file" in done.stderr
+    with pytest.raises(TinyTLError, match=r"lost.safetensors cannot be read"):
+        load_merged(tmp_path / "lost.safetensors")
+    with pytest.raises(TinyTLError, match="was not written by tinytl-hf merge"):
+        load_merged(tmp_path / "adapter" / "adapter_model.safetensors")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(TinyTLError, match="cannot be read"):
+        load_merged(path)

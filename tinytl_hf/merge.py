@@ -1,0 +1,80 @@
+"""Backbone and adapter as one file of weights: the verb ``merge``.
+
+Where an adapter only changes values, that is a state dict of torchvision's own network. Lite residuals are layers
+that torchvision does not have, so with them the file is for :func:`load_merged`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+
+from tinytl_hf.adapter import AdapterConfig, config_from
+from tinytl_hf.config import MergeConfig
+from tinytl_hf.disk import write_bytes
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.methods import METHODS
+from tinytl_hf.model import TinyTLModel
+
+
+def merge(config: MergeConfig) -> str:
+    """Write the merged weights, with the adapter's config and the way to load them in the file's metadata.
+
+    Returns:
+        What the file is and how to load it.
+
+    Raises:
+        TinyTLError: The adapter cannot be loaded, or the file exists or cannot be written.
+    """
+    path = Path(config.output)
+    if path.exists() and not config.overwrite:
+        raise TinyTLError(f"output={path}: exists; name another file, or replace it with --overwrite true")
+    model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights)
+    what, how = _description(model.config, path.name)
+    tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
+    metadata = {"format": "pt", "content": what, "load_with": how, "adapter_config": model.config.to_json()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, save(tensors, metadata=metadata))
+    except OSError as error:
+        raise TinyTLError(f"output={path}: cannot be written ({error}); name another file") from error
+    return f"{path}: {what}; load it with {how}"
+
+
+def load_merged(path: str | Path) -> TinyTLModel:
+    """Load a file that :func:`merge` wrote, of any method; nothing else is needed.
+
+    Raises:
+        TinyTLError: No such file, a damaged one, or one of another kind.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TinyTLError(f"{path} cannot be read as a safetensors file: {error}") from error
+    if "adapter_config" not in metadata:
+        raise TinyTLError(f"{path} was not written by tinytl-hf merge: it has no adapter_config in its metadata")
+    saved = config_from(json.loads(metadata["adapter_config"]), Path(path))
+    model = TinyTLModel(replace(saved, backbone=replace(saved.backbone, weights="none")))
+    try:
+        model.backbone.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise TinyTLError(f"{path} does not fit the adapter_config in its metadata: {error}") from error
+    model.config = saved
+    return model
+
+
+def _description(config: AdapterConfig, file: str) -> tuple[str, str]:
+    """What the file is, and the expression that loads it."""
+    name, classes = config.backbone.name, len(config.label_names)
+    if METHODS[config.method].lite_residual:
+        what = f"{name} with lite residuals ({config.method}, {classes} classes), not a torchvision model"
+        return what, f'tinytl_hf.merge.load_merged("{file}")'
+    what = f"torchvision's {name} with {classes} classes"
+    network = f'torchvision.models.get_model("{name}", num_classes={classes})'
+    return what, f'{network}.load_state_dict(safetensors.torch.load_file("{file}"))'
