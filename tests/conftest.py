@@ -95,5 +95,5 @@ def small_run(dataset, output, *options):
     return [
         *("train", "--data.dataset", dataset, "--output_dir", output, "--backbone.weights", "none"),
         *("--data.image_size", "32", "--data.crop_scale", "[0.5, 1.0]", "--train.global_batch_size", "8"),
-        *("--train.epochs", "2", *options),
+        *("--train.epochs", "2", "--memory.report", "false", *options),
     ]

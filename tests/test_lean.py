@@ -60,7 +60,7 @@ def test_masks_take_one_bit_a_value_and_are_exact_at_the_bounds(values, upper, d
     x[: min(4, values)] = torch.tensor([0.0, 6.0, 1e-30, 5.96875])[: min(4, values)].to(dtype)
     packed = bits.pack(x, upper)
     assert packed.dtype == torch.uint8 and packed.numel() == -(-values // 8)
-    assert torch.equal(bits.unpack(packed, (values,), dtype), ((x > 0) & (x < upper)).to(dtype))
+    assert torch.equal(bits.unpack(packed, (values,)), ((x > 0) & (x < upper)).to(torch.uint8))
 
 
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)

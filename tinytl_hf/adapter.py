@@ -39,12 +39,14 @@ class BackboneRecord:
     Attributes:
         name: torchvision's name.
         weights: Source of the weights.
-        sha256: Hash of the frozen tensors; null where the method trains everything.
+        sha256: Hash of the frozen tensors as they came; null where the method trains everything.
+        frozen_weights: How frozen convolution weights are stored in memory, ``fp32`` or ``int8``.
     """
 
     name: str
     weights: str
     sha256: str | None = None
+    frozen_weights: Literal["fp32", "int8"] = "fp32"
 
 
 @dataclass(frozen=True)

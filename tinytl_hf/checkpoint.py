@@ -33,7 +33,7 @@ PROGRESS_FILE = "progress.json"
 SUMS_FILE = "SHA256SUMS"
 MAY_DIFFER = {
     *("output_dir", "overwrite", "tracker", "adapter.dtype", "data.workers", "data.memory_limit_mb"),
-    *("memory.lean", "memory.slice_mb", "train.epochs", "train.resume", "train.threads"),
+    *("memory.lean", "memory.slice_mb", "memory.report", "train.epochs", "train.resume", "train.threads"),
     *("train.checkpoint_every", "train.keep_checkpoints"),
 }
 

@@ -23,6 +23,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader, set_parsing_settings
 
 from tinytl_hf.config import (
+    BenchConfig,
     Config,
     DataConfig,
     EvalConfig,
@@ -37,7 +38,13 @@ from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.version import __version__
 
 PROG = "tinytl-hf"
-OTHER_VERBS = (EvalConfig, PredictConfig, MergeConfig, MemoryTableConfig)  # options of verbs other than train
+OTHER_VERBS = (
+    EvalConfig,
+    PredictConfig,
+    MergeConfig,
+    MemoryTableConfig,
+    BenchConfig,
+)  # options of verbs other than train
 T = TypeVar("T")
 
 
@@ -97,6 +104,8 @@ def run(argv: list[str]) -> None:
         _print_figures(evaluate_adapter(_build(EvalConfig, values), values.data))
     elif parsed.subcommand == "memory":
         _print_memory(_build(Config, values), _build(MemoryTableConfig, values))
+    elif parsed.subcommand == "bench":
+        _print_bench(_build(Config, values), _build(BenchConfig, values))
     elif parsed.subcommand == "merge":
         from tinytl_hf.merge import merge
 
@@ -128,6 +137,12 @@ def make_parser(eval_defaults: dict[str, Any] | None = None) -> ArgumentParser:
     memory_parser.add_class_arguments(MemoryTableConfig)
     memory_parser.add_class_arguments(Config)
     verbs.add_subcommand("memory", memory_parser, help="measure the training memory of every method, lean and stock")
+
+    bench_parser = ArgumentParser(exit_on_error=False)
+    bench_parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    bench_parser.add_class_arguments(BenchConfig)
+    bench_parser.add_class_arguments(Config)
+    verbs.add_subcommand("bench", bench_parser, help="time training steps of lean and stock in alternation")
 
     predict_parser = ArgumentParser(exit_on_error=False)
     predict_parser.add_class_arguments(PredictConfig)
@@ -205,24 +220,33 @@ def _print_predictions(config: PredictConfig, images: list[str]) -> None:
 
 
 def _print_memory(config: Config, options: MemoryTableConfig) -> None:
-    import torch
+    from tinytl_hf import memory
 
-    from tinytl_hf.memory import measure_rows, memory_table, to_json
+    rows = list(memory.measure_rows(config, options))
+    conditions = memory.conditions(config, options.batch_size)
+    report = memory.to_json(rows, conditions)
+    if options.plot is not None:
+        from tinytl_hf.plots import save_memory_bars
 
-    rows = list(measure_rows(config, options))
-    conditions = {
-        "backbone": config.backbone.name,
-        "image_size": config.data.image_size,
-        "batch_size": options.batch_size,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch_version": torch.__version__,
-    }
-    if options.json:
-        print(to_json(rows, conditions), end="")
-    else:
-        print(", ".join(f"{name} {value}" for name, value in conditions.items()), end="\n\n")
-        print(memory_table(rows), end="")
+        save_memory_bars(Path(options.plot), json.loads(report)["rows"])
+    _print_report(conditions, memory.memory_table(rows), report if options.json else None)
+
+
+def _print_bench(config: Config, options: BenchConfig) -> None:
+    from tinytl_hf import bench
+    from tinytl_hf.memory import conditions
+
+    rows = list(bench.bench_rows(config, options))
+    common = {name: value for name, value in conditions(config, 0).items() if name not in {"image_size", "batch_size"}}
+    report = bench.to_json(rows, common) if options.json else None
+    _print_report(common, bench.bench_table(rows, config.method), report)
+
+
+def _print_report(conditions: dict[str, Any], table: str, report: str | None) -> None:
+    """JSON if there is any, else the table under its conditions."""
+    if report is None:
+        report = ", ".join(f"{name} {value}" for name, value in conditions.items()) + "\n\n" + table
+    print(report, end="")
 
 
 def _one_line(error: Exception) -> str:

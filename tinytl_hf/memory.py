@@ -1,7 +1,8 @@
 """Training memory as three figures that are never mixed up: computed, kept and measured.
 
-:func:`paper_rule` computes what the TinyTL paper would report, :func:`kept_for_backward` counts what one real
-forward pass keeps, :func:`measure_peak` measures one real training step. Figures are bytes; MB are 1e6 bytes.
+:func:`~tinytl_hf.paper_rule.paper_rule` computes what the TinyTL paper would report, :func:`kept_for_backward` counts
+what one real forward pass keeps, :func:`measure_peak` measures one real training step. Figures are bytes; MB are 1e6
+bytes.
 """
 
 from __future__ import annotations
@@ -22,102 +23,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, UntypedStorage, nn
+from torch import Tensor, UntypedStorage
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.hooks import RemovableHandle
-from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
 
 from tinytl_hf.config import Config, MemoryTableConfig
 from tinytl_hf.evaluation import no_stderr
-from tinytl_hf.head import Head
-from tinytl_hf.lite_residual import LiteResidual
 from tinytl_hf.methods import METHODS
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.paper_rule import paper_rule
 
 MB = 1e6
-FLOAT_BYTES = 4
-MASKED = (nn.ReLU, nn.ReLU6)
-SMOOTH = (nn.Hardswish, nn.SiLU, nn.Hardsigmoid, nn.Sigmoid)
 NAMED_LAYERS = 4  # how many of a row's stock layers the table names
-
-
-def paper_rule(model: TinyTLModel, batch_size: int, frozen_bits: int = 8) -> float:
-    """Training memory in bytes by the rule of the TinyTL paper (section 4.1): analytic, nothing is measured.
-
-    One image at the model's resolution walks through the stock network. A convolution, linear layer or norm keeps
-    its fp32 input if its own weight trains; if anything but the head trains, a ReLU keeps one bit a value and a
-    smooth activation its fp32 input. While a layer runs it takes its input and, if it is a convolution or linear
-    layer, its output too (one group's share of it); a block that adds its input back holds that as well. The
-    highest sum, times ``batch_size``, and the parameters make up the figure.
-
-    Not counted, as in the paper: gradients, optimizer state, running statistics, temporaries of the backward pass, a
-    lite residual's pooled and up-sampled maps and, where a block has one but adds nothing back itself, its input.
-
-    MobileNetV2 of torchvision, 10 classes, 224 px, batch 8: FT-Full 447.2 MB, FT-Norm+Last 224.1, TinyTL-L+B 63.9,
-    TinyTL-L 63.9, TinyTL-B 48.1, FT-Last 47.2 MB. Of the paper's own figures only FT-Full's can be compared (447.8 MB
-    with 100 classes, figure 4); its table 2 is for ProxylessNAS-Mobile, which torchvision does not have.
-
-    Args:
-        model: The model; it may be lean or stock.
-        batch_size: Images a step.
-        frozen_bits: Bits in which a frozen parameter would be stored.
-    """
-    size = model.config.preprocessing.image_size
-    walk = _Walk(model)
-    hooks = [hook for module in model.modules() for hook in walk.follow(module)]
-    try:
-        with _left_as_found(model, training=False), torch.no_grad():
-            model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    weights = sum(p.numel() * (FLOAT_BYTES if p.requires_grad else frozen_bits / 8) for p in model.parameters())
-    return batch_size * walk.peak + weights
-
-
-class _Walk:
-    """What one image's forward pass takes by the paper's rule, in bytes."""
-
-    def __init__(self, model: TinyTLModel) -> None:
-        head = {p for module in model.modules() if isinstance(module, Head) for p in module.parameters()}
-        self.backpropagates = any(p not in head for p in model.trainable_parameters())
-        self.peak = self.kept = self.residual = 0.0
-
-    def follow(self, module: nn.Module) -> list[RemovableHandle]:
-        """Hook a layer that counts, or a block that holds its input."""
-        if _adds_input_back(module):
-            return [module.register_forward_pre_hook(self._hold), module.register_forward_hook(self._hold)]
-        if isinstance(module, LiteResidual):  # its ReLU is no layer of its own
-            return [module.norm1.register_forward_hook(lambda _, __, maps: self._run(nn.ReLU(), (maps,), maps))]
-        if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.GroupNorm, *MASKED, *SMOOTH)):
-            return [module.register_forward_hook(self._run, prepend=True)]  # a norm before the ReLU that follows it
-        return []
-
-    def _hold(self, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> None:
-        self.residual = FLOAT_BYTES * inputs[0].numel() if output is None else 0.0
-
-    def _run(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        read = temporary = FLOAT_BYTES * inputs[0].numel()
-        if isinstance(layer, nn.Conv2d):
-            temporary += FLOAT_BYTES * output.numel() // layer.groups
-        elif isinstance(layer, nn.Linear):
-            temporary += FLOAT_BYTES * output.numel()
-        self.peak = max(self.peak, temporary + self.kept + self.residual)
-        if isinstance(layer, (*MASKED, *SMOOTH)):
-            share = 1 / 32 if isinstance(layer, MASKED) else 1.0
-            self.kept += share * read if self.backpropagates else 0.0
-        elif isinstance(layer.weight, Tensor) and layer.weight.requires_grad:
-            self.kept += read
-
-
-def _adds_input_back(module: nn.Module) -> bool:
-    if isinstance(module, (mobilenetv2.InvertedResidual, mobilenetv3.InvertedResidual, efficientnet.MBConv)):
-        return module.use_res_connect
-    if isinstance(module, mnasnet._InvertedResidual):
-        return module.apply_residual
-    return isinstance(module, (resnet.BasicBlock, resnet.Bottleneck))
 
 
 def kept_for_backward(model: TinyTLModel, images: Tensor, labels: Tensor) -> int:
@@ -144,7 +62,7 @@ def _kept_storages(model: TinyTLModel, images: Tensor, labels: Tensor) -> tuple[
 
     # A checkpointed part keeps its inputs with the hooks around it, which are these, and hides only what it computes
     # again: so the pooled input of each lite residual is here too.
-    with _left_as_found(model, training=True), saved_tensors_hooks(pack, lambda tensor: tensor):
+    with _left_as_found(model), saved_tensors_hooks(pack, lambda tensor: tensor):
         F.cross_entropy(model(images), labels)
     for tensor in (images, labels, *model.parameters(), *model.buffers()):
         storages.pop(tensor.untyped_storage().data_ptr(), None)
@@ -192,8 +110,8 @@ def measure_peak(model: TinyTLModel, images: Tensor, labels: Tensor) -> Peak:
     """
     inside, outside = _kept_storages(model, images, labels)
     trained = _bytes(model.adapter_tensors().values())
-    with _left_as_found(model, training=True):
-        optimizer, step = _warmed_up_step(model, images, labels)
+    with _left_as_found(model):
+        optimizer, step = warmed_up_step(model, images, labels)
         measured = (_cuda_peak if images.is_cuda else _cpu_peak)(step)
         state = _bytes(value for values in optimizer.state.values() for value in values.values())
     # All that is kept is there when the forward pass ends, so the peak is no less.
@@ -211,8 +129,8 @@ def measure_peak(model: TinyTLModel, images: Tensor, labels: Tensor) -> Peak:
 def measure_speed(model: TinyTLModel, images: Tensor, labels: Tensor, repeats: int = 5) -> float:
     """Images a second in the step of :func:`measure_peak`: the median of ``repeats`` steps, after a warm-up."""
     seconds = []
-    with _left_as_found(model, training=True):
-        _, step = _warmed_up_step(model, images, labels)
+    with _left_as_found(model):
+        _, step = warmed_up_step(model, images, labels)
         for _ in range(repeats):
             start = time.perf_counter()
             step()
@@ -235,8 +153,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _warmed_up_step(model: TinyTLModel, images: Tensor, labels: Tensor) -> tuple[AdamW, Callable[[], None]]:
-    # At rate 0 a step does all of its work, on the same weights each time.
+def warmed_up_step(model: TinyTLModel, images: Tensor, labels: Tensor) -> tuple[AdamW, Callable[[], None]]:
+    """A training step with AdamW that was done once; at rate 0 it does all of its work on the same weights."""
     optimizer = AdamW(model.trainable_parameters(), lr=0.0)
 
     def step() -> None:
@@ -267,12 +185,12 @@ def _cuda_peak(step: Callable[[], None]) -> int:
 
 
 @contextmanager
-def _left_as_found(model: TinyTLModel, training: bool) -> Iterator[None]:
-    """Start without gradients, in the mode asked for; leave the model and the random generator as they were."""
+def _left_as_found(model: TinyTLModel) -> Iterator[None]:
+    """Start in training mode without gradients; leave the model and the random generator as they were."""
     delta = {name: tensor.clone() for name, tensor in model.adapter_tensors().items()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     modes = {module: module.training for module in model.modules()}
-    model.train(training).zero_grad()
+    model.train().zero_grad()
     try:
         with torch.random.fork_rng({p.device for p in gradients if p.is_cuda}):
             yield
@@ -285,6 +203,20 @@ def _left_as_found(model: TinyTLModel, training: bool) -> Iterator[None]:
             module.training = mode
 
 
+@dataclass(frozen=True)
+class MemoryRow:
+    """One method's figures on one engine, ``lean`` or ``stock``; ``high_water`` is of the whole process."""
+
+    method: str
+    engine: str
+    paper: float
+    kept: int
+    peak: Peak
+    images_per_second: float
+    high_water: int
+    stock_layers: list[str]
+
+
 def measure_rows(config: Config, options: MemoryTableConfig) -> Iterator[MemoryRow]:
     """Measure methods on both engines, each in a process of its own, so that none inherits another's memory.
 
@@ -295,53 +227,70 @@ def measure_rows(config: Config, options: MemoryTableConfig) -> Iterator[MemoryR
     for method in options.methods or METHODS:
         for lean in (False, True):
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                yield pool.submit(_measure_row, config, options, method, lean).result()
+                yield pool.submit(_measure_alone, config, options, method, lean).result()
 
 
-def _measure_row(config: Config, options: MemoryTableConfig, method: str, lean: bool) -> MemoryRow:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = config.data.image_size
-    model = TinyTLModel.from_backbone(
-        config.backbone.name,
-        method=method,
-        num_classes=options.num_classes,
-        weights=config.backbone.weights,
-        image_size=size,
-        lite=config.lite,
-        head=config.head,
-        gradient_checkpointing=config.train.gradient_checkpointing,
-        lean=lean,
-        slice_mb=config.memory.slice_mb,
-    ).to(device)
-    images = torch.randn(options.batch_size, 3, size, size, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(options.num_classes, (options.batch_size,), device=device)
+def _measure_alone(config: Config, options: MemoryTableConfig, method: str, lean: bool) -> MemoryRow:
+    model = build(config, method, options.num_classes, lean)
+    images, labels = random_batch(model, options.batch_size)
     speed = measure_speed(model, images, labels, options.repeats)
     high_water = process_high_water()  # before the profiler takes memory of its own
+    return measure(model, images, labels, lean, speed, high_water)
+
+
+def measure(
+    model: TinyTLModel, images: Tensor, labels: Tensor, lean: bool, images_per_second: float, high_water: int
+) -> MemoryRow:
+    """All figures of a model; speed and the process's high-water mark are measured by the caller."""
     return MemoryRow(
-        method=method,
+        method=model.config.method,
         engine="lean" if lean else "stock",
-        paper=paper_rule(model, options.batch_size),
+        paper=paper_rule(model, len(images)),
         kept=kept_for_backward(model, images, labels),
         peak=measure_peak(model, images, labels),
-        images_per_second=speed,
+        images_per_second=images_per_second,
         high_water=high_water,
         stock_layers=model.stock_layers,
     )
 
 
-@dataclass(frozen=True)
-class MemoryRow:
-    """One method's figures on one engine, ``lean`` or ``stock``; ``high_water`` is of a process that ran it alone."""
+def build(config: Config, method: str, num_classes: int, lean: bool) -> TinyTLModel:
+    """The model of a run, with another method and engine, on the device it would train on."""
+    model = TinyTLModel.from_backbone(
+        config.backbone.name,
+        method=method,
+        num_classes=num_classes,
+        weights=config.backbone.weights,
+        frozen_weights=config.backbone.frozen_weights,
+        image_size=config.data.image_size,
+        lite=config.lite,
+        head=config.head,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        lean=lean,
+        slice_mb=config.memory.slice_mb,
+    )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    method: str
-    engine: str
-    paper: float
-    kept: int
-    peak: Peak
-    images_per_second: float
-    high_water: int | None
-    stock_layers: list[str]
+
+def random_batch(model: TinyTLModel, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Images and labels that a model can be trained on, on its device."""
+    size, device = model.config.preprocessing.image_size, next(model.parameters()).device
+    images = torch.randn(batch_size, 3, size, size, device=device)
+    labels = torch.randint(len(model.label_names), (batch_size,), device=device)
+    return images.contiguous(memory_format=torch.channels_last), labels
+
+
+def conditions(config: Config, batch_size: int) -> dict[str, Any]:
+    """What figures hold under."""
+    return {
+        "backbone": config.backbone.name,
+        "image_size": config.data.image_size,
+        "batch_size": batch_size,
+        "frozen_weights": config.backbone.frozen_weights,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch_version": torch.__version__,
+    }
 
 
 LABELS = {"paper": "paper rule (analytic)", "kept": "kept for backward (ledger)", "peak": "peak (measured)"}

@@ -17,6 +17,7 @@ from tinytl_hf.adapter import AdapterConfig, config_from
 from tinytl_hf.config import MergeConfig
 from tinytl_hf.disk import write_bytes
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.lean.int8 import dequantise
 from tinytl_hf.methods import METHODS
 from tinytl_hf.model import TinyTLModel
 
@@ -34,6 +35,7 @@ def merge(config: MergeConfig) -> str:
     if path.exists() and not config.overwrite:
         raise TinyTLError(f"output={path}: exists; name another file, or replace it with --overwrite true")
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights)
+    dequantise(model.backbone)
     what, how = _description(model.config, path.name)
     tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
     metadata = {"format": "pt", "content": what, "load_with": how, "adapter_config": model.config.to_json()}

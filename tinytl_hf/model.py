@@ -35,6 +35,7 @@ from tinytl_hf.hub import render_card
 from tinytl_hf.images import pad_images, to_rgb
 from tinytl_hf.lean.chain import SLICE_MB
 from tinytl_hf.lean.convert import convert
+from tinytl_hf.lean.int8 import quantise
 from tinytl_hf.switching import Adapters, LoadedAdapter
 
 
@@ -72,10 +73,12 @@ class TinyTLModel(nn.Module):
         )
         self._blocks = convert_blocks(self.backbone, gradient_checkpointing)
         methods.apply_method(self.backbone, self._blocks, config.method, image_size, config.lite)
+        self.config = replace(config, backbone=replace(config.backbone, sha256=self._frozen_sha256()))
+        if config.backbone.frozen_weights == "int8":
+            quantise(self.backbone)
         self.stock_layers = convert(self.backbone, self._blocks, slice_mb) if lean else []
         # One layout always, so that a saved and a loaded model run the same kernels on the same numbers.
         self.backbone.to(memory_format=torch.channels_last)
-        self.config = replace(config, backbone=replace(config.backbone, sha256=self._frozen_sha256()))
         self._engine = {"gradient_checkpointing": gradient_checkpointing, "lean": lean, "slice_mb": slice_mb}
         self._adapters = Adapters()
 
@@ -88,6 +91,7 @@ class TinyTLModel(nn.Module):
         num_classes: int | None = None,
         label_names: Sequence[str] | None = None,
         weights: str = "imagenet",
+        frozen_weights: Literal["fp32", "int8"] = "fp32",
         image_size: int = 224,
         crop_pct: float = 0.875,
         lite: LiteConfig | None = None,
@@ -104,6 +108,7 @@ class TinyTLModel(nn.Module):
             num_classes: Number of classes, where ``label_names`` does not say it.
             label_names: Names of the classes; ``"0"``, ``"1"``, ... by default.
             weights: Source of the backbone's weights.
+            frozen_weights: How to store frozen convolution weights in memory.
             image_size: Side of the training images in px.
             crop_pct: Side of the evaluation crop as a share of an image's shorter side.
             lite: Options of the lite residuals.
@@ -122,7 +127,7 @@ class TinyTLModel(nn.Module):
         if method not in methods.METHODS:
             raise TinyTLError(f"method={method}: use one of {', '.join(methods.METHODS)}")
         config = AdapterConfig(
-            backbone=BackboneRecord(name, weights),
+            backbone=BackboneRecord(name, weights, frozen_weights=frozen_weights),
             method=method,  # type: ignore[arg-type]
             preprocessing=Preprocessing(image_size, crop_pct),
             label_names=names,

@@ -61,19 +61,38 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         """``[N, C, H, W]`` to the same shape."""
         if not self.training:
             return super().forward(input)
-        if input.numel() == input.shape[1] and _world_size() == 1:
+        values = self.values_of_a_channel(input)
+        if _world_size() > 1:
+            return self._forward_over_processes(input, values)
+        counts = not _is_recomputing()
+        if counts and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        rate = self._rate if counts else 0.0
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, True, rate, self.eps)
+
+    def values_of_a_channel(self, input: Tensor) -> int:
+        """How many values the statistics of a channel are of, on all processes.
+
+        Raises:
+            TinyTLError: It is one, whose variance means nothing.
+        """
+        values = input.numel() // input.shape[1] * _world_size()  # every process has the same number of images
+        if values == 1:
             raise TinyTLError(
                 "batch norm needs more than one value a channel: use a larger batch or image, or --lite.norm group"
             )
-        count_batches = not getattr(_recomputing, "active", False)
-        if count_batches and self.num_batches_tracked is not None:
+        return values
+
+    @torch.no_grad()
+    def take_in(self, mean: Tensor, var: Tensor, values: int) -> None:
+        """Let the running statistics follow those of a batch, unless it is computed for a second time."""
+        if _is_recomputing():
+            return
+        if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        if _world_size() == 1:
-            rate = self._rate if count_batches else 0.0
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, True, rate, self.eps
-            )
-        return self._forward_over_processes(input, count_batches)
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean.lerp_(mean, self._rate)
+            self.running_var.lerp_(var * values / (values - 1), self._rate)
 
     @property
     def _rate(self) -> float:
@@ -81,16 +100,12 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         assert self.momentum is not None
         return self.momentum
 
-    def _forward_over_processes(self, input: Tensor, count_batches: bool) -> Tensor:
+    def _forward_over_processes(self, input: Tensor, values: int) -> Tensor:
         x = input.to(torch.promote_types(input.dtype, torch.float32))
-        values = x.numel() // x.shape[1] * _world_size()  # every process has the same number of images
         mean = _SumOverProcesses.apply(x.sum((0, 2, 3))) / values
         centred = x - mean[:, None, None]
         var = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / values
-        if count_batches and self.running_mean is not None and self.running_var is not None:
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, self._rate)
-                self.running_var.lerp_(var * values / (values - 1), self._rate)
+        self.take_in(mean, var, values)
         scale = self.weight * torch.rsqrt(var + self.eps)
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
@@ -117,14 +132,17 @@ class _SumOverProcesses(Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, tensor: Tensor) -> Tensor:
-        return _summed(tensor)
+        return sum_over_processes(tensor)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
-        return _summed(grad)
+        return sum_over_processes(grad)
 
 
-def _summed(tensor: Tensor) -> Tensor:
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, without a gradient."""
+    if _world_size() == 1:
+        return tensor
     total = tensor.clone()
     dist.all_reduce(total)
     return total
@@ -132,3 +150,7 @@ def _summed(tensor: Tensor) -> Tensor:
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _is_recomputing() -> bool:
+    return getattr(_recomputing, "active", False)

@@ -1,7 +1,7 @@
 """What a run leaves in its folder, and how a folder is made ready for a run.
 
-``config.yaml``, ``metrics.jsonl`` (a line an epoch), ``eval_results.json``, ``adapter/`` (the best),
-``adapter_last/``, ``checkpoints/`` and the tracker's logs.
+``config.yaml``, ``metrics.jsonl`` (a line an epoch), ``eval_results.json``, ``memory.json`` (what a training step
+takes), ``adapter/`` (the best), ``adapter_last/``, ``checkpoints/`` and the tracker's logs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tinytl_hf.errors import TinyTLError
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "eval_results.json"
+MEMORY_FILE = "memory.json"
 BEST_ADAPTER = "adapter"
 LAST_ADAPTER = "adapter_last"
 

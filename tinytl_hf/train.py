@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tinytl_hf import checkpoint, data, run_folder
+from tinytl_hf import checkpoint, data, memory, run_folder
 from tinytl_hf.adapter import DataRecord, read_tensors
 from tinytl_hf.augment import RandomCropFlip, resample
 from tinytl_hf.checkpoint import Progress
 from tinytl_hf.config import Config, flat
+from tinytl_hf.disk import write_text
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.evaluation import check_divides, device_name, evaluate_model, make_accelerator, save_results
 from tinytl_hf.interrupt import StopSignal
@@ -83,6 +84,8 @@ def train(config: Config) -> dict[str, Any]:
     if accelerator.is_main_process:
         path = Path(config.output_dir) / run_folder.RESULTS_FILE
         save_results(path, results, run.model, len(run.eval_loader.dataset), accelerator)  # type: ignore[arg-type]
+    if config.memory.report:
+        write_memory(run)
     accelerator.end_training()
     return results
 
@@ -111,6 +114,7 @@ def set_up(config: Config) -> Run:
         method=config.method,
         label_names=train_split.label_names,
         weights=config.backbone.weights,
+        frozen_weights=config.backbone.frozen_weights,
         image_size=config.data.image_size,
         crop_pct=config.data.crop_pct,
         lite=config.lite,
@@ -266,6 +270,18 @@ def finish_epoch(run: Run, figures: dict[str, float]) -> None:
         " (best)" if is_best else "",
     )
     progress.next_epoch(figures["accuracy"])
+
+
+def write_memory(run: Run) -> None:
+    """Measure a training step of this run and write what it takes into the run's folder."""
+    config, output, is_main = run.config, Path(run.config.output_dir), run.accelerator.is_main_process
+    batch = config.train.global_batch_size // run.accelerator.num_processes // config.train.gradient_accumulation_steps
+    speed = run_folder.read_metrics(output)[-1]["train"]["images_per_second"] if is_main else 0.0
+    high_water = memory.process_high_water()
+    # On every process, as norms see the batch of all.
+    row = memory.measure(run.model, *memory.random_batch(run.model, batch), config.memory.lean, speed, high_water)
+    if is_main:
+        write_text(output / run_folder.MEMORY_FILE, memory.to_json([row], memory.conditions(config, batch)))
 
 
 def save_adapters(

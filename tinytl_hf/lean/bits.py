@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PACK_EIGHT = 0x0102040810204080  # gathers the lowest bits of eight bytes in the highest byte
+CHUNK = 1 << 18  # values that are unpacked at a time: few enough to stay in the cache
 
 
 def pack(activated: Tensor, upper: float) -> Tensor:
@@ -30,15 +31,20 @@ def pack(activated: Tensor, upper: float) -> Tensor:
     return ((padded.view(torch.int64) * PACK_EIGHT) >> 56).to(torch.uint8)
 
 
-def unpack(bits: Tensor, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The mask as zeros and ones of ``dtype`` in ``shape``; in the memory of ``out``, if that is given."""
-    values = torch.Size(shape).numel()
-    table = _table(dtype, bits.device)
-    if out is None:
-        return F.embedding(bits.int(), table).view(-1)[:values].view(shape)
-    padded = out.view(-1)[: 8 * bits.numel()].view(-1, 8)
-    torch.index_select(table, 0, bits.int(), out=padded)
-    return out.view(-1)[:values].view(shape)
+def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The mask that :func:`pack` gave as zeros and ones, ``uint8`` in ``shape``."""
+    eights = torch.index_select(_table(bits.device), 0, bits.int())
+    return eights.view(torch.uint8)[: torch.Size(shape).numel()].view(shape)
+
+
+def mask_(values: Tensor, bits: Tensor) -> Tensor:
+    """Multiply ``values``, contiguous, by the mask that :func:`pack` gave, in place."""
+    flat = values.view(-1)
+    factors = torch.empty(min(CHUNK, flat.numel()), dtype=flat.dtype, device=flat.device)
+    for start in range(0, flat.numel(), CHUNK):
+        chunk = flat[start : start + CHUNK]
+        chunk.mul_(factors[: len(chunk)].copy_(unpack(bits[start // 8 : (start + CHUNK) // 8], chunk.shape)))
+    return values
 
 
 def _pack_float32(flat: Tensor, upper: float) -> Tensor:
@@ -56,7 +62,7 @@ def _pack_float32(flat: Tensor, upper: float) -> Tensor:
 
 
 @functools.cache
-def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The eight values of each byte."""
+def _table(device: torch.device) -> Tensor:
+    """The eight values of each byte, as the bytes of an ``int64``."""
     bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
-    return bits.to(dtype)
+    return bits.to(torch.uint8).view(torch.int64).view(-1)

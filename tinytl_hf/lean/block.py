@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+import torch
+from torch import Tensor, nn
 
-from tinytl_hf.lean.chain import UPPER, Chain
+from tinytl_hf.lean import lite
+from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
+from tinytl_hf.lean.stage import UPPER
 from tinytl_hf.lite_residual import LiteResidual
-from tinytl_hf.norms import recompute_contexts
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,10 @@ class LeanResNetPath:
 
 @dataclass(frozen=True)
 class LeanBlockPath:
-    """A block plus its lite residual, which keeps the maps before and after its grouped convolution.
-
-    What follows that convolution is cheap and is computed again for the backward pass.
+    """A block plus its lite residual.
 
     Attributes:
-        main: The block itself.
+        main: The block itself, perhaps with a stem before it.
         lite: Its lite residual.
     """
 
@@ -47,14 +46,34 @@ class LeanBlockPath:
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the block with its lite residual."""
-        if not self.lite.pools_maps_of(x):
-            output, pooled = self.main(x), x
-        elif isinstance(self.main, Chain):
+        if isinstance(self.main, Chain) and self.lite.pools_maps_of(self.main.block_input_size(x.shape)):
             output, pooled = self.main.with_pooled_input(x)
         else:
-            output, pooled = self.main(x), average_pool(x)
-        maps = self.lite.conv1(pooled)
-        small = checkpoint(
-            self.lite.after_conv1, maps, use_reentrant=False, context_fn=recompute_contexts, preserve_rng_state=False
-        )
-        return upsample_add(output, small)
+            output = self.main(x)
+            pooled = average_pool(x) if self.lite.pools_maps_of(tuple(x.shape[-2:])) else x
+        return upsample_add(output, lite.branch(self.lite, pooled))
+
+
+class LeanOpening(nn.Sequential):
+    """A network's layers, the first two of which, a stem and a block, train as one chain.
+
+    So the stem's maps, the largest of all, exist for a slice of the batch only.
+
+    Attributes:
+        opening: The training pass of the first two.
+    """
+
+    opening: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Sequential``."""
+        if self.opening is None or not self._needs_gradient(input):
+            return super().forward(input)
+        x = self.opening(input)
+        for module in list(self)[2:]:
+            x = module(x)
+        return x
+
+    def _needs_gradient(self, input: Tensor) -> bool:
+        trains = any(parameter.requires_grad for module in list(self)[:2] for parameter in module.parameters())
+        return torch.is_grad_enabled() and (input.requires_grad or trains)

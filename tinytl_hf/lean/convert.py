@@ -7,25 +7,35 @@ else their convolutions with norm and activation do, else single layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
 from torchvision.ops.misc import Conv2dNormActivation
 
 from tinytl_hf.blocks import TinyTLBlock
-from tinytl_hf.lean.block import LeanBlockPath, LeanResNetPath
-from tinytl_hf.lean.chain import SLICE_MB, Chain, Stage
+from tinytl_hf.lean.block import LeanBlockPath, LeanOpening, LeanResNetPath
+from tinytl_hf.lean.chain import SLICE_MB, Chain
+from tinytl_hf.lean.int8 import Int8Conv2d
 from tinytl_hf.lean.layers import (
     LeanConv2d,
     LeanConvNormActivation,
     LeanFrozenBatchNorm2d,
+    LeanInt8Conv2d,
     LeanReLU,
     LeanReLU6,
 )
+from tinytl_hf.lean.stage import Stage
 from tinytl_hf.norms import FrozenBatchNorm2d
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu"}
-LAYERS = {nn.Conv2d: LeanConv2d, FrozenBatchNorm2d: LeanFrozenBatchNorm2d, nn.ReLU: LeanReLU, nn.ReLU6: LeanReLU6}
+LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: LeanConv2d,
+    Int8Conv2d: LeanInt8Conv2d,
+    FrozenBatchNorm2d: LeanFrozenBatchNorm2d,
+    nn.ReLU: LeanReLU,
+    nn.ReLU6: LeanReLU6,
+}
 
 
 def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], slice_mb: float = SLICE_MB) -> list[str]:
@@ -60,6 +70,9 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], slice_mb: float
         elif type(module) in LAYERS and not _trains_weight(module):
             module.__class__ = LAYERS[type(module)]
             done.add(module)
+    for module in backbone.modules():
+        if type(module) is nn.Sequential and len(module) > 1:
+            _join_opening(module)
     return [
         f"{name} ({type(module).__name__})"
         for name, module in backbone.named_modules()
@@ -67,27 +80,44 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], slice_mb: float
     ]
 
 
+def _join_opening(layers: nn.Sequential) -> None:
+    """Let a stem and the block that follows it train as one chain."""
+    stem, block = layers[0], layers[1]
+    if not isinstance(stem, LeanConvNormActivation) or not isinstance(block, TinyTLBlock):
+        return
+    path = block.lean_path
+    main = path.main if isinstance(path, LeanBlockPath) else path
+    if isinstance(main, Chain) and not block.gradient_checkpointing:
+        joined = replace(main, stages=(*stem.chain.stages, *main.stages), branch=len(stem.chain.stages))
+        layers.__class__ = LeanOpening
+        layers.opening = replace(path, main=joined) if isinstance(path, LeanBlockPath) else joined  # type: ignore[assignment]
+
+
 def _block_path(block: TinyTLBlock, slice_mb: float) -> Chain | LeanResNetPath | None:
     """The block's training pass as chains, or null if one of its layers does not fit in."""
-    if isinstance(block, mobilenetv2.InvertedResidual):
-        stages = _stages(block.conv)
-        return None if stages is None else Chain(stages, block.use_res_connect, slice_mb)
-    if isinstance(block, (mobilenetv3.InvertedResidual, efficientnet.MBConv)):
-        stages = _stages(block.block)
-        return None if stages is None else Chain(stages, block.use_res_connect, slice_mb)
-    if isinstance(block, mnasnet._InvertedResidual):
-        stages = _stages(block.layers)
-        return None if stages is None else Chain(stages, block.apply_residual, slice_mb)
-    assert isinstance(block, (resnet.BasicBlock, resnet.Bottleneck))
-    layers = [block.conv1, block.bn1, block.relu, block.conv2, block.bn2]
+    if not isinstance(block, (resnet.BasicBlock, resnet.Bottleneck)):
+        layers, residual = _inverted_residual(block)
+        stages = _stages(layers)
+        return None if stages is None else Chain(stages, residual, slice_mb)
+    main_layers = [block.conv1, block.bn1, block.relu, block.conv2, block.bn2]
     if isinstance(block, resnet.Bottleneck):
-        layers += [block.relu, block.conv3, block.bn3]
-    main = _as_stages(layers)
+        main_layers += [block.relu, block.conv3, block.bn3]
+    main = _as_stages(main_layers)
     shortcut = None if block.downsample is None else _stages(block.downsample)
     if block.downsample is not None and shortcut is None:
         return None
     chains = [None if stages is None else Chain(stages, slice_mb=slice_mb) for stages in (main, shortcut)]
     return None if chains[0] is None else LeanResNetPath(chains[0], chains[1])
+
+
+def _inverted_residual(block: TinyTLBlock) -> tuple[nn.Module, bool]:
+    """The layers of an inverted residual, and whether its input is added to their output."""
+    if isinstance(block, mobilenetv2.InvertedResidual):
+        return block.conv, block.use_res_connect
+    if isinstance(block, mnasnet._InvertedResidual):
+        return block.layers, block.apply_residual
+    assert isinstance(block, (mobilenetv3.InvertedResidual, efficientnet.MBConv))
+    return block.block, block.use_res_connect
 
 
 def _stages(module: nn.Module) -> tuple[Stage, ...] | None:
@@ -115,8 +145,7 @@ def _as_stages(layers: Iterable[nn.Module]) -> tuple[Stage, ...] | None:
 
 
 def _trains_weight(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return weight is not None and weight.requires_grad
+    return any(name == "weight" and parameter.requires_grad for name, parameter in module.named_parameters())
 
 
 def _keeps_maps(module: nn.Module) -> bool:

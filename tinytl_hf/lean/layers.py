@@ -12,7 +12,9 @@ from torch.autograd.function import once_differentiable
 from torchvision.ops.misc import Conv2dNormActivation
 
 from tinytl_hf.lean import bits
-from tinytl_hf.lean.chain import UPPER, Chain, Stage
+from tinytl_hf.lean.chain import Chain
+from tinytl_hf.lean.int8 import Int8Conv2d
+from tinytl_hf.lean.stage import UPPER, Stage
 from tinytl_hf.norms import FrozenBatchNorm2d
 
 
@@ -23,6 +25,10 @@ class LeanConv2d(nn.Conv2d):
         """As ``nn.Conv2d``."""
         chain = Chain((Stage(self),))
         return chain(input) if chain.needs_gradient(input) else super().forward(input)
+
+
+class LeanInt8Conv2d(LeanConv2d, Int8Conv2d):
+    """A lean convolution whose weight is stored as int8."""
 
 
 class LeanFrozenBatchNorm2d(FrozenBatchNorm2d):
@@ -96,8 +102,8 @@ class _MaskedReLU(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
         layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
-        flat = _flat(grad.contiguous(memory_format=layout), ctx.channels_last)
-        masked = flat * bits.unpack(mask, tuple(flat.shape), grad.dtype)
+        flat = _flat(grad.clone(memory_format=layout), ctx.channels_last)
+        masked = bits.mask_(flat, mask)
         return masked.permute(0, 3, 1, 2) if ctx.channels_last else masked, None
 
 
@@ -107,7 +113,9 @@ class _UpsampleAdd(Function):
         ctx.mark_dirty(maps)
         ctx.shape, ctx.dtype = small.shape, small.dtype
         for i in range(len(maps)):  # the up-sampled maps exist for one image at a time
-            maps[i] += F.interpolate(small[i : i + 1], size=maps.shape[-2:], mode="bilinear", align_corners=False)[0]
+            maps[i].add_(
+                F.interpolate(small[i : i + 1], size=maps.shape[-2:], mode="bilinear", align_corners=False)[0]
+            )
         return maps
 
     @staticmethod

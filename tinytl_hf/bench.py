@@ -1,0 +1,105 @@
+"""Speed of training steps: the contenders take turns in one process, and medians and ratios count.
+
+Machines are noisy, so a speed says little by itself and nothing next to one of another run.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+from multiprocessing import get_context
+from typing import Any
+
+from tinytl_hf.config import BenchConfig, Config
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.memory import build, random_batch, warmed_up_step
+from tinytl_hf.model import TinyTLModel
+
+FULL = "FT-Full stock"
+MEMSAVE = "memsave_torch"  # converts layer by layer; a contender if it is installed
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """Median images a second of each contender, or why there are none."""
+
+    image_size: int
+    batch_size: int
+    images_per_second: dict[str, float]
+    refused: str | None = None
+
+
+def bench_rows(config: Config, options: BenchConfig) -> Iterator[BenchRow]:
+    """Time every size with every batch, each pair in a process of its own.
+
+    Args:
+        config: The run: backbone, method, lite residual and head.
+        options: Sizes, batches and repeats.
+    """
+    for image_size in options.image_sizes:
+        for batch_size in options.batch_sizes:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                yield pool.submit(_time_in_turns, config, image_size, batch_size, options.repeats).result()
+
+
+def _time_in_turns(config: Config, image_size: int, batch_size: int, repeats: int) -> BenchRow:
+    try:
+        steps = _steps(replace(config, data=replace(config.data, image_size=image_size)), batch_size)
+    except TinyTLError as error:  # a batch norm over a single value
+        return BenchRow(image_size, batch_size, {}, str(error))
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    speeds = {name: batch_size / statistics.median(values) for name, values in seconds.items()}
+    return BenchRow(image_size, batch_size, speeds)
+
+
+def _steps(config: Config, batch_size: int) -> dict[str, Callable[[], None]]:
+    """The contenders, each warmed up by one step."""
+    models = {FULL: build(config, "FT-Full", 10, lean=False)}
+    for engine in ("stock", "lean"):
+        models[f"{config.method} {engine}"] = build(config, config.method, 10, lean=engine == "lean")
+    if find_spec(MEMSAVE) is not None:
+        models[f"{config.method} {MEMSAVE}"] = _memsave(build(config, config.method, 10, lean=False))
+    batch = random_batch(models[FULL], batch_size)
+    return {name: warmed_up_step(model.train(), *batch)[1] for name, model in models.items()}
+
+
+def _memsave(model: TinyTLModel) -> TinyTLModel:
+    """``model`` with the layers of ``memsave_torch``; norms stay ours, as theirs would use batch statistics."""
+    convert = import_module(f"{MEMSAVE}.nn").convert_to_memory_saving
+    model.backbone = convert(model.backbone, batchnorm2d=False)
+    return model
+
+
+def bench_table(rows: Sequence[BenchRow], method: str) -> str:
+    """The rows as plain text, with the lean engine's speed as a multiple of both stock ones."""
+    names = list(dict.fromkeys(name for row in rows for name in row.images_per_second))
+    lean, over = f"{method} lean", [FULL, f"{method} stock"]
+    table = [["px", "batch", *names, *(f"lean : {name}" for name in dict.fromkeys(over))]]
+    notes = []
+    for row in rows:
+        speeds = row.images_per_second
+        if row.refused is not None:
+            notes.append(f"{row.image_size} px, batch {row.batch_size}: {row.refused}")
+        cells = [f"{speeds[name]:.1f}" if name in speeds else "-" for name in names]
+        ratios = [f"{speeds[lean] / speeds[name]:.2f}x" if speeds else "-" for name in dict.fromkeys(over)]
+        table.append([str(row.image_size), str(row.batch_size), *cells, *ratios])
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+    return "\n".join(["images a second of training, median:", *lines, *notes]) + "\n"
+
+
+def to_json(rows: Sequence[BenchRow], conditions: Mapping[str, Any]) -> str:
+    """The rows with the conditions they hold under."""
+    report = {"unit": "images/s", "conditions": dict(conditions), "rows": [asdict(row) for row in rows]}
+    return json.dumps(report, indent=2) + "\n"

@@ -1,0 +1,157 @@
+"""The training pass of a lite residual's branch, which keeps its pooled input and four vectors.
+
+All maps of the branch are computed again for the backward pass. Batch statistics are not, so that several processes
+exchange them once a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from tinytl_hf.lite_residual import LiteResidual
+from tinytl_hf.norms import GlobalBatchNorm2d, recompute_contexts, sum_over_processes
+
+SLICE_MB = 5.0  # as in a chain
+
+
+def branch(lite: LiteResidual, pooled: Tensor) -> Tensor:
+    """``[N, in_channels, h, w]`` to what is to be up-sampled, ``[N, out_channels, h, w]``."""
+    norms = [norm for norm in (lite.norm1, lite.norm2) if isinstance(norm, GlobalBatchNorm2d) and norm.training]
+    if len(norms) < 2 or torch.is_autocast_enabled(pooled.device.type):
+        return checkpoint(
+            lite.before_upsampling,
+            pooled,
+            use_reentrant=False,
+            context_fn=recompute_contexts,
+            preserve_rng_state=False,
+        )
+    parameters = (lite.conv1.weight, norms[0].weight, norms[0].bias, lite.conv2.weight, norms[1].weight, norms[1].bias)
+    return _BranchFunction.apply(pooled, lite.conv1, *norms, *parameters)
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Mean and inverse standard deviation of a batch over all processes; ``values`` of a channel were counted."""
+
+    mean: Tensor
+    inverse: Tensor
+    values: int
+
+    @classmethod
+    def of(cls, norm: GlobalBatchNorm2d, maps: Tensor) -> _Statistics:
+        """Those of ``maps``, which the running statistics of ``norm`` take in."""
+        values = norm.values_of_a_channel(maps)
+        mean = sum_over_processes(maps.sum((0, 2, 3))) / values
+        squares = torch.zeros_like(mean)
+        for part in _slices(maps):
+            squares += (maps[part] - _channels(mean)).square_().sum((0, 2, 3))
+        var = sum_over_processes(squares) / values
+        norm.take_in(mean, var, values)
+        return cls(mean, torch.rsqrt(var + norm.eps), values)
+
+    def normalised_(self, maps: Tensor) -> Tensor:
+        """``maps`` with mean 0 and variance 1, in place."""
+        return _affine(maps, self.inverse, -self.mean * self.inverse, out=maps)
+
+    def backward_(self, normalised: Tensor, grad: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
+        """The gradient before the norm, in the memory of ``normalised``; ``sums`` are of all processes."""
+        scale = weight * self.inverse
+        grad_bias, grad_weight = -scale / self.values * sums
+        return _affine(normalised, grad_weight, grad_bias, out=normalised).addcmul_(grad, _channels(scale))
+
+
+class _BranchFunction(Function):
+    """Grouped convolution, norm, ReLU, 1x1 convolution, norm, on batch statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pooled: Tensor,
+        conv1: nn.Conv2d,
+        norm1: GlobalBatchNorm2d,
+        norm2: GlobalBatchNorm2d,
+        *parameters: Tensor,
+    ) -> Tensor:
+        weight1, scale1, shift1, weight2, scale2, shift2 = parameters
+        maps = _convolve(conv1, pooled, weight1)
+        first = _Statistics.of(norm1, maps)
+        maps = F.conv2d(_affine(first.normalised_(maps), scale1, shift1, out=maps).relu_(), weight2)
+        second = _Statistics.of(norm2, maps)
+        vectors = (first.mean, first.inverse, second.mean, second.inverse)
+        ctx.save_for_backward(pooled, *parameters, *vectors)
+        ctx.conv1, ctx.values = conv1, (first.values, second.values)
+        return _affine(second.normalised_(maps), scale2, shift2, out=maps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pooled, weight1, scale1, shift1, weight2, scale2, _, mean1, inverse1, mean2, inverse2 = ctx.saved_tensors
+        first, second = _Statistics(mean1, inverse1, ctx.values[0]), _Statistics(mean2, inverse2, ctx.values[1])
+        conv: nn.Conv2d = ctx.conv1
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        inner = first.normalised_(_convolve(conv, pooled, weight1))
+        sums2 = torch.zeros_like(torch.stack([scale2, scale2]))
+        for part in _slices(inner):
+            outer = F.conv2d(_affine(inner[part], scale1, shift1).relu_(), weight2)
+            sums2 += _norm_sums(second.normalised_(outer), grad[part])
+        total2 = sum_over_processes(sums2)
+
+        grad_weight2, grad_inner = torch.zeros_like(weight2), torch.empty_like(inner)
+        sums1 = torch.zeros_like(torch.stack([scale1, scale1]))
+        for part in _slices(inner):
+            activated = _affine(inner[part], scale1, shift1).relu_()
+            outer = second.normalised_(F.conv2d(activated, weight2))
+            grad_outer = second.backward_(outer, grad[part], scale2, total2)
+            grad_weight2 += _rows(grad_outer).t().mm(_rows(activated))[:, :, None, None]
+            flowing = F.conv2d(grad_outer, weight2.transpose(0, 1))
+            flowing = torch.ops.aten.threshold_backward(flowing, activated, 0)
+            sums1 += _norm_sums(inner[part], flowing)
+            grad_inner[part] = flowing
+        grad_maps = first.backward_(inner, grad_inner, scale1, sum_over_processes(sums1))
+        del grad_inner
+        geometry = (conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups)
+        wanted = [ctx.needs_input_grad[0], True, False]
+        grad_pooled, grad_weight1, _ = torch.ops.aten.convolution_backward(
+            grad_maps, pooled, weight1, None, *geometry, wanted
+        )
+        return grad_pooled, None, None, None, grad_weight1, sums1[1], sums1[0], grad_weight2, sums2[1], sums2[0]
+
+
+def _convolve(conv: nn.Conv2d, maps: Tensor, weight: Tensor) -> Tensor:
+    maps = F.conv2d(maps, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return maps.contiguous(memory_format=torch.channels_last)
+
+
+def _affine(maps: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.addcmul(_channels(shift), maps, _channels(scale), out=out)
+
+
+def _norm_sums(normalised: Tensor, grad: Tensor) -> Tensor:
+    """Gradients of a norm's bias and weight: ``[2, C]``."""
+    return torch.stack([grad.sum((0, 2, 3)), (grad * normalised).sum((0, 2, 3))])
+
+
+def _channels(vector: Tensor) -> Tensor:
+    return vector[:, None, None]
+
+
+def _rows(maps: Tensor) -> Tensor:
+    """``[N, C, H, W]`` as ``[N * H * W, C]``: a view of channels-last memory."""
+    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+
+
+def _slices(maps: Tensor) -> Iterator[slice]:
+    """Ranges of the batch, so that temporaries exist for about ``SLICE_MB`` of maps at a time."""
+    image_bytes = maps[0].numel() * maps.element_size()
+    count = max(1, int(SLICE_MB * 1e6) // image_bytes)
+    for start in range(0, len(maps), count):
+        yield slice(start, min(start + count, len(maps)))

@@ -1,0 +1,105 @@
+"""A frozen convolution with its norm and activation: what it computes forward and backward, on some images.
+
+With a frozen weight, the gradient of the input needs the weight alone and, of the activation, one bit a value
+(ReLU, ReLU6) or its input (hardswish, SiLU). The norm is folded into the convolution on the fly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinytl_hf.lean import bits
+from tinytl_hf.lean.int8 import weight_of
+
+UPPER = {"relu": float("inf"), "relu6": 6.0}  # activations whose gradient is a mask
+SMOOTH = {"hardswish": F.hardswish, "silu": F.silu}  # those that need their input
+SMOOTH_BACKWARD = {"hardswish": torch.ops.aten.hardswish_backward, "silu": torch.ops.aten.silu_backward}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A frozen convolution with what follows it.
+
+    Attributes:
+        conv: The convolution.
+        norm: Its frozen norm, if any.
+        activation: ``relu``, ``relu6``, ``hardswish``, ``silu`` or null.
+    """
+
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d | None = None
+    activation: str | None = None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that may train: the norm's, or the convolution's where there is no norm."""
+        return self.conv.bias if self.norm is None else self.norm.bias
+
+    def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the convolution that does the norm's work too."""
+        weight, bias = weight_of(self.conv), self.bias
+        if self.norm is not None:
+            assert self.norm.running_mean is not None and self.norm.running_var is not None and bias is not None
+            scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
+            weight = weight * scale[:, None, None, None]
+            bias = bias - self.norm.running_mean * scale
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output for an input of this size."""
+        conv = self.conv
+        padding = conv.padding
+        assert isinstance(padding, tuple)
+        sizes = [
+            (size + 2 * padding[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
+            for i, size in enumerate((height, width))
+        ]
+        return sizes[0], sizes[1]
+
+    def convolve(self, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution and the norm, with what :meth:`folded` gave."""
+        conv = self.conv
+        maps = F.conv2d(maps, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return maps.contiguous(memory_format=torch.channels_last)
+
+    def activate(self, maps: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The activation's output, and what its gradient needs; ``maps`` is written over."""
+        if self.activation is None:
+            return maps, None
+        if self.activation in SMOOTH:
+            return SMOOTH[self.activation](maps), maps
+        upper = UPPER[self.activation]
+        maps.clamp_(0, upper)
+        return maps, bits.pack(maps.permute(0, 2, 3, 1), upper)
+
+    def activate_backward(self, grad: Tensor, kept: Tensor | None, in_place: bool) -> Tensor:
+        """The gradient before the activation, of the one after it; ``grad`` is written over if ``in_place``."""
+        if kept is None:
+            return grad
+        if self.activation in SMOOTH:
+            return SMOOTH_BACKWARD[self.activation](grad, kept)
+        rows = (grad if in_place else grad.clone()).permute(0, 2, 3, 1)
+        return bits.mask_(rows, kept).permute(0, 3, 1, 2)
+
+    def convolve_backward(self, grad: Tensor, weight: Tensor, input_shape: tuple[int, ...]) -> Tensor:
+        """The gradient of the convolution's input, for which that input itself is not needed."""
+        conv = self.conv
+        stays = tuple(size // 2 for size in conv.kernel_size)
+        keeps_size = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.padding == stays
+        depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.kernel_size[0] % 2 == 1
+        if keeps_size and conv.kernel_size == (1, 1) and conv.groups == 1:
+            grad_input = F.conv2d(grad, weight.transpose(0, 1))
+        elif keeps_size and depthwise:
+            grad_input = F.conv2d(grad, weight.flip(2, 3), None, 1, conv.padding, 1, conv.groups)
+        else:
+            # The kernel wants a tensor of the input's shape and layout, and does not read it.
+            layout = torch.channels_last
+            unread = torch.empty(input_shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+            geometry = (conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups)
+            mask = [True, False, False]
+            grad_input = torch.ops.aten.convolution_backward(grad, unread, weight, None, *geometry, mask)[0]
+        return grad_input.contiguous(memory_format=torch.channels_last)
