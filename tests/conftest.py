@@ -48,6 +48,20 @@ def shared_data():
     return Path(folder)
 
 
+FIGURES = []
+
+
+@pytest.fixture
+def figure():
+    """Note a line with a figure, which is printed after the tests."""
+    return FIGURES.append
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in FIGURES:
+        terminalreporter.write_line(line)
+
+
 def write_image(path, mode="RGB", size=(40, 36), colour=None, seed=0):
     """Write an image: of one colour, or of noise that depends on the seed."""
     path.parent.mkdir(parents=True, exist_ok=True)

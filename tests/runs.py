@@ -31,7 +31,7 @@ class Run:
 
     Args:
         arguments: What would follow ``tinytl-hf``.
-        log: File that gets what the processes print.
+        log: File that gets what the first process prints; ``log.1`` is that of the second, and so on.
         processes: How many of them.
         kill: ``(module, function, n)``: the last process kills itself at the n-th call of that function.
         environment: Further environment variables.
@@ -50,7 +50,7 @@ class Run:
             own = {**shared, "RANK": rank, "LOCAL_RANK": rank} if processes > 1 else shared
             own = {key: str(value) for key, value in own.items()}
             last = rank == processes - 1
-            options = (arguments, own, str(log), kill if last else None, limit)
+            options = (arguments, own, f"{log}.{rank}" if rank else str(log), kill if last else None, limit)
             self.workers.append(CONTEXT.Process(target=_run, args=options))
             self.workers[-1].start()
 

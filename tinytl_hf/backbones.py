@@ -21,6 +21,7 @@ from tinytl_hf.head import Head
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MIN_IMAGE_SIZE = 32  # the total stride of these networks, in px
+MAX_IMAGE_SIZE = 2048
 
 AUXILIARY_HEADS = {"googlenet", "inception_v3"}
 
@@ -65,12 +66,14 @@ def create_backbone(name: str, weights: str, num_classes: int, dropout: float = 
 
 
 def check_image_size(name: str, image_size: int) -> None:
-    """Raise unless an image of ``image_size`` px leaves something of the last map."""
+    """Raise unless an image of ``image_size`` px leaves something of the last map, and fits into a memory."""
     if image_size < MIN_IMAGE_SIZE:
         raise TinyTLError(
             f"data.image_size={image_size}: {name} reduces an image {MIN_IMAGE_SIZE} times; use {MIN_IMAGE_SIZE} "
             "or more"
         )
+    if image_size > MAX_IMAGE_SIZE:
+        raise TinyTLError(f"data.image_size={image_size}: use {MAX_IMAGE_SIZE} or less")
 
 
 def pin_weights(name: str, weights: str) -> str:

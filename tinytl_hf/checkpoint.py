@@ -206,8 +206,11 @@ def _newest_whole(folder: Path) -> Path | None:
 def _save_state(accelerator: Accelerator, folder: Path) -> None:
     try:
         accelerator.save_state(str(folder))
-    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
-        raise OSError(str(error).splitlines()[0]) from error
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    except RuntimeError as error:  # torch's for a file that stayed shorter than it should be
+        free = shutil.disk_usage(folder).free
+        raise OSError(f"a file of it stayed incomplete; {free / 1e6:.1f} MB are free") from error
 
 
 def _seal(folder: Path) -> None:

@@ -15,7 +15,7 @@ import re
 import sys
 import traceback
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -56,6 +56,22 @@ class Yaml12Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse aliases: a few lines of them can stand for more values than a memory holds."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not taken; write the value out")
+        return super().compose_node(parent, index)
+
+
+def load_yaml(text: str) -> Any:
+    """Read YAML, with one kind of error for everything that is wrong with it."""
+    try:
+        return yaml.load(text, Loader=Yaml12Loader)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # no such date, too many digits, too deep: what a value's constructor makes of it
+        raise yaml.YAMLError(str(error)) from error
+
 
 Yaml12Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
@@ -90,9 +106,15 @@ def main(argv: list[str] | None = None) -> None:
 def run(argv: list[str]) -> None:
     """Parse ``argv`` and do what it says; what a verb needs (torch, above all) is imported once it is sure."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    set_loader("yaml", lambda text: yaml.load(text, Loader=Yaml12Loader), (yaml.YAMLError,))
+    set_loader("yaml", load_yaml, (yaml.YAMLError,))
     parser = make_parser(_eval_defaults(argv))
-    parsed = parser.parse_args(argv)
+    try:
+        parsed = parser.parse_args(argv)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ArgumentError(None, f"a config file or an option cannot be read: {error}") from error
+    for key in (field.name for field in fields(Config) if is_dataclass(field.default_factory)):
+        if key in parsed[parsed.subcommand] and parsed[parsed.subcommand][key] is None:
+            raise TinyTLError(f"{key}=null: it is a group of options; name one, or leave it out")
     values = parser.instantiate(parsed)[parsed.subcommand]
     if parsed.subcommand == "train":
         from tinytl_hf.train import train
@@ -251,7 +273,8 @@ def _print_report(conditions: dict[str, Any], table: str, report: str | None) ->
 
 def _one_line(error: Exception) -> str:
     """What went wrong and how to mend it, without the library's own layout."""
-    text = " ".join(str(error).split())
+    text = "".join(c if c.isprintable() else " " for c in str(error))  # no escape sequences of a file's making
+    text = " ".join(text.split())
     if text.startswith("Caught TinyTLError in DataLoader"):  # torch wraps what a worker process raises
         text = text.rpartition("TinyTLError: ")[2]
     if isinstance(error, TinyTLError):

@@ -64,8 +64,9 @@ class LiteConfig:
     def __post_init__(self) -> None:
         odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
         _check(odd, "lite.kernel_size", self.kernel_size, "use an odd number such as 3 or 5")
+        _check(self.kernel_size < 128, "lite.kernel_size", self.kernel_size, "use a side below 128 px")
         _check(self.groups >= 1, "lite.groups", self.groups, "use 1 or more (the report uses 2)")
-        _check(self.expand > 0, "lite.expand", self.expand, "use a number above 0 (the report uses 1)")
+        _check(0 < self.expand <= 64, "lite.expand", self.expand, "use a number above 0, at most 64 (the report: 1)")
 
 
 @dataclass(frozen=True)

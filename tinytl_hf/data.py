@@ -238,8 +238,9 @@ def _load(config: DataConfig) -> datasets.DatasetDict:
             loaded = datasets.load_dataset("parquet", data_files=str(path))
         else:
             loaded = datasets.load_dataset(str(path) if path.is_dir() else name, config.subset)
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # damaged files can make datasets raise almost anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason if isinstance(error, (DatasetsError, OSError)) else f"{type(error).__name__}: {reason}"
         raise TinyTLError(
             f"data.dataset={name}: cannot be loaded ({reason}); use a Hub id, the path of a folder or .parquet "
             "file, or digits"
@@ -268,8 +269,10 @@ def _labelled(table: datasets.Dataset, name: str, config: DataConfig) -> Split:
     if not isinstance(rows.features["image"], datasets.Image):
         raise TinyTLError(f"data.image_column={image_column}: it holds {rows.features['image']}, not images")
     rows = rows.cast_column("image", datasets.Image(decode=False))
-    values = table.with_format("numpy")[label_column][:]
     feature = table.features[label_column]
+    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)):
+        raise TinyTLError(f"data.label_column={label_column}: it holds {feature}, not a label for each image")
+    values = table.with_format("numpy")[label_column][:]
     missing = [i for i, value in enumerate(values) if value is None or value != value]
     if missing:
         raise TinyTLError(f"row {missing[0]} of split {name} has no label in {label_column}; drop such rows")

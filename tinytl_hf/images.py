@@ -18,6 +18,10 @@ REDUCE_ABOVE = 2
 MAX_ASPECT = 4  # longer images are cropped to it at their centre: a batch takes the size of its largest image
 
 
+Image.init()
+FORMATS = [name for name in Image.ID if name != "EPS"]  # Pillow hands EPS files to Ghostscript, which runs them
+
+
 class UnreadableImageError(ValueError):
     """A file that Pillow cannot read, or that is no image."""
 
@@ -32,7 +36,7 @@ def decode(encoded: dict[str, Any] | None, image_size: int) -> Tensor:
         raise UnreadableImageError("there is no image")
     source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=FORMATS) as image:
             return to_rgb(image, image_size)
     except Exception as error:  # a damaged file can make Pillow raise almost anything
         reason = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))

@@ -20,6 +20,7 @@ from tinytl_hf.adapter import (
     DataRecord,
     Preprocessing,
     adapter_tensors,
+    check_tensors,
     frozen_tensors,
     load_tensors,
     read_config,
@@ -37,6 +38,8 @@ from tinytl_hf.lean.chain import SLICE_MB
 from tinytl_hf.lean.convert import convert
 from tinytl_hf.lean.int8 import quantise
 from tinytl_hf.switching import Adapters, LoadedAdapter
+
+ORDINARY_CLASSES = 10_000
 
 
 class TinyTLModel(nn.Module):
@@ -166,6 +169,7 @@ class TinyTLModel(nn.Module):
     def _with_tensors(cls, folder: Path, saved: AdapterConfig, source: str, **engine: Any) -> TinyTLModel:
         """The adapter in ``folder`` over the weights from ``source``, whose hash is still to be compared."""
         tensors = read_tensors(folder)
+        _check_fits(saved, tensors, str(folder))
         # A method that trains everything needs nothing of the backbone but its shape.
         weights = "none" if saved.backbone.sha256 is None else source
         model = cls(replace(saved, backbone=replace(saved.backbone, weights=weights)), **engine)
@@ -314,3 +318,15 @@ class TinyTLModel(nn.Module):
         super()._apply(fn, recurse)
         self._adapters.apply(fn, self._loaded())
         return self
+
+
+def _check_fits(config: AdapterConfig, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise unless ``tensors`` are what ``config`` describes, before memory is taken for what it describes."""
+    check_image_size(config.backbone.name, config.preprocessing.image_size)
+    if config.lite == LiteConfig() and len(config.label_names) <= ORDINARY_CLASSES:
+        return  # it cannot ask for much
+    with torch.device("meta"):
+        backbone = create_backbone(config.backbone.name, "none", len(config.label_names))
+        blocks = convert_blocks(backbone, gradient_checkpointing=False)
+        methods.apply_method(backbone, blocks, config.method, config.preprocessing.image_size, config.lite)
+    check_tensors(backbone, tensors, source)

@@ -1,0 +1,125 @@
+"""Runs that are killed at any moment, that find the disk full, or that cannot write: nothing is lost."""
+
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import small_run
+from runs import ADAPTERS, Run, checkpoints, run
+
+from tinytl_hf.checkpoint import find_damage
+
+OPTIONS = ["--train.global_batch_size", "4", "--head.dropout", "0.2", "--train.checkpoint_every", "1"]
+OPTIONS += ["--train.threads", "1", "--train.resume", "auto"]
+KILLS = 20
+# Where a save can be cut: while files are written, synced, renamed or removed.
+IN_A_SAVE = [
+    *(("torch", "save"), ("tinytl_hf.checkpoint", "save_file"), ("tinytl_hf.checkpoint", "_seal")),
+    *(("os", "fsync"), ("os", "replace"), ("shutil", "rmtree")),
+]
+
+
+def adapters(folder):
+    return {name: (folder / name / "adapter_model.safetensors").read_bytes() for name in ADAPTERS}
+
+
+@pytest.fixture(scope="module")
+def straight(colour_folder, tmp_path_factory):
+    """A run of twelve epochs in one go."""
+    root = tmp_path_factory.mktemp("straight")
+    done = run(small_run(colour_folder, root / "run", *OPTIONS, "--train.epochs", "12"), root / "log")
+    assert done.returncode == 0, done.stderr
+    return root / "run"
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_with_the_same_adapters(straight, colour_folder, tmp_path, figure):
+    arguments = small_run(colour_folder, tmp_path / "run", *OPTIONS, "--train.epochs", "12")
+    chance = random.Random(0)
+    places = []
+    for number in range(KILLS):
+        if number % 2:
+            place = chance.choice(IN_A_SAVE)
+            done = run(arguments, tmp_path / "log", kill=(*place, chance.randint(1, 12)))
+        else:
+            place = "a moment"
+            started = Run(arguments, tmp_path / "log")
+            time.sleep(chance.uniform(0.5, 4))
+            started.kill()
+            done = started.wait()
+        assert done.returncode == -signal.SIGKILL, f"kill {number} came too late: {done.stderr}"
+        places.append(place)
+    done = run(arguments, tmp_path / "log")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert adapters(tmp_path / "run") == adapters(straight)
+    in_saves = sum(place != "a moment" for place in places)
+    figure(f"kills survived: {len(places)}, of which inside a save: {in_saves}")
+
+
+def check_refused_write(data, folder, tmp_path, spoil=lambda: None, mend=lambda: None, growth=None):
+    """Spoil writing after the first epoch: one line, the last checkpoint stays, and the run can go on to its end."""
+    arguments = small_run(data, folder, *OPTIONS, "--train.epochs")
+    done = run([*arguments, 1], tmp_path / "log")
+    assert done.returncode == 0, done.stderr
+    before = {path: path.stat().st_mtime for path in checkpoints(folder)}
+    limit = growth and int(growth * (checkpoints(folder)[-1] / "delta.safetensors").stat().st_size)
+    spoil()
+    done = run([*arguments, 2], tmp_path / "spoilt.log", limit=limit)
+    mend()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("tinytl-hf: error: ")]
+    assert f"output_dir={folder}" in error and "cannot be written" in error and "unexpected" not in error
+    assert {path: path.stat().st_mtime for path in checkpoints(folder)} == before
+    assert [find_damage(path) for path in before] == [None, None]
+    done = run([*arguments, 2], tmp_path / "mended.log")
+    assert done.returncode == 0, done.stderr
+    straight = run(small_run(data, tmp_path / "straight", *OPTIONS), tmp_path / "straight.log")
+    assert straight.returncode == 0 and adapters(folder) == adapters(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("growth", [0.5, 1.5])  # times the delta: AdamW's moments are twice as large
+def test_files_that_cannot_grow_end_a_run_with_one_line(growth, colour_folder, tmp_path):
+    check_refused_write(colour_folder, tmp_path / "run", tmp_path, growth=growth)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 40 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("free", [500_000, 3_000_000, 5_500_000])
+def test_a_full_disk_ends_a_run_with_one_line(free, small_disk, colour_folder, tmp_path):
+    ballast = small_disk / "ballast"
+
+    def fill():
+        with ballast.open("wb") as file:
+            room = shutil.disk_usage(small_disk).free - free
+            file.write(b"\1" * room)
+
+    check_refused_write(colour_folder, small_disk / "run", tmp_path, fill, ballast.unlink)
+
+
+@pytest.mark.slow
+def test_a_disk_that_turned_read_only_ends_a_run_with_one_line(small_disk, colour_folder, tmp_path):
+    def remount(mode):
+        return lambda: subprocess.run(["mount", "-o", f"remount,{mode}", small_disk], check=True)
+
+    check_refused_write(colour_folder, small_disk / "run", tmp_path, remount("ro"), remount("rw"))
+
+
+def test_a_folder_that_cannot_be_made_ends_a_run_before_it_starts(colour_folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    done = run(small_run(colour_folder, tmp_path / "file" / "run", *OPTIONS), tmp_path / "log")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"output_dir={tmp_path / 'file' / 'run'}: cannot be written" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "file").read_text() == "mine"
