@@ -231,6 +231,17 @@ def test_checkpointed_blocks_and_double_use_of_a_model_work(make_model):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-10, rtol=1e-8)
 
 
+def test_a_stem_that_trains_as_one_with_its_block_is_still_two_layers(make_model):
+    features = make_model("TinyTL-L+B").double().train().backbone.features
+    nn.init.ones_(features[1].lite_residual.norm2.weight)
+    x = torch.randn(4, 3, 20, 20, dtype=torch.float64)
+    parameters = [p for p in features[:2].parameters() if p.requires_grad]
+    together, apart = features.opening(x), features[:2](x)
+    torch.testing.assert_close(together, apart, atol=1e-12, rtol=1e-12)
+    for ours, theirs in zip(*(torch.autograd.grad(y.cos().sum(), parameters) for y in (together, apart)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+
+
 def test_layers_that_stay_stock_are_named(make_model):
     assert make_model("TinyTL-L+B").stock_layers == []
     assert make_model("TinyTL-L+B", "resnet18").stock_layers == ["maxpool (MaxPool2d)"]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tinytl_hf.bench import BenchRow, bench_table
-from tinytl_hf.config import HeadConfig
+from tinytl_hf.config import HeadConfig, LiteConfig
 from tinytl_hf.memory import (
     MemoryRow,
     Peak,
@@ -18,6 +18,7 @@ from tinytl_hf.memory import (
     measure_speed,
     memory_table,
     process_high_water,
+    random_batch,
     to_json,
 )
 from tinytl_hf.paper_rule import paper_rule
@@ -286,3 +287,18 @@ def test_bench_gives_the_speed_of_lean_as_a_multiple_of_both_stock_ones():
     rows = [line.split() for line in table.splitlines()]
     assert ["96", "8", "10.0", "12.0", "18.0", "1.80x", "1.50x"] in rows
     assert ["96", "1", "-", "-", "-", "-", "-"] in rows and "96 px, batch 1: batch too small" in table
+
+
+def test_the_promised_memory_of_mobilenet_v2_at_224_px(make_model):
+    full = make_model("FT-Full", image_size=224, lean=False)
+    both = make_model("TinyTL-L+B", image_size=224)
+    stock = measure_peak(full, *random_batch(full, 8))
+    eight, sixteen = (measure_peak(both, *random_batch(both, size)) for size in (8, 16))
+    assert stock.dynamic > 15 * eight.dynamic and stock.total > 8 * eight.total
+    assert sixteen.dynamic - eight.dynamic < 8 * 2.5e6
+
+
+def test_one_image_at_a_time_takes_a_twelfth_of_full_training(make_model):
+    full = make_model("FT-Full", image_size=224, lean=False)
+    both = make_model("TinyTL-L+B", image_size=224, lite=LiteConfig(norm="group"))
+    assert measure_peak(full, *random_batch(full, 8)).total > 12 * measure_peak(both, *random_batch(both, 1)).total

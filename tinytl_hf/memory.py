@@ -49,11 +49,6 @@ def kept_for_backward(model: TinyTLModel, images: Tensor, labels: Tensor) -> int
         images: Normalised images ``[N, 3, H, W]`` on the model's device.
         labels: Their labels ``[N]``.
     """
-    return sum(_kept_storages(model, images, labels))
-
-
-def _kept_storages(model: TinyTLModel, images: Tensor, labels: Tensor) -> tuple[int, int]:
-    """Bytes kept in torch's own memory, and in memory that came from elsewhere, such as NumPy."""
     storages: dict[int, UntypedStorage] = {}  # by address; held, so that no address comes a second time
 
     def pack(tensor: Tensor) -> Tensor:
@@ -66,8 +61,7 @@ def _kept_storages(model: TinyTLModel, images: Tensor, labels: Tensor) -> tuple[
         F.cross_entropy(model(images), labels)
     for tensor in (images, labels, *model.parameters(), *model.buffers()):
         storages.pop(tensor.untyped_storage().data_ptr(), None)
-    inside = sum(storage.nbytes() for storage in storages.values() if storage.resizable())
-    return inside, sum(storage.nbytes() for storage in storages.values()) - inside
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 @dataclass(frozen=True)
@@ -104,25 +98,25 @@ class Peak:
 def measure_peak(model: TinyTLModel, images: Tensor, labels: Tensor) -> Peak:
     """Measure the allocator's peak in one training step: forward, loss, backward, AdamW.
 
-    Weights and optimizer state are there before; the batch does not count. What is kept in memory that is not the
-    allocator's (NumPy's) is added in full, wherever the peak was. Scratch memory of oneDNN's and BLAS's kernels on a
-    CPU is out of sight. Arguments are those of :func:`kept_for_backward`, and again the model stays as it was.
+    Weights and optimizer state are there before; the batch does not count. Scratch memory of oneDNN's, BLAS's and
+    NumPy's kernels on a CPU is out of sight. Arguments are those of :func:`kept_for_backward`, and again the model
+    stays as it was.
     """
-    inside, outside = _kept_storages(model, images, labels)
+    kept = kept_for_backward(model, images, labels)
     trained = _bytes(model.adapter_tensors().values())
     with _left_as_found(model):
         optimizer, step = warmed_up_step(model, images, labels)
         measured = (_cuda_peak if images.is_cuda else _cpu_peak)(step)
         state = _bytes(value for values in optimizer.state.values() for value in values.values())
     # All that is kept is there when the forward pass ends, so the peak is no less.
-    gradients = min(_bytes(model.trainable_parameters()), max(0, measured - inside))
+    gradients = min(_bytes(model.trainable_parameters()), max(0, measured - kept))
     return Peak(
         frozen_weights=_bytes(model.parameters()) + _bytes(model.buffers()) - trained,
         trained_weights=trained,
         gradients=gradients,
         optimizer_state=state,
-        kept_activations=inside + outside,
-        transient=max(0, measured - inside - gradients),
+        kept_activations=kept,
+        transient=max(0, measured - kept - gradients),
     )
 
 

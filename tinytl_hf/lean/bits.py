@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PACK_EIGHT = 0x0102040810204080  # gathers the lowest bits of eight bytes in the highest byte
-CHUNK = 1 << 18  # values that are unpacked at a time: few enough to stay in the cache
+CHUNK = 1 << 18  # values that are compared or multiplied at a time: few enough to stay in the cache
 
 
 def pack(activated: Tensor, upper: float) -> Tensor:
@@ -49,15 +49,15 @@ def mask_(values: Tensor, bits: Tensor) -> Tensor:
 
 def _pack_float32(flat: Tensor, upper: float) -> Tensor:
     """NumPy compares and packs several times as fast as PyTorch does; the memory is PyTorch's, and counted."""
-    values = flat.numpy()
-    inside = torch.empty(flat.numel(), dtype=torch.bool)
-    np.greater(values, 0, out=inside.numpy())
-    if upper != float("inf"):
-        below = torch.empty(flat.numel(), dtype=torch.bool)
-        np.less(values, np.float32(upper), out=below.numpy())
-        np.logical_and(inside.numpy(), below.numpy(), out=inside.numpy())
     packed = torch.empty(-(-flat.numel() // 8), dtype=torch.uint8)
-    packed.numpy()[:] = np.packbits(inside.numpy(), bitorder="little")
+    scratch = torch.empty(2, min(CHUNK, flat.numel()), dtype=torch.bool).numpy()
+    for start in range(0, flat.numel(), CHUNK):
+        values = flat[start : start + CHUNK].numpy()
+        inside, below = scratch[:, : len(values)]
+        np.greater(values, 0, out=inside)
+        if upper != float("inf"):
+            np.logical_and(inside, np.less(values, np.float32(upper), out=below), out=inside)
+        packed.numpy()[start // 8 : (start + CHUNK) // 8] = np.packbits(inside, bitorder="little")
     return packed
 
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tinytl_hf.lite_residual import LiteResidual
 from tinytl_hf.norms import GlobalBatchNorm2d, recompute_contexts, sum_over_processes
 
-SLICE_MB = 5.0  # as in a chain
+SLICE_MB = 2.0  # less than in a chain, as several maps of a slice exist at a time
 
 
 def branch(lite: LiteResidual, pooled: Tensor) -> Tensor:
