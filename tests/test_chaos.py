@@ -97,7 +97,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("free", [500_000, 3_000_000, 5_500_000])
+@pytest.mark.parametrize("free", [500_000, 2_000_000, 3_000_000])
 def test_a_full_disk_ends_a_run_with_one_line(free, small_disk, colour_folder, tmp_path):
     ballast = small_disk / "ballast"
 

@@ -132,6 +132,23 @@ def test_other_backbone_weights_at_the_same_place_are_refused(colour_folder, tmp
     assert done.returncode == 1 and "backbone.sha256=" in done.stderr and "was made with" in done.stderr
 
 
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_pickle_in_a_checkpoint_is_not_run(finished, colour_folder, tmp_path):
+    newest = checkpoints(finished)[-1]
+    torch.save({"state": Trap(tmp_path / "escaped")}, newest / "optimizer.bin")
+    checkpoint._seal(newest)
+    done = resume(colour_folder, finished)
+    assert done.returncode == 1 and f"checkpoint {newest} cannot be read" in done.stderr, done.stderr
+    assert not (tmp_path / "escaped").exists()
+
+
 def test_more_epochs_go_on_where_the_run_ended(finished, colour_folder):
     first = metrics(finished)
     done = resume(colour_folder, finished, "--train.epochs", "3")

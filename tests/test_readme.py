@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+import subprocess
 
 import pytest
 from conftest import ROOT, run_cli
@@ -51,6 +52,15 @@ def test_every_command_runs(colour_folder, tmp_path, monkeypatch):
 def test_the_command_for_two_processes_on_a_cpu_is_the_tested_one():
     (command,) = [command for command in COMMANDS if command.startswith("ACCELERATE_USE_CPU=1")]
     assert " ".join(LAUNCH_TWO[1:]) in command
+
+
+def test_the_slurm_script_is_bash_and_gives_the_launcher_what_the_tested_one_gets():
+    (script,) = [block for language, block in BLOCKS if language == "sh"]
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    two_machines = (ROOT / "tests" / "test_launch.py").read_text()
+    options = set(re.findall(r"(--[a-z_]+) ", script.partition("accelerate launch")[2].partition("-m tinytl_hf")[0]))
+    assert options >= {"--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"}
+    assert [option for option in options if f'"{option}"' not in two_machines] == []
 
 
 @pytest.mark.parametrize(

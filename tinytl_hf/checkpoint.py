@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import pickle
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,7 +34,15 @@ PROGRESS_FILE = "progress.json"
 SUMS_FILE = "SHA256SUMS"
 MAY_DIFFER = {
     *("output_dir", "overwrite", "tracker", "adapter.dtype", "data.workers", "data.memory_limit_mb"),
-    *("memory.lean", "memory.slice_mb", "memory.report", "train.epochs", "train.resume", "train.threads"),
+    *(
+        "memory.lean",
+        "memory.slice_mb",
+        "memory.report",
+        "memory.report",
+        "train.epochs",
+        "train.resume",
+        "train.threads",
+    ),
     *("train.checkpoint_every", "train.keep_checkpoints"),
 }
 
@@ -161,10 +170,14 @@ def load(accelerator: Accelerator, path: Path, hashes: dict[str, str | None]) ->
     Nothing in it is unpickled but tensors and numbers (``torch.load(weights_only=True)``).
 
     Raises:
-        TinyTLError: It was made with another backbone or other data.
+        TinyTLError: It was made with another backbone or other data, or holds something else.
     """
     _check_same(path, hashes)
-    accelerator.load_state(str(path))
+    try:
+        accelerator.load_state(str(path))
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, LookupError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TinyTLError(f"checkpoint {path} cannot be read ({reason}); resume from another") from error
     return Progress(**_record(path)["progress"])
 
 

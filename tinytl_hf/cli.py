@@ -94,6 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(_with_values([argument for argument in argv if argument != "--debug"]))
     except Interrupted as stop:
+        if not _is_main_process():
+            sys.exit(stop.exit_code)  # the first process says it
         _end(str(stop), stop.exit_code)
     except KeyboardInterrupt:
         _end("interrupted", 130)

@@ -276,7 +276,9 @@ def write_memory(run: Run) -> None:
     """Measure a training step of this run and write what it takes into the run's folder."""
     config, output, is_main = run.config, Path(run.config.output_dir), run.accelerator.is_main_process
     batch = config.train.global_batch_size // run.accelerator.num_processes // config.train.gradient_accumulation_steps
-    speed = run_folder.read_metrics(output)[-1]["train"]["images_per_second"] if is_main else 0.0
+    lines = run_folder.read_metrics(output) if is_main else []
+    # No line: a finished run that goes on in another folder, and for no epoch more.
+    speed = lines[-1]["train"]["images_per_second"] if lines else 0.0
     high_water = memory.process_high_water()
     # On every process, as norms see the batch of all.
     row = memory.measure(run.model, *memory.random_batch(run.model, batch), config.memory.lean, speed, high_water)
