@@ -44,6 +44,7 @@ MAY_DIFFER = {
         "train.threads",
     ),
     *("train.checkpoint_every", "train.keep_checkpoints"),
+    *("hub.push", "hub.repo", "hub.private"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``tinytl-hf train | eval | predict | merge | memory``.
+"""The command line: ``tinytl-hf train | eval | predict | merge | memory | push | pull``.
 
 Every option is a field of a dataclass; a YAML file given with ``--config`` comes first and what is on
 the command line wins. A mistake ends with one line; ``--debug`` shows where it was raised.
@@ -35,16 +35,12 @@ from tinytl_hf.config import (
     flat,
 )
 from tinytl_hf.errors import Interrupted, TinyTLError
+from tinytl_hf.hub_config import HubConfig, PullConfig, PushConfig
 from tinytl_hf.version import __version__
 
 PROG = "tinytl-hf"
-OTHER_VERBS = (
-    EvalConfig,
-    PredictConfig,
-    MergeConfig,
-    MemoryTableConfig,
-    BenchConfig,
-)  # options of verbs other than train
+# Options of verbs other than train.
+OTHER_VERBS = (EvalConfig, PredictConfig, MergeConfig, MemoryTableConfig, BenchConfig, PushConfig, PullConfig)
 T = TypeVar("T")
 
 
@@ -119,9 +115,7 @@ def run(argv: list[str]) -> None:
             raise TinyTLError(f"{key}=null: it is a group of options; name one, or leave it out")
     values = parser.instantiate(parsed)[parsed.subcommand]
     if parsed.subcommand == "train":
-        from tinytl_hf.train import train
-
-        _print_figures(train(_build(Config, values)))
+        _train(_build(Config, values))
     elif parsed.subcommand == "eval":
         from tinytl_hf.evaluation import evaluate_adapter
 
@@ -134,6 +128,14 @@ def run(argv: list[str]) -> None:
         from tinytl_hf.merge import merge
 
         print(merge(_build(MergeConfig, values)))
+    elif parsed.subcommand == "push":
+        from tinytl_hf.hub import push
+
+        print(push(_build(PushConfig, values)))
+    elif parsed.subcommand == "pull":
+        from tinytl_hf.hub import pull
+
+        print(pull(_build(PullConfig, values)))
     else:
         _print_predictions(_build(PredictConfig, values), values.images)
 
@@ -176,6 +178,14 @@ def make_parser(eval_defaults: dict[str, Any] | None = None) -> ArgumentParser:
     merge_parser = ArgumentParser(exit_on_error=False)
     merge_parser.add_class_arguments(MergeConfig)
     verbs.add_subcommand("merge", merge_parser, help="write backbone and adapter as one file of weights")
+
+    push_parser = ArgumentParser(exit_on_error=False)
+    push_parser.add_class_arguments(PushConfig)
+    verbs.add_subcommand("push", push_parser, help="push an adapter to the Hub")
+
+    pull_parser = ArgumentParser(exit_on_error=False)
+    pull_parser.add_class_arguments(PullConfig)
+    verbs.add_subcommand("pull", pull_parser, help="download an adapter from the Hub")
     return parser
 
 
@@ -192,8 +202,9 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
     if known.verb != "eval" or known.adapter is None:
         return {}
     from tinytl_hf.adapter import read_config
+    from tinytl_hf.hub import find_adapter
 
-    config = read_config(Path(known.adapter))
+    config = read_config(find_adapter(known.adapter))
     defaults: dict[str, Any] = {
         "image_size": config.preprocessing.image_size,
         "crop_pct": config.preprocessing.crop_pct,
@@ -206,10 +217,11 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
 def _with_values(argv: list[str]) -> list[str]:
     """Let an option that is true or false stand alone, as ``--json``: it is true then."""
     groups: list[tuple[str, type]] = [("", kind) for kind in (Config, *OTHER_VERBS)]
-    groups += [("data.", DataConfig), ("train.", TrainConfig), ("memory.", MemoryConfig)]
+    groups += [("data.", DataConfig), ("train.", TrainConfig), ("memory.", MemoryConfig), ("hub.", HubConfig)]
     flags = {f"--{prefix}{field.name}" for prefix, kind in groups for field in fields(kind) if field.type == "bool"}
     result = []
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        argument = "--create_pr" if argument == "--create-pr" else argument  # as the Hub's own client spells it
         result.append(argument)
         if argument in flags and following.lower() not in {"true", "false"}:
             result.append("true")
@@ -218,6 +230,23 @@ def _with_values(argv: list[str]) -> list[str]:
 
 def _build(kind: type[T], values: Namespace) -> T:
     return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def _train(config: Config) -> None:
+    """Train; then, with everything on the disk, push if that was asked for."""
+    from tinytl_hf.hub import check_can_push, push
+    from tinytl_hf.run_folder import BEST_ADAPTER
+    from tinytl_hf.train import train
+
+    if config.hub.push:
+        try:
+            check_can_push()
+        except TinyTLError as error:
+            raise TinyTLError(f"hub.push: {error}, or train without --hub.push and push later") from error
+    _print_figures(train(config))
+    if config.hub.push and _is_main_process():
+        adapter, repo = str(Path(config.output_dir) / BEST_ADAPTER), config.hub.repo
+        print(push(PushConfig(adapter, str(repo), config.hub.private)))
 
 
 def _print_figures(figures: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.hub_config import HubConfig
 
 MethodName = Literal["FT-Last", "TinyTL-B", "TinyTL-L", "TinyTL-L+B", "FT-Norm+Last", "FT-Full", "FT-Layerwise"]
 MethodAlias = Literal["finetune", "fintune", "norm+last", "deep", "bias", "low"]
@@ -266,6 +267,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
         _check(self.seed >= 0, "seed", self.seed, "use 0 or more")
@@ -287,7 +289,7 @@ class EvalConfig:
     """Evaluate an adapter."""
 
     adapter: str
-    """Folder of the adapter."""
+    """Folder of the adapter, or its name on the Hub."""
     weights: str | None = None
     """Where to take the backbone's weights from; null: where the adapter says."""
     output: str | None = None
@@ -308,7 +310,7 @@ class PredictConfig:
     """Label image files with an adapter."""
 
     adapter: str
-    """Folder of the adapter."""
+    """Folder of the adapter, or its name on the Hub."""
     weights: str | None = None
     """Where to take the backbone's weights from; null: where the adapter says."""
     top_k: int = 3

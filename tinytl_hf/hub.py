@@ -1,59 +1,248 @@
-"""What the Hub shows of an adapter: its card and the card's metadata."""
+"""Adapters on the Hub: push one, pull one, find one by its name.
+
+Only this file asks the Hub for anything. Each failure becomes one line that ends with the command that
+tries again; the adapter on the disk is never touched by it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-from huggingface_hub import ModelCardData
+import httpx2
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
-from tinytl_hf.adapter import AdapterConfig
+from tinytl_hf.adapter import CARD_FILE, CONFIG_FILE, TENSORS_FILE, read_config, read_tensors
+from tinytl_hf.card import files_of_adapter, files_of_card, is_untouched, read_card, update_card, with_name
+from tinytl_hf.disk import write_bytes
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.hub_config import REPO_NAME, PullConfig, PushConfig
+from tinytl_hf.version import __version__
 
-BEGIN, END = "<!-- tinytl_hf: begin -->", "<!-- tinytl_hf: end -->"
+TIMEOUT_S = 30.0  # the client's own default is to wait for ever
+LOGIN = "run `hf auth login` or set HF_TOKEN"
 
 
-def render_card(config: AdapterConfig, metrics: Mapping[str, float] | None = None, existing: str | None = None) -> str:
-    """Render a short model card.
+def push(config: PushConfig, token: str | None = None) -> str:
+    """Upload an adapter's files in one commit, or in none if the Hub has them already.
+
+    Only the config, the tensors, the card and what the card refers to are uploaded. The card's example
+    loads the adapter by its new name; what a person wrote into the card on the Hub stays.
 
     Args:
-        config: The adapter.
-        metrics: Figures on the evaluation set, as fractions.
-        existing: The card that is there already: only the part between our two marks is replaced, and a
-            card without them is returned as it is.
+        config: What goes where.
+        token: The Hub token; null: that of ``hf auth login`` or HF_TOKEN.
+
+    Returns:
+        Address of the commit or of the pull request.
+
+    Raises:
+        TinyTLError: No adapter there, or the Hub cannot be reached or refuses, with the command to retry.
     """
-    block = "\n".join([BEGIN, *_body(config, metrics or {}), END])
-    if existing is not None:
-        before, begin, rest = existing.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        return f"{before}{block}{after}" if begin and end else existing
-    data = ModelCardData(
-        library_name="tinytl_hf",
-        pipeline_tag="image-classification",
-        tags=["tinytl", "image-classification", config.backbone.name, config.method],
-    )
-    return f"---\n{data.to_yaml()}\n---\n\n{block}\n"
+    folder = Path(config.adapter)
+    record = read_config(folder)
+    read_tensors(folder)
+    message = config.message or f"Upload {record.method} adapter for {record.backbone.name}"
+    with _explained(f"pushing {folder} to {config.repo}", _command("push", config)), _patience():
+        check_can_push(token)
+        api = HfApi(token=token, library_name="tinytl_hf", library_version=__version__)
+        api.create_repo(config.repo, private=config.private or None, exist_ok=True)
+        if config.private and not api.model_info(config.repo).private:
+            raise TinyTLError("it is public already; make it private in its settings, or leave --private out")
+        revision = config.revision
+        if revision is not None and revision != constants.DEFAULT_REVISION and not revision.startswith("refs/"):
+            api.create_branch(config.repo, branch=revision, exist_ok=True)
+        commit = api.create_commit(
+            config.repo,
+            _operations(api, folder, config),
+            commit_message=message,
+            revision=revision,
+            create_pr=config.create_pr,
+        )
+    return commit.pr_url or commit.commit_url
 
 
-def _body(config: AdapterConfig, metrics: Mapping[str, float]) -> list[str]:
-    labels = ", ".join(config.label_names[:20]) + (", ..." if len(config.label_names) > 20 else "")
-    lines = [
-        f"# {config.method} adapter for {config.backbone.name}",
-        "",
-        f"Classifies images of {config.preprocessing.image_size} px into {len(config.label_names)} classes: {labels}.",
-        "It holds only what was trained; the frozen weights come from "
-        f"`{config.backbone.weights}` and are checked by their hash.",
-        "",
-        "```python",
-        "from PIL import Image",
-        "from tinytl_hf import TinyTLModel",
-        "",
-        'model = TinyTLModel.from_pretrained("PATH_OF_THIS_FOLDER").eval()',
-        'logits = model(model.preprocess([Image.open("image.png")]))',
-        "print(model.label_names[logits.argmax()])",
-        "```",
-    ]
-    if config.data is not None:
-        lines += ["", f"Trained on `{config.data.dataset}`."]
-    if metrics:
-        lines += ["", "| metric (evaluation set) | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4f} |" for name, value in metrics.items()]
-    return lines
+def pull(config: PullConfig) -> Path:
+    """Download an adapter into a folder of its own.
+
+    Raises:
+        TinyTLError: No such adapter, a folder that holds other files, or a failure, with the command to retry.
+    """
+    with _explained(f"pulling {config.repo}", _command("pull", config)):
+        source = _download(config.repo, config.revision, None)
+    output = Path(config.output)
+    files = [source / name for name in files_of_adapter() if (source / name).is_file()]
+    others = [f.name for f in files if (output / f.name).exists() and not _same(f, output / f.name)]
+    if others and not config.overwrite:
+        raise TinyTLError(
+            f"output={output}: holds another {others[0]} already; name another folder, or replace what is there "
+            "with --overwrite true"
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            write_bytes(output / file.name, file.read_bytes())
+    except OSError as error:
+        raise TinyTLError(f"output={output}: cannot be written ({error}); name another folder") from error
+    return output
+
+
+def find_adapter(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder of an adapter: a local one, or one that is downloaded by its name on the Hub.
+
+    Args:
+        name: A path, or a name such as ``user/name``.
+        revision: A branch, a tag or a commit on the Hub.
+        token: The Hub token; null: that of ``hf auth login`` or HF_TOKEN.
+
+    Raises:
+        TinyTLError: No such folder and no such adapter on the Hub, or a local folder with a revision.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or not REPO_NAME.fullmatch(str(name)):
+        if revision is not None:
+            raise TinyTLError(f"revision={revision}: {name} is a path, and only names on the Hub have revisions")
+        return path
+    retry = _command("pull", PullConfig(repo=str(name), output=path.name, revision=revision))
+    with _explained(f"{name} is no folder here, and loading it from the Hub failed", retry):
+        return _download(str(name), revision, token)
+
+
+def check_can_push(token: str | None = None) -> None:
+    """Raise if a push cannot work, as far as this can be known without the network.
+
+    Raises:
+        TinyTLError: No token, or the client is offline by choice.
+    """
+    if constants.is_offline_mode():
+        raise TinyTLError("HF_HUB_OFFLINE is set; unset it")
+    if token is None and get_token() is None:
+        raise TinyTLError(f"no Hub token; {LOGIN}")
+
+
+def _operations(api: HfApi, folder: Path, config: PushConfig) -> list[CommitOperationAdd]:
+    card = read_card(folder) or ""
+    if is_untouched(card) and (there := _card_there(api, config)) is not None:
+        card = update_card(there, card)
+    names = [CONFIG_FILE, TENSORS_FILE, *(name for name in files_of_card(card) if (folder / name).is_file())]
+    operations = [CommitOperationAdd(name, folder / name) for name in names]
+    if card:
+        operations.append(CommitOperationAdd(CARD_FILE, with_name(card, config.repo).encode()))
+    return operations
+
+
+def _card_there(api: HfApi, config: PushConfig) -> str | None:
+    try:
+        path = api.hf_hub_download(config.repo, CARD_FILE, revision=config.revision)
+    except EntryNotFoundError:
+        return None
+    return read_card(Path(path).parent)
+
+
+def _download(repo: str, revision: str | None, token: str | None) -> Path:
+    """The Hub's folder of an adapter in the client's cache; nothing but an adapter's files is fetched."""
+    with _patience():
+        folder = Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=files_of_adapter(),
+                token=token,
+                library_name="tinytl_hf",
+                library_version=__version__,
+            )
+        )
+    if not (folder / CONFIG_FILE).is_file():
+        raise TinyTLError(f"the repository is no TinyTL adapter: it has no {CONFIG_FILE}")
+    read_config(folder)
+    read_tensors(folder)
+    return folder
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Bound how long the client waits for an answer, also where it says that it would wait for ever."""
+
+    def bound(request: httpx2.Request) -> None:
+        limits = request.extensions["timeout"]
+        request.extensions["timeout"] = {kind: limit or TIMEOUT_S for kind, limit in limits.items()}
+
+    client = get_session()
+    before = client.event_hooks
+    client.event_hooks = {**before, "request": [*before["request"], bound]}
+    try:
+        yield
+    finally:
+        client.event_hooks = before
+
+
+@contextmanager
+def _explained(what: str, retry: str) -> Iterator[None]:
+    """Turn a failure into one line: what was done, what went wrong, how to mend it, how to retry."""
+    try:
+        yield
+    except (TinyTLError, httpx2.HTTPError, EntryNotFoundError, OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error) if isinstance(error, TinyTLError) else _reason(error)
+        raise TinyTLError(f"{what}: {reason}; then retry with: {retry}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        return _reason(error.__cause__)
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set and the adapter is not in the cache; unset it"
+    if isinstance(error, GatedRepoError):
+        return "the repository is gated; ask for access on its page"
+    if isinstance(error, RevisionNotFoundError):
+        return "the repository has no such revision (404); name a branch, a tag or a commit that it has"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"no such repository, or a private one (404); check the name, and {LOGIN} with a token that can read it"
+    if isinstance(error, HfHubHTTPError):
+        return _answer(error.response.status_code, error)
+    if isinstance(error, httpx2.TimeoutException):
+        return f"{constants.ENDPOINT} did not answer in {TIMEOUT_S:g} s; check the network"
+    if isinstance(error, (httpx2.HTTPError, ConnectionError)):
+        return f"{constants.ENDPOINT} cannot be reached ({_first_line(error)}); check the network"
+    return f"{_first_line(error)} ({type(error).__name__})"
+
+
+def _answer(status: int, error: HfHubHTTPError) -> str:
+    if status == 401:
+        return f"the Hub does not know the token (401); {LOGIN} with a valid one"
+    if status == 403:
+        return "the token has no right to that (403); use one that can write there, or a namespace of your own"
+    if status == 429:
+        return "too many requests (429); wait some minutes"
+    if status >= 500:
+        return f"the Hub has a server error ({status}); wait a little"
+    return f"the Hub answered {status}: {error.server_message or _first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] if lines else type(error).__name__
+
+
+def _command(verb: str, config: PushConfig | PullConfig) -> str:
+    words = ["tinytl-hf", verb]
+    for key, value in vars(config).items():
+        if value is True:
+            words.append(f"--{key}")
+        elif value:
+            words += [f"--{key}", str(value)]
+    return shlex.join(words)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import ModelCard, ModelHubMixin
 from PIL import Image
 from torch import Tensor, nn
 
-from tinytl_hf import methods
+from tinytl_hf import hub, methods
 from tinytl_hf.adapter import (
-    CARD_FILE,
     AdapterConfig,
     BackboneRecord,
     DataRecord,
@@ -30,9 +32,10 @@ from tinytl_hf.adapter import (
 from tinytl_hf.augment import centre_boxes, resample
 from tinytl_hf.backbones import check_image_size, create_backbone, pin_weights, sha256
 from tinytl_hf.blocks import convert_blocks
+from tinytl_hf.card import read_card, render_card
 from tinytl_hf.config import METHOD_ALIASES, HeadConfig, LiteConfig
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.hub import render_card
+from tinytl_hf.hub_config import PushConfig
 from tinytl_hf.images import pad_images, to_rgb
 from tinytl_hf.lean.chain import SLICE_MB
 from tinytl_hf.lean.convert import convert
@@ -42,7 +45,7 @@ from tinytl_hf.switching import Adapters, LoadedAdapter
 ORDINARY_CLASSES = 10_000
 
 
-class TinyTLModel(nn.Module):
+class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_tag="image-classification"):
     """An image classifier whose heavy weights are frozen and whose deltas train.
 
     Build it with :meth:`from_backbone` or :meth:`from_pretrained`. Parameter names under ``backbone`` are
@@ -50,6 +53,9 @@ class TinyTLModel(nn.Module):
 
     It can hold more adapters over the same frozen weights: see :meth:`load_adapter`. Everything else (calls,
     ``config``, ``preprocess``, ``trainable_parameters``, ``save_pretrained``) is about the active one.
+
+    A folder of ours describes itself, so what the mixin would add (``config.json``, its own card, saving that
+    may push) is replaced: saving never asks the network, and loading is strict.
 
     Args:
         config: What to build. A ``sha256`` in it is checked against the frozen weights.
@@ -59,6 +65,7 @@ class TinyTLModel(nn.Module):
 
     Attributes:
         stock_layers: Layers that keep full-size maps while training, by name and type.
+        loaded_from: Folder that :meth:`from_pretrained` loaded, or null.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class TinyTLModel(nn.Module):
         self.backbone.to(memory_format=torch.channels_last)
         self._engine = {"gradient_checkpointing": gradient_checkpointing, "lean": lean, "slice_mb": slice_mb}
         self._adapters = Adapters()
+        self.loaded_from: Path | None = None
 
     @classmethod
     def from_backbone(
@@ -143,17 +151,26 @@ class TinyTLModel(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, weights: str | None = None) -> TinyTLModel:
-        """Load an adapter folder and the backbone it names.
+    def from_pretrained(  # type: ignore[override]  # options of ours, none that goes unused
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        weights: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> TinyTLModel:
+        """Load an adapter, and the backbone it names.
 
         Args:
-            path: The folder.
+            pretrained_model_name_or_path: A folder, or a name on the Hub such as ``user/name``.
             weights: Where to take the backbone from instead; it must hold the same frozen tensors.
+            revision: On the Hub: a branch, a tag or a commit.
+            token: On the Hub: the token; null: that of ``hf auth login`` or HF_TOKEN.
 
         Raises:
             TinyTLError: No adapter there, a damaged one, or another backbone than it was trained on.
         """
-        folder = Path(path)
+        folder = hub.find_adapter(pretrained_model_name_or_path, revision, token)
         saved = read_config(folder)
         source = weights or saved.backbone.weights
         model = cls._with_tensors(folder, saved, source)
@@ -175,29 +192,69 @@ class TinyTLModel(nn.Module):
         model = cls(replace(saved, backbone=replace(saved.backbone, weights=weights)), **engine)
         load_tensors(model.backbone, tensors, source=str(folder))
         model.config = replace(model.config, backbone=replace(model.config.backbone, weights=source))
+        model.loaded_from = folder
         return model
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # saves, and never pushes
         self,
-        path: str | Path,
+        save_directory: str | Path,
         *,
         dtype: Literal["fp32", "fp16"] | None = None,
         data: DataRecord | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Write the adapter folder: config, tensors and a short card. The network is never asked.
+        """Write the adapter folder: config, tensors and card. The network is never asked.
 
         Args:
-            path: The folder; files of other names in it stay.
+            save_directory: The folder; files of other names in it stay.
             dtype: ``fp32`` or ``fp16``; by default that of the adapter that was loaded, or fp32.
             data: The data it was trained on.
             metrics: Figures on the evaluation set for the card.
         """
-        folder = Path(path)
+        folder = Path(save_directory)
         config = replace(self.config, dtype=dtype or self.config.dtype, data=data or self.config.data)
-        card_path = folder / CARD_FILE
-        existing = card_path.read_text(encoding="utf-8") if card_path.is_file() else None
-        write_adapter(folder, config, self.adapter_tensors(), render_card(config, metrics, existing))
+        write_adapter(folder, config, self.adapter_tensors(), render_card(config, metrics, read_card(folder)))
+
+    def push_to_hub(  # type: ignore[override]  # revision, as everywhere else here, where the mixin says branch
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Push the adapter, and nothing of the backbone, in one commit.
+
+        An adapter that is as it was loaded is pushed from its folder, with its card and figures.
+
+        Args:
+            repo_id: Name on the Hub, as ``user/name``; the repository is made if there is none.
+            private: Make it a private one.
+            revision: Branch to push to, made if there is none; null: main.
+            create_pr: Open a pull request.
+            commit_message: Null: what the adapter is.
+            token: The Hub token; null: that of ``hf auth login`` or HF_TOKEN.
+
+        Returns:
+            Address of the commit or of the pull request.
+
+        Raises:
+            TinyTLError: What went wrong and the command that retries: the adapter is on the disk by then.
+        """
+        folder = self.loaded_from
+        if folder is None or not self._is_as_saved(folder):
+            folder = Path(tempfile.mkdtemp(prefix="tinytl-adapter-"))
+            self.save_pretrained(folder)
+        url = hub.push(PushConfig(str(folder), repo_id, private, revision, create_pr, commit_message), token)
+        if folder != self.loaded_from:
+            shutil.rmtree(folder)
+        return url
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card that :meth:`save_pretrained` writes."""
+        return ModelCard(render_card(self.config))
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``[N, 3, H, W]`` to logits ``[N, classes]``."""
@@ -226,21 +283,24 @@ class TinyTLModel(nn.Module):
         """Names of all loaded adapters, the active one first."""
         return self._adapters.names
 
-    def load_adapter(self, path: str | Path, name: str, *, weights: str | None = None) -> None:
+    def load_adapter(
+        self, path: str | Path, name: str, *, weights: str | None = None, revision: str | None = None
+    ) -> None:
         """Load another adapter beside the active one, which stays active, over the same frozen weights.
 
         It may have another method, label set and image size.
 
         Args:
-            path: Its folder.
+            path: Its folder, or its name on the Hub.
             name: What to call it here.
             weights: Where to read the backbone's weights that it needs and that are not in memory, as the active
                 adapter trains them; null: where this model's came from.
+            revision: On the Hub: a branch, a tag or a commit.
 
         Raises:
             TinyTLError: No adapter there, a damaged one, one of another backbone, or a name that is taken.
         """
-        folder = Path(path)
+        folder = hub.find_adapter(path, revision)
         saved = read_config(folder)
         self._adapters.check_new(name, saved, self.config, folder)
         source = weights or self._adapters.source(self.config, own=saved.backbone.weights)
@@ -306,6 +366,12 @@ class TinyTLModel(nn.Module):
         boxes = centre_boxes(sizes, options.crop_pct)
         pixels = pixels.to(next(self.parameters()).device)
         return resample(pixels, sizes, boxes, options.image_size, mean=options.mean, std=options.std)
+
+    def _is_as_saved(self, folder: Path) -> bool:
+        if not folder.is_dir() or read_config(folder) != self.config:
+            return False
+        saved, own = read_tensors(folder), self.adapter_tensors()
+        return saved.keys() == own.keys() and all(torch.equal(saved[name], own[name].cpu()) for name in own)
 
     def _frozen_sha256(self) -> str | None:
         return sha256(frozen_tensors(self.backbone))

@@ -1,7 +1,8 @@
 """What a run leaves in its folder, and how a folder is made ready for a run.
 
 ``config.yaml``, ``metrics.jsonl`` (a line an epoch), ``eval_results.json``, ``memory.json`` (what a training step
-takes), ``adapter/`` (the best), ``adapter_last/``, ``checkpoints/`` and the tracker's logs.
+takes), ``adapter/`` (the best), ``adapter_last/``, ``checkpoints/`` and the tracker's logs. The best adapter gets a card
+that tells of the run.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import Any
 
 import yaml
 
+from tinytl_hf.adapter import CARD_FILE, read_config
+from tinytl_hf.card import PICTURES, RunFacts, read_card, render_card
 from tinytl_hf.checkpoint import FOLDER as CHECKPOINTS
 from tinytl_hf.checkpoint import MAY_DIFFER, list_checkpoints
 from tinytl_hf.config import Config, flat
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.plots import save_confusion, save_curves
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -95,3 +99,56 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_card(output: Path, config: Config) -> None:
+    """Tell of a finished run in the card of its best adapter, with the figures and pictures next to it."""
+    folder, lines = output / BEST_ADAPTER, read_metrics(output)
+    results = json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))
+    # evaluate.save adds where Python is installed; a card is public.
+    public = {key: value for key, value in results.items() if not key.startswith("_")}
+    write_text(folder / RESULTS_FILE, json.dumps(public, indent=2) + "\n")
+    curves, confusion = PICTURES.values()
+    save_curves(folder / curves, {config.method: lines})
+    save_confusion(folder / confusion, results["confusion_matrix"], results["label_names"])
+    memory = output / MEMORY_FILE
+    facts = RunFacts(
+        recipe=_recipe(config, results),
+        time=_time(lines, results),
+        n=results["n"],
+        memory=json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else None,
+        pictures=PICTURES,
+    )
+    card = render_card(read_config(folder), results, read_card(folder), facts)
+    write_text(folder / CARD_FILE, card)
+
+
+def _recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
+    options, data = config.train, config.data
+    gamma = f", gamma {options.gamma:g}" if options.schedule == "exponential" else ""
+    low, high = data.crop_scale
+    return {
+        "method": config.method,
+        "epochs": options.epochs,
+        "batch size": options.global_batch_size,
+        "optimizer": options.optimizer,
+        "learning rate": f"{options.lr:g}, {options.schedule}{gamma}, warmup {options.warmup_epochs:g} epochs",
+        "weight decay": f"{options.weight_decay:g}",
+        "label smoothing": f"{options.label_smoothing:g}",
+        "head dropout": f"{config.head.dropout:g}",
+        "image size": f"{data.image_size} px",
+        "random crop": f"{low:g} to {high:g} of the area{', flipped' if data.flip else ''}",
+        "training images": f"{data.max_train_samples:,} at random" if data.max_train_samples else "all",
+        "precision": "fp32" if results["precision"] == "no" else results["precision"],
+        "seed": config.seed,
+    }
+
+
+def _time(lines: list[dict[str, Any]], results: dict[str, Any]) -> str:
+    seconds = sum(line["seconds"] for line in lines)
+    images = sum(line["seconds"] * line["train"]["images_per_second"] for line in lines)
+    return (
+        f"Training took {seconds:,.0f} s for {len(lines)} epochs, without the evaluations ({images / seconds:.0f} "
+        f"images/s), on {results['processes']} process(es), {results['device']}, {results['threads']} threads, "
+        f"torch {results['torch_version']}."
+    )

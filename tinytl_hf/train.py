@@ -86,6 +86,8 @@ def train(config: Config) -> dict[str, Any]:
         save_results(path, results, run.model, len(run.eval_loader.dataset), accelerator)  # type: ignore[arg-type]
     if config.memory.report:
         write_memory(run)
+    if accelerator.is_main_process:
+        run_folder.write_card(Path(config.output_dir), config)  # last: it reads what the run wrote
     accelerator.end_training()
     return results
 

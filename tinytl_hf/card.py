@@ -1,0 +1,292 @@
+"""The model card of an adapter: ``card_template.md`` filled in, and put into a card that is there already.
+
+Of such a card only our part is written anew: the text between our two marks and our own metadata.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from tinytl_hf.adapter import CARD_FILE, CONFIG_FILE, TENSORS_FILE, AdapterConfig, DataRecord
+from tinytl_hf.config import MethodName
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+BEGIN, END = "<!-- tinytl_hf: begin -->", "<!-- tinytl_hf: end -->"
+RESULTS_FILE = "eval_results.json"  # in the adapter's folder
+PICTURES = {"accuracy and loss by epoch": "curves.png", "confusion matrix": "confusion_matrix.png"}
+HERE = "."  # the name of an adapter that is on no Hub yet: its own folder
+LICENCE = "apache-2.0"  # until a person names another
+SHOWN_LABELS = 100
+METRICS = {  # our name: the Hub's name of the metric, and the reader's
+    "accuracy": ("accuracy", "accuracy"),
+    "top5": ("top_5_accuracy", "top-5 accuracy"),
+    "f1": ("f1", "F1, macro average"),
+    "ece": ("expected_calibration_error", "expected calibration error"),
+}
+MEASURED = "image classification, measured by tinytl_hf"  # tells our results from those of a person
+# torchvision's networks whose very weight files timm has on the Hub, under the same names.
+ON_THE_HUB = re.compile(r"(wide_)?res(net|next)\d")
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a finished run adds to its adapter's card.
+
+    Attributes:
+        recipe: Settings by name.
+        time: A sentence about training time and its conditions.
+        n: Images of the evaluation set.
+        memory: What ``tinytl_hf.memory.to_json`` gives, or null.
+        pictures: Titles and file names of pictures next to the card.
+    """
+
+    recipe: Mapping[str, Any]
+    time: str
+    n: int
+    memory: Mapping[str, Any] | None = None
+    pictures: Mapping[str, str] = field(default_factory=dict)
+
+
+def render_card(
+    config: AdapterConfig,
+    metrics: Mapping[str, float] | None = None,
+    existing: str | None = None,
+    facts: RunFacts | None = None,
+) -> str:
+    """Render the card of an adapter.
+
+    Args:
+        config: The adapter.
+        metrics: Figures on the evaluation set, as fractions; those with a name known here are shown.
+        existing: The card that is there already, for :func:`update_card`.
+        facts: What is known of the run, where there was one.
+    """
+    figures = {name: float(metrics[name]) for name in METRICS if name in metrics} if metrics else {}
+    data, weights = config.data, config.backbone.weights
+    in_file = config.backbone.sha256 is not None and _is_file(weights)
+    card = ModelCard.from_template(
+        _metadata(config, figures),
+        template_path=str(TEMPLATE),
+        begin=BEGIN,
+        end=END,
+        name=HERE,
+        method=config.method,
+        backbone=config.backbone.name,
+        labels=[_escaped(label) for label in config.label_names],
+        shown_labels=SHOWN_LABELS,
+        image_size=config.preprocessing.image_size,
+        dtype=config.dtype,
+        weights=_weights_in_words(config),
+        weights_file=Path(weights).name.replace('"', "") if in_file else None,
+        dataset=_dataset_in_words(data) if data else None,
+        subset=data.subset if data else None,
+        train_split=data.train_split if data else None,
+        eval_data=_eval_data_in_words(data) if data else None,
+        metrics={METRICS[name][1]: f"{value:.4f}" for name, value in figures.items()},
+        ece="ece" in figures,
+        results_file=RESULTS_FILE,
+        recipe={key: _escaped(value) for key, value in facts.recipe.items()} if facts else {},
+        time=facts.time if facts else None,
+        n=f"{facts.n:,}" if facts else None,
+        memory=facts.memory if facts else None,
+        pictures=facts.pictures if facts else {},
+    )
+    new = re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n"
+    return new if existing is None else update_card(existing, new)
+
+
+def read_card(folder: Path) -> str | None:
+    """The card in a folder; one that is no text is a person's, and an empty card to us."""
+    try:
+        return (folder / CARD_FILE).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        return ""
+
+
+def update_card(existing: str, new: str) -> str:
+    """Put our part of a card into another one.
+
+    Args:
+        existing: A card. One without our two marks belongs to a person, and is returned as it is.
+        new: A card with our part.
+    """
+    before, begin, rest = existing.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        return existing
+    text = f"{before}{BEGIN}{_block(new)}{END}{after}"
+    head, own = REGEX_YAML_BLOCK.search(text), ModelCard(new).data.to_dict()
+    if head is None:
+        return f"{_head(own)}\n{text}"
+    try:
+        theirs = yaml.safe_load(head[2]) or {}
+        merged = _merged(theirs, own)
+    except (yaml.YAMLError, AttributeError, TypeError):
+        return text  # a head that is no mapping of the Hub's is a person's business
+    return text if merged == theirs else f"{_head(merged)}{text[head.end() :]}"
+
+
+def is_untouched(card: str) -> bool:
+    """Whether a card holds our part and nothing that a person wrote."""
+    head = REGEX_YAML_BLOCK.search(card)
+    before, begin, rest = card[head.end() if head else 0 :].partition(BEGIN)
+    _, end, after = rest.partition(END)
+    licensed = re.search(r"^license: (\S+)$", head[2] if head else "", re.MULTILINE)
+    return bool(begin and end and licensed and licensed[1] == LICENCE) and not (before + after).strip()
+
+
+def with_name(card: str, name: str) -> str:
+    """Let the code of our part load the adapter by ``name``."""
+    before, begin, rest = card.partition(BEGIN)
+    block, end, after = rest.partition(END)
+    block = re.sub(r'from_pretrained\("[^"]*"', f'from_pretrained("{name}"', block)
+    block = re.sub(r"`tinytl-hf predict --adapter \S+", f"`tinytl-hf predict --adapter {name}", block)
+    return f"{before}{begin}{block}{end}{after}"
+
+
+def files_of_card(card: str) -> list[str]:
+    """The metadata and picture files that our part of a card refers to."""
+    return [name for name in (RESULTS_FILE, *PICTURES.values()) if f"]({name})" in _block(card)]
+
+
+def files_of_adapter() -> list[str]:
+    """All files that can be part of an adapter on the Hub."""
+    return [CONFIG_FILE, TENSORS_FILE, CARD_FILE, RESULTS_FILE, *PICTURES.values()]
+
+
+def _head(metadata: Mapping[str, Any]) -> str:
+    return f"---\n{yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _block(card: str) -> str:
+    return card.partition(BEGIN)[2].partition(END)[0]
+
+
+def _metadata(config: AdapterConfig, figures: Mapping[str, float]) -> ModelCardData:
+    base_model = _base_model(config)
+    dataset = _hub_dataset(config.data)
+    more: dict[str, Any] = {"base_model_relation": "adapter"} if base_model else {}
+    return ModelCardData(
+        library_name="tinytl_hf",
+        license=LICENCE,
+        pipeline_tag="image-classification",
+        tags=["tinytl", config.backbone.name, config.method],
+        base_model=base_model,
+        datasets=[dataset] if dataset else None,
+        model_name=f"{config.method} adapter for {config.backbone.name}" if figures else None,
+        eval_results=[_result(config.data, name, value) for name, value in figures.items()] or None,
+        **more,
+    )
+
+
+def _result(data: DataRecord | None, name: str, value: float) -> EvalResult:
+    kind, title = METRICS[name]
+    known = data is not None and data.eval_split not in (None, "holdout")
+    return EvalResult(
+        task_type="image-classification",
+        task_name=MEASURED,
+        dataset_type=_hub_dataset(data) or "custom",
+        dataset_name=_dataset_name(data),
+        dataset_config=data.subset if data else None,
+        dataset_split=data.eval_split if data is not None and known else None,
+        metric_type=kind,
+        metric_name=title,
+        metric_value=value,
+    )
+
+
+def _merged(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Their metadata with ours in it: our fields, our entries of lists, our results."""
+    merged = dict(theirs)
+    merged.setdefault("license", own["license"])
+    for key in ("library_name", "pipeline_tag", "base_model", "base_model_relation"):
+        if key in own:
+            merged[key] = own[key]
+    methods = get_args(MethodName)
+    kept = [tag for tag in _as_list(theirs.get("tags")) if tag not in methods]
+    merged["tags"] = kept + [tag for tag in own["tags"] if tag not in kept]
+    datasets = _as_list(theirs.get("datasets"))
+    if new := [name for name in own.get("datasets", []) if name not in datasets]:
+        merged["datasets"] = datasets + new
+    models = [dict(model) for model in _as_list(theirs.get("model-index"))]
+    for model in models:
+        model["results"] = [r for r in model.get("results", []) if (r.get("task") or {}).get("name") != MEASURED]
+    models = [model for model in models if model["results"]] + own.get("model-index", [])
+    merged.pop("model-index", None)
+    return {**merged, "model-index": models} if models else merged
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _base_model(config: AdapterConfig) -> str | None:
+    """The Hub's name of the backbone's weights, where the Hub has those very weights."""
+    name, weights = config.backbone.name, config.backbone.weights
+    if config.backbone.sha256 is None or not ON_THE_HUB.match(name) or not weights.startswith("IMAGENET1K_V"):
+        return None
+    return f"timm/{name}.tv{'' if weights.endswith('V1') else '2'}_in1k"
+
+
+def _weights_in_words(config: AdapterConfig) -> str:
+    name, weights = config.backbone.name, config.backbone.weights
+    if config.backbone.sha256 is None:
+        return "That is all of the network, so no other weights are needed."
+    if _is_file(weights):
+        source = f"a file, `{Path(weights).name}`, which is not part of this repository"
+    elif weights == "none":
+        source = "a random generator with a fixed seed"
+    elif weights.startswith("IMAGENET"):
+        source = f"torchvision (`{weights}`, downloaded once)"
+    else:
+        source = f"the Python package `{weights}`"
+    return f"The frozen weights of {name} come from {source}, and are checked by their hash."
+
+
+def _is_file(weights: str) -> bool:
+    return Path(weights).suffix in {".safetensors", ".pth", ".pt"}
+
+
+def _hub_dataset(data: DataRecord | None) -> str | None:
+    """The name of the data set if it is one on the Hub and no path."""
+    if data is None or data.dataset == "digits" or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data.dataset):
+        return None
+    return None if Path(data.dataset).exists() or Path(data.dataset).suffix == ".parquet" else data.dataset
+
+
+def _dataset_name(data: DataRecord | None) -> str:
+    """The data set's name, without the path to it: a card is public."""
+    return "unknown" if data is None else _hub_dataset(data) or Path(data.dataset).name or "local data"
+
+
+def _dataset_in_words(data: DataRecord) -> str:
+    if on_hub := _hub_dataset(data):
+        return f"[{on_hub}](https://huggingface.co/datasets/{on_hub})"
+    return "scikit-learn's digits" if data.dataset == "digits" else f"local data, `{_dataset_name(data)}`"
+
+
+def _eval_data_in_words(data: DataRecord) -> str:
+    subset = f", a random {data.max_eval_samples:,} images of it" if data.max_eval_samples else ""
+    if data.eval_split in (None, "holdout"):
+        part = f"{data.eval_fraction:.0%} of that, held out"
+        split = part if data.eval_split else f"its test or validation split (without one, {part})"
+    else:
+        split = f"split `{data.eval_split}`"
+    return f"evaluated on {split}{subset}"
+
+
+def _escaped(text: object) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(str(text).split()))
