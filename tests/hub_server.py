@@ -26,13 +26,28 @@ class File:
     """A file of a commit; a large one is named by its sha256, another one by git's hash."""
 
     content: bytes
-    large: bool
+    large: bool = False
+
+    @property
+    def size(self):
+        return len(self.content)
 
     @property
     def oid(self):
         if self.large:
             return hashlib.sha256(self.content).hexdigest()
-        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % self.size + self.content).hexdigest()
+
+
+@dataclass(frozen=True)
+class XetFile:
+    """A file whose bytes are in the xet store."""
+
+    oid: str
+    size: int
+    xet_hash: str
+    large: bool = True
+    content: bytes = b""
 
 
 @dataclass
@@ -179,14 +194,6 @@ class Handler(BaseHTTPRequestHandler):
             return 201, {}, {}
         if verb == "commit":
             return self._commit(name, repo, rest, "create_pr" in query, body)
-        oid = self._oid(repo, rest)
-        if verb == "revision":
-            return 200, {"id": name, "sha": oid, "private": repo.private, "siblings": []}, {}
-        if verb == "tree":
-            files = [self._tree_entry(path, file) for path, file in repo.files(oid).items()]
-            return 200, files, {}
-        if verb == "preupload":
-            return 200, {"files": [self._preupload(repo.files(oid), f["path"]) for f in json.loads(body)["files"]]}, {}
         if verb in ("xet-read-token", "xet-write-token") and self.server.xet is not None:
             cas, expires = f"local://{self.server.xet}", int(time.time()) + 3600
             headers = {
@@ -195,6 +202,14 @@ class Handler(BaseHTTPRequestHandler):
                 "X-Xet-Token-Expiration": str(expires),
             }
             return 200, {"casUrl": cas, "accessToken": "xet", "exp": expires}, headers
+        oid = self._oid(repo, rest)
+        if verb == "revision":
+            return 200, {"id": name, "sha": oid, "private": repo.private, "siblings": []}, {}
+        if verb == "tree":
+            files = [tree_entry(path, file) for path, file in repo.files(oid).items()]
+            return 200, files, {}
+        if verb == "preupload":
+            return 200, {"files": [self._preupload(repo.files(oid), f["path"]) for f in json.loads(body)["files"]]}, {}
         raise Refused(404, f"no such page: {verb}")
 
     def _token(self):
@@ -250,9 +265,9 @@ class Handler(BaseHTTPRequestHandler):
         for line in lines[1:]:
             value = line["value"]
             if line["key"] == "file":
-                files[value["path"]] = File(base64.b64decode(value["content"]), False)
+                files[value["path"]] = File(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
-                files[value["path"]] = File(self._large(value["oid"]), True)
+                files[value["path"]] = self._large(value["oid"], value["size"])
             else:
                 raise Refused(400, f"unexpected operation {line['key']}")
         ref, pull = revision, None
@@ -264,20 +279,13 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.server.url}/{name}/commit/{oid}"
         return 200, {"commitOid": oid, "commitUrl": url, "pullRequestUrl": pull, "success": True}, {}
 
-    def _large(self, oid):
-        if self.server.xet is not None:
-            if oid not in xet_hashes(self.server.xet):
-                raise Refused(400, f"no file {oid} in the xet store")
-            return oid.encode()  # the bytes are the store's business
-        if oid not in self.server.stored:
-            raise Refused(400, f"no LFS object {oid}")
-        return self.server.stored[oid]
-
-    def _tree_entry(self, path, file):
-        entry = {"type": "file", "path": path, "size": len(file.content), "oid": file.oid}
-        return (
-            {**entry, "lfs": {"oid": file.oid, "size": len(file.content), "pointerSize": 134}} if file.large else entry
-        )
+    def _large(self, oid, size):
+        if self.server.xet is None and oid in self.server.stored:
+            return File(self.server.stored[oid], large=True)
+        hashes = xet_hashes(self.server.xet) if self.server.xet is not None else {}
+        if oid not in hashes:
+            raise Refused(400, f"no large file {oid} was uploaded")
+        return XetFile(oid, size, hashes[oid])
 
     def _resolve(self, name, revision, path):
         repo = self._repo(name)
@@ -286,8 +294,40 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, f"{path} does not exist", "EntryNotFound")
         file = repo.files(oid)[path]
         headers = {"X-Repo-Commit": oid, "ETag": f'"{file.oid}"', "X-Linked-Etag": f'"{file.oid}"'}
-        headers |= {"X-Linked-Size": str(len(file.content)), "Content-Type": "application/octet-stream"}
+        headers |= {"X-Linked-Size": str(file.size), "Content-Type": "application/octet-stream"}
+        if isinstance(file, XetFile):
+            route = f"{self.server.url}/api/models/{name}/xet-read-token/{oid}"
+            headers |= {"X-Xet-Hash": file.xet_hash, "X-Xet-Refresh-Route": route}
         return 200, file.content, headers
+
+
+def tree_entry(path, file):
+    entry = {"type": "file", "path": path, "size": file.size, "oid": file.oid}
+    if isinstance(file, XetFile):
+        entry["xetHash"] = file.xet_hash
+    return {**entry, "lfs": {"oid": file.oid, "size": file.size, "pointerSize": 134}} if file.large else entry
+
+
+def xet_hashes(store):
+    """The xet hash of each file in a store, by its sha256.
+
+    A shard is made of 48 bytes a record: a header, then for each file its hash and its number of segments,
+    these segments, as many checksums, and its sha256. A file of all ones ends the list.
+    """
+    hashes = {}
+    for shard in store.glob("**/shards/*.mdb"):
+        records = [shard.read_bytes()[i : i + 48] for i in range(48, shard.stat().st_size, 48)]
+        i = 0
+        while records[i][:32] != b"\xff" * 32:
+            segments = int.from_bytes(records[i][36:40], "little")
+            hashes[_hex(records[i + 1 + 2 * segments])] = _hex(records[i])
+            i += 2 + 2 * segments
+    return hashes
+
+
+def _hex(record):
+    """A hash, which is stored as four little-endian numbers."""
+    return "".join(record[i : i + 8][::-1].hex() for i in range(0, 32, 8))
 
 
 def yaml_errors(card):

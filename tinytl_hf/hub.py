@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -59,7 +60,7 @@ def push(config: PushConfig, token: str | None = None) -> str:
         api = HfApi(token=token, library_name="tinytl_hf", library_version=__version__)
         api.create_repo(config.repo, private=config.private or None, exist_ok=True)
         if config.private and not api.model_info(config.repo).private:
-            raise TinyTLError("it is public already; make it private in its settings, or leave --private out")
+            raise TinyTLError("the repository is public already; make it private in its settings")
         revision = config.revision
         if revision is not None and revision != constants.DEFAULT_REVISION and not revision.startswith("refs/"):
             api.create_branch(config.repo, branch=revision, exist_ok=True)
@@ -145,7 +146,7 @@ def _operations(api: HfApi, folder: Path, config: PushConfig) -> list[CommitOper
 def _card_there(api: HfApi, config: PushConfig) -> str | None:
     try:
         path = api.hf_hub_download(config.repo, CARD_FILE, revision=config.revision)
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
         return None
     return read_card(Path(path).parent)
 
