@@ -12,6 +12,8 @@ from PIL import Image
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from accelerate.state import AcceleratorState, GradientState
+from hub_server import WRITER, HubServer
+from huggingface_hub import constants
 
 from tinytl_hf import TinyTLModel
 from tinytl_hf.cli import main
@@ -60,6 +62,29 @@ def figure():
 def pytest_terminal_summary(terminalreporter):
     for line in FIGURES:
         terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def use_server(tmp_path, monkeypatch):
+    """Point the client, which reads its environment when it is imported, to a server."""
+
+    def use(server):
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        values = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False}
+        values |= {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": server.xet is None}
+        values |= {"HF_TOKEN_PATH": str(tmp_path / "no-token")}
+        for name, value in values.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        return server
+
+    return use
+
+
+@pytest.fixture
+def server(use_server):
+    with HubServer() as server:
+        yield use_server(server)
 
 
 def write_image(path, mode="RGB", size=(40, 36), colour=None, seed=0):

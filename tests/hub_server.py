@@ -61,7 +61,8 @@ class Repo:
 
     def commit(self, ref, message, files):
         parent = self.refs.get(ref)
-        oid = hashlib.sha1(f"{parent} {message} {len(self.commits)}".encode()).hexdigest()
+        content = sorted((path, file.oid) for path, file in files.items())
+        oid = hashlib.sha1(f"{parent} {message} {content}".encode()).hexdigest()
         self.commits[oid] = (message, files)
         self.refs[ref] = oid
         return oid
@@ -337,8 +338,10 @@ def yaml_errors(card):
         data = yaml.safe_load(head[2]) if head else None
     except yaml.YAMLError as error:
         return [f"YAML: {error}"]
+    if data is None:
+        return []  # of this it only warns
     if not isinstance(data, dict):
-        return ["empty or missing metadata"]
+        return ["the metadata must be a mapping"]
     name = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
     errors = [
         f"{key} must be a string" for key in ("license", "library_name", "pipeline_tag") if not _is_text(data, key)

