@@ -1,6 +1,6 @@
 """A small Hub for tests: what the client asks while it pushes and pulls, over real HTTP, in memory.
 
-Tokens: ``hf_writer`` may write to ``me/*`` and ``hf_reader`` may read; no other is known.
+Tokens: ``hf_writer`` may write to ``me/*`` and ``user/*``, and ``hf_reader`` may read; no other is known.
 """
 
 import base64
@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 WRITER, READER = "hf_writer", "hf_reader"
+OWN = ("me", "user")
 LFS_SUFFIXES = (".safetensors", ".png", ".bin", ".pth")
 
 
@@ -223,7 +224,7 @@ class Handler(BaseHTTPRequestHandler):
         token, repo = self._token(), self.server.repos.get(name)
         if repo is None or (repo.private and token is None):
             raise Refused(404 if token else 401, "Repository not found", "RepoNotFound")
-        if write and (token != WRITER or not name.startswith("me/")):
+        if write and (token != WRITER or name.partition("/")[0] not in OWN):
             raise Refused(403 if token else 401, "You don't have the rights to do that")
         return repo
 
@@ -237,7 +238,7 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{given['organization']}/{given['name']}"
         if self._token() is None:
             raise Refused(401, "Invalid username or password.")
-        if self._token() != WRITER or given["organization"] != "me":
+        if self._token() != WRITER or given["organization"] not in OWN:
             raise Refused(403, f"You don't have the rights to create a model under {given['organization']}")
         answer = {"url": f"{self.server.url}/{name}", "id": name}
         if name in self.server.repos:

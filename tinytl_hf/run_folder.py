@@ -102,15 +102,13 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def write_card(output: Path, config: Config) -> None:
-    """Tell of a finished run in the card of its best adapter, with the figures and pictures next to it."""
+    """Tell of a finished run in the card of its best adapter, with the figures and pictures next to it.
+
+    Raises:
+        TinyTLError: A file cannot be written.
+    """
     folder, lines = output / BEST_ADAPTER, read_metrics(output)
     results = json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))
-    # evaluate.save adds where Python is installed; a card is public.
-    public = {key: value for key, value in results.items() if not key.startswith("_")}
-    write_text(folder / RESULTS_FILE, json.dumps(public, indent=2) + "\n")
-    curves, confusion = PICTURES.values()
-    save_curves(folder / curves, {config.method: lines})
-    save_confusion(folder / confusion, results["confusion_matrix"], results["label_names"])
     memory = output / MEMORY_FILE
     facts = RunFacts(
         recipe=_recipe(config, results),
@@ -120,7 +118,16 @@ def write_card(output: Path, config: Config) -> None:
         pictures=PICTURES,
     )
     card = render_card(read_config(folder), results, read_card(folder), facts)
-    write_text(folder / CARD_FILE, card)
+    # evaluate.save adds where Python is installed; a card is public.
+    public = {key: value for key, value in results.items() if not key.startswith("_")}
+    curves, confusion = PICTURES.values()
+    try:
+        write_text(folder / RESULTS_FILE, json.dumps(public, indent=2) + "\n")
+        save_curves(folder / curves, {config.method: lines})
+        save_confusion(folder / confusion, results["confusion_matrix"], results["label_names"])
+        write_text(folder / CARD_FILE, card)
+    except OSError as error:
+        raise TinyTLError(f"the card of {folder} cannot be written ({error}); the adapter itself is safe") from error
 
 
 def _recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
