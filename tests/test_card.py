@@ -31,6 +31,7 @@ METRICS = {"accuracy": np.float32(0.5), "top5": np.float64(1), "f1": 0.25, "ece"
 FACTS = RunFacts(
     recipe={"epochs": 2},
     time="Training took 3 s.",
+    split="validation",
     n=1234,
     memory={
         "unit": "bytes",
@@ -58,7 +59,7 @@ def metadata(card):
 
 
 def test_metadata_of_a_run_passes_the_hubs_rules_with_numpy_scalars_and_no_subset():
-    card = render_card(config(data=DataRecord("uoft-cs/cifar10", eval_split="test")), METRICS, facts=FACTS)
+    card = render_card(config(data=DataRecord("uoft-cs/cifar10")), METRICS, facts=FACTS)
     assert yaml_errors(card) == []
     data = ModelCard(card).data
     assert (data.library_name, data.pipeline_tag, data.license) == ("tinytl_hf", "image-classification", "apache-2.0")
@@ -67,7 +68,7 @@ def test_metadata_of_a_run_passes_the_hubs_rules_with_numpy_scalars_and_no_subse
     assert {name: result.metric_value for name, result in results.items()} == {
         **{"accuracy": 0.5, "top_5_accuracy": 1.0, "f1": 0.25, "expected_calibration_error": 0.125},
     }
-    assert results["f1"].dataset_type == "uoft-cs/cifar10" and results["f1"].dataset_split == "test"
+    assert results["f1"].dataset_type == "uoft-cs/cifar10" and results["f1"].dataset_split == "validation"
     assert results["f1"].dataset_config is None
 
 
@@ -82,6 +83,7 @@ def test_the_text_gives_the_figures_with_their_conditions():
         "| TinyTL-L+B, lean | 63.9 | 19.5 | 65.6 | 27.0 |",
         "MB of 1e6 bytes, one training step, batch_size 8, device cpu.",
         "![confusion matrix](confusion_matrix.png)",
+        "Trained on scikit-learn's digits, split `train`; evaluated on split `validation`.",
         "cat, dog",
     ):
         assert f"{line}\n" in card

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -43,6 +43,7 @@ class RunFacts:
     Attributes:
         recipe: Settings by name.
         time: A sentence about training time and its conditions.
+        split: Name of the evaluation split, or ``holdout``.
         n: Images of the evaluation set.
         memory: What ``tinytl_hf.memory.to_json`` gives, or null.
         pictures: Titles and file names of pictures next to the card.
@@ -50,6 +51,7 @@ class RunFacts:
 
     recipe: Mapping[str, Any]
     time: str
+    split: str
     n: int
     memory: Mapping[str, Any] | None = None
     pictures: Mapping[str, str] = field(default_factory=dict)
@@ -70,6 +72,8 @@ def render_card(
         facts: What is known of the run, where there was one.
     """
     figures = {name: float(metrics[name]) for name in METRICS if name in metrics} if metrics else {}
+    if facts is not None and config.data is not None:
+        config = replace(config, data=replace(config.data, eval_split=facts.split))
     data, weights = config.data, config.backbone.weights
     in_file = config.backbone.sha256 is not None and _is_file(weights)
     card = ModelCard.from_template(
@@ -191,14 +195,14 @@ def _metadata(config: AdapterConfig, figures: Mapping[str, float]) -> ModelCardD
 
 def _result(data: DataRecord | None, name: str, value: float) -> EvalResult:
     kind, title = METRICS[name]
-    known = data is not None and data.eval_split not in (None, "holdout")
+    split = data.eval_split if data is not None else None
     return EvalResult(
         task_type="image-classification",
         task_name=MEASURED,
         dataset_type=_hub_dataset(data) or "custom",
         dataset_name=_dataset_name(data),
         dataset_config=data.subset if data else None,
-        dataset_split=data.eval_split if data is not None and known else None,
+        dataset_split=None if split == "holdout" else split,
         metric_type=kind,
         metric_name=title,
         metric_value=value,

@@ -101,8 +101,13 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def write_card(output: Path, config: Config) -> None:
+def write_card(output: Path, config: Config, eval_split: str) -> None:
     """Tell of a finished run in the card of its best adapter, with the figures and pictures next to it.
+
+    Args:
+        output: The run's folder.
+        config: The run's config.
+        eval_split: Name of the split that the figures are from, or ``holdout``.
 
     Raises:
         TinyTLError: A file cannot be written.
@@ -113,6 +118,7 @@ def write_card(output: Path, config: Config) -> None:
     facts = RunFacts(
         recipe=_recipe(config, results),
         time=_time(lines, results),
+        split=eval_split,
         n=results["n"],
         memory=json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else None,
         pictures=PICTURES,
@@ -125,7 +131,8 @@ def write_card(output: Path, config: Config) -> None:
         write_text(folder / RESULTS_FILE, json.dumps(public, indent=2) + "\n")
         save_curves(folder / curves, {config.method: lines})
         save_confusion(folder / confusion, results["confusion_matrix"], results["label_names"])
-        write_text(folder / CARD_FILE, card)
+        if card:
+            write_text(folder / CARD_FILE, card)
     except OSError as error:
         raise TinyTLError(f"the card of {folder} cannot be written ({error}); the adapter itself is safe") from error
 

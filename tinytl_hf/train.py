@@ -50,6 +50,7 @@ class Run:
     scheduler: Any
     train_loader: DataLoader
     eval_loader: DataLoader
+    eval_split: str
     batches: data.ShuffledBatches
     augment: RandomCropFlip
     progress: Progress
@@ -87,7 +88,7 @@ def train(config: Config) -> dict[str, Any]:
     if config.memory.report:
         write_memory(run)
     if accelerator.is_main_process:
-        run_folder.write_card(Path(config.output_dir), config)  # last: it reads what the run wrote
+        run_folder.write_card(Path(config.output_dir), config, run.eval_split)  # last: it reads what the run wrote
     accelerator.end_training()
     return results
 
@@ -162,6 +163,7 @@ def set_up(config: Config) -> Run:
         scheduler=scheduler,
         train_loader=train_loader,
         eval_loader=eval_loader,
+        eval_split=data.HOLDOUT if eval_split.name == train_split.name else eval_split.name,
         batches=batches,
         augment=augment,
         progress=progress,
