@@ -67,7 +67,8 @@ def make_ready(config: Config, epochs_done: int) -> None:
         if epochs_done == 0 and config.train.resume == "never":
             for name in (BEST_ADAPTER, LAST_ADAPTER, CHECKPOINTS):
                 shutil.rmtree(output / name, ignore_errors=True)
-        (output / RESULTS_FILE).unlink(missing_ok=True)
+        for name in (RESULTS_FILE, MEMORY_FILE):
+            (output / name).unlink(missing_ok=True)
         output.mkdir(parents=True, exist_ok=True)
         lines = [line for line in read_metrics(output) if line["epoch"] <= epochs_done]
         write_text(output / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
