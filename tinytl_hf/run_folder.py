@@ -116,21 +116,23 @@ def write_card(output: Path, config: Config, eval_split: str) -> None:
     folder, lines = output / BEST_ADAPTER, read_metrics(output)
     results = json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))
     memory = output / MEMORY_FILE
+    curves, confusion = PICTURES.values()
+    # A run that was resumed into another folder with nothing left to train has no lines.
     facts = RunFacts(
         recipe=_recipe(config, results),
-        time=_time(lines, results),
+        time=_time(lines, results) if lines else "",
         split=eval_split,
         n=results["n"],
         memory=json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else None,
-        pictures=PICTURES,
+        pictures={title: name for title, name in PICTURES.items() if lines or name != curves},
     )
     card = render_card(read_config(folder), results, read_card(folder), facts)
     # evaluate.save adds where Python is installed; a card is public.
     public = {key: value for key, value in results.items() if not key.startswith("_")}
-    curves, confusion = PICTURES.values()
     try:
         write_text(folder / RESULTS_FILE, json.dumps(public, indent=2) + "\n")
-        save_curves(folder / curves, {config.method: lines})
+        if lines:
+            save_curves(folder / curves, {config.method: lines})
         save_confusion(folder / confusion, results["confusion_matrix"], results["label_names"])
         if card:
             write_text(folder / CARD_FILE, card)
