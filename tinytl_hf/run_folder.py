@@ -1,8 +1,8 @@
 """What a run leaves in its folder, and how a folder is made ready for a run.
 
 ``config.yaml``, ``metrics.jsonl`` (a line an epoch), ``eval_results.json``, ``memory.json`` (what a training step
-takes), ``adapter/`` (the best), ``adapter_last/``, ``checkpoints/`` and the tracker's logs. The best adapter gets a card
-that tells of the run.
+takes), ``adapter/`` (the best, with a card that tells of the run), ``adapter_last/``, ``checkpoints/`` and the
+tracker's logs.
 """
 
 from __future__ import annotations
