@@ -20,8 +20,8 @@ PLAIN = ("FT-Last", "TinyTL-B", "FT-Norm+Last", "FT-Full", "FT-Layerwise")
 def merged(make_model, tmp_path):
     """Train, save and merge: the model, the file and what the command printed."""
 
-    def run(method, backbone="mobilenet_v2"):
-        model = make_model(method, backbone)
+    def run(method, backbone="mobilenet_v2", **options):
+        model = make_model(method, backbone, **options)
         train_steps(model, steps=1)
         model.save_pretrained(tmp_path / "adapter")
         done = run_cli("merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "new" / "m.safetensors")
@@ -66,6 +66,16 @@ def test_the_file_needs_nothing_else(method, merged, tmp_path):
         assert metadata["load_with"] == 'tinytl_hf.merge.load_merged("m.safetensors")'
         assert metadata["load_with"] in printed
         assert json.loads(metadata["adapter_config"])["label_names"] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L"])
+def test_int8_weights_come_out_as_the_values_that_they_stand_for(method, merged):
+    model, path, _ = merged(method, frozen_weights="int8")
+    assert same_logits(load_merged(path).eval(), model)
+    if method == "TinyTL-B":
+        network = torchvision.models.get_model("mobilenet_v2", num_classes=4)
+        network.load_state_dict(load_file(path), strict=True)
+        assert same_logits(network.eval().to(memory_format=torch.channels_last), model)
 
 
 def test_a_file_is_replaced_only_on_request_and_then_whole(merged, tmp_path, monkeypatch):

@@ -1,9 +1,15 @@
+import json
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, run_cli, small_run
 from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
 
-from tinytl_hf.metrics import CalibrationError, Loss, PerClassAccuracy, TopFive, compute_metrics
+from tinytl_hf import TinyTLError
+from tinytl_hf.metrics import CalibrationError, Loss, PerClassAccuracy, TopFive, compute_metrics, load_metrics
+
+F1_SCRIPT = str(ROOT / "tests" / "evaluate_f1.py")
 
 
 @pytest.fixture
@@ -43,3 +49,38 @@ def test_extremes():
     assert TopFive().compute(predictions=logits, references=[1, 0])["top5"] == 1.0  # two classes
     per_class = PerClassAccuracy().compute(predictions=logits, references=[0, 0])["per_class_accuracy"]
     assert per_class == [0.5, None]
+
+
+def test_a_metric_of_the_hubs_kind_agrees_with_ours(scored):
+    figures = compute_metrics(*scored, extra=load_metrics([F1_SCRIPT]))
+    assert figures["evaluate_f1"] == figures["f1"] == pytest.approx(0.6, abs=0.2)
+
+
+def test_a_metric_that_is_missing_or_of_something_else_is_named(tmp_path):
+    with pytest.raises(TinyTLError, match=r"metrics: no_such_metric cannot be loaded \(.*path of a metric script"):
+        load_metrics(["no_such_metric"])
+    script = (ROOT / "tests" / "evaluate_f1.py").read_text()
+    (tmp_path / "other.py").write_text(script.replace("return {", 'return {"words": "high", '))
+    with pytest.raises(TinyTLError, match=r"other.py does not score class numbers \(could not convert"):
+        load_metrics([str(tmp_path / "other.py")])
+    (tmp_path / "needs.py").write_text(script.replace("import evaluate", "import evaluate\nimport no_such_package"))
+    with pytest.raises(TinyTLError, match=r"needs.py cannot be loaded .*no_such_package"):
+        load_metrics([str(tmp_path / "needs.py")])
+
+
+def test_more_metrics_land_in_the_files_of_the_run_and_a_missing_one_stops_it_before_it_starts(
+    colour_folder, tmp_path
+):
+    options = small_run(colour_folder, tmp_path / "run", "--method", "FT-Last", "--train.epochs", "1")
+    done = run_cli(*options, "--metrics", "[no_such_metric]")
+    assert done.returncode == 1 and "metrics: no_such_metric cannot be loaded" in done.stderr
+    assert not (tmp_path / "run").exists()
+    done = run_cli(*options, "--metrics", f"[{F1_SCRIPT}]")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert results["evaluate_f1"] == results["f1"] == line["eval"]["evaluate_f1"]
+    assert f"evaluate_f1 {results['f1']:.4f}" in done.stdout
+    again = ("eval", "--adapter", tmp_path / "run" / "adapter", "--metrics", f"[{F1_SCRIPT}]")
+    done = run_cli(*again, "--output", tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text())["evaluate_f1"] == results["evaluate_f1"]

@@ -107,6 +107,7 @@ def test_config_labels_names_and_preprocessing_follow_the_active_adapter(all_loa
         all_loaded.set_adapter(name)
         assert all_loaded.active_adapter == name == all_loaded.adapter_names[0]
         assert all_loaded.config.method == method and len(all_loaded.label_names) == classes
+        assert all_loaded.loaded_from is not None and all_loaded.loaded_from.name == name
         assert all_loaded.preprocess(image).shape == (1, 3, size, size)
         assert all(name.startswith("backbone.") for name, _ in all_loaded.named_parameters())
     assert sorted(all_loaded.adapter_names) == sorted(["default", *(name for name, *_ in KINDS[1:])])
@@ -215,3 +216,19 @@ def test_the_engine_of_the_model_is_that_of_its_adapters(folders, make_model):
     model.set_adapter("lite")
     assert model.stock_layers == []
     assert not any("lean" in type(module).__module__ for module in model.modules())
+
+
+def test_adapters_with_int8_weights_share_them_and_stay_apart_from_fp32_ones(folders, make_model, tmp_path):
+    for name, method in (("lite", "TinyTL-L"), ("bias", "TinyTL-B")):
+        make_model(method, frozen_weights="int8").save_pretrained(tmp_path / name)
+    model = TinyTLModel.from_pretrained(folders / "last")
+    for name in ("lite", "bias"):
+        model.load_adapter(tmp_path / name, name)
+        with model.using(name):
+            assert torch.equal(logits(model), logits(TinyTLModel.from_pretrained(tmp_path / name)))
+    model.set_adapter("lite")
+    shared = frozen_tensors(model.backbone)
+    model.set_adapter("bias")
+    own = frozen_tensors(model.backbone)
+    assert own["features.1.conv.0.0.weight"].dtype == torch.int8
+    assert all(shared[key] is tensor for key, tensor in own.items())

@@ -30,7 +30,15 @@ def finished_run(colour_folder, tmp_path_factory):
 def test_a_run_leaves_its_config_figures_adapters_checkpoint_and_tracker_logs(finished_run):
     output, done = finished_run
     assert {path.name for path in output.iterdir()} == {
-        *("config.yaml", "metrics.jsonl", "eval_results.json", "adapter", "adapter_last", "checkpoints"),
+        *(
+            "config.yaml",
+            "metrics.jsonl",
+            "eval_results.json",
+            "mistakes.json",
+            "adapter",
+            "adapter_last",
+            "checkpoints",
+        ),
         "tinytl_hf",
     }
     config = yaml.safe_load((output / "config.yaml").read_text())

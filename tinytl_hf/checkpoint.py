@@ -33,16 +33,8 @@ DELTA_FILE = "delta.safetensors"
 PROGRESS_FILE = "progress.json"
 SUMS_FILE = "SHA256SUMS"
 MAY_DIFFER = {
-    *("output_dir", "overwrite", "tracker", "adapter.dtype", "data.workers", "data.memory_limit_mb"),
-    *(
-        "memory.lean",
-        "memory.slice_mb",
-        "memory.report",
-        "memory.report",
-        "train.epochs",
-        "train.resume",
-        "train.threads",
-    ),
+    *("output_dir", "overwrite", "tracker", "metrics", "adapter.dtype", "data.workers", "data.memory_limit_mb"),
+    *("memory.lean", "memory.slice_mb", "memory.report", "train.epochs", "train.resume", "train.threads"),
     *("train.checkpoint_every", "train.keep_checkpoints"),
     *("hub.push", "hub.repo", "hub.private"),
 }

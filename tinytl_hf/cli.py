@@ -1,4 +1,4 @@
-"""The command line: ``tinytl-hf train | eval | predict | merge | memory | push | pull``.
+"""The command line: ``tinytl-hf train | eval | predict | merge | memory | compare | report | push | pull``.
 
 Every option is a field of a dataclass; a YAML file given with ``--config`` comes first and what is on
 the command line wins. A mistake ends with one line; ``--debug`` shows where it was raised.
@@ -22,25 +22,26 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader, set_parsing_settings
 
-from tinytl_hf.config import (
+from tinytl_hf.config import Config, DataConfig, MemoryConfig, TrainConfig, flat
+from tinytl_hf.errors import Interrupted, TinyTLError
+from tinytl_hf.hub_config import HubConfig, PullConfig, PushConfig
+from tinytl_hf.verb_config import (
     BenchConfig,
-    Config,
-    DataConfig,
+    CompareConfig,
     EvalConfig,
-    MemoryConfig,
     MemoryTableConfig,
     MergeConfig,
     PredictConfig,
-    TrainConfig,
-    flat,
+    ReportConfig,
 )
-from tinytl_hf.errors import Interrupted, TinyTLError
-from tinytl_hf.hub_config import HubConfig, PullConfig, PushConfig
 from tinytl_hf.version import __version__
 
 PROG = "tinytl-hf"
 # Options of verbs other than train.
-OTHER_VERBS = (EvalConfig, PredictConfig, MergeConfig, MemoryTableConfig, BenchConfig, PushConfig, PullConfig)
+OTHER_VERBS = (
+    *(EvalConfig, PredictConfig, MergeConfig, MemoryTableConfig, BenchConfig, CompareConfig, ReportConfig),
+    *(PushConfig, PullConfig),
+)
 T = TypeVar("T")
 
 
@@ -136,6 +137,12 @@ def run(argv: list[str]) -> None:
         from tinytl_hf.hub import pull
 
         print(pull(_build(PullConfig, values)))
+    elif parsed.subcommand == "compare":
+        _print_comparison(_build(CompareConfig, values), values.runs)
+    elif parsed.subcommand == "report":
+        from tinytl_hf.report import report
+
+        print(report(_build(ReportConfig, values), values.run))
     else:
         _print_predictions(_build(PredictConfig, values), values.images)
 
@@ -186,6 +193,16 @@ def make_parser(eval_defaults: dict[str, Any] | None = None) -> ArgumentParser:
     pull_parser = ArgumentParser(exit_on_error=False)
     pull_parser.add_class_arguments(PullConfig)
     verbs.add_subcommand("pull", pull_parser, help="download an adapter from the Hub")
+
+    compare_parser = ArgumentParser(exit_on_error=False)
+    compare_parser.add_class_arguments(CompareConfig)
+    compare_parser.add_argument("runs", nargs="+", metavar="RUN", help="Folders of finished runs.")
+    verbs.add_subcommand("compare", compare_parser, help="put finished runs side by side")
+
+    report_parser = ArgumentParser(exit_on_error=False)
+    report_parser.add_class_arguments(ReportConfig)
+    report_parser.add_argument("run", metavar="RUN", help="Folder of a finished run.")
+    verbs.add_subcommand("report", report_parser, help="show one finished run")
     return parser
 
 
@@ -251,8 +268,18 @@ def _train(config: Config) -> None:
 
 def _print_figures(figures: dict[str, Any]) -> None:
     if _is_main_process():
-        for name in ("accuracy", "top5", "f1", "loss", "ece"):
-            print(f"{name:<9}{figures[name]:.4f}")
+        extra = [name for name in figures if name.startswith("evaluate_")]
+        for name in ("accuracy", "top5", "f1", "loss", "ece", *extra):
+            print(f"{name:<8} {figures[name]:.4f}")
+
+
+def _print_comparison(config: CompareConfig, runs: list[str]) -> None:
+    from tinytl_hf.compare import compare
+
+    table, left_out = compare(config, runs)
+    for reason in left_out:
+        print(f"{PROG}: left out: {reason}", file=sys.stderr)
+    print(table)
 
 
 def _print_predictions(config: PredictConfig, images: list[str]) -> None:

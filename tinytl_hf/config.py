@@ -1,4 +1,4 @@
-"""A training run, an evaluation and a prediction as frozen dataclasses: what YAML files and options fill in.
+"""A training run as frozen dataclasses: what YAML files and options fill in.
 
 The string under a field is its help text. Each class checks its own values; what only shows once the
 backbone, the data or the number of processes is known is checked where it is known.
@@ -28,7 +28,8 @@ METHOD_ALIASES: dict[str, MethodName] = {
 }
 
 
-def _check(holds: bool, key: str, value: object, fix: str) -> None:
+def check(holds: bool, key: str, value: object, fix: str) -> None:
+    """Raise unless an option's value holds, with what to do."""
     if not holds:
         raise TinyTLError(f"{key}={value}: {fix}")
 
@@ -64,10 +65,10 @@ class LiteConfig:
 
     def __post_init__(self) -> None:
         odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
-        _check(odd, "lite.kernel_size", self.kernel_size, "use an odd number such as 3 or 5")
-        _check(self.kernel_size < 128, "lite.kernel_size", self.kernel_size, "use a side below 128 px")
-        _check(self.groups >= 1, "lite.groups", self.groups, "use 1 or more (the report uses 2)")
-        _check(0 < self.expand <= 64, "lite.expand", self.expand, "use a number above 0, at most 64 (the report: 1)")
+        check(odd, "lite.kernel_size", self.kernel_size, "use an odd number such as 3 or 5")
+        check(self.kernel_size < 128, "lite.kernel_size", self.kernel_size, "use a side below 128 px")
+        check(self.groups >= 1, "lite.groups", self.groups, "use 1 or more (the report uses 2)")
+        check(0 < self.expand <= 64, "lite.expand", self.expand, "use a number above 0, at most 64 (the report: 1)")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class HeadConfig:
     """Probability that an input feature of the head is dropped while training."""
 
     def __post_init__(self) -> None:
-        _check(0 <= self.dropout < 1, "head.dropout", self.dropout, "use a probability from 0 to below 1")
+        check(0 <= self.dropout < 1, "head.dropout", self.dropout, "use a probability from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -124,25 +125,25 @@ class DataConfig:
     """Worker processes that decode the images of a set that streams; 0: the training process does."""
 
     def __post_init__(self) -> None:
-        _check(self.image_size >= 1, "data.image_size", self.image_size, "use a size in px, such as 224")
-        _check(
+        check(self.image_size >= 1, "data.image_size", self.image_size, "use a size in px, such as 224")
+        check(
             0 < self.eval_fraction < 1,
             "data.eval_fraction",
             self.eval_fraction,
             "use a share above 0 and below 1",
         )
         low, high = self.crop_scale
-        _check(
+        check(
             0 < low <= high <= 1,
             "data.crop_scale",
             list(self.crop_scale),
             "use two shares with 0 < least <= greatest <= 1",
         )
-        _check(0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "use a share above 0, at most 1")
-        _check(self.workers >= 0, "data.workers", self.workers, "use 0 or more")
+        check(0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "use a share above 0, at most 1")
+        check(self.workers >= 0, "data.workers", self.workers, "use 0 or more")
         for name in ("max_train_samples", "max_eval_samples"):
             count = getattr(self, name)
-            _check(count is None or count >= 1, f"data.{name}", count, "use 1 or more, or null for all")
+            check(count is None or count >= 1, f"data.{name}", count, "use 1 or more, or null for all")
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class MemoryConfig:
     """Measure a training step at the end and write what it takes to memory.json in output_dir."""
 
     def __post_init__(self) -> None:
-        _check(self.slice_mb > 0, "memory.slice_mb", self.slice_mb, "use a number of MB above 0, such as 5")
+        check(self.slice_mb > 0, "memory.slice_mb", self.slice_mb, "use a number of MB above 0, such as 5")
 
 
 @dataclass(frozen=True)
@@ -208,33 +209,33 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least_one = ("epochs", "global_batch_size", "gradient_accumulation_steps", "keep_checkpoints")
         for name in at_least_one:
-            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "use 1 or more")
-        _check(self.checkpoint_every >= 0, "train.checkpoint_every", self.checkpoint_every, "use 0 or more steps")
-        _check(
+            check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "use 1 or more")
+        check(self.checkpoint_every >= 0, "train.checkpoint_every", self.checkpoint_every, "use 0 or more steps")
+        check(
             self.global_batch_size % self.gradient_accumulation_steps == 0,
             "train.gradient_accumulation_steps",
             self.gradient_accumulation_steps,
             f"use a divisor of train.global_batch_size={self.global_batch_size}",
         )
-        _check(self.lr > 0, "train.lr", self.lr, "use a number above 0, such as 4e-4")
-        _check(0 <= self.momentum < 1, "train.momentum", self.momentum, "use a number from 0 to below 1")
-        _check(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "use 0 or more")
-        _check(0 < self.gamma <= 1, "train.gamma", self.gamma, "use a factor above 0, at most 1")
-        _check(
+        check(self.lr > 0, "train.lr", self.lr, "use a number above 0, such as 4e-4")
+        check(0 <= self.momentum < 1, "train.momentum", self.momentum, "use a number from 0 to below 1")
+        check(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "use 0 or more")
+        check(0 < self.gamma <= 1, "train.gamma", self.gamma, "use a factor above 0, at most 1")
+        check(
             0 <= self.warmup_epochs < self.epochs,
             "train.warmup_epochs",
             self.warmup_epochs,
             f"use 0 or more, and less than train.epochs={self.epochs}",
         )
-        _check(
+        check(
             0 <= self.label_smoothing < 1,
             "train.label_smoothing",
             self.label_smoothing,
             "use a share from 0 to below 1",
         )
-        _check(self.threads is None or self.threads >= 1, "train.threads", self.threads, "use 1 or more, or null")
+        check(self.threads is None or self.threads >= 1, "train.threads", self.threads, "use 1 or more, or null")
         clips = self.max_grad_norm is None or self.max_grad_norm > 0
-        _check(clips, "train.max_grad_norm", self.max_grad_norm, "use a number above 0, or null")
+        check(clips, "train.max_grad_norm", self.max_grad_norm, "use a number above 0, or null")
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,8 @@ class Config:
     name of the old script: finetune, norm+last, deep, bias, low)."""
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     """Experiment tracker that gets each epoch's figures."""
+    metrics: list[str] = field(default_factory=list)
+    """More metrics of the evaluation set: names of the Hub's evaluate modules, or paths of metric scripts."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     lite: LiteConfig = field(default_factory=LiteConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -270,7 +273,7 @@ class Config:
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
-        _check(self.seed >= 0, "seed", self.seed, "use 0 or more")
+        check(self.seed >= 0, "seed", self.seed, "use 0 or more")
         object.__setattr__(self, "method", METHOD_ALIASES.get(self.method, self.method))
 
     def to_dict(self) -> dict[str, Any]:
@@ -282,104 +285,6 @@ class Config:
     def save(self, path: Path) -> None:
         """Write the config as a YAML file that ``--config`` reads back."""
         write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluate an adapter."""
-
-    adapter: str
-    """Folder of the adapter, or its name on the Hub."""
-    weights: str | None = None
-    """Where to take the backbone's weights from; null: where the adapter says."""
-    output: str | None = None
-    """JSON file to write the figures to."""
-    batch_size: int = 128
-    """Images a forward pass, over all processes."""
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """no, bf16 or fp16; null: what `accelerate launch` was told."""
-
-    def __post_init__(self) -> None:
-        _check(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
-        is_json = self.output is None or self.output.endswith(".json")
-        _check(is_json, "output", self.output, "name a .json file")
-
-
-@dataclass(frozen=True)
-class PredictConfig:
-    """Label image files with an adapter."""
-
-    adapter: str
-    """Folder of the adapter, or its name on the Hub."""
-    weights: str | None = None
-    """Where to take the backbone's weights from; null: where the adapter says."""
-    top_k: int = 3
-    """Most likely labels to show for each image."""
-    json: bool = False
-    """Print a JSON object for each image instead of a table."""
-
-    def __post_init__(self) -> None:
-        _check(self.top_k >= 1, "top_k", self.top_k, "use 1 or more")
-
-
-@dataclass(frozen=True)
-class MergeConfig:
-    """Merge an adapter into its backbone."""
-
-    adapter: str
-    """Folder of the adapter."""
-    output: str
-    """The .safetensors file to write."""
-    weights: str | None = None
-    """Where to take the backbone's weights from; null: where the adapter says."""
-    overwrite: bool = False
-    """Replace a file that is there."""
-
-    def __post_init__(self) -> None:
-        _check(self.output.endswith(".safetensors"), "output", self.output, "name a .safetensors file")
-
-
-@dataclass(frozen=True)
-class MemoryTableConfig:
-    """Measure the training memory and speed of methods, lean and stock."""
-
-    methods: list[MethodName] | None = None
-    """Methods to measure; null: all."""
-    batch_size: int = 8
-    """Images a forward and backward pass."""
-    num_classes: int = 10
-    """Outputs of the head."""
-    repeats: int = 5
-    """Steps whose median time counts."""
-    json: bool = False
-    """Print JSON, in bytes and with the conditions, instead of a table."""
-    plot: str | None = None
-    """Draw the measured peaks as bars into this PNG file."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "num_classes", "repeats"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
-        _check(self.plot is None or self.plot.endswith(".png"), "plot", self.plot, "name a file that ends in .png")
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """Time training steps of lean and stock in alternation."""
-
-    image_sizes: list[int] = field(default_factory=lambda: [96, 224])
-    """Sides of the images in px."""
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32, 128])
-    """Images a step."""
-    repeats: int = 5
-    """Steps of each contender, whose median counts."""
-    json: bool = False
-    """Print JSON with the conditions instead of a table."""
-
-    def __post_init__(self) -> None:
-        for name in ("image_sizes", "batch_sizes"):
-            values = getattr(self, name)
-            _check(bool(values) and min(values) >= 1, name, values, "use numbers of 1 or more")
-        _check(self.repeats >= 1, "repeats", self.repeats, "use 1 or more")
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,8 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-from safetensors import safe_open
-
 from tinytl_hf.adapter import TENSORS_FILE
 from tinytl_hf.run_folder import BEST_ADAPTER, RESULTS_FILE
 
@@ -51,15 +49,17 @@ def _train_and_reload(config: Path, method: str) -> tuple[str, ...]:
     _run("tinytl_hf", "eval", "--adapter", str(output / BEST_ADAPTER), "--output", str(reloaded), "--batch_size", "64")
     seconds = time.perf_counter() - start
 
-    trained = json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))["accuracy"]
+    results = json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))
     accuracy = json.loads(reloaded.read_text(encoding="utf-8"))["accuracy"]
-    if accuracy != trained:
-        sys.exit(f"the reloaded adapter reaches {accuracy}, the trained model {trained}: please report this")
+    if accuracy != results["accuracy"]:
+        sys.exit(
+            f"the reloaded adapter reaches {accuracy}, the trained model {results['accuracy']}: please report this"
+        )
     tensors = output / BEST_ADAPTER / TENSORS_FILE
     return (
         method,
         f"{accuracy:.1%}",
-        f"{_trained_values(output):,}",
+        f"{results['trained_parameters']:,}",
         f"{tensors.stat().st_size / 1e6:.2f} MB",
         f"{seconds:.0f}",
         str(output),
@@ -71,13 +71,6 @@ def _run(module: str, *arguments: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, *arguments], env=environment)
     if done.returncode:
         sys.exit(done.returncode)
-
-
-def _trained_values(output: Path) -> int:
-    """Values in the adapter that are parameters, not statistics of norms."""
-    with safe_open(output / BEST_ADAPTER / TENSORS_FILE, "pt") as file:
-        names = [name for name in file.keys() if name.endswith(("weight", "bias"))]  # noqa: SIM118 (no dict)
-        return sum(file.get_tensor(name).numel() for name in names)
 
 
 if __name__ == "__main__":

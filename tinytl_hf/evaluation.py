@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
+import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch import nn
@@ -21,10 +22,11 @@ from tqdm import tqdm
 
 from tinytl_hf import data
 from tinytl_hf.backbones import check_image_size
-from tinytl_hf.config import DataConfig, EvalConfig
+from tinytl_hf.config import DataConfig
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.metrics import compute_metrics
+from tinytl_hf.metrics import compute_metrics, load_metrics
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.verb_config import EvalConfig
 from tinytl_hf.version import __version__
 
 
@@ -58,6 +60,7 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     check_divides(config.batch_size, "batch_size", accelerator.num_processes)
     if config.output is not None:
         _make_folder_of(Path(config.output))
+    extra = load_metrics(config.metrics)
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights)
     check_image_size(model.config.backbone.name, data_config.image_size)
     options = replace(model.config.preprocessing, image_size=data_config.image_size, crop_pct=data_config.crop_pct)
@@ -67,7 +70,7 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     images = data.read_images(split, data_config)
     prepared, loader = accelerator.prepare(model, data.make_loader(images, data_config, batch_size=config.batch_size))
     start = time.perf_counter()
-    figures = evaluate_model(accelerator, prepared, loader, model, tables=True)
+    figures = compute_metrics(*predict_set(accelerator, prepared, loader, model), extra=extra, tables=True)
     figures["seconds"] = time.perf_counter() - start
     if config.output is not None and accelerator.is_main_process:
         save_results(Path(config.output), figures, model, len(images), accelerator)
@@ -75,23 +78,24 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
 
 
 @torch.no_grad()
-def evaluate_model(
+def predict_set(
     accelerator: Accelerator,
     prepared: nn.Module,
     loader: DataLoader,
     model: TinyTLModel,
-    tables: bool = False,
     after_batch: Callable[[], None] | None = None,
-) -> dict[str, Any]:
-    """Figures of a model on a set, exact for any number of processes and any size of the set.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and labels of a whole set, in its order, for any number of processes and any size of the set.
 
     Args:
         accelerator: What ``prepared`` and ``loader`` were prepared with.
         prepared: The prepared model.
         loader: Batches of the set.
         model: The model itself, for its preprocessing.
-        tables: Add accuracy by class and the confusion matrix.
         after_batch: Called after each batch; may raise.
+
+    Returns:
+        Logits ``[N, classes]`` and class numbers ``[N]``, the same on every process.
 
     Raises:
         TinyTLError: The model gives values that are not finite.
@@ -108,7 +112,7 @@ def evaluate_model(
     logits = torch.cat(all_logits)
     if not logits.isfinite().all():
         raise TinyTLError("the model gives values that are not finite; train with a lower --train.lr")
-    return compute_metrics(logits.numpy(), torch.cat(all_labels).numpy(), tables)
+    return logits.numpy(), torch.cat(all_labels).numpy()
 
 
 def save_results(
@@ -128,6 +132,7 @@ def save_results(
         "backbone": model.config.backbone.name,
         "image_size": model.config.preprocessing.image_size,
         "label_names": model.label_names,
+        "trained_parameters": sum(parameter.numel() for parameter in model.trainable_parameters()),
         "device": device_name(accelerator),
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,

@@ -13,13 +13,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from tinytl_hf.adapter import AdapterConfig, config_from
-from tinytl_hf.config import MergeConfig
+from tinytl_hf.adapter import AdapterConfig, config_from, frozen_tensors
+from tinytl_hf.backbones import sha256
 from tinytl_hf.disk import write_bytes
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.int8 import dequantise
 from tinytl_hf.methods import METHODS
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.verb_config import MergeConfig
 
 
 def merge(config: MergeConfig) -> str:
@@ -35,7 +36,10 @@ def merge(config: MergeConfig) -> str:
     if path.exists() and not config.overwrite:
         raise TinyTLError(f"output={path}: exists; name another file, or replace it with --overwrite true")
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights)
-    dequantise(model.backbone)
+    if model.config.backbone.frozen_weights == "int8":
+        dequantise(model.backbone)  # so that the file holds plain layers, with other frozen tensors than before
+        record = replace(model.config.backbone, frozen_weights="fp32", sha256=sha256(frozen_tensors(model.backbone)))
+        model.config = replace(model.config, backbone=record)
     what, how = _description(model.config, path.name)
     tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
     metadata = {"format": "pt", "content": what, "load_with": how, "adapter_config": model.config.to_json()}
@@ -55,13 +59,13 @@ def load_merged(path: str | Path) -> TinyTLModel:
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            values = json.loads((file.metadata() or {}).get("adapter_config", "null"))
         tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise TinyTLError(f"{path} cannot be read as a safetensors file: {error}") from error
-    if "adapter_config" not in metadata:
+    if not isinstance(values, dict):
         raise TinyTLError(f"{path} was not written by tinytl-hf merge: it has no adapter_config in its metadata")
-    saved = config_from(json.loads(metadata["adapter_config"]), Path(path))
+    saved = config_from(values, Path(path))
     model = TinyTLModel(replace(saved, backbone=replace(saved.backbone, weights="none")))
     try:
         model.backbone.load_state_dict(tensors)

@@ -5,6 +5,8 @@ Each takes logits as predictions and class numbers as references, and gives frac
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import datasets
@@ -12,6 +14,8 @@ import evaluate
 import numpy as np
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+
+from tinytl_hf.errors import TinyTLError
 
 CALIBRATION_BINS = 15
 
@@ -116,9 +120,59 @@ SCALARS = (Accuracy, TopFive, MacroF1, Loss, CalibrationError)
 TABLES = (PerClassAccuracy, ConfusionMatrix)
 
 
-def compute_metrics(logits: np.ndarray, labels: np.ndarray, tables: bool = False) -> dict[str, Any]:
-    """Compute all scalar figures, and with ``tables`` the ones per class too."""
+def load_metrics(names: Sequence[str]) -> dict[str, evaluate.EvaluationModule]:
+    """Load metrics of the Hub's ``evaluate`` modules, and try each on three answers.
+
+    Args:
+        names: Names such as ``f1``, or paths of metric scripts.
+
+    Raises:
+        TinyTLError: There is no such metric, a package that it needs is missing, or it is not one of class numbers.
+    """
+    metrics = {}
+    for name in names:
+        try:
+            metrics[name] = evaluate.load(name, keep_in_memory=True)
+        except (OSError, ImportError, ValueError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise TinyTLError(
+                f"metrics: {name} cannot be loaded ({reason}); use a name that evaluate.load knows and this "
+                "machine can reach, or the path of a metric script"
+            ) from error
+        try:
+            _extra_figures(metrics[name], np.array([0, 1, 2]), np.array([0, 2, 1]))
+        except Exception as error:  # whatever the script raises
+            reason = " ".join(str(error).split())
+            raise TinyTLError(
+                f"metrics: {name} does not score class numbers ({reason}); use one like accuracy, f1 or precision"
+            ) from error
+    return metrics
+
+
+def _extra_figures(metric: evaluate.EvaluationModule, answers: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Figures of one of the Hub's metrics; those that are of one class at a time are averaged over the classes."""
+    averages = {"average": "macro"} if "average" in signature(metric._compute).parameters else {}
+    results = metric.compute(predictions=answers, references=labels, **averages)
+    return {f"evaluate_{key}": float(value) for key, value in results.items()}
+
+
+def compute_metrics(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    tables: bool = False,
+    extra: Mapping[str, evaluate.EvaluationModule] | None = None,
+) -> dict[str, Any]:
+    """Compute all scalar figures.
+
+    Args:
+        logits: ``[N, classes]``.
+        labels: ``[N]`` class numbers.
+        tables: Add accuracy by class and the confusion matrix.
+        extra: More metrics, of :func:`load_metrics`; their figures are called ``evaluate_...``.
+    """
     figures: dict[str, Any] = {}
     for metric in SCALARS + (TABLES if tables else ()):
         figures.update(metric().compute(predictions=logits, references=labels))
+    for loaded in (extra or {}).values():
+        figures.update(_extra_figures(loaded, logits.argmax(1), labels))
     return figures

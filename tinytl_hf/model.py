@@ -317,7 +317,7 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         """
         adapter = self._adapters.switch(name, self._loaded())
         self.backbone, self._blocks = adapter.backbone.train(self.training), adapter.blocks
-        self.stock_layers, self.config = adapter.stock_layers, adapter.config
+        self.stock_layers, self.config, self.loaded_from = adapter.stock_layers, adapter.config, adapter.loaded_from
 
     @contextmanager
     def using(self, name: str) -> Iterator[TinyTLModel]:
@@ -377,7 +377,7 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         return sha256(frozen_tensors(self.backbone))
 
     def _loaded(self) -> LoadedAdapter:
-        return LoadedAdapter(self.backbone, self._blocks, self.stock_layers, self.config)
+        return LoadedAdapter(self.backbone, self._blocks, self.stock_layers, self.config, self.loaded_from)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TinyTLModel:
         """Move or cast all adapters, where PyTorch would only reach the active one."""

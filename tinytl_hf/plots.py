@@ -70,8 +70,8 @@ def save_curves(path: Path | BinaryIO, runs: Mapping[str, Sequence[Mapping[str, 
             axis.xaxis.get_major_locator().set_params(integer=True)
             if all(len(lines) < 2 for lines in runs.values()):
                 axis.set_xlim(0, 2)
-        axes[0].plot([], [], "k-", label="evaluation set")
-        axes[0].plot([], [], "k--", label="training set")
+        axes[0].plot([], [], "ko-", markersize=4, label="evaluation set")
+        axes[0].plot([], [], "ko--", markersize=4, markerfacecolor="white", label="training set")
         _legend(figure, axes[0])
 
 

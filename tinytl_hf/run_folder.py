@@ -1,8 +1,8 @@
 """What a run leaves in its folder, and how a folder is made ready for a run.
 
-``config.yaml``, ``metrics.jsonl`` (a line an epoch), ``eval_results.json``, ``memory.json`` (what a training step
-takes), ``adapter/`` (the best, with a card that tells of the run), ``adapter_last/``, ``checkpoints/`` and the
-tracker's logs.
+``config.yaml``, ``metrics.jsonl`` (a line an epoch), ``eval_results.json``, ``mistakes.json``, ``memory.json`` (what a
+training step takes), ``adapter/`` (the best, with a card that tells of the run), ``adapter_last/``, ``checkpoints/``
+and the tracker's logs.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "eval_results.json"
 MEMORY_FILE = "memory.json"
+MISTAKES_FILE = "mistakes.json"
 BEST_ADAPTER = "adapter"
 LAST_ADAPTER = "adapter_last"
 
@@ -67,7 +68,7 @@ def make_ready(config: Config, epochs_done: int) -> None:
         if epochs_done == 0 and config.train.resume == "never":
             for name in (BEST_ADAPTER, LAST_ADAPTER, CHECKPOINTS):
                 shutil.rmtree(output / name, ignore_errors=True)
-        for name in (RESULTS_FILE, MEMORY_FILE):
+        for name in (RESULTS_FILE, MISTAKES_FILE, MEMORY_FILE):
             (output / name).unlink(missing_ok=True)
         output.mkdir(parents=True, exist_ok=True)
         lines = [line for line in read_metrics(output) if line["epoch"] <= epochs_done]

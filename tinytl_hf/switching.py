@@ -30,12 +30,14 @@ class LoadedAdapter:
         blocks: Its residual blocks by name.
         stock_layers: Its layers that keep full-size maps while training.
         config: What the adapter says of itself.
+        loaded_from: Its folder, or null.
     """
 
     backbone: nn.Module
     blocks: dict[str, TinyTLBlock]
     stock_layers: list[str]
     config: AdapterConfig
+    loaded_from: Path | None
 
 
 class Adapters:
@@ -80,7 +82,7 @@ class Adapters:
         if found != trained_on:
             why = f"sha256 of its frozen tensors is {trained_on}, and of these {found}"
             raise _other_backbone(folder, current.config, why)
-        pool = self._frozen(current)
+        pool = self._frozen(current, new.config)
         for key, tensor in frozen_tensors(new.backbone).items():
             if key in pool and not torch.equal(tensor.to(pool[key]), pool[key]):
                 raise _other_backbone(folder, current.config, f"{key} differs")
@@ -116,13 +118,16 @@ class Adapters:
         for waiting in self._waiting.values():
             waiting.backbone._apply(change)
         for waiting in self._waiting.values():
-            share(waiting.backbone, self._frozen(current))
+            share(waiting.backbone, self._frozen(current, waiting.config))
 
-    def _frozen(self, current: LoadedAdapter) -> dict[str, Tensor]:
-        """The frozen tensors in memory: what one adapter trains can be frozen in another."""
+    def _frozen(self, current: LoadedAdapter, config: AdapterConfig) -> dict[str, Tensor]:
+        """The frozen tensors in memory, stored as ``config`` has them: what one adapter trains can be frozen in
+        another.
+        """
         pool: dict[str, Tensor] = {}
         for adapter in (*reversed(self._waiting.values()), current):
-            pool.update(frozen_tensors(adapter.backbone))
+            if adapter.config.backbone.frozen_weights == config.backbone.frozen_weights:
+                pool.update(frozen_tensors(adapter.backbone))
         return pool
 
     def _check_known(self, name: str) -> None:

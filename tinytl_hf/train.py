@@ -13,10 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
+from evaluate import EvaluationModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -28,8 +30,10 @@ from tinytl_hf.checkpoint import Progress
 from tinytl_hf.config import Config, flat
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import Interrupted, TinyTLError
-from tinytl_hf.evaluation import check_divides, device_name, evaluate_model, make_accelerator, save_results
+from tinytl_hf.evaluation import check_divides, device_name, make_accelerator, predict_set, save_results
 from tinytl_hf.interrupt import StopSignal
+from tinytl_hf.metrics import compute_metrics, load_metrics
+from tinytl_hf.mistakes import save_mistakes
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.optim import make_optimizer, make_scheduler
 
@@ -54,6 +58,7 @@ class Run:
     batches: data.ShuffledBatches
     augment: RandomCropFlip
     progress: Progress
+    metrics: dict[str, EvaluationModule]  # of config.metrics
     hashes: dict[str, str | None]  # of the frozen backbone and the data
 
 
@@ -73,7 +78,7 @@ def train(config: Config) -> dict[str, Any]:
         while progress.epoch < config.train.epochs:
             train_epoch(run, stop)
             path = save_checkpoint(run)
-            figures = evaluate(run, partial(stop_if_asked, run, stop, path))
+            figures = compute_metrics(*predict(run, partial(stop_if_asked, run, stop, path)), extra=run.metrics)
             finish_epoch(run, figures)
             path = save_checkpoint(run)
             if progress.epoch < config.train.epochs:
@@ -81,10 +86,12 @@ def train(config: Config) -> dict[str, Any]:
     # The figures of a run are those of the file that it leaves behind.
     best = Path(config.output_dir) / run_folder.BEST_ADAPTER
     run.model.load_adapter_tensors(read_tensors(best), str(best))
-    results = evaluate(run, tables=True)
+    logits, labels = predict(run)
+    results = compute_metrics(logits, labels, tables=True, extra=run.metrics)
     if accelerator.is_main_process:
-        path = Path(config.output_dir) / run_folder.RESULTS_FILE
-        save_results(path, results, run.model, len(run.eval_loader.dataset), accelerator)  # type: ignore[arg-type]
+        save_results(Path(config.output_dir) / run_folder.RESULTS_FILE, results, run.model, len(labels), accelerator)
+        images: Any = run.eval_loader.dataset
+        save_mistakes(Path(config.output_dir) / run_folder.MISTAKES_FILE, logits, labels, images)
     if config.memory.report:
         write_memory(run)
     if accelerator.is_main_process:
@@ -107,6 +114,7 @@ def set_up(config: Config) -> Run:
     )
     log_conditions(accelerator, config)
     check_tracker(config.tracker)
+    metrics = load_metrics(config.metrics)
     run_folder.check_free(config)
     resume_from = checkpoint.find(config, accelerator.num_processes)
     set_seed(config.seed)
@@ -167,6 +175,7 @@ def set_up(config: Config) -> Run:
         batches=batches,
         augment=augment,
         progress=progress,
+        metrics=metrics,
         hashes=hashes,
     )
 
@@ -233,9 +242,9 @@ def augmented(run: Run, batch: dict[str, Tensor]) -> Tensor:
     return resample(batch["pixels"], batch["sizes"], boxes, run.config.data.image_size, flips=flips)
 
 
-def evaluate(run: Run, after_batch: Callable[[], None] | None = None, tables: bool = False) -> dict[str, Any]:
-    """Figures of the model as it is on the evaluation set."""
-    return evaluate_model(run.accelerator, run.prepared, run.eval_loader, run.model, tables, after_batch)
+def predict(run: Run, after_batch: Callable[[], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and labels of the evaluation set."""
+    return predict_set(run.accelerator, run.prepared, run.eval_loader, run.model, after_batch)
 
 
 def finish_epoch(run: Run, figures: dict[str, float]) -> None:

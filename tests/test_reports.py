@@ -1,0 +1,177 @@
+"""``compare`` and ``report`` on the folders of real runs, and on copies of them that were changed."""
+
+import base64
+import csv
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import yaml
+from conftest import run_cli, small_run
+from PIL import Image
+
+PEAK = {"frozen_weights": 9, "trained_weights": 1, "gradients": 1, "optimizer_state": 2, "kept_activations": 4}
+
+
+def edit(path, **changes):
+    """Change some values of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def measured(method, peak):
+    rows = [
+        {"method": method, "engine": engine, "peak": {**PEAK, "transient": 3, "total": total}}
+        for engine, total in (("stock", 9 * peak), ("lean", peak))
+    ]
+    return json.dumps({"unit": "bytes", "conditions": {"batch_size": 8, "device": "cpu"}, "rows": rows})
+
+
+@pytest.fixture(scope="module")
+def one_run(colour_folder, tmp_path_factory):
+    """A real run of two epochs on blue and red images."""
+    output = tmp_path_factory.mktemp("reports") / "last"
+    done = run_cli(
+        *small_run(colour_folder, output, "--method", "FT-Last", "--train.lr", "1e-6", "--memory.report", "false")
+    )
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture
+def runs(one_run, tmp_path):
+    """Three seeds of one method, and one of another that was measured."""
+    for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
+        folder = shutil.copytree(one_run, tmp_path / f"last{seed}")
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        (folder / "config.yaml").write_text(yaml.safe_dump({**config, "seed": seed, "output_dir": str(folder)}))
+        edit(folder / "eval_results.json", accuracy=accuracy)
+    bias = shutil.copytree(one_run, tmp_path / "bias")
+    config = yaml.safe_load((bias / "config.yaml").read_text())
+    (bias / "config.yaml").write_text(yaml.safe_dump({**config, "method": "TinyTL-B"}))
+    (bias / "memory.json").write_text(measured("TinyTL-B", 5_500_000))
+    return tmp_path
+
+
+def test_a_run_leaves_its_counts_and_its_mistakes(one_run):
+    results = json.loads((one_run / "eval_results.json").read_text())
+    assert results["trained_parameters"] == 2 * 1280 + 2
+    mistakes = json.loads((one_run / "mistakes.json").read_text())
+    assert mistakes["n"] == 10 and mistakes["wrong"] == round(10 * (1 - results["accuracy"])) == len(mistakes["shown"])
+    assert mistakes["wrong"] > 0
+    for mistake in mistakes["shown"]:
+        assert mistake["label"] != mistake["answer"] and mistake["probability"] >= mistake["probability_of_label"]
+        image = np.asarray(Image.open(io.BytesIO(base64.b64decode(mistake["png"])))).mean((0, 1))
+        assert ("blue", "red")[mistake["label"]] == ("red" if image[0] > image[2] else "blue")
+        assert mistake["label"] == mistake["index"] // 5  # five blue ones, then five red ones
+    confidence = [mistake["probability"] for mistake in mistakes["shown"]]
+    assert confidence == sorted(confidence, reverse=True)
+
+
+def test_compare_puts_seeds_together_and_methods_apart(runs, tmp_path):
+    output = tmp_path / "out"
+    done = run_cli("compare", *sorted(runs.iterdir()), "--output", output)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert re.search(r"^FT-Last +2,562 +0\.01 +60\.00 ± 10\.00 +3 +- ", lines[2])
+    assert re.search(r"^TinyTL-B +2,562 +0\.01 +[\d.]+ +1 +5\.5 ", lines[1])
+    assert "peak of one training step measured with: batch_size 8, device cpu" in done.stdout
+
+    bias, last = json.loads((output / "compare.json").read_text())["rows"]
+    assert last["accuracy"] == pytest.approx(0.6) and last["accuracy_std"] == pytest.approx(0.1)
+    assert last["peak_mb"] is None and bias["peak_mb"] == 5.5 and bias["accuracy_std"] is None
+    (first, second) = csv.DictReader((output / "compare.csv").read_text().splitlines())
+    assert float(second["accuracy"]) == last["accuracy"] and first["name"] == "TinyTL-B"
+    assert "| FT-Last | 2,562 | 0.01 | 60.00 ± 10.00 | 3 | - |" in (output / "compare.md").read_text()
+    pictures = {path.name for path in output.glob("*.png")}
+    assert {"curves.png", "accuracy_memory.png"} < pictures and len(pictures) == 6
+    assert all(Image.open(output / name).width > 500 for name in pictures)
+
+
+def test_compare_says_what_sets_rows_of_a_method_apart_and_what_else_differs(runs):
+    folder = runs / "last1"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["train"]["lr"] = 0.5
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = run_cli("compare", runs / "last0", folder).stdout.splitlines()
+    assert lines[1].startswith("FT-Last, train.lr 1e-06  ") and lines[2].startswith("FT-Last, train.lr 0.5  ")
+    assert "rows differ in train.lr: 1e-06 / 0.5" in lines
+
+
+def test_compare_leaves_out_what_is_no_finished_run_and_names_it(runs):
+    (runs / "empty").mkdir()
+    (runs / "last0" / "eval_results.json").unlink()
+    (runs / "last1" / "eval_results.json").write_text("{")
+    (runs / "last2" / "metrics.jsonl").write_text("")
+    done = run_cli("compare", *sorted(runs.iterdir()), runs / "lost")
+    assert done.returncode == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()[:2]] == ["method", "TinyTL-B"]
+    for name, reason in [
+        ("empty", "is no run: it has no config.yaml"),
+        ("lost", "is no run"),
+        ("last0", "is not finished: it has no eval_results.json; go on with --train.resume auto"),
+        ("last1", "is damaged: eval_results.json: Expecting"),
+        ("last2", "is damaged: metrics.jsonl has no line"),
+    ]:
+        assert f"left out: {runs / name} {reason}" in done.stderr
+    done = run_cli("compare", runs / "empty")
+    assert done.returncode == 1 and "no finished run among them" in done.stderr and "Traceback" not in done.stderr
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_of_a_run_needs_no_data_and_loads_nothing(runs):
+    done = run_cli("report", runs / "bias", "--html")
+    assert done.returncode == 0, done.stderr
+    page = Page((runs / "bias" / "report.html").read_text())
+    mistakes = json.loads((runs / "bias" / "mistakes.json").read_text())["shown"]
+    sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert len(sources) == 3 + len(mistakes)
+    for source in sources:
+        picture = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
+        assert picture.width >= 32
+    assert not {"script", "link", "iframe", "object", "a"} & {tag for tag, _ in page.tags}
+    assert not any("http:" in str(values) or "https:" in str(values) for _, values in page.tags)
+    text = " ".join(" ".join(page.text).split())
+    assert "TinyTL-B on mobilenet_v2" in text and "5.5 MB" in text and "train.lr 1e-06" in text
+
+
+def test_what_users_wrote_is_text_in_the_page(runs):
+    evil = '<script>alert("1")</script>'
+    folder = runs / "last0"
+    edit(folder / "eval_results.json", label_names=[evil, "$red & blue"])
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["data"]["dataset"] = "<img src=x onerror=alert(1)>"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    done = run_cli("report", folder, "--html", "--output", runs / "deep" / "page.html")
+    assert done.returncode == 0, done.stderr
+    html = (runs / "deep" / "page.html").read_text()
+    page = Page(html)
+    assert "script" not in {tag for tag, _ in page.tags} and not any("onerror" in values for _, values in page.tags)
+    assert evil in page.text and "<img src=x onerror=alert(1)>" in page.text and "<script" not in html
+
+
+def test_the_page_does_without_mistakes_and_memory_and_names_a_run_that_is_none(runs):
+    (runs / "last0" / "mistakes.json").unlink()
+    assert run_cli("report", runs / "last0", "--html").returncode == 0
+    text = (runs / "last0" / "report.html").read_text()
+    assert "has no mistakes.json" in text and "Not measured in this run" in text
+    done = run_cli("report", runs, "--html")
+    assert done.returncode == 1 and f"{runs} is no run" in done.stderr
+    assert "FT-Last" in run_cli("report", runs / "last0").stdout

@@ -1,0 +1,226 @@
+"""Finished runs side by side: the verb ``compare``. Reads run folders only; no data, no model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from tinytl_hf.disk import write_text
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.plots import MB, AccuracyMemory, save_accuracy_memory, save_confusion, save_curves
+from tinytl_hf.runs import FinishedRun, read_run
+from tinytl_hf.verb_config import CompareConfig
+
+# Options that change neither what a run computes nor what it needs; runs that differ in these alone are one row.
+NOT_COMPARED = {
+    *(
+        "seed",
+        "output_dir",
+        "overwrite",
+        "tracker",
+        "metrics",
+        "train.resume",
+        "train.keep_checkpoints",
+        "train.checkpoint_every",
+    ),
+    *("data.workers", "data.memory_limit_mb", "memory.report"),
+}
+CONDITIONS = ("backbone", "image_size", "n", "device", "threads", "processes", "precision", "torch_version")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seed only.
+
+    Attributes:
+        name: The method, and what sets it apart from other rows of that method.
+        trained_parameters: Number of values that train, or null in an old run.
+        adapter_mb: Size of the adapter's tensors in MB of 1e6 bytes.
+        accuracy: On the evaluation set, a fraction; the mean over seeds.
+        accuracy_std: Sample standard deviation over seeds; null for one.
+        seeds: Number of runs.
+        peak_mb: Measured peak of a training step in MB; null if it was not measured.
+        images_per_second: While training.
+        training_seconds: Of a run, without its evaluations; the mean over seeds.
+        runs: Their folders.
+    """
+
+    name: str
+    trained_parameters: int | None
+    adapter_mb: float
+    accuracy: float
+    accuracy_std: float | None
+    seeds: int
+    peak_mb: float | None
+    images_per_second: float
+    training_seconds: float
+    runs: list[str]
+
+
+HEADER = [
+    *("method", "trained parameters", "adapter MB", "accuracy %", "seeds"),
+    *("peak MB (measured)", "images/s", "training s"),
+]
+
+
+def compare(config: CompareConfig, folders: Iterable[str]) -> tuple[str, list[str]]:
+    """Compare finished runs and write tables and pictures to ``config.output``, if it is given.
+
+    Returns:
+        The table with its notes, and why each folder that is not in it was left out.
+
+    Raises:
+        TinyTLError: Not one finished run, or the output cannot be written.
+    """
+    runs, left_out = [], []
+    for folder in dict.fromkeys(folders):
+        try:
+            runs.append(read_run(Path(folder)))
+        except TinyTLError as error:
+            left_out.append(str(error))
+    if not runs:
+        raise TinyTLError(f"no finished run among them: {'; '.join(left_out)}")
+    if config.output is not None:
+        try:
+            _write(Path(config.output), runs, left_out)
+        except OSError as error:
+            raise TinyTLError(f"output={config.output}: cannot be written ({error}); name another folder") from error
+    return describe(runs), left_out
+
+
+def describe(runs: Sequence[FinishedRun]) -> str:
+    """The table as text, with notes on what its figures are."""
+    groups = _groups(runs)
+    table = [HEADER, *(_cells(_row(name, members)) for name, members in groups.items())]
+    return "\n".join([*_aligned(table), "", *_notes(runs, groups)])
+
+
+def _groups(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    """Runs that differ in their seed only, by a name that says what is special about them."""
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(_compared(run), sort_keys=True), []).append(run)
+    named = {}
+    for members in groups.values():
+        rivals = [_compared(group[0]) for group in groups.values() if group[0].method == members[0].method]
+        own = _compared(members[0])
+        special = [f"{key} {own[key]}" for key in own if any(rival[key] != own[key] for rival in rivals)]
+        named[", ".join([members[0].method, *special])] = members
+    return named
+
+
+def _compared(run: FinishedRun) -> dict[str, Any]:
+    return {key: value for key, value in run.config.items() if key not in NOT_COMPARED and not key.startswith("hub.")}
+
+
+def _row(name: str, runs: Sequence[FinishedRun]) -> Row:
+    accuracies = [run.results["accuracy"] for run in runs]
+    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+    return Row(
+        name=name,
+        trained_parameters=runs[0].results.get("trained_parameters"),
+        adapter_mb=runs[0].adapter_bytes / MB,
+        accuracy=mean(accuracies),
+        accuracy_std=stdev(accuracies) if len(runs) > 1 else None,
+        seeds=len(runs),
+        peak_mb=max(peaks) / MB if peaks else None,
+        images_per_second=sum(run.images for run in runs) / sum(run.seconds for run in runs),
+        training_seconds=mean(run.seconds for run in runs),
+        runs=[str(run.folder) for run in runs],
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    spread = "" if row.accuracy_std is None else f" ± {100 * row.accuracy_std:.2f}"
+    return [
+        row.name,
+        "-" if row.trained_parameters is None else f"{row.trained_parameters:,}",
+        f"{row.adapter_mb:.2f}",
+        f"{100 * row.accuracy:.2f}{spread}",
+        str(row.seeds),
+        "-" if row.peak_mb is None else f"{row.peak_mb:.1f}",
+        f"{row.images_per_second:.1f}",
+        f"{row.training_seconds:.0f}",
+    ]
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
+        for cells in table
+    ]
+
+
+def _notes(runs: Sequence[FinishedRun], groups: dict[str, list[FinishedRun]]) -> list[str]:
+    """The conditions of the figures, and what else differs between the rows."""
+    notes = ["accuracy: evaluation set, mean ± sample standard deviation over seeds; MB of 1e6 bytes"]
+    shared = [f"{key} {_values(run.results.get(key) for run in runs)}" for key in CONDITIONS]
+    notes.append(f"conditions: {', '.join(shared)}")
+    measured = _values(
+        ", ".join(f"{k} {v}" for k, v in run.memory["conditions"].items()) for run in runs if run.memory is not None
+    )
+    if measured:
+        notes.append(f"peak of one training step measured with: {measured}")
+    firsts = [_compared(members[0]) for members in groups.values()]
+    for key in firsts[0]:
+        found = _values(first[key] for first in firsts)
+        if key not in ("method", "backbone.name", "data.image_size") and " / " in found:
+            notes.append(f"rows differ in {key}: {found}")
+    return notes
+
+
+def _values(values: Iterable[Any]) -> str:
+    return " / ".join(dict.fromkeys(map(str, values)))
+
+
+def _write(output: Path, runs: Sequence[FinishedRun], left_out: list[str]) -> None:
+    groups = _groups(runs)
+    rows = [_row(name, members) for name, members in groups.items()]
+    notes = _notes(runs, groups)
+    output.mkdir(parents=True, exist_ok=True)
+    plain = [asdict(row) for row in rows]
+    write_text(output / "compare.json", json.dumps({"rows": plain, "notes": notes, "left_out": left_out}, indent=2))
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(plain[0]))
+    writer.writeheader()
+    writer.writerows({**values, "runs": " ".join(values["runs"])} for values in plain)
+    write_text(output / "compare.csv", table.getvalue())
+    lines = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *map(_cells, rows)]
+    markdown = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
+    write_text(output / "compare.md", "\n".join([*markdown, "", *(f"- {note}" for note in notes)]) + "\n")
+    _draw(output, rows, groups)
+
+
+def _draw(output: Path, rows: Sequence[Row], groups: dict[str, list[FinishedRun]]) -> None:
+    save_curves(output / "curves.png", {name: _mean_epochs(members) for name, members in groups.items()})
+    points = [
+        AccuracyMemory(row.name, row.accuracy, row.accuracy_std, row.peak_mb * MB)
+        for row in rows
+        if row.peak_mb is not None
+    ]
+    if points:
+        save_accuracy_memory(output / "accuracy_memory.png", points)
+    for run in (run for members in groups.values() for run in members):
+        path = output / f"confusion_{'_'.join(part for part in run.folder.parts[-2:] if part != '/')}.png"
+        save_confusion(path, run.results["confusion_matrix"], run.results["label_names"])
+
+
+def _mean_epochs(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
+    """Accuracy and loss by epoch, the mean over seeds."""
+    return [
+        {
+            "epoch": lines[0]["epoch"],
+            **{
+                part: {key: mean(line[part][key] for line in lines) for key in ("accuracy", "loss")}
+                for part in ("train", "eval")
+            },
+        }
+        for lines in zip(*(run.epochs for run in runs), strict=False)
+    ]

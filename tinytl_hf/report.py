@@ -1,0 +1,107 @@
+"""One finished run as an HTML page that needs no network, no data and no other file: the verb ``report``."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from tinytl_hf.compare import CONDITIONS, describe
+from tinytl_hf.config import Config, flat
+from tinytl_hf.disk import write_text
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.plots import MB, save_confusion, save_curves, save_memory_bars
+from tinytl_hf.run_folder import MISTAKES_FILE
+from tinytl_hf.runs import FinishedRun, read_run
+from tinytl_hf.verb_config import ReportConfig
+from tinytl_hf.version import __version__
+
+TEMPLATE = "report_template.html"
+
+
+def report(config: ReportConfig, folder: str) -> str:
+    """Write the page of a run, or give its row of ``compare`` as text.
+
+    Returns:
+        What to tell the user.
+
+    Raises:
+        TinyTLError: No finished run, or the page cannot be written.
+    """
+    run = read_run(Path(folder))
+    if not config.html:
+        return describe([run])
+    path = Path(config.output or run.folder / "report.html")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, render(run))
+    except OSError as error:
+        raise TinyTLError(f"output={path}: cannot be written ({error}); name another file") from error
+    return str(path)
+
+
+def render(run: FinishedRun) -> str:
+    """The page. Everything that is not ours, such as a label's name, is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    results, labels = run.results, run.results["label_names"]
+    memory_rows = run.memory_rows
+    defaults = flat(Config().to_dict())
+    return environment.get_template(TEMPLATE).render(
+        run=run,
+        version=__version__,
+        title=f"{run.method} on {results['backbone']}",
+        figures=_figures(run),
+        conditions={key: results.get(key) for key in CONDITIONS},
+        curves=_picture(lambda file: save_curves(file, {run.method: run.epochs})),
+        confusion=_picture(lambda file: save_confusion(file, results["confusion_matrix"], labels)),
+        classes=list(zip(labels, results["per_class_accuracy"], map(sum, results["confusion_matrix"]), strict=True)),
+        mistakes=_mistakes(run),
+        labels=labels,
+        memory=_picture(lambda file: save_memory_bars(file, memory_rows)) if memory_rows else None,
+        memory_conditions=run.memory["conditions"] if run.memory is not None else {},
+        config=[(key, value, defaults.get(key) != value) for key, value in run.config.items()],
+    )
+
+
+def _figures(run: FinishedRun) -> dict[str, str]:
+    """What stands at the top of the page."""
+    results = run.results
+    parameters = results.get("trained_parameters")
+    shown = {
+        "accuracy": f"{results['accuracy']:.2%}",
+        "top-5 accuracy": f"{results['top5']:.2%}",
+        "F1, macro average": f"{results['f1']:.4f}",
+        "loss": f"{results['loss']:.4f} nats",
+        "calibration error": f"{results['ece']:.4f}",
+    }
+    shown.update({key: f"{value:.4f}" for key, value in results.items() if key.startswith("evaluate_")})
+    shown["trained parameters"] = "-" if parameters is None else f"{parameters:,}"
+    shown["adapter"] = f"{run.adapter_bytes / MB:.2f} MB"
+    shown["peak memory, measured"] = "-" if run.peak_bytes is None else f"{run.peak_bytes / MB:.1f} MB"
+    shown["training"] = f"{run.seconds:,.0f} s, {run.images / run.seconds:.0f} images/s"
+    return shown
+
+
+def _mistakes(run: FinishedRun) -> dict[str, Any] | None:
+    path = run.folder / MISTAKES_FILE
+    try:
+        return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else None
+    except ValueError as error:
+        raise TinyTLError(f"{path} is damaged: {error}; remove it to do without") from error
+
+
+def _picture(draw: Callable[[io.BytesIO], None]) -> str:
+    file = io.BytesIO()
+    draw(file)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,117 @@
+"""Finished training runs, read back from their folders: what ``compare`` and ``report`` work with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tinytl_hf.adapter import TENSORS_FILE
+from tinytl_hf.config import Config, flat
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.run_folder import BEST_ADAPTER, CONFIG_FILE, MEMORY_FILE, RESULTS_FILE, read_metrics
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run's folder says.
+
+    Attributes:
+        folder: The folder.
+        config: Every option by its dotted name; what the file does not have has its default.
+        epochs: The lines of ``metrics.jsonl``.
+        results: ``eval_results.json``.
+        memory: ``memory.json``, or null if it was not measured.
+        adapter_bytes: Size of the adapter's tensors on disk.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    results: dict[str, Any]
+    memory: dict[str, Any] | None
+    adapter_bytes: int
+
+    @property
+    def method(self) -> str:
+        """The method."""
+        return str(self.config["method"])
+
+    @property
+    def seconds(self) -> float:
+        """Training time without the evaluations."""
+        return float(sum(line["seconds"] for line in self.epochs))
+
+    @property
+    def images(self) -> float:
+        """Images trained on, over all epochs."""
+        return float(sum(line["seconds"] * line["train"]["images_per_second"] for line in self.epochs))
+
+    @property
+    def memory_rows(self) -> list[dict[str, Any]]:
+        """Measured memory of this run's method, on each engine."""
+        rows = self.memory["rows"] if self.memory is not None else []
+        return [row for row in rows if row["method"] == self.method]
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Measured peak of a training step on the engine that the run used; null if it was not measured."""
+        engine = "lean" if self.config["memory.lean"] else "stock"
+        return next((row["peak"]["total"] for row in self.memory_rows if row["engine"] == engine), None)
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Read a run's folder.
+
+    Raises:
+        TinyTLError: It holds no run, an unfinished one or a damaged one.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise TinyTLError(f"{folder} is no run: it has no {CONFIG_FILE}")
+    if not (folder / RESULTS_FILE).is_file():
+        raise TinyTLError(f"{folder} is not finished: it has no {RESULTS_FILE}; go on with --train.resume auto")
+    memory = folder / MEMORY_FILE
+    try:
+        run = FinishedRun(
+            folder=folder,
+            config={**flat(Config().to_dict()), **flat(_parsed(folder / CONFIG_FILE))},
+            epochs=read_metrics(folder),
+            results=_parsed(folder / RESULTS_FILE),
+            memory=_parsed(memory) if memory.is_file() else None,
+            adapter_bytes=(folder / BEST_ADAPTER / TENSORS_FILE).stat().st_size,
+        )
+        _check_complete(run)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise TinyTLError(f"{folder} is damaged: {reason}") from error
+    return run
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """A JSON or YAML file that holds a mapping."""
+    try:
+        values = yaml.safe_load(path.read_text("utf-8")) if path.suffix == ".yaml" else json.loads(path.read_bytes())
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name}: no mapping")
+    return values
+
+
+def _check_complete(run: FinishedRun) -> None:
+    """Touch what will be read later, so that what is missing shows while it can be named."""
+    if not run.epochs:
+        raise ValueError("metrics.jsonl has no line")
+    for line in run.epochs:
+        for part in ("train", "eval"):
+            float(line[part]["accuracy"]), float(line[part]["loss"])
+    for name in ("accuracy", "top5", "f1", "loss", "ece", "n"):
+        float(run.results[name])
+    for name in ("confusion_matrix", "per_class_accuracy", "label_names"):
+        len(run.results[name])
+    float(run.seconds + run.images + (run.peak_bytes or 0))
+    if run.memory is not None:
+        dict(run.memory["conditions"])

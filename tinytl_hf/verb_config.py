@@ -1,0 +1,126 @@
+"""The verbs other than ``train`` as frozen dataclasses, as :mod:`tinytl_hf.config` has them of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tinytl_hf.config import MethodName, check
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluate an adapter."""
+
+    adapter: str
+    """Folder of the adapter, or its name on the Hub."""
+    weights: str | None = None
+    """Where to take the backbone's weights from; null: where the adapter says."""
+    output: str | None = None
+    """JSON file to write the figures to."""
+    metrics: list[str] = field(default_factory=list)
+    """More metrics: names of the Hub's evaluate modules, or paths of metric scripts."""
+    batch_size: int = 128
+    """Images a forward pass, over all processes."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """no, bf16 or fp16; null: what `accelerate launch` was told."""
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
+        is_json = self.output is None or self.output.endswith(".json")
+        check(is_json, "output", self.output, "name a .json file")
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Label image files with an adapter."""
+
+    adapter: str
+    """Folder of the adapter, or its name on the Hub."""
+    weights: str | None = None
+    """Where to take the backbone's weights from; null: where the adapter says."""
+    top_k: int = 3
+    """Most likely labels to show for each image."""
+    json: bool = False
+    """Print a JSON object for each image instead of a table."""
+
+    def __post_init__(self) -> None:
+        check(self.top_k >= 1, "top_k", self.top_k, "use 1 or more")
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Merge an adapter into its backbone."""
+
+    adapter: str
+    """Folder of the adapter, or its name on the Hub."""
+    output: str
+    """The .safetensors file to write."""
+    weights: str | None = None
+    """Where to take the backbone's weights from; null: where the adapter says."""
+    overwrite: bool = False
+    """Replace a file that is there."""
+
+    def __post_init__(self) -> None:
+        check(self.output.endswith(".safetensors"), "output", self.output, "name a .safetensors file")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare finished runs."""
+
+    output: str | None = None
+    """Folder that gets the table as Markdown, CSV and JSON, and pictures; null: only print the table."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Show one finished run."""
+
+    html: bool = False
+    """Write one HTML page that needs no network and no other file."""
+    output: str | None = None
+    """The page; null: report.html in the run's folder."""
+
+
+@dataclass(frozen=True)
+class MemoryTableConfig:
+    """Measure the training memory and speed of methods, lean and stock."""
+
+    methods: list[MethodName] | None = None
+    """Methods to measure; null: all."""
+    batch_size: int = 8
+    """Images a forward and backward pass."""
+    num_classes: int = 10
+    """Outputs of the head."""
+    repeats: int = 5
+    """Steps whose median time counts."""
+    json: bool = False
+    """Print JSON, in bytes and with the conditions, instead of a table."""
+    plot: str | None = None
+    """Draw the measured peaks as bars into this PNG file."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_classes", "repeats"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
+        check(self.plot is None or self.plot.endswith(".png"), "plot", self.plot, "name a file that ends in .png")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Time training steps of lean and stock in alternation."""
+
+    image_sizes: list[int] = field(default_factory=lambda: [96, 224])
+    """Sides of the images in px."""
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32, 128])
+    """Images a step."""
+    repeats: int = 5
+    """Steps of each contender, whose median counts."""
+    json: bool = False
+    """Print JSON with the conditions instead of a table."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_sizes", "batch_sizes"):
+            values = getattr(self, name)
+            check(bool(values) and min(values) >= 1, name, values, "use numbers of 1 or more")
+        check(self.repeats >= 1, "repeats", self.repeats, "use 1 or more")
