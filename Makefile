@@ -14,7 +14,7 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/python -m tinytl_hf.demo configs/demo.yaml
 
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 test-slow: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m slow

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one on each core
 
 from accelerate.state import AcceleratorState, GradientState
 from hub_server import WRITER, HubServer

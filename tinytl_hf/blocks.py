@@ -40,7 +40,7 @@ class TinyTLBlock(nn.Module):
         return super().forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if self.lean_path is not None and self._needs_gradient(x):
+        if self.lean_path is not None and (self._needs_gradient(x) or (self.training and torch.is_grad_enabled())):
             return self.lean_path(x)
         output = self.stock_forward(x)
         if self.lite_residual is None:

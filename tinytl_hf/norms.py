@@ -62,13 +62,24 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         values = self.values_of_a_channel(input)
-        if _world_size() > 1:
+        if self.spans_processes:
             return self._forward_over_processes(input, values)
-        counts = not _is_recomputing()
-        if counts and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        rate = self._rate if counts else 0.0
+        rate = self.count_batch()
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, True, rate, self.eps)
+
+    @property
+    def spans_processes(self) -> bool:
+        """Whether the batch is spread over several processes."""
+        return _world_size() > 1
+
+    def count_batch(self) -> float:
+        """Count a batch, unless it is computed for a second time; the share of its statistics in the running ones."""
+        if _is_recomputing():
+            return 0.0
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        assert self.momentum is not None  # null (a plain mean) does not occur in torchvision
+        return self.momentum
 
     def values_of_a_channel(self, input: Tensor) -> int:
         """How many values the statistics of a channel are of, on all processes.
@@ -86,19 +97,10 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     @torch.no_grad()
     def take_in(self, mean: Tensor, var: Tensor, values: int) -> None:
         """Let the running statistics follow those of a batch, unless it is computed for a second time."""
-        if _is_recomputing():
-            return
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        rate = self.count_batch()
         if self.running_mean is not None and self.running_var is not None:
-            self.running_mean.lerp_(mean, self._rate)
-            self.running_var.lerp_(var * values / (values - 1), self._rate)
-
-    @property
-    def _rate(self) -> float:
-        """Share of the new statistics in the running ones; null (a plain mean) does not occur in torchvision."""
-        assert self.momentum is not None
-        return self.momentum
+            self.running_mean.lerp_(mean, rate)
+            self.running_var.lerp_(var * values / (values - 1), rate)
 
     def _forward_over_processes(self, input: Tensor, values: int) -> Tensor:
         x = input.to(torch.promote_types(input.dtype, torch.float32))

@@ -67,13 +67,14 @@ class LeanOpening(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Sequential``."""
-        if self.opening is None or not self._needs_gradient(input):
+        if self.opening is None or not self._is_for(input):
             return super().forward(input)
         x = self.opening(input)
         for module in list(self)[2:]:
             x = module(x)
         return x
 
-    def _needs_gradient(self, input: Tensor) -> bool:
+    def _is_for(self, input: Tensor) -> bool:
+        """As :meth:`Chain.is_for`."""
         trains = any(parameter.requires_grad for module in list(self)[:2] for parameter in module.parameters())
-        return torch.is_grad_enabled() and (input.requires_grad or trains)
+        return torch.is_grad_enabled() and (self.training or trains or input.requires_grad)

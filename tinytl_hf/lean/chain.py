@@ -50,14 +50,17 @@ class Chain:
         """Height and width of the block's input for a chain's input of ``shape``."""
         return self.input_sizes(shape)[self.branch][1:]
 
-    def needs_gradient(self, x: Tensor) -> bool:
-        """Whether anything is to be kept for a backward pass."""
+    def is_for(self, x: Tensor, training: bool) -> bool:
+        """Whether this is a pass of training: without gradients, and in evaluation, modules run as stock."""
         trains = any(bias is not None and bias.requires_grad for bias in self._biases())
-        return torch.is_grad_enabled() and (x.requires_grad or trains)
+        return torch.is_grad_enabled() and (training or trains or x.requires_grad)
 
     def slices(self, shape: torch.Size, itemsize: int) -> Iterator[slice]:
         """Ranges of the batch whose widest map takes about ``slice_mb``."""
         images, _, height, width = shape
+        if len(self.stages) == 1:  # nothing between its input and its output
+            yield slice(0, images)
+            return
         widest = 1
         for stage in self.stages:
             height, width = stage.output_size(height, width)
@@ -90,6 +93,7 @@ class _ChainFunction(Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         folded = [stage.folded(dtype) for stage in chain.stages]
+        keeps = any(ctx.needs_input_grad)
         kept: list[Tensor | None] = []
         outputs, pooled = _Gathered(x.shape[0]), _Gathered(x.shape[0])
         with torch.autocast(device, enabled=False):
@@ -98,7 +102,7 @@ class _ChainFunction(Function):
                 for i, (stage, (weight, bias)) in enumerate(zip(chain.stages, folded, strict=True)):
                     if i == chain.branch:
                         inputs = maps
-                    maps, needed = stage.activate(stage.convolve(maps, weight, bias))
+                    maps, needed = stage.activate(stage.convolve(maps, weight, bias), keeps)
                     kept.append(needed)
                 outputs.put(part, maps.add_(inputs) if chain.residual else maps)
                 if pools:

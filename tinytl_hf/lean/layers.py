@@ -24,7 +24,7 @@ class LeanConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Conv2d``."""
         chain = Chain((Stage(self),))
-        return chain(input) if chain.needs_gradient(input) else super().forward(input)
+        return chain(input) if chain.is_for(input, self.training) else super().forward(input)
 
 
 class LeanInt8Conv2d(LeanConv2d, Int8Conv2d):
@@ -71,7 +71,7 @@ class LeanConvNormActivation(Conv2dNormActivation):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``Conv2dNormActivation``."""
-        return self.chain(input) if self.chain.needs_gradient(input) else super().forward(input)
+        return self.chain(input) if self.chain.is_for(input, self.training) else super().forward(input)
 
 
 def masked_relu(input: Tensor, upper: float) -> Tensor:

@@ -81,15 +81,13 @@ class _BranchFunction(Function):
         norm2: GlobalBatchNorm2d,
         *parameters: Tensor,
     ) -> Tensor:
-        weight1, scale1, shift1, weight2, scale2, shift2 = parameters
-        maps = _convolve(conv1, pooled, weight1)
-        first = _Statistics.of(norm1, maps)
-        maps = F.conv2d(_affine(first.normalised_(maps), scale1, shift1, out=maps).relu_(), weight2)
-        second = _Statistics.of(norm2, maps)
+        weight1, _, _, weight2, _, _ = parameters
+        maps, first = _normalise(norm1, _convolve(conv1, pooled, weight1))
+        maps, second = _normalise(norm2, F.conv2d(maps.relu_(), weight2))
         vectors = (first.mean, first.inverse, second.mean, second.inverse)
         ctx.save_for_backward(pooled, *parameters, *vectors)
         ctx.conv1, ctx.values = conv1, (first.values, second.values)
-        return _affine(second.normalised_(maps), scale2, shift2, out=maps)
+        return maps
 
     @staticmethod
     @once_differentiable
@@ -99,17 +97,20 @@ class _BranchFunction(Function):
         conv: nn.Conv2d = ctx.conv1
         grad = grad.contiguous(memory_format=torch.channels_last)
         inner = first.normalised_(_convolve(conv, pooled, weight1))
+        slices = list(_slices(inner))
         sums2 = torch.zeros_like(torch.stack([scale2, scale2]))
-        for part in _slices(inner):
-            outer = F.conv2d(_affine(inner[part], scale1, shift1).relu_(), weight2)
-            sums2 += _norm_sums(second.normalised_(outer), grad[part])
+        for part in slices:
+            activated = _affine(inner[part], scale1, shift1).relu_()
+            outer = second.normalised_(F.conv2d(activated, weight2))
+            sums2 += _norm_sums(outer, grad[part])
         total2 = sum_over_processes(sums2)
 
         grad_weight2, grad_inner = torch.zeros_like(weight2), torch.empty_like(inner)
         sums1 = torch.zeros_like(torch.stack([scale1, scale1]))
-        for part in _slices(inner):
-            activated = _affine(inner[part], scale1, shift1).relu_()
-            outer = second.normalised_(F.conv2d(activated, weight2))
+        for part in slices:
+            if len(slices) > 1:  # else both are still there
+                activated = _affine(inner[part], scale1, shift1).relu_()
+                outer = second.normalised_(F.conv2d(activated, weight2))
             grad_outer = second.backward_(outer, grad[part], scale2, total2)
             grad_weight2 += _rows(grad_outer).t().mm(_rows(activated))[:, :, None, None]
             flowing = F.conv2d(grad_outer, weight2.transpose(0, 1))
@@ -124,6 +125,17 @@ class _BranchFunction(Function):
             grad_maps, pooled, weight1, None, *geometry, wanted
         )
         return grad_pooled, None, None, None, grad_weight1, sums1[1], sums1[0], grad_weight2, sums2[1], sums2[0]
+
+
+def _normalise(norm: GlobalBatchNorm2d, maps: Tensor) -> tuple[Tensor, _Statistics]:
+    """The norm's output and the statistics it used; ``maps`` may be written over."""
+    if not norm.spans_processes:
+        output, mean, inverse = torch.native_batch_norm(
+            maps, norm.weight, norm.bias, norm.running_mean, norm.running_var, True, norm.count_batch(), norm.eps
+        )
+        return output, _Statistics(mean, inverse, norm.values_of_a_channel(maps))
+    statistics = _Statistics.of(norm, maps)
+    return _affine(statistics.normalised_(maps), norm.weight, norm.bias, out=maps), statistics
 
 
 def _convolve(conv: nn.Conv2d, maps: Tensor, weight: Tensor) -> Tensor:

@@ -66,15 +66,15 @@ class Stage:
         maps = F.conv2d(maps, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return maps.contiguous(memory_format=torch.channels_last)
 
-    def activate(self, maps: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The activation's output, and what its gradient needs; ``maps`` is written over."""
+    def activate(self, maps: Tensor, keeps: bool) -> tuple[Tensor, Tensor | None]:
+        """The activation's output, and what its gradient needs if ``keeps``; ``maps`` is written over."""
         if self.activation is None:
             return maps, None
         if self.activation in SMOOTH:
-            return SMOOTH[self.activation](maps), maps
+            return SMOOTH[self.activation](maps), maps if keeps else None
         upper = UPPER[self.activation]
         maps.clamp_(0, upper)
-        return maps, bits.pack(maps.permute(0, 2, 3, 1), upper)
+        return maps, bits.pack(maps.permute(0, 2, 3, 1), upper) if keeps else None
 
     def activate_backward(self, grad: Tensor, kept: Tensor | None, in_place: bool) -> Tensor:
         """The gradient before the activation, of the one after it; ``grad`` is written over if ``in_place``."""
