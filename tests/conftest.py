@@ -4,17 +4,16 @@ import subprocess
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
-
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one on each core
 
+import numpy as np
+import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from hub_server import WRITER, HubServer
 from huggingface_hub import constants
+from PIL import Image
 
 from tinytl_hf import TinyTLModel
 from tinytl_hf.cli import main

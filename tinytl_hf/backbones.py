@@ -130,7 +130,10 @@ def _read_weights(name: str, weights: str) -> Mapping[str, Tensor]:
 
 def _read_file(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
-        raise TinyTLError(f"backbone.weights={path}: no such file; give the path of the weights")
+        raise TinyTLError(
+            f"backbone.weights={path}: no such file; give the path of the weights, or for an adapter trained on "
+            "them name them with weights= or --weights"
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -207,9 +208,11 @@ def _draw(output: Path, rows: Sequence[Row], groups: dict[str, list[FinishedRun]
     ]
     if points:
         save_accuracy_memory(output / "accuracy_memory.png", points)
-    for run in (run for members in groups.values() for run in members):
-        path = output / f"confusion_{'_'.join(part for part in run.folder.parts[-2:] if part != '/')}.png"
-        save_confusion(path, run.results["confusion_matrix"], run.results["label_names"])
+    runs = [run for members in groups.values() for run in members]
+    above = Path(os.path.commonpath([run.folder.resolve().parent for run in runs]))
+    for run in runs:
+        name = "_".join(run.folder.resolve().relative_to(above).parts)
+        save_confusion(output / f"confusion_{name}.png", run.results["confusion_matrix"], run.results["label_names"])
 
 
 def _mean_epochs(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:

@@ -70,8 +70,13 @@ def render(run: FinishedRun) -> str:
         labels=labels,
         memory=_picture(lambda file: save_memory_bars(file, memory_rows)) if memory_rows else None,
         memory_conditions=run.memory["conditions"] if run.memory is not None else {},
-        config=[(key, value, defaults.get(key) != value) for key, value in run.config.items()],
+        config=[(key, _as_yaml(value), defaults.get(key) != value) for key, value in run.config.items()],
     )
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as a config file would have it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _figures(run: FinishedRun) -> dict[str, str]:

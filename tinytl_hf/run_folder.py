@@ -78,6 +78,20 @@ def make_ready(config: Config, epochs_done: int) -> None:
         raise TinyTLError(f"output_dir={output}: cannot be written ({error}); choose another") from error
 
 
+def write(path: Path, text: str) -> None:
+    """Write a file of a finished run.
+
+    Raises:
+        TinyTLError: It cannot be written; the run's adapters and figures are on the disk already.
+    """
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise TinyTLError(
+            f"{path}: cannot be written ({error}); the run is done and its adapters are saved"
+        ) from error
+
+
 def append_metrics(output: Path, line: dict[str, Any]) -> None:
     """Add an epoch's line to ``metrics.jsonl``.
 

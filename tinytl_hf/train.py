@@ -28,7 +28,6 @@ from tinytl_hf.adapter import DataRecord, read_tensors
 from tinytl_hf.augment import RandomCropFlip, resample
 from tinytl_hf.checkpoint import Progress
 from tinytl_hf.config import Config, flat
-from tinytl_hf.disk import write_text
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.evaluation import check_divides, device_name, make_accelerator, predict_set, save_results
 from tinytl_hf.interrupt import StopSignal
@@ -296,7 +295,7 @@ def write_memory(run: Run) -> None:
     # On every process, as norms see the batch of all.
     row = memory.measure(run.model, *memory.random_batch(run.model, batch), config.memory.lean, speed, high_water)
     if is_main:
-        write_text(output / run_folder.MEMORY_FILE, memory.to_json([row], memory.conditions(config, batch)))
+        run_folder.write(output / run_folder.MEMORY_FILE, memory.to_json([row], memory.conditions(config, batch)))
 
 
 def save_adapters(
