@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from tinytl_hf.config import LiteConfig
-from tinytl_hf.lean import bits
+from tinytl_hf.lean import bits, lite
 from tinytl_hf.lean.chain import Chain, Stage
 from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
 from tinytl_hf.lite_residual import LiteResidual
@@ -175,6 +175,11 @@ def test_lean_and_stock_models_have_the_same_gradients_and_statistics(method, ba
         assert (ours[name] - gradient).abs().max() <= 1e-10 * scale, name
     for name, tensor in plain.adapter_tensors().items():
         torch.testing.assert_close(lean.adapter_tensors()[name], tensor, atol=1e-10, rtol=1e-10)
+
+
+def test_lite_residuals_in_slices_have_the_same_gradients_and_statistics(make_model, monkeypatch):
+    monkeypatch.setattr(lite, "SLICE_MB", 1e-3)
+    test_lean_and_stock_models_have_the_same_gradients_and_statistics("TinyTL-L+B", "mobilenet_v2", make_model)
 
 
 @pytest.mark.parametrize(("method", "times"), [("TinyTL-B", 80), ("TinyTL-L+B", 30), ("FT-Norm+Last", 2.5)])

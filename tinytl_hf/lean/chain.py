@@ -92,7 +92,7 @@ class _ChainFunction(Function):
     ) -> tuple[Tensor | None, Tensor | None]:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        folded = [stage.folded(dtype) for stage in chain.stages]
+        folded = [(stage.folded_weight(dtype), stage.folded_bias(dtype)) for stage in chain.stages]
         keeps = any(ctx.needs_input_grad)
         kept: list[Tensor | None] = []
         outputs, pooled = _Gathered(x.shape[0]), _Gathered(x.shape[0])
@@ -162,7 +162,7 @@ class _BackwardRun:
         self.chain = chain
         self.needs_bias = needs_bias
         self.sizes = chain.input_sizes(shape)
-        self.weights = [stage.folded(dtype)[0] for stage in chain.stages]
+        self.weights = [stage.folded_weight(dtype) for stage in chain.stages]
         self.bias_grads: list[Tensor | None] = [None] * len(chain.stages)
         self.needs_input = needs_input
         self.first = 0 if needs_input else needs_bias.index(True)

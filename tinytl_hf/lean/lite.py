@@ -6,8 +6,9 @@ exchange them once a pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,6 +69,13 @@ class _Statistics:
         grad_bias, grad_weight = -scale / self.values * sums
         return _affine(normalised, grad_weight, grad_bias, out=normalised).addcmul_(grad, _channels(scale))
 
+    def native_backward(self, maps: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of a norm's input ``maps``, its bias and its weight, on one process."""
+        grad_maps, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, maps, weight, None, None, self.mean, self.inverse, True, 0.0, [True] * 3
+        )
+        return grad_maps, grad_bias, grad_weight
+
 
 class _BranchFunction(Function):
     """Grouped convolution, norm, ReLU, 1x1 convolution, norm, on batch statistics."""
@@ -86,7 +94,7 @@ class _BranchFunction(Function):
         maps, second = _normalise(norm2, F.conv2d(maps.relu_(), weight2))
         vectors = (first.mean, first.inverse, second.mean, second.inverse)
         ctx.save_for_backward(pooled, *parameters, *vectors)
-        ctx.conv1, ctx.values = conv1, (first.values, second.values)
+        ctx.conv1, ctx.values, ctx.spans_processes = conv1, (first.values, second.values), norm1.spans_processes
         return maps
 
     @staticmethod
@@ -96,35 +104,75 @@ class _BranchFunction(Function):
         first, second = _Statistics(mean1, inverse1, ctx.values[0]), _Statistics(mean2, inverse2, ctx.values[1])
         conv: nn.Conv2d = ctx.conv1
         grad = grad.contiguous(memory_format=torch.channels_last)
-        inner = first.normalised_(_convolve(conv, pooled, weight1))
-        slices = list(_slices(inner))
-        sums2 = torch.zeros_like(torch.stack([scale2, scale2]))
-        for part in slices:
-            activated = _affine(inner[part], scale1, shift1).relu_()
-            outer = second.normalised_(F.conv2d(activated, weight2))
-            sums2 += _norm_sums(outer, grad[part])
-        total2 = sum_over_processes(sums2)
-
-        grad_weight2, grad_inner = torch.zeros_like(weight2), torch.empty_like(inner)
-        sums1 = torch.zeros_like(torch.stack([scale1, scale1]))
-        for part in slices:
-            if len(slices) > 1:  # else both are still there
-                activated = _affine(inner[part], scale1, shift1).relu_()
-                outer = second.normalised_(F.conv2d(activated, weight2))
-            grad_outer = second.backward_(outer, grad[part], scale2, total2)
-            grad_weight2 += _rows(grad_outer).t().mm(_rows(activated))[:, :, None, None]
-            flowing = F.conv2d(grad_outer, weight2.transpose(0, 1))
-            flowing = torch.ops.aten.threshold_backward(flowing, activated, 0)
-            sums1 += _norm_sums(inner[part], flowing)
-            grad_inner[part] = flowing
-        grad_maps = first.backward_(inner, grad_inner, scale1, sum_over_processes(sums1))
-        del grad_inner
+        maps = _convolve(conv, pooled, weight1)
+        slices = list(_slices(maps))
+        at_once = len(slices) == 1 and not ctx.spans_processes
+        inner_backward = _backward_at_once if at_once else partial(_backward_in_slices, slices)
+        grad_maps, sums1, grad_weight2, sums2 = inner_backward(
+            grad, maps, first, scale1, shift1, weight2, second, scale2
+        )
         geometry = (conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups)
         wanted = [ctx.needs_input_grad[0], True, False]
         grad_pooled, grad_weight1, _ = torch.ops.aten.convolution_backward(
             grad_maps, pooled, weight1, None, *geometry, wanted
         )
         return grad_pooled, None, None, None, grad_weight1, sums1[1], sums1[0], grad_weight2, sums2[1], sums2[0]
+
+
+InnerGradients = tuple[Tensor, Sequence[Tensor], Tensor, Sequence[Tensor]]
+"""Of the grouped convolution's output, the first norm's bias and weight, the 1x1 weight, the second norm's."""
+
+
+def _backward_at_once(
+    grad: Tensor,
+    maps: Tensor,
+    first: _Statistics,
+    scale1: Tensor,
+    shift1: Tensor,
+    weight2: Tensor,
+    second: _Statistics,
+    scale2: Tensor,
+) -> InnerGradients:
+    """What comes after the grouped convolution, backward, for maps that are small and in one process."""
+    factor = scale1 * first.inverse
+    activated = _affine(maps, factor, shift1 - first.mean * factor).relu_()
+    grad_outer, *sums2 = second.native_backward(F.conv2d(activated, weight2), grad, scale2)
+    grad_weight2 = _rows(grad_outer).t().mm(_rows(activated))[:, :, None, None]
+    flowing = torch.ops.aten.threshold_backward(F.conv2d(grad_outer, weight2.transpose(0, 1)), activated, 0)
+    grad_maps, *sums1 = first.native_backward(maps, flowing, scale1)
+    return grad_maps, sums1, grad_weight2, sums2
+
+
+def _backward_in_slices(
+    slices: Sequence[slice],
+    grad: Tensor,
+    maps: Tensor,
+    first: _Statistics,
+    scale1: Tensor,
+    shift1: Tensor,
+    weight2: Tensor,
+    second: _Statistics,
+    scale2: Tensor,
+) -> InnerGradients:
+    """The same in slices and over processes; computes the 1x1 convolution twice rather than keep its output."""
+    inner = first.normalised_(maps)
+    sums2 = torch.zeros_like(torch.stack([scale2, scale2]))
+    for part in slices:
+        activated = _affine(inner[part], scale1, shift1).relu_()
+        sums2 += _norm_sums(second.normalised_(F.conv2d(activated, weight2)), grad[part])
+    total2 = sum_over_processes(sums2)
+
+    grad_weight2, grad_inner = torch.zeros_like(weight2), torch.empty_like(inner)
+    sums1 = torch.zeros_like(torch.stack([scale1, scale1]))
+    for part in slices:
+        activated = _affine(inner[part], scale1, shift1).relu_()
+        grad_outer = second.backward_(second.normalised_(F.conv2d(activated, weight2)), grad[part], scale2, total2)
+        grad_weight2 += _rows(grad_outer).t().mm(_rows(activated))[:, :, None, None]
+        flowing = torch.ops.aten.threshold_backward(F.conv2d(grad_outer, weight2.transpose(0, 1)), activated, 0)
+        sums1 += _norm_sums(inner[part], flowing)
+        grad_inner[part] = flowing
+    grad_maps = first.backward_(inner, grad_inner, scale1, sum_over_processes(sums1))
+    return grad_maps, tuple(sums1), grad_weight2, tuple(sums2)
 
 
 def _normalise(norm: GlobalBatchNorm2d, maps: Tensor) -> tuple[Tensor, _Statistics]:

@@ -39,15 +39,25 @@ class Stage:
         """The bias that may train: the norm's, or the convolution's where there is no norm."""
         return self.conv.bias if self.norm is None else self.norm.bias
 
-    def folded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the convolution that does the norm's work too."""
-        weight, bias = weight_of(self.conv), self.bias
-        if self.norm is not None:
-            assert self.norm.running_mean is not None and self.norm.running_var is not None and bias is not None
-            scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
-            weight = weight * scale[:, None, None, None]
-            bias = bias - self.norm.running_mean * scale
-        return weight.to(dtype), None if bias is None else bias.to(dtype)
+    def folded_weight(self, dtype: torch.dtype) -> Tensor:
+        """Weight of the convolution that does the norm's work too."""
+        weight = weight_of(self.conv)
+        scale = self._scale()
+        return (weight if scale is None else weight * scale[:, None, None, None]).to(dtype)
+
+    def folded_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Its bias, if any."""
+        bias, scale = self.bias, self._scale()
+        if scale is not None:
+            assert self.norm is not None and self.norm.running_mean is not None and bias is not None
+            bias = torch.addcmul(bias, self.norm.running_mean, scale, value=-1)
+        return None if bias is None else bias.to(dtype)
+
+    def _scale(self) -> Tensor | None:
+        if self.norm is None:
+            return None
+        assert self.norm.running_var is not None
+        return self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output for an input of this size."""
@@ -61,7 +71,7 @@ class Stage:
         return sizes[0], sizes[1]
 
     def convolve(self, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution and the norm, with what :meth:`folded` gave."""
+        """The convolution and the norm, with the folded weight and bias."""
         conv = self.conv
         maps = F.conv2d(maps, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return maps.contiguous(memory_format=torch.channels_last)
