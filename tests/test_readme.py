@@ -36,6 +36,8 @@ def test_every_command_runs(colour_folder, tmp_path, monkeypatch, server):
         arguments = arguments_of(command)
         if arguments[0] == "train":
             arguments += [*SMALL, "--data.dataset", str(colour_folder), "--overwrite", "true"]
+        elif arguments[0] == "bench":
+            arguments += [*SMALL[:2], "--image_sizes", "[32]", "--batch_sizes", "[2]", "--repeats", "1"]
         elif arguments[0] == "memory":
             arguments += [*SMALL[:4], "--batch_size", "2", "--repeats", "1"]
         done = run_cli(*arguments)
