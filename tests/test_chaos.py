@@ -8,7 +8,7 @@ import time
 
 import pytest
 from conftest import small_run
-from runs import ADAPTERS, Run, checkpoints, run
+from started_runs import ADAPTERS, Run, checkpoints, run
 
 from tinytl_hf.checkpoint import find_damage
 

@@ -7,8 +7,8 @@ import subprocess
 import pytest
 import torch
 from conftest import run_cli, small_run
-from runs import checkpoints, delta, metrics, run
 from safetensors.torch import load_file
+from started_runs import checkpoints, delta, metrics, run
 
 from tinytl_hf import checkpoint
 from tinytl_hf.checkpoint import Progress

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import METHODS, ROOT, small_run, write_image
-from runs import delta, free_port, metrics, run
+from started_runs import delta, free_port, metrics, run
 
 from tinytl_hf.methods import METHODS as TABLE
 

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 from conftest import METHODS, small_run
-from runs import differences, metrics, run, state
+from started_runs import differences, metrics, run, state
 
 OPTIONS = ["--train.global_batch_size", "4", "--head.dropout", "0.2", "--train.checkpoint_every", "2"]
 OPTIONS += ["--train.threads", "1", "--train.schedule", "cosine", "--train.warmup_epochs", "0.5", "--train.lr", "1e-3"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 from conftest import run_cli, small_run
-from runs import Run, checkpoints, delta, metrics, run
 from safetensors.torch import load_file
+from started_runs import Run, checkpoints, delta, metrics, run
 
 from tinytl_hf import TinyTLModel
 from tinytl_hf.checkpoint import find_damage
