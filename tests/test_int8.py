@@ -74,3 +74,16 @@ def test_merged_weights_are_those_that_were_used(make_model, tmp_path):
     merged = load_file(tmp_path / "merged.safetensors")
     assert not any("weight_scale" in name for name in merged)
     assert torch.equal(merged["features.0.0.weight"], model.backbone.features[0][0].dequantised())
+
+
+def test_adapters_on_int8_weights_share_them(make_model, tmp_path):
+    make_model("TinyTL-L+B", frozen_weights="int8").save_pretrained(tmp_path)
+    model = TinyTLModel.from_pretrained(tmp_path).eval()
+    first = model.backbone.features[1].conv[0][0].weight
+    model.load_adapter(tmp_path, "second")
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad(), model.using("second"):
+        second = model(x)
+        assert model.backbone.features[1].conv[0][0].weight.data_ptr() == first.data_ptr()
+    with torch.no_grad():
+        assert torch.equal(model(x), second)

@@ -87,7 +87,7 @@ class Adapters:
             if key in pool and not torch.equal(tensor.to(pool[key]), pool[key]):
                 raise _other_backbone(folder, current.config, f"{key} differs")
         share(new.backbone, pool)
-        new.backbone.to(next(current.backbone.parameters()))
+        new.backbone.to(next(p for p in current.backbone.parameters() if p.is_floating_point()))  # not one of int8
         self._waiting[name] = new
 
     def switch(self, name: str, current: LoadedAdapter) -> LoadedAdapter:
