@@ -40,8 +40,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_adapters(straight, co
     arguments = small_run(colour_folder, tmp_path / "run", *OPTIONS, "--train.epochs", "12")
     chance = random.Random(0)
     places = []
-    for number in range(KILLS):
-        if number % 2:
+    while len(places) < KILLS:
+        if len(places) % 2:
             place = chance.choice(IN_A_SAVE)
             done = run(arguments, tmp_path / "log", kill=(*place, chance.randint(1, 12)))
         else:
@@ -50,7 +50,11 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_adapters(straight, co
             time.sleep(chance.uniform(0.5, 4))
             started.kill()
             done = started.wait()
-        assert done.returncode == -signal.SIGKILL, f"kill {number} came too late: {done.stderr}"
+        if done.returncode == 0:  # it was faster than the kill: once more from the start
+            assert adapters(tmp_path / "run") == adapters(straight)
+            shutil.rmtree(tmp_path / "run")
+            continue
+        assert done.returncode == -signal.SIGKILL, done.stderr
         places.append(place)
     done = run(arguments, tmp_path / "log")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
