@@ -177,6 +177,19 @@ def test_lean_and_stock_models_have_the_same_gradients_and_statistics(method, ba
         torch.testing.assert_close(lean.adapter_tensors()[name], tensor, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("slice_mb", [2.0, 1e-6])
+@pytest.mark.parametrize("trains_input", [True, False])
+def test_a_lite_residual_has_exact_gradients(slice_mb, trains_input, monkeypatch):
+    monkeypatch.setattr(lite, "SLICE_MB", slice_mb)
+    torch.manual_seed(0)
+    residual = LiteResidual(8, 16, 2, 12, LiteConfig(kernel_size=3)).double().train()
+    nn.init.ones_(residual.norm2.weight)
+    pooled = torch.randn(3, 8, 6, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    inputs = [*residual.parameters(), *([pooled.requires_grad_()] if trains_input else [])]
+    torch.testing.assert_close(lite.branch(residual, pooled), residual.before_upsampling(pooled), atol=1e-12, rtol=0)
+    assert gradcheck(lambda *_: lite.branch(residual, pooled), inputs, fast_mode=True)
+
+
 def test_lite_residuals_in_slices_have_the_same_gradients_and_statistics(make_model, monkeypatch):
     monkeypatch.setattr(lite, "SLICE_MB", 1e-3)
     test_lean_and_stock_models_have_the_same_gradients_and_statistics("TinyTL-L+B", "mobilenet_v2", make_model)

@@ -6,7 +6,7 @@ whose output is added to its own, and optional gradient checkpointing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,11 @@ from tinytl_hf.lite_residual import LiteResidual
 from tinytl_hf.norms import recompute_contexts
 
 
+def is_training_pass(x: Tensor, training: bool, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether a gradient can be wanted of a pass over ``x``, or the mode is training; else modules run as stock."""
+    return torch.is_grad_enabled() and (training or x.requires_grad or any(p.requires_grad for p in parameters))
+
+
 class TinyTLBlock(nn.Module):
     """Mixed in before a block's own class, whose ``forward`` it calls."""
 
@@ -27,20 +32,16 @@ class TinyTLBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the block's own output shape."""
-        if self.gradient_checkpointing and self.training and self._needs_gradient(x):
+        if self.gradient_checkpointing and self.training and is_training_pass(x, False, self.parameters()):
             return checkpoint(self._forward, x, use_reentrant=False, context_fn=recompute_contexts)
         return self._forward(x)
-
-    def _needs_gradient(self, x: Tensor) -> bool:
-        trains = any(parameter.requires_grad for parameter in self.parameters())
-        return torch.is_grad_enabled() and (x.requires_grad or trains)
 
     def stock_forward(self, x: Tensor) -> Tensor:
         """The pass of the block's own class, without the lite residual."""
         return super().forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if self.lean_path is not None and (self._needs_gradient(x) or (self.training and torch.is_grad_enabled())):
+        if self.lean_path is not None and is_training_pass(x, self.training, self.parameters()):
             return self.lean_path(x)
         output = self.stock_forward(x)
         if self.lite_residual is None:

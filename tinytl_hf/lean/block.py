@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from tinytl_hf.blocks import is_training_pass
 from tinytl_hf.lean import lite
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
@@ -67,14 +67,10 @@ class LeanOpening(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Sequential``."""
-        if self.opening is None or not self._is_for(input):
+        first_two = (parameter for module in list(self)[:2] for parameter in module.parameters())
+        if self.opening is None or not is_training_pass(input, self.training, first_two):
             return super().forward(input)
         x = self.opening(input)
         for module in list(self)[2:]:
             x = module(x)
         return x
-
-    def _is_for(self, input: Tensor) -> bool:
-        """As :meth:`Chain.is_for`."""
-        trains = any(parameter.requires_grad for module in list(self)[:2] for parameter in module.parameters())
-        return torch.is_grad_enabled() and (self.training or trains or input.requires_grad)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from tinytl_hf.lean.stage import Stage
+from tinytl_hf.lean.stage import Stage, convolve
 
 SLICE_MB = 5.0  # about what stays in the cache between one stage and the next
 
@@ -49,11 +49,6 @@ class Chain:
     def block_input_size(self, shape: torch.Size) -> tuple[int, int]:
         """Height and width of the block's input for a chain's input of ``shape``."""
         return self.input_sizes(shape)[self.branch][1:]
-
-    def is_for(self, x: Tensor, training: bool) -> bool:
-        """Whether this is a pass of training: without gradients, and in evaluation, modules run as stock."""
-        trains = any(bias is not None and bias.requires_grad for bias in self._biases())
-        return torch.is_grad_enabled() and (training or trains or x.requires_grad)
 
     def slices(self, shape: torch.Size, itemsize: int) -> Iterator[slice]:
         """Ranges of the batch whose widest map takes about ``slice_mb``."""
@@ -102,7 +97,7 @@ class _ChainFunction(Function):
                 for i, (stage, (weight, bias)) in enumerate(zip(chain.stages, folded, strict=True)):
                     if i == chain.branch:
                         inputs = maps
-                    maps, needed = stage.activate(stage.convolve(maps, weight, bias), keeps)
+                    maps, needed = stage.activate(convolve(stage.conv, maps, weight, bias), keeps)
                     kept.append(needed)
                 outputs.put(part, maps.add_(inputs) if chain.residual else maps)
                 if pools:

@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torchvision.ops.misc import Conv2dNormActivation
 
+from tinytl_hf.blocks import is_training_pass
 from tinytl_hf.lean import bits
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.int8 import Int8Conv2d
@@ -23,8 +24,9 @@ class LeanConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Conv2d``."""
-        chain = Chain((Stage(self),))
-        return chain(input) if chain.is_for(input, self.training) else super().forward(input)
+        if not is_training_pass(input, self.training, self.parameters()):
+            return super().forward(input)
+        return Chain((Stage(self),))(input)
 
 
 class LeanInt8Conv2d(LeanConv2d, Int8Conv2d):
@@ -71,7 +73,9 @@ class LeanConvNormActivation(Conv2dNormActivation):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``Conv2dNormActivation``."""
-        return self.chain(input) if self.chain.is_for(input, self.training) else super().forward(input)
+        if not is_training_pass(input, self.training, self.parameters()):
+            return super().forward(input)
+        return self.chain(input)
 
 
 def masked_relu(input: Tensor, upper: float) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from tinytl_hf.lean.stage import convolution_backward, convolve
 from tinytl_hf.lite_residual import LiteResidual
 from tinytl_hf.norms import GlobalBatchNorm2d, recompute_contexts, sum_over_processes
 
@@ -90,7 +90,7 @@ class _BranchFunction(Function):
         *parameters: Tensor,
     ) -> Tensor:
         weight1, _, _, weight2, _, _ = parameters
-        maps, first = _normalise(norm1, _convolve(conv1, pooled, weight1))
+        maps, first = _normalise(norm1, convolve(conv1, pooled, weight1))
         maps, second = _normalise(norm2, F.conv2d(maps.relu_(), weight2))
         vectors = (first.mean, first.inverse, second.mean, second.inverse)
         ctx.save_for_backward(pooled, *parameters, *vectors)
@@ -102,20 +102,16 @@ class _BranchFunction(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pooled, weight1, scale1, shift1, weight2, scale2, _, mean1, inverse1, mean2, inverse2 = ctx.saved_tensors
         first, second = _Statistics(mean1, inverse1, ctx.values[0]), _Statistics(mean2, inverse2, ctx.values[1])
-        conv: nn.Conv2d = ctx.conv1
+        inner = _InnerBackward(first, scale1, shift1, weight2, second, scale2)
         grad = grad.contiguous(memory_format=torch.channels_last)
-        maps = _convolve(conv, pooled, weight1)
+        maps = convolve(ctx.conv1, pooled, weight1)
         slices = list(_slices(maps))
-        at_once = len(slices) == 1 and not ctx.spans_processes
-        inner_backward = _backward_at_once if at_once else partial(_backward_in_slices, slices)
-        grad_maps, sums1, grad_weight2, sums2 = inner_backward(
-            grad, maps, first, scale1, shift1, weight2, second, scale2
-        )
-        geometry = (conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups)
-        wanted = [ctx.needs_input_grad[0], True, False]
-        grad_pooled, grad_weight1, _ = torch.ops.aten.convolution_backward(
-            grad_maps, pooled, weight1, None, *geometry, wanted
-        )
+        if len(slices) == 1 and not ctx.spans_processes:
+            grad_maps, sums1, grad_weight2, sums2 = inner.at_once(grad, maps)
+        else:
+            grad_maps, sums1, grad_weight2, sums2 = inner.in_slices(grad, maps, slices)
+        wanted = [ctx.needs_input_grad[0], True]
+        grad_pooled, grad_weight1 = convolution_backward(ctx.conv1, grad_maps, pooled, weight1, wanted)
         return grad_pooled, None, None, None, grad_weight1, sums1[1], sums1[0], grad_weight2, sums2[1], sums2[0]
 
 
@@ -123,56 +119,58 @@ InnerGradients = tuple[Tensor, Sequence[Tensor], Tensor, Sequence[Tensor]]
 """Of the grouped convolution's output, the first norm's bias and weight, the 1x1 weight, the second norm's."""
 
 
-def _backward_at_once(
-    grad: Tensor,
-    maps: Tensor,
-    first: _Statistics,
-    scale1: Tensor,
-    shift1: Tensor,
-    weight2: Tensor,
-    second: _Statistics,
-    scale2: Tensor,
-) -> InnerGradients:
-    """What comes after the grouped convolution, backward, for maps that are small and in one process."""
-    factor = scale1 * first.inverse
-    activated = _affine(maps, factor, shift1 - first.mean * factor).relu_()
-    grad_outer, *sums2 = second.native_backward(F.conv2d(activated, weight2), grad, scale2)
-    grad_weight2 = _rows(grad_outer).t().mm(_rows(activated))[:, :, None, None]
-    flowing = torch.ops.aten.threshold_backward(F.conv2d(grad_outer, weight2.transpose(0, 1)), activated, 0)
-    grad_maps, *sums1 = first.native_backward(maps, flowing, scale1)
-    return grad_maps, sums1, grad_weight2, sums2
+@dataclass(frozen=True)
+class _InnerBackward:
+    """What comes after the grouped convolution, backward: norm, ReLU, 1x1 convolution, norm."""
 
+    first: _Statistics
+    scale1: Tensor
+    shift1: Tensor
+    weight2: Tensor
+    second: _Statistics
+    scale2: Tensor
 
-def _backward_in_slices(
-    slices: Sequence[slice],
-    grad: Tensor,
-    maps: Tensor,
-    first: _Statistics,
-    scale1: Tensor,
-    shift1: Tensor,
-    weight2: Tensor,
-    second: _Statistics,
-    scale2: Tensor,
-) -> InnerGradients:
-    """The same in slices and over processes; computes the 1x1 convolution twice rather than keep its output."""
-    inner = first.normalised_(maps)
-    sums2 = torch.zeros_like(torch.stack([scale2, scale2]))
-    for part in slices:
-        activated = _affine(inner[part], scale1, shift1).relu_()
-        sums2 += _norm_sums(second.normalised_(F.conv2d(activated, weight2)), grad[part])
-    total2 = sum_over_processes(sums2)
+    def at_once(self, grad: Tensor, maps: Tensor) -> InnerGradients:
+        """For maps that are small and in one process."""
+        factor = self.scale1 * self.first.inverse
+        activated = _affine(maps, factor, self.shift1 - self.first.mean * factor).relu_()
+        outer = F.conv2d(activated, self.weight2)
+        grad_outer, *sums2 = self.second.native_backward(outer, grad, self.scale2)
+        grad_weight2, flowing = self._before_relu(grad_outer, activated)
+        grad_maps, *sums1 = self.first.native_backward(maps, flowing, self.scale1)
+        return grad_maps, sums1, grad_weight2, sums2
 
-    grad_weight2, grad_inner = torch.zeros_like(weight2), torch.empty_like(inner)
-    sums1 = torch.zeros_like(torch.stack([scale1, scale1]))
-    for part in slices:
-        activated = _affine(inner[part], scale1, shift1).relu_()
-        grad_outer = second.backward_(second.normalised_(F.conv2d(activated, weight2)), grad[part], scale2, total2)
-        grad_weight2 += _rows(grad_outer).t().mm(_rows(activated))[:, :, None, None]
-        flowing = torch.ops.aten.threshold_backward(F.conv2d(grad_outer, weight2.transpose(0, 1)), activated, 0)
-        sums1 += _norm_sums(inner[part], flowing)
-        grad_inner[part] = flowing
-    grad_maps = first.backward_(inner, grad_inner, scale1, sum_over_processes(sums1))
-    return grad_maps, tuple(sums1), grad_weight2, tuple(sums2)
+    def in_slices(self, grad: Tensor, maps: Tensor, slices: Sequence[slice]) -> InnerGradients:
+        """In slices and over processes; runs the 1x1 convolution twice rather than keep its output."""
+        inner = self.first.normalised_(maps)
+        sums2 = torch.zeros_like(torch.stack([self.scale2, self.scale2]))
+        for part in slices:
+            sums2 += _norm_sums(self._outer(inner[part])[1], grad[part])
+        total2 = sum_over_processes(sums2)
+
+        grad_weight2, grad_inner = torch.zeros_like(self.weight2), torch.empty_like(inner)
+        sums1 = torch.zeros_like(torch.stack([self.scale1, self.scale1]))
+        for part in slices:
+            activated, outer = self._outer(inner[part])
+            part_of_weight2, flowing = self._before_relu(
+                self.second.backward_(outer, grad[part], self.scale2, total2), activated
+            )
+            grad_weight2 += part_of_weight2
+            sums1 += _norm_sums(inner[part], flowing)
+            grad_inner[part] = flowing
+        grad_maps = self.first.backward_(inner, grad_inner, self.scale1, sum_over_processes(sums1))
+        return grad_maps, tuple(sums1), grad_weight2, tuple(sums2)
+
+    def _outer(self, inner: Tensor) -> tuple[Tensor, Tensor]:
+        """From normalised maps: the ReLU's output, and the second norm's input, normalised."""
+        activated = _affine(inner, self.scale1, self.shift1).relu_()
+        return activated, self.second.normalised_(F.conv2d(activated, self.weight2))
+
+    def _before_relu(self, grad_outer: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of the 1x1 weight and of the ReLU's input."""
+        grad_weight2 = _rows(grad_outer).t().mm(_rows(activated))[:, :, None, None]
+        flowing = F.conv2d(grad_outer, self.weight2.transpose(0, 1))
+        return grad_weight2, torch.ops.aten.threshold_backward(flowing, activated, 0)
 
 
 def _normalise(norm: GlobalBatchNorm2d, maps: Tensor) -> tuple[Tensor, _Statistics]:
@@ -184,11 +182,6 @@ def _normalise(norm: GlobalBatchNorm2d, maps: Tensor) -> tuple[Tensor, _Statisti
         return output, _Statistics(mean, inverse, norm.values_of_a_channel(maps))
     statistics = _Statistics.of(norm, maps)
     return _affine(statistics.normalised_(maps), norm.weight, norm.bias, out=maps), statistics
-
-
-def _convolve(conv: nn.Conv2d, maps: Tensor, weight: Tensor) -> Tensor:
-    maps = F.conv2d(maps, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return maps.contiguous(memory_format=torch.channels_last)
 
 
 def _affine(maps: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:

@@ -70,12 +70,6 @@ class Stage:
         ]
         return sizes[0], sizes[1]
 
-    def convolve(self, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution and the norm, with the folded weight and bias."""
-        conv = self.conv
-        maps = F.conv2d(maps, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-        return maps.contiguous(memory_format=torch.channels_last)
-
     def activate(self, maps: Tensor, keeps: bool) -> tuple[Tensor, Tensor | None]:
         """The activation's output, and what its gradient needs if ``keeps``; ``maps`` is written over."""
         if self.activation is None:
@@ -109,7 +103,19 @@ class Stage:
             # The kernel wants a tensor of the input's shape and layout, and does not read it.
             layout = torch.channels_last
             unread = torch.empty(input_shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
-            geometry = (conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups)
-            mask = [True, False, False]
-            grad_input = torch.ops.aten.convolution_backward(grad, unread, weight, None, *geometry, mask)[0]
+            grad_input = convolution_backward(conv, grad, unread, weight, [True, False])[0]
         return grad_input.contiguous(memory_format=torch.channels_last)
+
+
+def convolve(conv: nn.Conv2d, maps: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What ``conv`` computes with another weight and bias, channels-last."""
+    maps = F.conv2d(maps, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return maps.contiguous(memory_format=torch.channels_last)
+
+
+def convolution_backward(
+    conv: nn.Conv2d, grad: Tensor, input: Tensor, weight: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the input and of the weight, where ``wanted``."""
+    geometry = (conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups)
+    return torch.ops.aten.convolution_backward(grad, input, weight, None, *geometry, [*wanted, False])[:2]
