@@ -13,6 +13,7 @@ from tinytl_hf.config import HeadConfig, LiteConfig
 from tinytl_hf.memory import (
     MemoryRow,
     Peak,
+    kept_by_layer,
     kept_for_backward,
     measure_peak,
     measure_speed,
@@ -214,9 +215,9 @@ def test_high_water_is_the_most_that_was_resident():
 
 def make_rows():
     peak = Peak(1_000_000, 2_000_000, 3_000_000, 4_000_000, 5_000_000, 6_000_000)
-    layers = [f"features.{i} (Conv2d)" for i in range(9)]
+    layers = {f"features.{i} (Conv2d)": 9_000_000 - 1_000_000 * i for i in range(9)}
     return [
-        MemoryRow("TinyTL-L+B", "lean", 63.9e6, 5_000_000, peak, 12.34, 456_000_000, []),
+        MemoryRow("TinyTL-L+B", "lean", 63.9e6, 5_000_000, peak, 12.34, 456_000_000, {}),
         MemoryRow("FT-Full", "stock", 447.2e6, 5_000_000, peak, 7.0, 0, layers),
     ]
 
@@ -230,6 +231,7 @@ def test_table_has_every_row_and_says_what_kind_each_figure_is():
     assert ["TinyTL-L+B", "lean", "63.9", "5.0", "21.0", *parts, "11.0", "456.0", "12.3"] in lines
     assert ["FT-Full", "stock", "447.2", "5.0", "21.0", *parts, "11.0", "0.0", "7.0"] in lines
     assert "FT-Full, stock: 9 layers stay stock: features.0 (Conv2d)" in table
+    assert "features.0 (Conv2d) 9.0, features.1 (Conv2d) 8.0, " in table and "keep 45.0 MB for backward" in table
 
 
 def test_json_has_every_row_its_labels_and_the_conditions():
@@ -302,3 +304,12 @@ def test_one_image_at_a_time_takes_a_twelfth_of_full_training(make_model):
     full = make_model("FT-Full", image_size=224, lean=False)
     both = make_model("TinyTL-L+B", image_size=224, lite=LiteConfig(norm="group"))
     assert measure_peak(full, *random_batch(full, 8)).total > 12 * measure_peak(both, *random_batch(both, 1)).total
+
+
+def test_the_ledger_names_the_layer_that_keeps_a_map(make_model):
+    model, batch = make_model("FT-Full", "resnet18", lean=False), make_batch(2)
+    kept = kept_by_layer(model, *batch)
+    assert sum(kept.values()) == kept_for_backward(model, *batch)
+    # The first norm keeps its input; the pooling keeps its own and, as int64, where each value came from.
+    assert kept["bn1"] > 4 * 2 * 64 * 32 * 32
+    assert kept["maxpool"] >= 8 * 2 * 64 * 16 * 16

@@ -66,11 +66,11 @@ def _time_in_turns(config: Config, image_size: int, batch_size: int, repeats: in
 
 def _steps(config: Config, batch_size: int) -> dict[str, Callable[[], None]]:
     """The contenders, each warmed up by one step."""
-    models = {FULL: build(config, "FT-Full", 10, lean=False)}
-    for engine in ("stock", "lean"):
-        models[f"{config.method} {engine}"] = build(config, config.method, 10, lean=engine == "lean")
+    method = config.method
+    contenders = {FULL: ("FT-Full", False), f"{method} stock": (method, False), f"{method} lean": (method, True)}
+    models = {name: build(config, each, 10, lean) for name, (each, lean) in contenders.items()}
     if find_spec(MEMSAVE) is not None:
-        models[f"{config.method} {MEMSAVE}"] = _memsave(build(config, config.method, 10, lean=False))
+        models[f"{method} {MEMSAVE}"] = _memsave(build(config, method, 10, lean=False))
     batch = random_batch(models[FULL], batch_size)
     return {name: warmed_up_step(model.train(), *batch)[1] for name, model in models.items()}
 
@@ -85,15 +85,15 @@ def _memsave(model: TinyTLModel) -> TinyTLModel:
 def bench_table(rows: Sequence[BenchRow], method: str) -> str:
     """The rows as plain text, with the lean engine's speed as a multiple of both stock ones."""
     names = list(dict.fromkeys(name for row in rows for name in row.images_per_second))
-    lean, over = f"{method} lean", [FULL, f"{method} stock"]
-    table = [["px", "batch", *names, *(f"lean : {name}" for name in dict.fromkeys(over))]]
+    lean, over = f"{method} lean", dict.fromkeys([FULL, f"{method} stock"])
+    table = [["px", "batch", *names, *(f"lean : {name}" for name in over)]]
     notes = []
     for row in rows:
         speeds = row.images_per_second
         if row.refused is not None:
             notes.append(f"{row.image_size} px, batch {row.batch_size}: {row.refused}")
         cells = [f"{speeds[name]:.1f}" if name in speeds else "-" for name in names]
-        ratios = [f"{speeds[lean] / speeds[name]:.2f}x" if speeds else "-" for name in dict.fromkeys(over)]
+        ratios = [f"{speeds[lean] / speeds[name]:.2f}x" if speeds else "-" for name in over]
         table.append([str(row.image_size), str(row.batch_size), *cells, *ratios])
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]

@@ -154,55 +154,31 @@ def make_parser(eval_defaults: dict[str, Any] | None = None) -> ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="Show where an error was raised.")
     verbs = parser.add_subcommands(metavar="VERB")
 
-    train_parser = ArgumentParser(exit_on_error=False)
-    train_parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    train_parser.add_class_arguments(Config)
-    verbs.add_subcommand("train", train_parser, help="train an adapter")
+    def verb(name: str, about: str, *kinds: type, takes_config: bool = False) -> ArgumentParser:
+        added = ArgumentParser(exit_on_error=False)
+        if takes_config:
+            added.add_argument("--config", action="config", help="YAML file with any of the options below.")
+        for kind in kinds:
+            added.add_class_arguments(kind)
+        verbs.add_subcommand(name, added, help=about)
+        return added
 
-    eval_parser = ArgumentParser(exit_on_error=False)
-    eval_parser.add_class_arguments(EvalConfig)
-    eval_parser.add_class_arguments(DataConfig, "data")
-    eval_parser.set_defaults(eval_defaults or {})
-    verbs.add_subcommand("eval", eval_parser, help="evaluate an adapter, by default on the data it names")
-
-    memory_parser = ArgumentParser(exit_on_error=False)
-    memory_parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    memory_parser.add_class_arguments(MemoryTableConfig)
-    memory_parser.add_class_arguments(Config)
-    verbs.add_subcommand("memory", memory_parser, help="measure the training memory of every method, lean and stock")
-
-    bench_parser = ArgumentParser(exit_on_error=False)
-    bench_parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    bench_parser.add_class_arguments(BenchConfig)
-    bench_parser.add_class_arguments(Config)
-    verbs.add_subcommand("bench", bench_parser, help="time training steps of lean and stock in alternation")
-
-    predict_parser = ArgumentParser(exit_on_error=False)
-    predict_parser.add_class_arguments(PredictConfig)
-    predict_parser.add_argument("images", nargs="+", metavar="IMAGE", help="Files, folders or patterns.")
-    verbs.add_subcommand("predict", predict_parser, help="label images with an adapter")
-
-    merge_parser = ArgumentParser(exit_on_error=False)
-    merge_parser.add_class_arguments(MergeConfig)
-    verbs.add_subcommand("merge", merge_parser, help="write backbone and adapter as one file of weights")
-
-    push_parser = ArgumentParser(exit_on_error=False)
-    push_parser.add_class_arguments(PushConfig)
-    verbs.add_subcommand("push", push_parser, help="push an adapter to the Hub")
-
-    pull_parser = ArgumentParser(exit_on_error=False)
-    pull_parser.add_class_arguments(PullConfig)
-    verbs.add_subcommand("pull", pull_parser, help="download an adapter from the Hub")
-
-    compare_parser = ArgumentParser(exit_on_error=False)
-    compare_parser.add_class_arguments(CompareConfig)
-    compare_parser.add_argument("runs", nargs="+", metavar="RUN", help="Folders of finished runs.")
-    verbs.add_subcommand("compare", compare_parser, help="put finished runs side by side")
-
-    report_parser = ArgumentParser(exit_on_error=False)
-    report_parser.add_class_arguments(ReportConfig)
-    report_parser.add_argument("run", metavar="RUN", help="Folder of a finished run.")
-    verbs.add_subcommand("report", report_parser, help="show one finished run")
+    verb("train", "train an adapter", Config, takes_config=True)
+    evaluating = verb("eval", "evaluate an adapter, by default on the data it names", EvalConfig)
+    evaluating.add_class_arguments(DataConfig, "data")
+    evaluating.set_defaults(eval_defaults or {})
+    about = "measure the training memory of every method, lean and stock"
+    verb("memory", about, MemoryTableConfig, Config, takes_config=True)
+    verb("bench", "time training steps of lean and stock in alternation", BenchConfig, Config, takes_config=True)
+    predicting = verb("predict", "label images with an adapter", PredictConfig)
+    predicting.add_argument("images", nargs="+", metavar="IMAGE", help="Files, folders or patterns.")
+    verb("merge", "write backbone and adapter as one file of weights", MergeConfig)
+    verb("push", "push an adapter to the Hub", PushConfig)
+    verb("pull", "download an adapter from the Hub", PullConfig)
+    comparing = verb("compare", "put finished runs side by side", CompareConfig)
+    comparing.add_argument("runs", nargs="+", metavar="RUN", help="Folders of finished runs.")
+    reporting = verb("report", "show one finished run", ReportConfig)
+    reporting.add_argument("run", metavar="RUN", help="Folder of a finished run.")
     return parser
 
 
@@ -303,7 +279,7 @@ def _print_memory(config: Config, options: MemoryTableConfig) -> None:
     from tinytl_hf import memory
 
     rows = list(memory.measure_rows(config, options))
-    conditions = memory.conditions(config, options.batch_size)
+    conditions = memory.conditions(config, image_size=config.data.image_size, batch_size=options.batch_size)
     report = memory.to_json(rows, conditions)
     if options.plot is not None:
         from tinytl_hf.plots import save_memory_bars
@@ -317,7 +293,7 @@ def _print_bench(config: Config, options: BenchConfig) -> None:
     from tinytl_hf.memory import conditions
 
     rows = list(bench.bench_rows(config, options))
-    common = {name: value for name, value in conditions(config, 0).items() if name not in {"image_size", "batch_size"}}
+    common = conditions(config)
     report = bench.to_json(rows, common) if options.json else None
     _print_report(common, bench.bench_table(rows, config.method), report)
 

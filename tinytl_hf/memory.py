@@ -12,9 +12,10 @@ import json
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from multiprocessing import get_context
@@ -50,19 +51,40 @@ def kept_for_backward(model: TinyTLModel, images: Tensor, labels: Tensor) -> int
         images: Normalised images ``[N, 3, H, W]`` on the model's device.
         labels: Their labels ``[N]``.
     """
-    storages: dict[int, UntypedStorage] = {}  # by address; held, so that no address comes a second time
+    return sum(kept_by_layer(model, images, labels).values())
+
+
+def kept_by_layer(model: TinyTLModel, images: Tensor, labels: Tensor) -> Counter[str]:
+    """The ledger of :func:`kept_for_backward` by the backbone's layer that keeps a storage first, or ``""``."""
+    storages: dict[int, tuple[UntypedStorage, str]] = {}  # by address; held, so that no address comes a second time
+    running = [""]
 
     def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        storages.setdefault(storage.data_ptr(), (storage, running[-1]))
         return tensor.detach()  # the tensor itself would make a cycle that is never freed
+
+    def leave(*_: Any) -> None:
+        running.pop()
 
     # A checkpointed part keeps its inputs with the hooks around it, which are these, and hides only what it computes
     # again: so the pooled input of each lite residual is here too.
-    with _left_as_found(model), saved_tensors_hooks(pack, lambda tensor: tensor):
+    with ExitStack() as stack:
+        for name, layer in model.backbone.named_modules():
+            if not list(layer.children()):
+                before = layer.register_forward_pre_hook(lambda _, __, name=name: running.append(name))
+                after = layer.register_forward_hook(leave)
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+        stack.enter_context(_left_as_found(model))
+        stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
         F.cross_entropy(model(images), labels)
     for tensor in (images, labels, *model.parameters(), *model.buffers()):
         storages.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(storage.nbytes() for storage in storages.values())
+    kept: Counter[str] = Counter()
+    for storage, name in storages.values():
+        kept[name] += storage.nbytes()
+    return kept
 
 
 @dataclass(frozen=True)
@@ -200,7 +222,10 @@ def _left_as_found(model: TinyTLModel) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """One method's figures on one engine, ``lean`` or ``stock``; ``high_water`` is of the whole process."""
+    """One method's figures on one engine, ``lean`` or ``stock``.
+
+    ``high_water`` is of the whole process. ``stock_layers`` says what each layer that stays stock keeps for backward.
+    """
 
     method: str
     engine: str
@@ -209,7 +234,7 @@ class MemoryRow:
     peak: Peak
     images_per_second: float
     high_water: int
-    stock_layers: list[str]
+    stock_layers: dict[str, int]
 
 
 def measure_rows(config: Config, options: MemoryTableConfig) -> Iterator[MemoryRow]:
@@ -237,15 +262,16 @@ def measure(
     model: TinyTLModel, images: Tensor, labels: Tensor, lean: bool, images_per_second: float, high_water: int
 ) -> MemoryRow:
     """All figures of a model; speed and the process's high-water mark are measured by the caller."""
+    kept = kept_by_layer(model, images, labels)
     return MemoryRow(
         method=model.config.method,
         engine="lean" if lean else "stock",
         paper=paper_rule(model, len(images)),
-        kept=kept_for_backward(model, images, labels),
+        kept=sum(kept.values()),
         peak=measure_peak(model, images, labels),
         images_per_second=images_per_second,
         high_water=high_water,
-        stock_layers=model.stock_layers,
+        stock_layers={label: kept[label.partition(" ")[0]] for label in model.stock_layers},
     )
 
 
@@ -275,12 +301,11 @@ def random_batch(model: TinyTLModel, batch_size: int) -> tuple[Tensor, Tensor]:
     return images.contiguous(memory_format=torch.channels_last), labels
 
 
-def conditions(config: Config, batch_size: int) -> dict[str, Any]:
-    """What figures hold under."""
+def conditions(config: Config, **sizes: int) -> dict[str, Any]:
+    """What figures hold under; ``sizes`` are those that they have in common."""
     return {
         "backbone": config.backbone.name,
-        "image_size": config.data.image_size,
-        "batch_size": batch_size,
+        **sizes,
         "frozen_weights": config.backbone.frozen_weights,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
@@ -304,11 +329,15 @@ def memory_table(rows: Sequence[MemoryRow]) -> str:
     notes = []
     for row in rows:
         figures = [row.paper, row.kept, row.peak.total, *asdict(row.peak).values(), row.peak.dynamic, row.high_water]
-        in_mb = ["-" if figure is None else f"{figure / MB:.1f}" for figure in figures]
+        in_mb = [f"{figure / MB:.1f}" for figure in figures]
         table.append([row.method, row.engine, *in_mb, f"{row.images_per_second:.1f}"])
         if row.stock_layers:
-            names = ", ".join(row.stock_layers[:NAMED_LAYERS]) + ", ..." * (len(row.stock_layers) > NAMED_LAYERS)
-            notes.append(f"{row.method}, {row.engine}: {len(row.stock_layers)} layers stay stock: {names}")
+            largest = Counter(row.stock_layers).most_common(NAMED_LAYERS)
+            names = ", ".join(f"{label} {kept / MB:.1f}" for label, kept in largest)
+            names += ", ..." * (len(row.stock_layers) > NAMED_LAYERS)
+            total = sum(row.stock_layers.values()) / MB
+            count = f"{len(row.stock_layers)} layers stay stock"
+            notes.append(f"{row.method}, {row.engine}: {count}: {names}; in all they keep {total:.1f} MB for backward")
     lines = [f"{method:13}{engine:5}" + "".join(f"{c:>10}" for c in cells) for method, engine, *cells in table]
     return "\n".join([LEGEND, *lines, *notes]) + "\n"
 

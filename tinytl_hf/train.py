@@ -295,7 +295,8 @@ def write_memory(run: Run) -> None:
     # On every process, as norms see the batch of all.
     row = memory.measure(run.model, *memory.random_batch(run.model, batch), config.memory.lean, speed, high_water)
     if is_main:
-        run_folder.write(output / run_folder.MEMORY_FILE, memory.to_json([row], memory.conditions(config, batch)))
+        conditions = memory.conditions(config, image_size=config.data.image_size, batch_size=batch)
+        run_folder.write(output / run_folder.MEMORY_FILE, memory.to_json([row], conditions))
 
 
 def save_adapters(
