@@ -116,7 +116,7 @@ def colour_folder(tmp_path_factory):
 
 def run_cli(*arguments):
     """Run the command line in this process; most of a process of its own is spent importing torch."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
     with redirect_stdout(out), redirect_stderr(err):
         try:
             main([str(argument) for argument in arguments])
@@ -124,6 +124,7 @@ def run_cli(*arguments):
         except SystemExit as end:
             code = end.code or 0
         finally:
+            torch.set_num_threads(threads)
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())

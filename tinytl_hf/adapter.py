@@ -60,18 +60,25 @@ class Preprocessing:
         crop_pct: Side of the centre crop as a share of the image's shorter side.
         mean: Mean of each RGB channel, on a scale of 0 to 1.
         std: Standard deviation of each RGB channel, on the same scale.
+        train_image_size: Side of the training images, to which lite residuals are fitted; null: ``image_size``.
     """
 
     image_size: int
     crop_pct: float = 0.875
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    train_image_size: int | None = None
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
             raise TinyTLError(f"mean={self.mean}, std={self.std}: use finite numbers, and a std above 0")
         if not 0 < self.crop_pct <= 1:
             raise TinyTLError(f"crop_pct={self.crop_pct}: use a share above 0, at most 1")
+
+    @property
+    def trained_at(self) -> int:
+        """Side of the training images in px."""
+        return self.train_image_size or self.image_size
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ def _build(kind: type[T], values: Namespace) -> T:
 def _train(config: Config) -> None:
     """Train; then, with everything on the disk, push if that was asked for."""
     from tinytl_hf.hub import check_can_push, push
-    from tinytl_hf.run_folder import BEST_ADAPTER
+    from tinytl_hf.run_folder import ADAPTER
     from tinytl_hf.train import train
 
     if config.hub.push:
@@ -238,7 +238,7 @@ def _train(config: Config) -> None:
             raise TinyTLError(f"hub.push: {error}, or train without --hub.push and push later") from error
     _print_figures(train(config))
     if config.hub.push and _is_main_process():
-        adapter, repo = str(Path(config.output_dir) / BEST_ADAPTER), config.hub.repo
+        adapter, repo = str(Path(config.output_dir) / ADAPTER), config.hub.repo
         print(push(PushConfig(adapter, str(repo), config.hub.private)))
 
 

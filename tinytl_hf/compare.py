@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+import numpy as np
 
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
@@ -47,6 +49,7 @@ class Row:
         accuracy_std: Sample standard deviation over seeds; null for one.
         seeds: Number of runs.
         peak_mb: Measured peak of a training step in MB; null if it was not measured.
+        stock_peak_mb: The same with stock PyTorch.
         images_per_second: While training.
         training_seconds: Of a run, without its evaluations; the mean over seeds.
         runs: Their folders.
@@ -59,6 +62,7 @@ class Row:
     accuracy_std: float | None
     seeds: int
     peak_mb: float | None
+    stock_peak_mb: float | None
     images_per_second: float
     training_seconds: float
     runs: list[str]
@@ -66,7 +70,7 @@ class Row:
 
 HEADER = [
     *("method", "trained parameters", "adapter MB", "accuracy %", "seeds"),
-    *("peak MB (measured)", "images/s", "training s"),
+    *("peak MB (measured)", "stock peak MB", "images/s", "training s"),
 ]
 
 
@@ -122,7 +126,6 @@ def _compared(run: FinishedRun) -> dict[str, Any]:
 
 def _row(name: str, runs: Sequence[FinishedRun]) -> Row:
     accuracies = [run.results["accuracy"] for run in runs]
-    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
     return Row(
         name=name,
         trained_parameters=runs[0].results.get("trained_parameters"),
@@ -130,11 +133,17 @@ def _row(name: str, runs: Sequence[FinishedRun]) -> Row:
         accuracy=mean(accuracies),
         accuracy_std=stdev(accuracies) if len(runs) > 1 else None,
         seeds=len(runs),
-        peak_mb=max(peaks) / MB if peaks else None,
+        peak_mb=_peak_mb(runs, runs[0].engine),
+        stock_peak_mb=_peak_mb(runs, "stock"),
         images_per_second=sum(run.images for run in runs) / sum(run.seconds for run in runs),
         training_seconds=mean(run.seconds for run in runs),
         runs=[str(run.folder) for run in runs],
     )
+
+
+def _peak_mb(runs: Sequence[FinishedRun], engine: str) -> float | None:
+    peaks = [peak for run in runs if (peak := run.peak_bytes(engine)) is not None]
+    return max(peaks) / MB if peaks else None
 
 
 def _cells(row: Row) -> list[str]:
@@ -145,7 +154,7 @@ def _cells(row: Row) -> list[str]:
         f"{row.adapter_mb:.2f}",
         f"{100 * row.accuracy:.2f}{spread}",
         str(row.seeds),
-        "-" if row.peak_mb is None else f"{row.peak_mb:.1f}",
+        *("-" if peak is None else f"{peak:.1f}" for peak in (row.peak_mb, row.stock_peak_mb)),
         f"{row.images_per_second:.1f}",
         f"{row.training_seconds:.0f}",
     ]
@@ -208,11 +217,10 @@ def _draw(output: Path, rows: Sequence[Row], groups: dict[str, list[FinishedRun]
     ]
     if points:
         save_accuracy_memory(output / "accuracy_memory.png", points)
-    runs = [run for members in groups.values() for run in members]
-    above = Path(os.path.commonpath([run.folder.resolve().parent for run in runs]))
-    for run in runs:
-        name = "_".join(run.folder.resolve().relative_to(above).parts)
-        save_confusion(output / f"confusion_{name}.png", run.results["confusion_matrix"], run.results["label_names"])
+    for name, members in groups.items():
+        matrix = np.sum([run.results["confusion_matrix"] for run in members], axis=0)
+        file = re.sub(r"[^\w.+-]+", "_", name)
+        save_confusion(output / f"confusion_{file}.png", matrix.tolist(), members[0].results["label_names"])
 
 
 def _mean_epochs(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from tinytl_hf.adapter import TENSORS_FILE
-from tinytl_hf.run_folder import BEST_ADAPTER, RESULTS_FILE
+from tinytl_hf.run_folder import ADAPTER, RESULTS_FILE
 
 METHODS = ("FT-Last", "TinyTL-L+B")
 ROW = "{:<12} {:>13} {:>21} {:>13} {:>9}  {}"
@@ -28,7 +28,7 @@ def main() -> None:
     for row in rows:
         print(ROW.format(*row))
     files = rows[-1][-1]
-    print(f"\nNext: .venv/bin/tinytl-hf eval --adapter {files}/{BEST_ADAPTER}")
+    print(f"\nNext: .venv/bin/tinytl-hf eval --adapter {files}/{ADAPTER}")
 
 
 def _train_and_reload(config: Path, method: str) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ def _train_and_reload(config: Path, method: str) -> tuple[str, ...]:
     options = ["--config", str(config), "--method", method, "--output_dir", str(output), "--overwrite", "true"]
     _run(*launch, "-m", "tinytl_hf", "train", *options)
     reloaded = output / "reloaded_results.json"
-    _run("tinytl_hf", "eval", "--adapter", str(output / BEST_ADAPTER), "--output", str(reloaded), "--batch_size", "64")
+    _run("tinytl_hf", "eval", "--adapter", str(output / ADAPTER), "--output", str(reloaded), "--batch_size", "64")
     seconds = time.perf_counter() - start
 
     results = json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))
@@ -55,7 +55,7 @@ def _train_and_reload(config: Path, method: str) -> tuple[str, ...]:
         sys.exit(
             f"the reloaded adapter reaches {accuracy}, the trained model {results['accuracy']}: please report this"
         )
-    tensors = output / BEST_ADAPTER / TENSORS_FILE
+    tensors = output / ADAPTER / TENSORS_FILE
     return (
         method,
         f"{accuracy:.1%}",

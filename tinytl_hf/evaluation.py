@@ -62,8 +62,9 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
         _make_folder_of(Path(config.output))
     extra = load_metrics(config.metrics)
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights)
-    check_image_size(model.config.backbone.name, data_config.image_size)
-    options = replace(model.config.preprocessing, image_size=data_config.image_size, crop_pct=data_config.crop_pct)
+    image_size = data_config.eval_image_size or data_config.image_size
+    check_image_size(model.config.backbone.name, image_size)
+    options = replace(model.config.preprocessing, image_size=image_size, crop_pct=data_config.crop_pct)
     model.config = replace(model.config, preprocessing=options)
     trained_on = model.config.data.dataset if model.config.data is not None else None
     split = data.with_label_names(data.open_eval_split(data_config, trained_on), model.label_names)
@@ -103,7 +104,8 @@ def predict_set(
     prepared.eval()
     all_logits, all_labels = [], []
     for batch in tqdm(loader, desc="eval", disable=not accelerator.is_main_process, leave=False, mininterval=1):
-        logits = prepared(model.normalise(batch["pixels"], batch["sizes"])).float()
+        inputs = batch["features"] if "features" in batch else model.normalise(batch["pixels"], batch["sizes"])
+        logits = prepared(inputs).float()
         logits, labels = accelerator.gather_for_metrics((logits, batch["labels"]))
         all_logits.append(logits.cpu())
         all_labels.append(labels.cpu())

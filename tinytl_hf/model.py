@@ -22,7 +22,6 @@ from tinytl_hf.adapter import (
     DataRecord,
     Preprocessing,
     adapter_tensors,
-    check_tensors,
     frozen_tensors,
     load_tensors,
     read_config,
@@ -30,19 +29,18 @@ from tinytl_hf.adapter import (
     write_adapter,
 )
 from tinytl_hf.augment import centre_boxes, resample
-from tinytl_hf.backbones import check_image_size, create_backbone, pin_weights, sha256
-from tinytl_hf.blocks import convert_blocks
+from tinytl_hf.backbones import pin_weights, sha256
+from tinytl_hf.build import build_network, check_fits
 from tinytl_hf.card import read_card, render_card
 from tinytl_hf.config import METHOD_ALIASES, HeadConfig, LiteConfig
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.head import Head
 from tinytl_hf.hub_config import PushConfig
 from tinytl_hf.images import pad_images, to_rgb
 from tinytl_hf.lean.chain import SLICE_MB
 from tinytl_hf.lean.convert import convert
 from tinytl_hf.lean.int8 import quantise
 from tinytl_hf.switching import Adapters, LoadedAdapter
-
-ORDINARY_CLASSES = 10_000
 
 
 class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_tag="image-classification"):
@@ -76,13 +74,7 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         slice_mb: float = SLICE_MB,
     ) -> None:
         super().__init__()
-        image_size = config.preprocessing.image_size
-        check_image_size(config.backbone.name, image_size)
-        self.backbone = create_backbone(
-            config.backbone.name, config.backbone.weights, len(config.label_names), config.head.dropout
-        )
-        self._blocks = convert_blocks(self.backbone, gradient_checkpointing)
-        methods.apply_method(self.backbone, self._blocks, config.method, image_size, config.lite)
+        self.backbone, self._blocks = build_network(config, config.backbone.weights, gradient_checkpointing)
         self.config = replace(config, backbone=replace(config.backbone, sha256=self._frozen_sha256()))
         if config.backbone.frozen_weights == "int8":
             quantise(self.backbone)
@@ -104,6 +96,7 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         weights: str = "imagenet",
         frozen_weights: Literal["fp32", "int8"] = "fp32",
         image_size: int = 224,
+        eval_image_size: int | None = None,
         crop_pct: float = 0.875,
         lite: LiteConfig | None = None,
         head: HeadConfig | None = None,
@@ -121,6 +114,7 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
             weights: Source of the backbone's weights.
             frozen_weights: How to store frozen convolution weights in memory.
             image_size: Side of the training images in px.
+            eval_image_size: Side of the images at evaluation and in use; null: ``image_size``.
             crop_pct: Side of the evaluation crop as a share of an image's shorter side.
             lite: Options of the lite residuals.
             head: Options of the head.
@@ -140,7 +134,9 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         config = AdapterConfig(
             backbone=BackboneRecord(name, weights, frozen_weights=frozen_weights),
             method=method,  # type: ignore[arg-type]
-            preprocessing=Preprocessing(image_size, crop_pct),
+            preprocessing=Preprocessing(
+                eval_image_size or image_size, crop_pct, train_image_size=image_size if eval_image_size else None
+            ),
             label_names=names,
             lite=lite or LiteConfig(),
             head=head or HeadConfig(),
@@ -186,7 +182,7 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
     def _with_tensors(cls, folder: Path, saved: AdapterConfig, source: str, **engine: Any) -> TinyTLModel:
         """The adapter in ``folder`` over the weights from ``source``, whose hash is still to be compared."""
         tensors = read_tensors(folder)
-        _check_fits(saved, tensors, str(folder))
+        check_fits(saved, tensors, str(folder))
         # A method that trains everything needs nothing of the backbone but its shape.
         weights = "none" if saved.backbone.sha256 is None else source
         model = cls(replace(saved, backbone=replace(saved.backbone, weights=weights)), **engine)
@@ -257,8 +253,21 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         return ModelCard(render_card(self.config))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``[N, 3, H, W]`` to logits ``[N, classes]``."""
+        """Normalised images ``[N, 3, H, W]``, or :meth:`features` of them, to logits ``[N, classes]``."""
+        if images.ndim == 2:
+            return self._head(images)
         return self.backbone(images.contiguous(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """What the head gets of normalised images: ``[N, 3, H, W]`` to ``[N, features]``."""
+        caught: list[Tensor] = []
+        handle = self._head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+        try:
+            self(images)
+        finally:
+            handle.remove()
+        return caught[0]
 
     @property
     def label_names(self) -> list[str]:
@@ -367,6 +376,10 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         pixels = pixels.to(next(self.parameters()).device)
         return resample(pixels, sizes, boxes, options.image_size, mean=options.mean, std=options.std)
 
+    @property
+    def _head(self) -> Head:
+        return next(module for module in self.backbone.modules() if isinstance(module, Head))
+
     def _is_as_saved(self, folder: Path) -> bool:
         if not folder.is_dir() or read_config(folder) != self.config:
             return False
@@ -384,15 +397,3 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         super()._apply(fn, recurse)
         self._adapters.apply(fn, self._loaded())
         return self
-
-
-def _check_fits(config: AdapterConfig, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise unless ``tensors`` are what ``config`` describes, before memory is taken for what it describes."""
-    check_image_size(config.backbone.name, config.preprocessing.image_size)
-    if config.lite == LiteConfig() and len(config.label_names) <= ORDINARY_CLASSES:
-        return  # it cannot ask for much
-    with torch.device("meta"):
-        backbone = create_backbone(config.backbone.name, "none", len(config.label_names))
-        blocks = convert_blocks(backbone, gradient_checkpointing=False)
-        methods.apply_method(backbone, blocks, config.method, config.preprocessing.image_size, config.lite)
-    check_tensors(backbone, tensors, source)

@@ -93,7 +93,8 @@ def _figures(run: FinishedRun) -> dict[str, str]:
     shown.update({key: f"{value:.4f}" for key, value in results.items() if key.startswith("evaluate_")})
     shown["trained parameters"] = "-" if parameters is None else f"{parameters:,}"
     shown["adapter"] = f"{run.adapter_bytes / MB:.2f} MB"
-    shown["peak memory, measured"] = "-" if run.peak_bytes is None else f"{run.peak_bytes / MB:.1f} MB"
+    peak = run.peak_bytes(run.engine)
+    shown["peak memory, measured"] = "-" if peak is None else f"{peak / MB:.1f} MB"
     shown["training"] = f"{run.seconds:,.0f} s, {run.images / run.seconds:.0f} images/s"
     return shown
 

@@ -1,8 +1,8 @@
 """What a run leaves in its folder, and how a folder is made ready for a run.
 
 ``config.yaml``, ``metrics.jsonl`` (a line an epoch), ``eval_results.json``, ``mistakes.json``, ``memory.json`` (what a
-training step takes), ``adapter/`` (the best, with a card that tells of the run), ``adapter_last/``, ``checkpoints/``
-and the tracker's logs.
+training step takes), ``adapter/`` (of the best epoch, or of the last, by ``adapter.keep``, with a card that tells of
+the run), ``adapter_last/``, ``checkpoints/`` and the tracker's logs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tinytl_hf.adapter import CARD_FILE, read_config
 from tinytl_hf.card import PICTURES, RunFacts, read_card, render_card
 from tinytl_hf.checkpoint import FOLDER as CHECKPOINTS
 from tinytl_hf.checkpoint import MAY_DIFFER, list_checkpoints
-from tinytl_hf.config import Config, flat
+from tinytl_hf.config import Config, DataConfig, flat
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.plots import save_confusion, save_curves
@@ -28,7 +28,7 @@ METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "eval_results.json"
 MEMORY_FILE = "memory.json"
 MISTAKES_FILE = "mistakes.json"
-BEST_ADAPTER = "adapter"
+ADAPTER = "adapter"
 LAST_ADAPTER = "adapter_last"
 
 
@@ -66,7 +66,7 @@ def make_ready(config: Config, epochs_done: int) -> None:
     output = Path(config.output_dir)
     try:
         if epochs_done == 0 and config.train.resume == "never":
-            for name in (BEST_ADAPTER, LAST_ADAPTER, CHECKPOINTS):
+            for name in (ADAPTER, LAST_ADAPTER, CHECKPOINTS):
                 shutil.rmtree(output / name, ignore_errors=True)
         for name in (RESULTS_FILE, MISTAKES_FILE, MEMORY_FILE):
             (output / name).unlink(missing_ok=True)
@@ -118,7 +118,7 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def write_card(output: Path, config: Config, eval_split: str) -> None:
-    """Tell of a finished run in the card of its best adapter, with the figures and pictures next to it.
+    """Tell of a finished run in the card of its adapter, with the figures and pictures next to it.
 
     Args:
         output: The run's folder.
@@ -128,7 +128,7 @@ def write_card(output: Path, config: Config, eval_split: str) -> None:
     Raises:
         TinyTLError: A file cannot be written.
     """
-    folder, lines = output / BEST_ADAPTER, read_metrics(output)
+    folder, lines = output / ADAPTER, read_metrics(output)
     results = json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))
     memory = output / MEMORY_FILE
     curves, confusion = PICTURES.values()
@@ -168,12 +168,17 @@ def _recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
         "weight decay": f"{options.weight_decay:g}",
         "label smoothing": f"{options.label_smoothing:g}",
         "head dropout": f"{config.head.dropout:g}",
-        "image size": f"{data.image_size} px",
+        "image size": _sizes(data),
         "random crop": f"{low:g} to {high:g} of the area{', flipped' if data.flip else ''}",
         "training images": f"{data.max_train_samples:,} at random" if data.max_train_samples else "all",
         "precision": "fp32" if results["precision"] == "no" else results["precision"],
         "seed": config.seed,
     }
+
+
+def _sizes(data: DataConfig) -> str:
+    evaluated = "" if data.eval_image_size is None else f", evaluated at {data.eval_image_size} px"
+    return f"{data.image_size} px{evaluated}"
 
 
 def _time(lines: list[dict[str, Any]], results: dict[str, Any]) -> str:

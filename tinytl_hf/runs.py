@@ -9,10 +9,9 @@ from typing import Any
 
 import yaml
 
-from tinytl_hf.adapter import TENSORS_FILE
 from tinytl_hf.config import Config, flat
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.run_folder import BEST_ADAPTER, CONFIG_FILE, MEMORY_FILE, RESULTS_FILE, read_metrics
+from tinytl_hf.run_folder import CONFIG_FILE, MEMORY_FILE, RESULTS_FILE, read_metrics
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,6 @@ class FinishedRun:
         epochs: The lines of ``metrics.jsonl``.
         results: ``eval_results.json``.
         memory: ``memory.json``, or null if it was not measured.
-        adapter_bytes: Size of the adapter's tensors on disk.
     """
 
     folder: Path
@@ -33,12 +31,16 @@ class FinishedRun:
     epochs: list[dict[str, Any]]
     results: dict[str, Any]
     memory: dict[str, Any] | None
-    adapter_bytes: int
 
     @property
     def method(self) -> str:
         """The method."""
         return str(self.config["method"])
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Size of the adapter's tensors on disk."""
+        return int(self.results["adapter_bytes"])
 
     @property
     def seconds(self) -> float:
@@ -57,9 +59,12 @@ class FinishedRun:
         return [row for row in rows if row["method"] == self.method]
 
     @property
-    def peak_bytes(self) -> int | None:
-        """Measured peak of a training step on the engine that the run used; null if it was not measured."""
-        engine = "lean" if self.config["memory.lean"] else "stock"
+    def engine(self) -> str:
+        """The engine that the run used."""
+        return "lean" if self.config["memory.lean"] else "stock"
+
+    def peak_bytes(self, engine: str) -> int | None:
+        """Measured peak of a training step on an engine; null if it was not measured."""
         return next((row["peak"]["total"] for row in self.memory_rows if row["engine"] == engine), None)
 
 
@@ -81,7 +86,6 @@ def read_run(folder: Path) -> FinishedRun:
             epochs=read_metrics(folder),
             results=_parsed(folder / RESULTS_FILE),
             memory=_parsed(memory) if memory.is_file() else None,
-            adapter_bytes=(folder / BEST_ADAPTER / TENSORS_FILE).stat().st_size,
         )
         _check_complete(run)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -108,10 +112,10 @@ def _check_complete(run: FinishedRun) -> None:
     for line in run.epochs:
         for part in ("train", "eval"):
             float(line[part]["accuracy"]), float(line[part]["loss"])
-    for name in ("accuracy", "top5", "f1", "loss", "ece", "n"):
+    for name in ("accuracy", "top5", "f1", "loss", "ece", "n", "adapter_bytes"):
         float(run.results[name])
     for name in ("confusion_matrix", "per_class_accuracy", "label_names"):
         len(run.results[name])
-    float(run.seconds + run.images + (run.peak_bytes or 0))
+    float(run.seconds + run.images + (run.peak_bytes(run.engine) or 0))
     if run.memory is not None:
         dict(run.memory["conditions"])

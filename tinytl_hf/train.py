@@ -24,12 +24,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tinytl_hf import checkpoint, data, memory, run_folder
-from tinytl_hf.adapter import DataRecord, read_tensors
+from tinytl_hf.adapter import TENSORS_FILE, DataRecord, read_tensors
 from tinytl_hf.augment import RandomCropFlip, resample
 from tinytl_hf.checkpoint import Progress
 from tinytl_hf.config import Config, flat
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.evaluation import check_divides, device_name, make_accelerator, predict_set, save_results
+from tinytl_hf.features import compute_features
 from tinytl_hf.interrupt import StopSignal
 from tinytl_hf.metrics import compute_metrics, load_metrics
 from tinytl_hf.mistakes import save_mistakes
@@ -53,6 +54,7 @@ class Run:
     scheduler: Any
     train_loader: DataLoader
     eval_loader: DataLoader
+    eval_images: data.DecodedImages | data.StreamedImages
     eval_split: str
     batches: data.ShuffledBatches
     augment: RandomCropFlip
@@ -65,7 +67,7 @@ def train(config: Config) -> dict[str, Any]:
     """Train an adapter and leave everything about the run in ``config.output_dir``.
 
     Returns:
-        The figures of the best adapter on the evaluation set.
+        The figures of the run's adapter on the evaluation set.
 
     Raises:
         TinyTLError: Bad config, data or weights, before training starts, or a loss that is not finite.
@@ -83,14 +85,14 @@ def train(config: Config) -> dict[str, Any]:
             if progress.epoch < config.train.epochs:
                 stop_if_asked(run, stop, path)
     # The figures of a run are those of the file that it leaves behind.
-    best = Path(config.output_dir) / run_folder.BEST_ADAPTER
-    run.model.load_adapter_tensors(read_tensors(best), str(best))
+    kept = Path(config.output_dir) / run_folder.ADAPTER
+    run.model.load_adapter_tensors(read_tensors(kept), str(kept))
     logits, labels = predict(run)
     results = compute_metrics(logits, labels, tables=True, extra=run.metrics)
+    results["adapter_bytes"] = (kept / TENSORS_FILE).stat().st_size
     if accelerator.is_main_process:
         save_results(Path(config.output_dir) / run_folder.RESULTS_FILE, results, run.model, len(labels), accelerator)
-        images: Any = run.eval_loader.dataset
-        save_mistakes(Path(config.output_dir) / run_folder.MISTAKES_FILE, logits, labels, images)
+        save_mistakes(Path(config.output_dir) / run_folder.MISTAKES_FILE, logits, labels, run.eval_images)
     if config.memory.report:
         write_memory(run)
     if accelerator.is_main_process:
@@ -126,6 +128,7 @@ def set_up(config: Config) -> Run:
         weights=config.backbone.weights,
         frozen_weights=config.backbone.frozen_weights,
         image_size=config.data.image_size,
+        eval_image_size=config.data.eval_image_size,
         crop_pct=config.data.crop_pct,
         lite=config.lite,
         head=config.head,
@@ -135,6 +138,13 @@ def set_up(config: Config) -> Run:
     )
     train_images = data.read_images(train_split, config.data)
     eval_images = data.read_images(eval_split, config.data)
+    train_set: Any = train_images
+    eval_set: Any = eval_images
+    start = time.perf_counter()
+    if options.cache_features:
+        train_set = compute_features(accelerator, model, train_images, config)
+        eval_set = compute_features(accelerator, model, eval_images, config)
+    feature_seconds = time.perf_counter() - start
     batches = data.ShuffledBatches(
         len(train_images), options.global_batch_size, options.gradient_accumulation_steps, config.seed
     )
@@ -142,8 +152,8 @@ def set_up(config: Config) -> Run:
     prepared, prepared_optimizer, train_loader, eval_loader, scheduler = accelerator.prepare(
         model,
         optimizer,
-        data.make_loader(train_images, config.data, batch_sampler=batches),
-        data.make_loader(eval_images, config.data, batch_size=options.global_batch_size),
+        data.make_loader(train_set, config.data, batch_sampler=batches),
+        data.make_loader(eval_set, config.data, batch_size=options.global_batch_size),
         make_scheduler(optimizer, options, batches.optimizer_steps),
     )
     checkpoint.register(accelerator)
@@ -153,12 +163,13 @@ def set_up(config: Config) -> Run:
         "data.eval_sha256": data.sha256(eval_split),
     }
     progress = checkpoint.load(accelerator, resume_from, hashes) if resume_from else Progress()
+    progress.seconds += feature_seconds
     if accelerator.is_main_process:
         run_folder.make_ready(config, progress.epoch)
-    if resume_from is not None and not (Path(config.output_dir) / run_folder.BEST_ADAPTER).exists():
+    if resume_from is not None and not (Path(config.output_dir) / run_folder.ADAPTER).exists():
         # Resumed into another folder: the best so far stayed in the first.
         progress.best_accuracy = -1.0
-        save_adapters(model, config, [run_folder.BEST_ADAPTER], accelerator)
+        save_adapters(model, config, [run_folder.ADAPTER], accelerator)
     start_tracker(accelerator, config)
     augment = RandomCropFlip(len(train_images), config.seed, config.data.crop_scale, config.data.flip)
     return Run(
@@ -170,6 +181,7 @@ def set_up(config: Config) -> Run:
         scheduler=scheduler,
         train_loader=train_loader,
         eval_loader=eval_loader,
+        eval_images=eval_images,
         eval_split=data.HOLDOUT if eval_split.name == train_split.name else eval_split.name,
         batches=batches,
         augment=augment,
@@ -236,7 +248,9 @@ def looks_for_signals(run: Run) -> bool:
 
 
 def augmented(run: Run, batch: dict[str, Tensor]) -> Tensor:
-    """A batch of pixels, cropped, flipped, resized and normalised."""
+    """A batch of pixels, cropped, flipped, resized and normalised, or of features as they are."""
+    if "features" in batch:
+        return batch["features"]
     boxes, flips = run.augment(batch["sizes"], batch["index"])
     return resample(batch["pixels"], batch["sizes"], boxes, run.config.data.image_size, flips=flips)
 
@@ -266,8 +280,8 @@ def finish_epoch(run: Run, figures: dict[str, float]) -> None:
         "eval": figures,
     }
     run.accelerator.log(flat(line), step=progress.epoch + 1)
-    is_best = figures["accuracy"] > progress.best_accuracy
-    names = [run_folder.LAST_ADAPTER, *([run_folder.BEST_ADAPTER] if is_best else [])]
+    is_kept = config.adapter.keep == "last" or figures["accuracy"] > progress.best_accuracy
+    names = [run_folder.LAST_ADAPTER, *([run_folder.ADAPTER] if is_kept else [])]
     save_adapters(run.model, config, names, run.accelerator, figures)
     if run.accelerator.is_main_process:
         run_folder.append_metrics(Path(config.output_dir), line)
@@ -279,7 +293,7 @@ def finish_epoch(run: Run, figures: dict[str, float]) -> None:
         train_figures["images_per_second"],
         figures["loss"],
         figures["accuracy"],
-        " (best)" if is_best else "",
+        " (best)" if figures["accuracy"] > progress.best_accuracy else "",
     )
     progress.next_epoch(figures["accuracy"])
 

@@ -1,0 +1,118 @@
+"""All seven methods under one budget: tune the learning rate of each, train it with three seeds, publish the runs.
+
+    python model_cards/comparison.py tune
+    python model_cards/comparison.py run
+    python model_cards/comparison.py publish
+
+From the root of the repository. Every step leaves out what is done already and goes on with what was cut off, so it
+can be stopped at any time. Options of ``tinytl-hf train`` at the end of the line are passed on, such as
+``--data.dataset path/to/cifar10``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+CONFIG = "configs/cifar10_comparison.yaml"
+CARDS = Path("model_cards")
+TUNED = CARDS / "tuning.json"
+SEEDS = (0, 1, 2)
+LEARNING_RATES = {
+    "FT-Last": (1e-3, 3e-3, 1e-2),
+    "TinyTL-B": (2e-3, 5e-3, 1e-2),
+    "FT-Norm+Last": (1e-3, 3e-3, 1e-2),
+    "TinyTL-L": (1e-3, 2e-3, 4e-3),
+    "TinyTL-L+B": (1e-3, 2e-3, 4e-3),
+    "FT-Layerwise": (5e-4, 1e-3, 2e-3),
+    "FT-Full": (2e-4, 5e-4, 1e-3),
+}
+# Tuning never sees the test set: a part of the training set to learn from, another to choose by.
+TUNING = ["--data.eval_split", "holdout", "--data.max_train_samples", "15000", "--data.max_eval_samples", "2500"]
+TUNING += ["--train.epochs", "1", "--memory.report", "false"]
+RUN_FILES = ("config.yaml", "metrics.jsonl", "eval_results.json", "memory.json")
+CARD_FILES = ("README.md", "eval_results.json", "curves.png", "confusion_matrix.png")
+
+
+def main() -> None:
+    """Tune, train what has been tuned, or publish what has been trained."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("tune", "run", "publish"))
+    parser.add_argument("--output", type=Path, default=Path("runs/comparison"), help="folder of the runs")
+    parser.add_argument("--methods", nargs="+", choices=LEARNING_RATES, default=list(LEARNING_RATES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    options, passed_on = parser.parse_known_args()
+    if options.step == "tune":
+        for method in options.methods:
+            for lr in LEARNING_RATES[method]:
+                train(options.output / method / f"lr{lr:g}", method, lr, [*TUNING, *passed_on])
+        write_tuning(options.output)
+    elif options.step == "run":
+        tuned = json.loads(TUNED.read_text())
+        for seed in options.seeds:
+            for method in options.methods:
+                folder = options.output / method / f"seed{seed}"
+                train(folder, method, tuned[method]["best"], ["--seed", str(seed), *passed_on])
+                measure_memory(folder)
+    else:
+        publish(options.output)
+
+
+def tinytl_hf(*words: str) -> str:
+    """Run a verb in a process of its own, and give what it printed."""
+    command = [sys.executable, "-m", "tinytl_hf", *words]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def train(folder: Path, method: str, lr: float, more: list[str]) -> None:
+    """Train into ``folder``, unless that holds a finished run."""
+    if not (folder / "eval_results.json").is_file():
+        words = ["train", "--config", CONFIG, "--output_dir", str(folder), "--method", method]
+        tinytl_hf(*words, "--train.lr", str(lr), "--train.resume", "auto", *more)
+
+
+def measure_memory(folder: Path) -> None:
+    """Put stock PyTorch's training step beside the lean one that the run has measured."""
+    memory = json.loads((folder / "memory.json").read_text())
+    if len(memory["rows"]) == 1:
+        batch, method = memory["conditions"]["batch_size"], memory["rows"][0]["method"]
+        words = ["memory", "--config", str(folder / "config.yaml"), "--methods", f"[{method}]"]
+        (folder / "memory.json").write_text(tinytl_hf(*words, "--batch_size", str(batch), "--json"))
+
+
+def write_tuning(runs: Path) -> None:
+    """Write what each learning rate gave, and the best of each method."""
+    tuned = {}
+    for method, rates in LEARNING_RATES.items():
+        files = {lr: runs / method / f"lr{lr:g}" / "eval_results.json" for lr in rates}
+        done = {lr: json.loads(file.read_text()) for lr, file in files.items() if file.is_file()}
+        accuracy = {f"{lr:g}": results["accuracy"] for lr, results in done.items()}
+        if accuracy:
+            tuned[method] = {"best": float(max(accuracy, key=accuracy.__getitem__)), "accuracy": accuracy}
+    TUNED.write_text(json.dumps(tuned, indent=2) + "\n")
+
+
+def publish(runs: Path) -> None:
+    """Copy the raw figures of finished runs and a card of each method here, and draw the comparison."""
+    for results in sorted(runs.glob("*/seed*/eval_results.json")):
+        run, method = results.parent, results.parent.parent.name
+        copy(RUN_FILES, run, CARDS / "runs" / method / run.name)
+        if run.name == f"seed{SEEDS[0]}":
+            copy(CARD_FILES, run / "adapter", CARDS / method)
+    published = sorted(str(path.parent) for path in CARDS.glob("runs/*/seed*/config.yaml"))
+    print(tinytl_hf("compare", *published, "--output", str(CARDS / "comparison")))
+
+
+def copy(names: tuple[str, ...], source: Path, target: Path) -> None:
+    """Copy files into a folder that is made if there is none."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copy(source / name, target / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The script of the published comparison, on a small data set in place of CIFAR-10."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import yaml
+from conftest import ROOT
+
+
+def test_the_comparison_tunes_trains_and_publishes_and_repeats_nothing(colour_folder, tmp_path):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "model_cards").mkdir()
+    small = ["--data.dataset", str(colour_folder), "--data.image_size", "32", "--data.eval_image_size", "64"]
+    small += ["--backbone.weights", "none", "--train.global_batch_size", "8"]
+
+    def step(name, *options):
+        words = [sys.executable, ROOT / "model_cards" / "comparison.py", name, *options]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    step("tune", "--methods", "FT-Last", *small)
+    (tuned,) = json.loads((tmp_path / "model_cards" / "tuning.json").read_text()).values()
+    assert len(tuned["accuracy"]) == 3 and tuned["accuracy"][f"{tuned['best']:g}"] == max(tuned["accuracy"].values())
+    config = yaml.safe_load((tmp_path / "runs/comparison/FT-Last/lr0.01/config.yaml").read_text())
+    assert config["data"]["eval_split"] == "holdout" and config["train"]["epochs"] == 1
+
+    step("run", "--methods", "FT-Last", "--seeds", "0", *small)
+    assert "epoch" not in step("run", "--methods", "FT-Last", "--seeds", "0", *small).stderr
+    printed = step("publish").stdout
+    published = tmp_path / "model_cards"
+    assert {path.name for path in (published / "FT-Last").iterdir()} == {
+        *("README.md", "eval_results.json", "curves.png", "confusion_matrix.png")
+    }
+    memory = json.loads((published / "runs/FT-Last/seed0/memory.json").read_text())
+    assert {row["engine"] for row in memory["rows"]} == {"lean", "stock"}
+    (row,) = json.loads((published / "comparison" / "compare.json").read_text())["rows"]
+    assert row["peak_mb"] > 9 and row["stock_peak_mb"] > 9 and row["runs"] == ["model_cards/runs/FT-Last/seed0"]
+    assert printed.startswith("method") and not list(published.rglob("*.safetensors"))

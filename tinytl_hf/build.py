@@ -1,0 +1,51 @@
+"""From an adapter's config to the network it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tinytl_hf import methods
+from tinytl_hf.adapter import AdapterConfig, check_tensors
+from tinytl_hf.backbones import check_image_size, create_backbone
+from tinytl_hf.blocks import TinyTLBlock, convert_blocks
+from tinytl_hf.config import LiteConfig
+
+ORDINARY_CLASSES = 10_000
+
+
+def build_network(
+    config: AdapterConfig, weights: str, gradient_checkpointing: bool = False
+) -> tuple[nn.Module, dict[str, TinyTLBlock]]:
+    """Build the backbone with its head, made to train by the config's method.
+
+    Args:
+        config: What to build.
+        weights: Source of the backbone's weights.
+        gradient_checkpointing: Recompute each block in the backward pass.
+
+    Returns:
+        The network, and its residual blocks by name.
+
+    Raises:
+        TinyTLError: A name, source or size that does not fit.
+    """
+    name, sizes = config.backbone.name, config.preprocessing
+    check_image_size(name, sizes.trained_at)
+    check_image_size(name, sizes.image_size)
+    backbone = create_backbone(name, weights, len(config.label_names), config.head.dropout)
+    blocks = convert_blocks(backbone, gradient_checkpointing)
+    methods.apply_method(backbone, blocks, config.method, sizes.trained_at, config.lite)
+    return backbone, blocks
+
+
+def check_fits(config: AdapterConfig, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise unless ``tensors`` are what ``config`` describes, before memory is taken for what it describes."""
+    check_image_size(config.backbone.name, config.preprocessing.trained_at)
+    if config.lite == LiteConfig() and len(config.label_names) <= ORDINARY_CLASSES:
+        return  # it cannot ask for much
+    with torch.device("meta"):
+        backbone, _ = build_network(config, "none")
+    check_tensors(backbone, tensors, source)
