@@ -3,6 +3,7 @@
     python model_cards/comparison.py tune
     python model_cards/comparison.py run
     python model_cards/comparison.py publish
+    python model_cards/comparison.py draw
 
 From the root of the repository. Every step leaves out what is done already and goes on with what was cut off, so it
 can be stopped at any time. Options of ``tinytl-hf train`` at the end of the line are passed on, such as
@@ -18,10 +19,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tinytl_hf.plots import save_confusion, save_curves
+from tinytl_hf.run_folder import read_metrics
+
 CONFIG = "configs/cifar10_comparison.yaml"
 CARDS = Path("model_cards")
 TUNED = CARDS / "tuning.json"
 SEEDS = (0, 1, 2)
+CARD_SEED = "seed0"
 LEARNING_RATES = {
     "FT-Last": (1e-3, 3e-3, 1e-2),
     "TinyTL-B": (2e-3, 5e-3, 1e-2),
@@ -34,14 +39,12 @@ LEARNING_RATES = {
 # Tuning never sees the test set: a part of the training set to learn from, another to choose by.
 TUNING = ["--data.eval_split", "holdout", "--data.max_train_samples", "15000", "--data.max_eval_samples", "2500"]
 TUNING += ["--train.epochs", "1", "--memory.report", "false"]
-RUN_FILES = ("config.yaml", "metrics.jsonl", "eval_results.json", "memory.json")
-CARD_FILES = ("README.md", "eval_results.json", "curves.png", "confusion_matrix.png")
 
 
 def main() -> None:
-    """Tune, train what has been tuned, or publish what has been trained."""
+    """Tune, train what has been tuned, publish what has been trained, or draw what has been published."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("tune", "run", "publish"))
+    parser.add_argument("step", choices=("tune", "run", "publish", "draw"))
     parser.add_argument("--output", type=Path, default=Path("runs/comparison"), help="folder of the runs")
     parser.add_argument("--methods", nargs="+", choices=LEARNING_RATES, default=list(LEARNING_RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
@@ -59,10 +62,12 @@ def main() -> None:
                 train(folder, method, tuned[method]["best"], ["--seed", str(seed), *passed_on])
                 measure_memory(folder)
     else:
-        publish(options.output)
+        if options.step == "publish":
+            publish(options.output)
+        draw()
 
 
-def tinytl_hf(*words: str) -> str:
+def run_verb(*words: str) -> str:
     """Run a verb in a process of its own, and give what it printed."""
     command = [sys.executable, "-m", "tinytl_hf", *words]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -72,7 +77,7 @@ def train(folder: Path, method: str, lr: float, more: list[str]) -> None:
     """Train into ``folder``, unless that holds a finished run."""
     if not (folder / "eval_results.json").is_file():
         words = ["train", "--config", CONFIG, "--output_dir", str(folder), "--method", method]
-        tinytl_hf(*words, "--train.lr", str(lr), "--train.resume", "auto", *more)
+        run_verb(*words, "--train.lr", str(lr), "--train.resume", "auto", *more)
 
 
 def measure_memory(folder: Path) -> None:
@@ -81,7 +86,7 @@ def measure_memory(folder: Path) -> None:
     if len(memory["rows"]) == 1:
         batch, method = memory["conditions"]["batch_size"], memory["rows"][0]["method"]
         words = ["memory", "--config", str(folder / "config.yaml"), "--methods", f"[{method}]"]
-        (folder / "memory.json").write_text(tinytl_hf(*words, "--batch_size", str(batch), "--json"))
+        (folder / "memory.json").write_text(run_verb(*words, "--batch_size", str(batch), "--json"))
 
 
 def write_tuning(runs: Path) -> None:
@@ -97,17 +102,28 @@ def write_tuning(runs: Path) -> None:
 
 
 def publish(runs: Path) -> None:
-    """Copy the raw figures of finished runs and a card of each method here, and draw the comparison."""
+    """Copy the raw figures of finished runs and a card of each method here."""
     for results in sorted(runs.glob("*/seed*/eval_results.json")):
         run, method = results.parent, results.parent.parent.name
-        copy(RUN_FILES, run, CARDS / "runs" / method / run.name)
-        if run.name == f"seed{SEEDS[0]}":
-            copy(CARD_FILES, run / "adapter", CARDS / method)
-    published = sorted(str(path.parent) for path in CARDS.glob("runs/*/seed*/config.yaml"))
-    print(tinytl_hf("compare", *published, "--output", str(CARDS / "comparison")))
+        copy(run, CARDS / "runs" / method / run.name, "config.yaml", "metrics.jsonl", "memory.json")
+        copy(run / "adapter", CARDS / "runs" / method / run.name, "eval_results.json")  # says nothing of the machine
+        if run.name == CARD_SEED:
+            copy(run / "adapter", CARDS / method, "README.md", "eval_results.json")
 
 
-def copy(names: tuple[str, ...], source: Path, target: Path) -> None:
+def draw() -> None:
+    """Draw every table and picture from what has been published."""
+    published = sorted(path.parent for path in CARDS.glob("runs/*/seed*/config.yaml"))
+    print(run_verb("compare", *map(str, published), "--output", str(CARDS / "comparison")))
+    for run in published:
+        if run.name == CARD_SEED:
+            method, results = run.parent.name, json.loads((run / "eval_results.json").read_text())
+            save_curves(CARDS / method / "curves.png", {method: read_metrics(run)})
+            picture = CARDS / method / "confusion_matrix.png"
+            save_confusion(picture, results["confusion_matrix"], results["label_names"])
+
+
+def copy(source: Path, target: Path, *names: str) -> None:
     """Copy files into a folder that is made if there is none."""
     target.mkdir(parents=True, exist_ok=True)
     for name in names:

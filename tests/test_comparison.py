@@ -38,4 +38,9 @@ def test_the_comparison_tunes_trains_and_publishes_and_repeats_nothing(colour_fo
     assert {row["engine"] for row in memory["rows"]} == {"lean", "stock"}
     (row,) = json.loads((published / "comparison" / "compare.json").read_text())["rows"]
     assert row["peak_mb"] > 9 and row["stock_peak_mb"] > 9 and row["runs"] == ["model_cards/runs/FT-Last/seed0"]
+    picture = published / "FT-Last" / "curves.png"
+    drawn = picture.read_bytes()
+    picture.unlink()
+    step("draw")
+    assert picture.read_bytes() == drawn
     assert printed.startswith("method") and not list(published.rglob("*.safetensors"))
