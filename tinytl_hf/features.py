@@ -31,11 +31,13 @@ class CachedFeatures(Dataset):
         return {"features": self.features[index], "labels": self.labels[index]}
 
 
-@torch.no_grad()
 def compute_features(
     accelerator: Accelerator, model: TinyTLModel, images: DecodedImages | StreamedImages, config: Config
 ) -> CachedFeatures:
     """Run the evaluation view of each image through the frozen backbone, once.
+
+    That is a pass of training, in which no frozen layer acts otherwise, as the lean engine's slices are several times
+    faster on large batches than a stock evaluation.
 
     Args:
         accelerator: Processes to share the work; each gets all features.
@@ -43,7 +45,7 @@ def compute_features(
         images: The set.
         config: The run's config.
     """
-    model.to(accelerator.device).eval()
+    model.to(accelerator.device).train()
     loader = accelerator.prepare(make_loader(images, config.data, batch_size=config.train.global_batch_size))
     found = []
     for batch in tqdm(loader, desc="features", disable=not accelerator.is_main_process, leave=False, mininterval=1):

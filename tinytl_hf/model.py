@@ -258,16 +258,15 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
             return self._head(images)
         return self.backbone(images.contiguous(memory_format=torch.channels_last))
 
-    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """What the head gets of normalised images: ``[N, 3, H, W]`` to ``[N, features]``."""
+        """What the head gets of normalised images: ``[N, 3, H, W]`` to ``[N, features]``, without a gradient."""
         caught: list[Tensor] = []
         handle = self._head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
         try:
             self(images)
         finally:
             handle.remove()
-        return caught[0]
+        return caught[0].detach()
 
     @property
     def label_names(self) -> list[str]:
