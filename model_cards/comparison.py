@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tinytl_hf.plots import save_confusion, save_curves
 from tinytl_hf.run_folder import read_metrics
@@ -29,11 +30,11 @@ SEEDS = (0, 1, 2)
 CARD_SEED = "seed0"
 LEARNING_RATES = {
     "FT-Last": (1e-3, 3e-3, 1e-2),
-    "TinyTL-B": (2e-3, 5e-3, 1e-2),
+    "TinyTL-B": (1e-3, 2e-3, 5e-3, 1e-2),
     "FT-Norm+Last": (1e-3, 3e-3, 1e-2),
     "TinyTL-L": (1e-3, 2e-3, 4e-3),
     "TinyTL-L+B": (1e-3, 2e-3, 4e-3),
-    "FT-Layerwise": (5e-4, 1e-3, 2e-3),
+    "FT-Layerwise": (5e-4, 1e-3, 2e-3, 4e-3),
     "FT-Full": (2e-4, 5e-4, 1e-3),
 }
 # Tuning never sees the test set: a part of the training set to learn from, another to choose by.
@@ -51,16 +52,14 @@ def main() -> None:
     options, passed_on = parser.parse_known_args()
     if options.step == "tune":
         for method in options.methods:
-            for lr in LEARNING_RATES[method]:
-                train(options.output / method / f"lr{lr:g}", method, lr, [*TUNING, *passed_on])
-        write_tuning(options.output)
+            tune(method, options.output / method, passed_on)
     elif options.step == "run":
-        tuned = json.loads(TUNED.read_text())
         for seed in options.seeds:
             for method in options.methods:
-                folder = options.output / method / f"seed{seed}"
-                train(folder, method, tuned[method]["best"], ["--seed", str(seed), *passed_on])
-                measure_memory(folder)
+                if not (CARDS / "runs" / method / f"seed{seed}").is_dir():
+                    folder = options.output / method / f"seed{seed}"
+                    train(folder, method, read_tuning()[method]["best"], ["--seed", str(seed), *passed_on])
+                    measure_memory(folder)
     else:
         if options.step == "publish":
             publish(options.output)
@@ -89,16 +88,21 @@ def measure_memory(folder: Path) -> None:
         (folder / "memory.json").write_text(run_verb(*words, "--batch_size", str(batch), "--json"))
 
 
-def write_tuning(runs: Path) -> None:
-    """Write what each learning rate gave, and the best of each method."""
-    tuned = {}
-    for method, rates in LEARNING_RATES.items():
-        files = {lr: runs / method / f"lr{lr:g}" / "eval_results.json" for lr in rates}
-        done = {lr: json.loads(file.read_text()) for lr, file in files.items() if file.is_file()}
-        accuracy = {f"{lr:g}": results["accuracy"] for lr, results in done.items()}
-        if accuracy:
-            tuned[method] = {"best": float(max(accuracy, key=accuracy.__getitem__)), "accuracy": accuracy}
-    TUNED.write_text(json.dumps(tuned, indent=2) + "\n")
+def tune(method: str, folder: Path, more: list[str]) -> None:
+    """Try the method's learning rates and write what each gave, and which was best."""
+    tuning = read_tuning()
+    accuracy = tuning.get(method, {}).get("accuracy", {})
+    for lr in LEARNING_RATES[method]:
+        if f"{lr:g}" not in accuracy:
+            train(folder / f"lr{lr:g}", method, lr, [*TUNING, *more])
+            accuracy[f"{lr:g}"] = json.loads((folder / f"lr{lr:g}" / "eval_results.json").read_text())["accuracy"]
+    tuning[method] = {"best": float(max(accuracy, key=accuracy.__getitem__)), "accuracy": accuracy}
+    TUNED.write_text(json.dumps(tuning, indent=2) + "\n")
+
+
+def read_tuning() -> dict[str, Any]:
+    """What has been tuned, by method."""
+    return json.loads(TUNED.read_text()) if TUNED.is_file() else {}
 
 
 def publish(runs: Path) -> None:
