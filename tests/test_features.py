@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from started_runs import metrics
 
 from tinytl_hf import TinyTLModel
+from tinytl_hf.augment import RandomCropFlip
+from tinytl_hf.features import drawn_view
 
 
 @pytest.mark.parametrize("lean", [True, False])
@@ -45,6 +47,16 @@ def test_cached_features_resume_to_the_same_head(colour_folder, tmp_path):
     assert [done.returncode for done in (whole, first, second)] == [0, 0, 0], second.stderr
     heads = [load_file(tmp_path / name / "adapter_last" / "adapter_model.safetensors") for name in ("whole", "parts")]
     assert heads[0].keys() == heads[1].keys() and all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+
+
+def test_mirrored_features_take_the_place_of_the_others_where_the_draw_mirrors():
+    augment = RandomCropFlip(1000, seed=0, scale=(0.5, 1.0), flip=True)
+    batch = {"features": torch.zeros(1000, 2), "mirrored": torch.ones(1000, 2), "index": torch.arange(1000)}
+    mirrored = drawn_view(batch, augment)[:, 0].bool()
+    assert 450 < mirrored.sum() < 550
+    assert torch.equal(mirrored, augment(torch.full((1000, 2), 32), torch.arange(1000))[1])
+    augment.set_epoch(1)
+    assert not torch.equal(drawn_view(batch, augment)[:, 0].bool(), mirrored)
 
 
 @pytest.mark.parametrize("method", ["TinyTL-B", "FT-Full"])

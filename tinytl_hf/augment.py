@@ -67,7 +67,7 @@ class RandomCropFlip:
             Boxes ``[N, 4]`` and flips ``[N]`` (true: mirror).
         """
         self.draws = self.draws.to(index.device)
-        area, ratio, top, left, flip = self.draws[index].unbind(1)
+        area, ratio, top, left, _ = self.draws[index].unbind(1)
         height, width = sizes.float().unbind(1)
         low, high = self.scale
         area = (low + (high - low) * area) * height * width
@@ -76,7 +76,12 @@ class RandomCropFlip:
         box_height = torch.minimum((area / ratio).sqrt(), height)
         box_width = torch.minimum((area * ratio).sqrt(), width)
         boxes = torch.stack([top * (height - box_height), left * (width - box_width), box_height, box_width], dim=1)
-        return boxes, (flip < 0.5) if self.flip else torch.zeros_like(flip, dtype=torch.bool)
+        return boxes, self.flips(index)
+
+    def flips(self, index: Tensor) -> Tensor:
+        """Which of the images at ``index`` ``[N]`` to mirror."""
+        draws = self.draws.to(index.device)[index, 4]
+        return draws < (0.5 if self.flip else 0)
 
 
 def resample(

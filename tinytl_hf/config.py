@@ -198,8 +198,9 @@ class TrainConfig:
     max_grad_norm: float | None = None
     """Clip the gradients' total norm to this; null: do not clip."""
     cache_features: bool = False
-    """FT-Last: compute the frozen backbone's features of each image once, of its evaluation view, and train the
-    head on them: many times faster, without random crops and flips. Keeps 4 bytes a feature and image."""
+    """FT-Last: compute the frozen backbone's features of each image once, of its evaluation view and, with
+    data.flip, of that mirrored, and train the head on them: many times faster, without random crops. Keeps 4
+    bytes a feature and view."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time, same results."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from tinytl_hf.augment import RandomCropFlip
 from tinytl_hf.config import Config
 from tinytl_hf.data import DecodedImages, StreamedImages, make_loader
 from tinytl_hf.model import TinyTLModel
@@ -17,22 +18,34 @@ class CachedFeatures(Dataset):
     """The head's input for each image of a set, in memory.
 
     Args:
-        features: ``[N, features]``.
+        views: ``[N, features]`` by name: ``features``, and ``mirrored`` those of the mirrored images.
         labels: ``[N]`` class numbers.
     """
 
-    def __init__(self, features: Tensor, labels: Tensor) -> None:
-        self.features, self.labels = features, labels
+    def __init__(self, views: dict[str, Tensor], labels: Tensor) -> None:
+        self.views, self.labels = views, labels
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, index: list[int]) -> dict[str, Tensor]:
-        return {"features": self.features[index], "labels": self.labels[index]}
+        views = {name: features[index] for name, features in self.views.items()}
+        return {**views, "labels": self.labels[index], "index": torch.tensor(index)}
+
+
+def drawn_view(batch: dict[str, Tensor], augment: RandomCropFlip) -> Tensor:
+    """Features ``[N, features]`` of a batch of training, of the mirrored images where the draw says so."""
+    if "mirrored" not in batch:
+        return batch["features"]
+    return torch.where(augment.flips(batch["index"])[:, None], batch["mirrored"], batch["features"])
 
 
 def compute_features(
-    accelerator: Accelerator, model: TinyTLModel, images: DecodedImages | StreamedImages, config: Config
+    accelerator: Accelerator,
+    model: TinyTLModel,
+    images: DecodedImages | StreamedImages,
+    config: Config,
+    mirrored: bool = False,
 ) -> CachedFeatures:
     """Run the evaluation view of each image through the frozen backbone, once.
 
@@ -44,11 +57,14 @@ def compute_features(
         model: One that trains by FT-Last.
         images: The set.
         config: The run's config.
+        mirrored: Whether to add the mirrored images' features.
     """
     model.to(accelerator.device).train()
     loader = accelerator.prepare(make_loader(images, config.data, batch_size=config.train.global_batch_size))
-    found = []
+    found: dict[str, list[Tensor]] = {}
     for batch in tqdm(loader, desc="features", disable=not accelerator.is_main_process, leave=False, mininterval=1):
-        features = model.features(model.normalise(batch["pixels"], batch["sizes"]))
-        found.append(accelerator.gather_for_metrics(features).float().cpu())
-    return CachedFeatures(torch.cat(found), images.labels)
+        view = model.normalise(batch["pixels"], batch["sizes"])
+        for name, inputs in {"features": view, **({"mirrored": view.flip(3)} if mirrored else {})}.items():
+            features = accelerator.gather_for_metrics(model.features(inputs))
+            found.setdefault(name, []).append(features.float().cpu())
+    return CachedFeatures({name: torch.cat(features) for name, features in found.items()}, images.labels)

@@ -30,7 +30,7 @@ from tinytl_hf.checkpoint import Progress
 from tinytl_hf.config import Config, flat
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.evaluation import check_divides, device_name, make_accelerator, predict_set, save_results
-from tinytl_hf.features import compute_features
+from tinytl_hf.features import compute_features, drawn_view
 from tinytl_hf.interrupt import StopSignal
 from tinytl_hf.metrics import compute_metrics, load_metrics
 from tinytl_hf.mistakes import save_mistakes
@@ -142,7 +142,7 @@ def set_up(config: Config) -> Run:
     eval_set: Any = eval_images
     start = time.perf_counter()
     if options.cache_features:
-        train_set = compute_features(accelerator, model, train_images, config)
+        train_set = compute_features(accelerator, model, train_images, config, mirrored=config.data.flip)
         eval_set = compute_features(accelerator, model, eval_images, config)
     feature_seconds = time.perf_counter() - start
     batches = data.ShuffledBatches(
@@ -250,7 +250,7 @@ def looks_for_signals(run: Run) -> bool:
 def augmented(run: Run, batch: dict[str, Tensor]) -> Tensor:
     """A batch of pixels, cropped, flipped, resized and normalised, or of features as they are."""
     if "features" in batch:
-        return batch["features"]
+        return drawn_view(batch, run.augment)
     boxes, flips = run.augment(batch["sizes"], batch["index"])
     return resample(batch["pixels"], batch["sizes"], boxes, run.config.data.image_size, flips=flips)
 
