@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from tinytl_hf.plots import save_confusion, save_curves
-from tinytl_hf.run_folder import read_metrics
 
 CONFIG = "configs/cifar10_comparison.yaml"
 CARDS = Path("model_cards")
@@ -122,7 +121,8 @@ def draw() -> None:
     for run in published:
         if run.name == CARD_SEED:
             method, results = run.parent.name, json.loads((run / "eval_results.json").read_text())
-            save_curves(CARDS / method / "curves.png", {method: read_metrics(run)})
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            save_curves(CARDS / method / "curves.png", {method: lines})
             picture = CARDS / method / "confusion_matrix.png"
             save_confusion(picture, results["confusion_matrix"], results["label_names"])
 
