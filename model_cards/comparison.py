@@ -38,7 +38,7 @@ LEARNING_RATES = {
 }
 # Tuning never sees the test set: a part of the training set to learn from, another to choose by.
 TUNING = ["--data.eval_split", "holdout", "--data.max_train_samples", "15000", "--data.max_eval_samples", "2500"]
-TUNING += ["--train.epochs", "1", "--memory.report", "false"]
+TUNING += ["--data.eval_image_size", "96", "--train.epochs", "1", "--memory.report", "false"]
 
 
 def main() -> None:
@@ -116,15 +116,15 @@ def publish(runs: Path) -> None:
 
 def draw() -> None:
     """Draw every table and picture from what has been published."""
+    from tinytl_hf.runs import read_run  # torch comes with it, which the other steps do without
+
     published = sorted(path.parent for path in CARDS.glob("runs/*/seed*/config.yaml"))
     print(run_verb("compare", *map(str, published), "--output", str(CARDS / "comparison")))
-    for run in published:
-        if run.name == CARD_SEED:
-            method, results = run.parent.name, json.loads((run / "eval_results.json").read_text())
-            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            save_curves(CARDS / method / "curves.png", {method: lines})
-            picture = CARDS / method / "confusion_matrix.png"
-            save_confusion(picture, results["confusion_matrix"], results["label_names"])
+    for run in map(read_run, published):
+        if run.folder.name == CARD_SEED:
+            save_curves(CARDS / run.method / "curves.png", {run.method: run.epochs})
+            picture = CARDS / run.method / "confusion_matrix.png"
+            save_confusion(picture, run.results["confusion_matrix"], run.results["label_names"])
 
 
 def copy(source: Path, target: Path, *names: str) -> None:

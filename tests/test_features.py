@@ -36,6 +36,7 @@ def test_a_run_on_cached_features_has_the_figures_of_its_adapter_on_images(colou
     assert run_cli("eval", "--adapter", output / "adapter", "--output", again, "--batch_size", "8").returncode == 0
     before, after = json.loads((output / "eval_results.json").read_text()), json.loads(again.read_text())
     assert after["accuracy"] == before["accuracy"] and after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    assert "none, features computed once, flipped" in (output / "adapter" / "README.md").read_text()
     assert json.loads((output / "mistakes.json").read_text())["n"] == 10
 
 

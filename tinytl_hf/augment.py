@@ -66,8 +66,7 @@ class RandomCropFlip:
         Returns:
             Boxes ``[N, 4]`` and flips ``[N]`` (true: mirror).
         """
-        self.draws = self.draws.to(index.device)
-        area, ratio, top, left, _ = self.draws[index].unbind(1)
+        area, ratio, top, left, _ = self._drawn(index).unbind(1)
         height, width = sizes.float().unbind(1)
         low, high = self.scale
         area = (low + (high - low) * area) * height * width
@@ -80,8 +79,11 @@ class RandomCropFlip:
 
     def flips(self, index: Tensor) -> Tensor:
         """Which of the images at ``index`` ``[N]`` to mirror."""
-        draws = self.draws.to(index.device)[index, 4]
-        return draws < (0.5 if self.flip else 0)
+        return self._drawn(index)[:, 4] < (0.5 if self.flip else 0)
+
+    def _drawn(self, index: Tensor) -> Tensor:
+        self.draws = self.draws.to(index.device)
+        return self.draws[index]
 
 
 def resample(

@@ -159,6 +159,7 @@ def _recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
     options, data = config.train, config.data
     gamma = f", gamma {options.gamma:g}" if options.schedule == "exponential" else ""
     low, high = data.crop_scale
+    crop = "none, features computed once" if options.cache_features else f"{low:g} to {high:g} of the area"
     return {
         "method": config.method,
         "epochs": options.epochs,
@@ -169,7 +170,7 @@ def _recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
         "label smoothing": f"{options.label_smoothing:g}",
         "head dropout": f"{config.head.dropout:g}",
         "image size": _sizes(data),
-        "random crop": f"{low:g} to {high:g} of the area{', flipped' if data.flip else ''}",
+        "random crop": f"{crop}{', flipped' if data.flip else ''}",
         "training images": f"{data.max_train_samples:,} at random" if data.max_train_samples else "all",
         "precision": "fp32" if results["precision"] == "no" else results["precision"],
         "seed": config.seed,

@@ -248,7 +248,7 @@ def looks_for_signals(run: Run) -> bool:
 
 
 def augmented(run: Run, batch: dict[str, Tensor]) -> Tensor:
-    """A batch of pixels, cropped, flipped, resized and normalised, or of features as they are."""
+    """A batch of pixels, cropped, flipped, resized and normalised, or the features of one of its views."""
     if "features" in batch:
         return drawn_view(batch, run.augment)
     boxes, flips = run.augment(batch["sizes"], batch["index"])
@@ -280,9 +280,9 @@ def finish_epoch(run: Run, figures: dict[str, float]) -> None:
         "eval": figures,
     }
     run.accelerator.log(flat(line), step=progress.epoch + 1)
-    is_kept = config.adapter.keep == "last" or figures["accuracy"] > progress.best_accuracy
-    names = [run_folder.LAST_ADAPTER, *([run_folder.ADAPTER] if is_kept else [])]
-    save_adapters(run.model, config, names, run.accelerator, figures)
+    is_best = figures["accuracy"] > progress.best_accuracy
+    kept = [run_folder.ADAPTER] if is_best or config.adapter.keep == "last" else []
+    save_adapters(run.model, config, [run_folder.LAST_ADAPTER, *kept], run.accelerator, figures)
     if run.accelerator.is_main_process:
         run_folder.append_metrics(Path(config.output_dir), line)
     logger.info(
@@ -293,7 +293,7 @@ def finish_epoch(run: Run, figures: dict[str, float]) -> None:
         train_figures["images_per_second"],
         figures["loss"],
         figures["accuracy"],
-        " (best)" if figures["accuracy"] > progress.best_accuracy else "",
+        " (best)" if is_best else "",
     )
     progress.next_epoch(figures["accuracy"])
 
