@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, run_cli
@@ -24,7 +25,8 @@ def arguments_of(command):
 
 
 def test_every_command_runs(colour_folder, tmp_path, monkeypatch, server):
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for folder in ("configs", "model_cards"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.copytree(colour_folder, tmp_path / "path" / "to" / "images")
     shutil.copy(colour_folder / "test" / "red" / "0.png", tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)
@@ -32,6 +34,10 @@ def test_every_command_runs(colour_folder, tmp_path, monkeypatch, server):
     for command in COMMANDS:
         if command.startswith("make "):
             assert re.search(rf"^{command.removeprefix('make ')}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            continue
+        if command.startswith("python "):
+            done = subprocess.run([sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True)
+            assert done.returncode == 0, f"{command}\n{done.stderr}"
             continue
         arguments = arguments_of(command)
         if arguments[0] == "train":

@@ -211,7 +211,13 @@ def _write(output: Path, runs: Sequence[FinishedRun], left_out: list[str]) -> No
 def _draw(output: Path, rows: Sequence[Row], groups: dict[str, list[FinishedRun]]) -> None:
     save_curves(output / "curves.png", {name: _mean_epochs(members) for name, members in groups.items()})
     points = [
-        AccuracyMemory(row.name, row.accuracy, row.accuracy_std, row.peak_mb * MB)
+        AccuracyMemory(
+            name=row.name,
+            accuracy=row.accuracy,
+            std=row.accuracy_std,
+            peak_bytes=row.peak_mb * MB,
+            stock_peak_bytes=None if row.stock_peak_mb is None else row.stock_peak_mb * MB,
+        )
         for row in rows
         if row.peak_mb is not None
     ]

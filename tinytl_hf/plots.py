@@ -41,12 +41,14 @@ class AccuracyMemory:
         accuracy: Mean over seeds, a fraction.
         std: Standard deviation over seeds, or null for one seed.
         peak_bytes: Measured peak of a training step.
+        stock_peak_bytes: The same in stock PyTorch, or null if it was not measured.
     """
 
     name: str
     accuracy: float
     std: float | None
     peak_bytes: float
+    stock_peak_bytes: float | None = None
 
 
 def save_curves(path: Path | BinaryIO, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -138,19 +140,29 @@ def save_memory_bars(path: Path | BinaryIO, rows: Sequence[Mapping[str, Any]]) -
 
 
 def save_accuracy_memory(path: Path | BinaryIO, points: Sequence[AccuracyMemory]) -> None:
-    """Draw accuracy on the evaluation set against measured memory: up and to the left is better."""
+    """Draw accuracy on the evaluation set against measured memory: up and to the left is better.
+
+    A hollow marker is the memory of stock PyTorch, and a line leads from it to that of the run.
+    """
     with _figure(path, 6.4, 4.4 + 0.25 * _legend_rows({point.name: () for point in points})) as figure:
         axis = figure.subplots()
+        rightmost = 0.0
         for i, point in enumerate(points):
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             error = None if point.std is None else 100 * point.std
-            place = (point.peak_bytes / MB, 100 * point.accuracy)
+            peak, accuracy = point.peak_bytes / MB, 100 * point.accuracy
+            stock = peak if point.stock_peak_bytes is None else point.stock_peak_bytes / MB
+            axis.plot([stock, peak], [accuracy, accuracy], ":", color=colour, linewidth=1)
+            axis.plot(stock, accuracy, marker, color=colour, markerfacecolor="white")
             axis.errorbar(
-                *place, yerr=error, label=_short(point.name), color=colour, marker=marker, linestyle="", capsize=4
+                peak, accuracy, error, label=_short(point.name), color=colour, marker=marker, linestyle="", capsize=4
             )
-        axis.set_xlim(0, 1.1 * max(point.peak_bytes for point in points) / MB)
+            rightmost = max(rightmost, stock, peak)
+        axis.set_xlim(0, 1.1 * rightmost)
         axis.margins(y=0.15)
         axis.set(xlabel="peak of one training step, measured (MB of 1e6 bytes)", ylabel="accuracy, evaluation set (%)")
+        if any(point.stock_peak_bytes is not None for point in points):
+            axis.plot([], [], "ko:", markersize=4, linewidth=1, markerfacecolor="white", label="in stock PyTorch")
         _legend(figure, axis)
 
 
