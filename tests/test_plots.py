@@ -24,7 +24,16 @@ def share_of(colour, picture):
 
 def curve(epochs, level):
     figures = {"accuracy": level, "loss": 1 - level}
-    return [{"epoch": epoch + 1, "train": figures, "eval": figures} for epoch in range(epochs)]
+    within = {key: [value] * 20 for key, value in figures.items()}
+    return [{"epoch": i + 1, "train": figures, "eval": figures, "train_curve": within} for i in range(epochs)]
+
+
+def test_short_runs_show_the_training_set_within_epochs():
+    (line,) = curve(1, 0.5)
+    flat = pixels(plots.save_curves, {"FT-Last": [line]})
+    line = {**line, "train_curve": {"accuracy": [0.1, 0.9] * 10, "loss": [0.1, 0.9] * 10}}
+    steep = pixels(plots.save_curves, {"FT-Last": [line]})
+    assert share_of(plots.COLOURS[0], steep) > 3 * share_of(plots.COLOURS[0], flat)
 
 
 @pytest.mark.parametrize("epochs", [1, 12])

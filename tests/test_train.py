@@ -4,6 +4,7 @@ import json
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -47,6 +48,8 @@ def test_a_run_leaves_its_config_figures_adapters_checkpoint_and_tracker_logs(fi
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and [line["step"] for line in lines] == [3, 6, 9, 12]
     assert set(lines[0]["train"]) == {"loss", "accuracy", "images_per_second"}
     assert set(lines[0]["eval"]) == {"accuracy", "top5", "f1", "loss", "ece"}
+    assert [len(line["train_curve"]["loss"]) for line in lines] == [3, 3, 3, 3]  # 3 batches of 8
+    assert np.mean(lines[0]["train_curve"]["loss"]) == pytest.approx(lines[0]["train"]["loss"], abs=1e-4)
     results = json.loads((output / "eval_results.json").read_text())
     assert results["accuracy"] == max(line["eval"]["accuracy"] for line in lines) == 1.0
     assert results["confusion_matrix"] == [[5, 0], [0, 5]] and results["per_class_accuracy"] == [1.0, 1.0]

@@ -23,6 +23,7 @@ from torch import nn
 
 from tinytl_hf.config import Config, flat
 from tinytl_hf.disk import sync
+from tinytl_hf.epoch_sums import Sums
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
 
@@ -49,7 +50,7 @@ class Progress:
         batch: Forward passes done in the current epoch.
         step: Optimizer steps done.
         best_accuracy: Best evaluation accuracy so far; -1 before the first.
-        sums: A row a process, of the current epoch's training images: loss in nats, right answers, count.
+        sums: What the current epoch adds up to so far.
         seconds: Training time of the current epoch.
         learning_rate: That of the last step.
         overflows: Steps of the current epoch that fp16 could not represent and that were left out.
@@ -59,7 +60,7 @@ class Progress:
     batch: int = 0
     step: int = 0
     best_accuracy: float = -1.0
-    sums: list[list[float]] = field(default_factory=list)
+    sums: Sums = field(default_factory=list)
     seconds: float = 0.0
     learning_rate: float = 0.0
     overflows: int = 0

@@ -230,13 +230,15 @@ def _draw(output: Path, rows: Sequence[Row], groups: dict[str, list[FinishedRun]
 
 
 def _mean_epochs(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
-    """Accuracy and loss by epoch, the mean over seeds."""
+    """Accuracy and loss by epoch, and within epochs on the training set, the mean over seeds."""
+    keys = ("accuracy", "loss")
     return [
         {
             "epoch": lines[0]["epoch"],
-            **{
-                part: {key: mean(line[part][key] for line in lines) for key in ("accuracy", "loss")}
-                for part in ("train", "eval")
+            **{part: {key: mean(line[part][key] for line in lines) for key in keys} for part in ("train", "eval")},
+            "train_curve": {
+                key: [mean(part) for part in zip(*(line["train_curve"][key] for line in lines), strict=False)]
+                for key in keys
             },
         }
         for lines in zip(*(run.epochs for run in runs), strict=False)

@@ -21,6 +21,7 @@ LONGEST_LABEL = 24  # characters of a class's name that are shown
 LONGEST_NAME = 48  # and of a run's
 COUNTED_CLASSES = 20  # up to so many classes each cell of a confusion matrix holds its count
 NAMED_CLASSES = 34  # about how many labels fit on an axis
+EPOCHS_IN_PARTS = 4  # of longer runs, curves show one point an epoch
 
 MEMORY_PARTS = {
     "frozen_weights": "frozen weights",
@@ -54,27 +55,45 @@ class AccuracyMemory:
 def save_curves(path: Path | BinaryIO, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Draw accuracy and loss of runs by epoch, on the training set (dashed) and the evaluation set (solid).
 
+    Short runs show the training set's figures within the epochs.
+
     Args:
         path: The PNG file.
         runs: Lines of ``metrics.jsonl`` by name of the run.
     """
+    in_parts = max(len(lines) for lines in runs.values()) <= EPOCHS_IN_PARTS
     with _figure(path, 9.6, 4.4 + 0.25 * _legend_rows(runs)) as figure:
         axes = figure.subplots(1, 2)
         for axis, key, unit, factor in zip(axes, ("accuracy", "loss"), ("%", "nats"), (100, 1), strict=True):
             for i, (name, lines) in enumerate(runs.items()):
                 style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
-                epochs = [line["epoch"] for line in lines]
-                for part, dash, label in (("eval", "-", _short(name)), ("train", "--", "_")):
-                    values = [factor * line[part][key] for line in lines]
-                    fill = style["color"] if part == "eval" else "white"
-                    axis.plot(epochs, values, dash, label=label, markerfacecolor=fill, **style)
+                epochs, values = _by_epoch(lines, "eval", key)
+                axis.plot(epochs, [factor * value for value in values], "-", label=_short(name), **style)
+                times, values = _within_epochs(lines, key) if in_parts else _by_epoch(lines, "train", key)
+                style["marker"] = "" if in_parts else style["marker"]
+                axis.plot(times, [factor * value for value in values], "--", markerfacecolor="white", **style)
             axis.set(xlabel="epoch", ylabel=f"{key} ({unit})")
             axis.xaxis.get_major_locator().set_params(integer=True)
-            if all(len(lines) < 2 for lines in runs.values()):
-                axis.set_xlim(0, 2)
+        marker = "" if in_parts else "o"
         axes[0].plot([], [], "ko-", markersize=4, label="evaluation set")
-        axes[0].plot([], [], "ko--", markersize=4, markerfacecolor="white", label="training set")
+        axes[0].plot([], [], f"k{marker}--", markersize=4, markerfacecolor="white", label="training set")
         _legend(figure, axes[0])
+
+
+def _by_epoch(lines: Sequence[Mapping[str, Any]], part: str, key: str) -> tuple[list[float], list[float]]:
+    """Epochs and figures of the training or evaluation set."""
+    return [line["epoch"] for line in lines], [line[part][key] for line in lines]
+
+
+def _within_epochs(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Times in epochs and the training set's figures there: each is of the part of an epoch that ends then."""
+    times: list[float] = []
+    values: list[float] = []
+    for line in lines:
+        parts = line["train_curve"][key]
+        times += [line["epoch"] - 1 + (i + 1) / len(parts) for i in range(len(parts))]
+        values += parts
+    return times, values
 
 
 def save_confusion(path: Path | BinaryIO, matrix: Sequence[Sequence[int]], label_names: Sequence[str]) -> None:

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tinytl_hf import checkpoint, data, memory, run_folder
+from tinytl_hf import checkpoint, data, epoch_sums, memory, run_folder
 from tinytl_hf.adapter import TENSORS_FILE, DataRecord, read_tensors
 from tinytl_hf.augment import RandomCropFlip, resample
 from tinytl_hf.checkpoint import Progress
 from tinytl_hf.config import Config, flat
+from tinytl_hf.epoch_sums import EpochSums
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.evaluation import check_divides, device_name, make_accelerator, predict_set, save_results
 from tinytl_hf.features import compute_features, drawn_view
@@ -200,8 +201,7 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
     loader = run.train_loader
     if progress.batch:
         loader = accelerator.skip_first_batches(loader, progress.batch)
-    before = progress.sums[accelerator.process_index] if progress.sums else [0.0, 0.0, 0.0]
-    sums = torch.tensor(before, device=accelerator.device)  # loss, right answers and images of this process
+    sums = EpochSums(run.batches.batches, accelerator.device, progress.sums, accelerator.process_index)
     start, seconds_before = time.perf_counter(), progress.seconds
     with progress_bar(run) as bar:
         for batch in loader:
@@ -215,8 +215,7 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
                 run.optimizer.step()
                 run.scheduler.step()
                 run.optimizer.zero_grad()
-            right, images = (logits.argmax(1) == batch["labels"]).sum(), torch.ones_like(loss) * len(logits)
-            sums += torch.stack([loss.detach() * images, right, images])
+            sums.add(progress.batch, loss, logits, batch["labels"])
             progress.batch += 1
             bar.update(run.batches.batch_size)
             if accelerator.sync_gradients:
@@ -227,14 +226,14 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
                     report(run, bar, loss.item(), sums)
                 due = options.checkpoint_every > 0 and progress.step % options.checkpoint_every == 0
                 if due or (looks_for_signals(run) and stop.received(accelerator)):
-                    progress.sums = accelerator.gather(sums[None]).tolist()
+                    progress.sums = accelerator.gather(sums.parts[None]).tolist()
                     stop_if_asked(run, stop, save_checkpoint(run))
-    progress.sums = accelerator.gather(sums[None]).tolist()
+    progress.sums = accelerator.gather(sums.parts[None]).tolist()
 
 
 def save_checkpoint(run: Run) -> Path:
     """Write a checkpoint, unless this run has gone wrong: then the last good one stays."""
-    finite = all(math.isfinite(row[0]) for row in run.progress.sums)
+    finite = np.isfinite(run.progress.sums).all()
     if not finite or not all(tensor.isfinite().all() for tensor in run.model.adapter_tensors().values()):
         raise_not_finite(run)
     return checkpoint.save(run.accelerator, run.config, run.progress, run.hashes)
@@ -263,12 +262,8 @@ def predict(run: Run, after_batch: Callable[[], None] | None = None) -> tuple[np
 def finish_epoch(run: Run, figures: dict[str, float]) -> None:
     """Write the epoch's figures and adapters, and turn to the next."""
     config, progress = run.config, run.progress
-    loss, right, images = (sum(column) for column in zip(*progress.sums, strict=True))
-    train_figures = {
-        "loss": loss / images,
-        "accuracy": right / images,
-        "images_per_second": images / progress.seconds,
-    }
+    images = run.batches.batches * run.batches.batch_size
+    train_figures = {**epoch_sums.figures(progress.sums), "images_per_second": images / progress.seconds}
     if run.accelerator.scaler is not None:
         train_figures["overflow_steps"] = progress.overflows
     line = {
@@ -284,6 +279,7 @@ def finish_epoch(run: Run, figures: dict[str, float]) -> None:
     kept = [run_folder.ADAPTER] if is_best or config.adapter.keep == "last" else []
     save_adapters(run.model, config, [run_folder.LAST_ADAPTER, *kept], run.accelerator, figures)
     if run.accelerator.is_main_process:
+        line["train_curve"] = epoch_sums.curve(progress.sums)
         run_folder.append_metrics(Path(config.output_dir), line)
     logger.info(
         "epoch %d: train loss %.3f, accuracy %.4f, %.0f images/s; eval loss %.3f, accuracy %.4f%s",
@@ -339,11 +335,11 @@ def progress_bar(run: Run) -> tqdm:
     )
 
 
-def report(run: Run, bar: tqdm, loss: float, sums: Tensor) -> None:
+def report(run: Run, bar: tqdm, loss: float, sums: EpochSums) -> None:
     """Show the loss of the last batch and the accuracy of the epoch so far (of this process)."""
     if not math.isfinite(loss):
         raise_not_finite(run)
-    bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{(sums[1] / sums[2]).item():.4f}", refresh=False)
+    bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{sums.accuracy():.4f}", refresh=False)
 
 
 def raise_not_finite(run: Run) -> None:
