@@ -183,10 +183,11 @@ def _sizes(data: DataConfig) -> str:
 
 
 def _time(lines: list[dict[str, Any]], results: dict[str, Any]) -> str:
+    epochs = f"{len(lines)} epoch{'s' if len(lines) > 1 else ''}"
     seconds = sum(line["seconds"] for line in lines)
     images = sum(line["seconds"] * line["train"]["images_per_second"] for line in lines)
     return (
-        f"Training took {seconds:,.0f} s for {len(lines)} epochs, without the evaluations ({images / seconds:.0f} "
+        f"Training took {seconds:,.0f} s for {epochs}, without the evaluations ({images / seconds:.0f} "
         f"images/s), on {results['processes']} process(es), {results['device']}, {results['threads']} threads, "
         f"torch {results['torch_version']}."
     )
