@@ -24,6 +24,7 @@ from tinytl_hf import data
 from tinytl_hf.backbones import check_image_size
 from tinytl_hf.config import DataConfig
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.forward import forward_in_parts
 from tinytl_hf.metrics import compute_metrics, load_metrics
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.verb_config import EvalConfig
@@ -105,7 +106,7 @@ def predict_set(
     all_logits, all_labels = [], []
     for batch in tqdm(loader, desc="eval", disable=not accelerator.is_main_process, leave=False, mininterval=1):
         inputs = batch["features"] if "features" in batch else model.normalise(batch["pixels"], batch["sizes"])
-        logits = prepared(inputs).float()
+        logits = forward_in_parts(prepared, inputs).float()
         logits, labels = accelerator.gather_for_metrics((logits, batch["labels"]))
         all_logits.append(logits.cpu())
         all_labels.append(labels.cpu())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from tinytl_hf.forward import forward_in_parts
 from tinytl_hf.images import UnreadableImageError, decode, pad_images
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.verb_config import PredictConfig
@@ -60,7 +61,7 @@ def _predict_batch(model: TinyTLModel, paths: list[Path], top_k: int) -> list[di
     if inputs:
         with torch.inference_mode():
             pixels, sizes = pad_images([image for _, image in inputs])
-            probabilities = model(model.normalise(pixels, sizes)).softmax(1).cpu()
+            probabilities = forward_in_parts(model, model.normalise(pixels, sizes)).softmax(1).cpu()
         best = probabilities.topk(min(top_k, probabilities.shape[1]))
         for (path, _), values, indices in zip(inputs, best.values, best.indices, strict=True):
             labels = [

@@ -1,0 +1,24 @@
+"""The forward pass of evaluation and use, in parts that suit a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+CPU_PIXELS = 2 * 224 * 224
+
+
+def forward_in_parts(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits of a batch; on a CPU, of a few images at a time.
+
+    Without gradients nothing is gained by more, and maps of more than 32 MB cost a CPU more time than the layers do:
+    glibc hands such blocks back to the system after each layer, and gets them back page by page.
+
+    Args:
+        model: Gives logits, without gradients.
+        inputs: Images ``[N, 3, H, W]`` or features ``[N, C]``.
+    """
+    if inputs.device.type != "cpu" or inputs.dim() == 2:
+        return model(inputs)
+    images = max(1, CPU_PIXELS // inputs[0, 0].numel())
+    return torch.cat([model(part) for part in inputs.split(images)])
