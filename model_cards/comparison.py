@@ -122,7 +122,7 @@ def draw() -> None:
     """Draw every table and picture from what has been published."""
     from tinytl_hf.runs import read_run  # torch comes with it, which the other steps do without
 
-    published = sorted(path.parent for path in CARDS.glob("runs/*/seed*/config.yaml"))
+    published = [run for method in LEARNING_RATES for run in sorted(CARDS.glob(f"runs/{method}/seed*"))]
     print(run_verb("compare", *map(str, published), "--output", str(CARDS / "comparison")))
     for run in map(read_run, published):
         if run.folder.name == CARD_SEED:
