@@ -30,11 +30,15 @@ def test_no_part_is_empty(batches):
     assert len(parts) == min(batches, PARTS) and (parts[:, 2] >= 2).all() and parts[:, 2].sum() == 2 * batches
 
 
-def test_processes_add_up_and_a_checkpoint_goes_on_where_it_was():
+def test_a_checkpoint_goes_on_where_it_was():
     whole = sums_of(30).parts.tolist()
     half = EpochSums(30, torch.device("cpu"), (), 0)
     for i in range(17):
         half.add(i, torch.tensor(float(i)), torch.tensor([[1.0, 0.0]] * 2), torch.tensor([0, int(i < 15)]))
     assert sums_of(30, before=[half.parts.tolist()], start=17).parts.tolist() == whole
-    assert epoch_sums.figures([whole, whole]) == epoch_sums.figures([whole])
-    assert epoch_sums.curve([whole, whole]) == epoch_sums.curve([whole])
+
+
+def test_processes_add_up_by_their_images():
+    one, two = [[6.0, 1.0, 2.0], [2.0, 2.0, 2.0]], [[0.0, 1.0, 1.0], [0.0, 0.0, 2.0]]
+    assert epoch_sums.figures([one, two]) == {"loss": 8 / 7, "accuracy": 4 / 7}
+    assert epoch_sums.curve([one, two]) == {"loss": [2.0, 0.5], "accuracy": [0.6667, 0.5]}

@@ -36,6 +36,16 @@ def test_short_runs_show_the_training_set_within_epochs():
     assert share_of(plots.COLOURS[0], steep) > 3 * share_of(plots.COLOURS[0], flat)
 
 
+def test_an_epoch_of_one_batch_shows_the_training_set():
+    (line,) = curve(1, 0.5)
+    pictures = [
+        pixels(plots.save_curves, {"FT-Last": [{**line, "train_curve": {"accuracy": [level], "loss": [level]}}]})
+        for level in (0.5, 0.9)
+    ]
+    alone, apart = (share_of(plots.COLOURS[0], picture) for picture in pictures)
+    assert apart > alone
+
+
 @pytest.mark.parametrize("epochs", [1, 12])
 def test_every_run_has_a_colour_of_its_own_in_the_curves(epochs):
     picture = pixels(plots.save_curves, {method: curve(epochs, 0.1 * i) for i, method in enumerate(METHODS)})

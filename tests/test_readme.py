@@ -38,6 +38,7 @@ def test_every_command_runs(colour_folder, tmp_path, monkeypatch, server):
         if command.startswith("python "):
             done = subprocess.run([sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True)
             assert done.returncode == 0, f"{command}\n{done.stderr}"
+            assert not (tmp_path / "runs" / "comparison").exists()  # nothing to train: all is published
             continue
         arguments = arguments_of(command)
         if arguments[0] == "train":

@@ -50,7 +50,7 @@ class Progress:
         batch: Forward passes done in the current epoch.
         step: Optimizer steps done.
         best_accuracy: Best evaluation accuracy so far; -1 before the first.
-        sums: What the current epoch adds up to so far.
+        sums: What the current epoch adds up to, as of a checkpoint.
         seconds: Training time of the current epoch.
         learning_rate: That of the last step.
         overflows: Steps of the current epoch that fp16 could not represent and that were left out.

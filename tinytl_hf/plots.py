@@ -70,7 +70,7 @@ def save_curves(path: Path | BinaryIO, runs: Mapping[str, Sequence[Mapping[str, 
                 epochs, values = _by_epoch(lines, "eval", key)
                 axis.plot(epochs, [factor * value for value in values], "-", label=_short(name), **style)
                 times, values = _within_epochs(lines, key) if in_parts else _by_epoch(lines, "train", key)
-                style["marker"] = "" if in_parts else style["marker"]
+                style["marker"] = "" if in_parts and len(times) > 1 else style["marker"]
                 axis.plot(times, [factor * value for value in values], "--", markerfacecolor="white", **style)
             axis.set(xlabel="epoch", ylabel=f"{key} ({unit})")
             axis.xaxis.get_major_locator().set_params(integer=True)
@@ -86,7 +86,7 @@ def _by_epoch(lines: Sequence[Mapping[str, Any]], part: str, key: str) -> tuple[
 
 
 def _within_epochs(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Times in epochs and the training set's figures there: each is of the part of an epoch that ends then."""
+    """Times in epochs and the training set's figures there: each is of the part of an epoch that ends about then."""
     times: list[float] = []
     values: list[float] = []
     for line in lines:

@@ -112,7 +112,7 @@ def _check_complete(run: FinishedRun) -> None:
     for line in run.epochs:
         for part in ("train", "eval"):
             float(line[part]["accuracy"]), float(line[part]["loss"])
-        len(line["train_curve"]["accuracy"] + line["train_curve"]["loss"])
+        float(sum(line["train_curve"]["accuracy"] + line["train_curve"]["loss"]))
     for name in ("accuracy", "top5", "f1", "loss", "ece", "n", "adapter_bytes"):
         float(run.results[name])
     for name in ("confusion_matrix", "per_class_accuracy", "label_names"):
