@@ -1,5 +1,6 @@
 """Every command and code block of the README, run on a small data set in place of the one it names."""
 
+import json
 import re
 import shlex
 import shutil
@@ -70,6 +71,18 @@ def test_the_slurm_script_is_bash_and_gives_the_launcher_what_the_tested_one_get
     options = set(re.findall(r"(--[a-z_]+) ", script.partition("accelerate launch")[2].partition("-m tinytl_hf")[0]))
     assert options >= {"--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"}
     assert [option for option in options if f'"{option}"' not in two_machines] == []
+
+
+def test_the_results_table_gives_the_published_figures():
+    published = json.loads((ROOT / "model_cards" / "comparison" / "compare.json").read_text())["rows"]
+    for row in published:
+        cells = [
+            *(f"`{row['name']}`", f"{row['trained_parameters']:,}", f"{row['adapter_mb']:.2f}"),
+            f"{100 * row['accuracy']:.2f} ± {100 * row['accuracy_std']:.2f}",
+            *(f"{row[figure]:.1f}" for figure in ("peak_mb", "stock_peak_mb", "images_per_second")),
+        ]
+        assert f"\n| {' | '.join(cells)} |" in README
+    assert len(published) == 7 and all(row["seeds"] == 3 for row in published)
 
 
 @pytest.mark.parametrize(
