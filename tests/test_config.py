@@ -75,6 +75,13 @@ def test_names_and_aliases_are_those_of_the_methods():
         (lambda: DataConfig(eval_fraction=1.0), r"data.eval_fraction=1.0"),
         (lambda: DataConfig(max_train_samples=0), r"data.max_train_samples=0"),
         (lambda: DataConfig(image_size=0), r"data.image_size=0"),
+        (lambda: DataConfig(image_size=96, start_image_size=128), r"data.start_image_size=128: use at most .*=96"),
+        (
+            lambda: Config(
+                method="FT-Last", train=TrainConfig(cache_features=True), data=DataConfig(start_image_size=96)
+            ),
+            r"data.start_image_size=96: train.cache_features takes one size",
+        ),
         (lambda: LiteConfig(kernel_size=4), r"lite.kernel_size=4: use an odd number"),
         (lambda: HeadConfig(dropout=1.0), r"head.dropout=1.0"),
     ],

@@ -91,6 +91,28 @@ def test_compare_puts_seeds_together_and_methods_apart(runs, tmp_path):
     assert all(Image.open(output / name).width > 500 for name in pictures)
 
 
+def test_the_curves_of_a_row_are_the_mean_over_its_seeds(runs, tmp_path):
+    def levels(folder, *accuracies):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for line, accuracy in zip(lines, accuracies, strict=True):
+            figures = {"accuracy": accuracy, "loss": 1 - accuracy}
+            line["train"] |= figures
+            line["eval"] |= figures
+            line["train_curve"] = {key: [value] * 3 for key, value in figures.items()}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def curves(*folders):
+        assert run_cli("compare", *folders, "--output", tmp_path / "out").returncode == 0
+        return np.asarray(Image.open(tmp_path / "out" / "curves.png"))
+
+    low, high, middle = (runs / f"last{seed}" for seed in range(3))
+    levels(low, 0.25, 0.5)
+    levels(high, 0.75, 1.0)
+    levels(middle, 0.5, 0.75)
+    assert (curves(low, high) == curves(middle)).all()
+    assert (curves(low, middle) != curves(middle)).any()
+
+
 def test_compare_says_what_sets_rows_of_a_method_apart_and_what_else_differs(runs):
     folder = runs / "last1"
     config = yaml.safe_load((folder / "config.yaml").read_text())

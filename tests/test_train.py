@@ -12,7 +12,7 @@ from conftest import run_cli, small_run
 from safetensors.torch import load_file
 from started_runs import Run, checkpoints, delta, metrics, run
 
-from tinytl_hf import TinyTLModel
+from tinytl_hf import TinyTLModel, train
 from tinytl_hf.checkpoint import find_damage
 from tinytl_hf.config import TrainConfig
 from tinytl_hf.optim import lr_factor
@@ -139,6 +139,25 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_hint_and_the_last_good_ch
     (last,) = checkpoints(tmp_path / "run")
     assert last.name.startswith("step_00000001") and find_damage(last) is None
     assert all(tensor.isfinite().all() for tensor in load_file(last / "delta.safetensors").values())
+
+
+def test_images_grow_by_epoch_to_their_full_size(colour_folder, tmp_path, monkeypatch):
+    seen, resample = [], train.resample
+
+    def watched(*arguments, **options):
+        images = resample(*arguments, **options)
+        seen.append(images.shape[-1])
+        return images
+
+    monkeypatch.setattr(train, "resample", watched)
+    options = ["--data.start_image_size", "32", "--data.image_size", "65", "--train.epochs", "3"]
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", *options))
+    assert done.returncode == 0, done.stderr
+    batches = len(seen) // 3
+    assert seen == [size for size in (32, 64, 65) for _ in range(batches)]
+    model = TinyTLModel.from_pretrained(tmp_path / "run" / "adapter")
+    assert model.config.preprocessing.image_size == model.config.preprocessing.trained_at == 65
+    assert "32 px growing to 65 px" in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 trains on CUDA alone")

@@ -65,15 +65,14 @@ def create_backbone(name: str, weights: str, num_classes: int, dropout: float = 
     return backbone
 
 
-def check_image_size(name: str, image_size: int) -> None:
+def check_image_size(name: str, image_size: int, option: str = "data.image_size") -> None:
     """Raise unless an image of ``image_size`` px leaves something of the last map, and fits into a memory."""
     if image_size < MIN_IMAGE_SIZE:
         raise TinyTLError(
-            f"data.image_size={image_size}: {name} reduces an image {MIN_IMAGE_SIZE} times; use {MIN_IMAGE_SIZE} "
-            "or more"
+            f"{option}={image_size}: {name} reduces an image {MIN_IMAGE_SIZE} times; use {MIN_IMAGE_SIZE} or more"
         )
     if image_size > MAX_IMAGE_SIZE:
-        raise TinyTLError(f"data.image_size={image_size}: use {MAX_IMAGE_SIZE} or less")
+        raise TinyTLError(f"{option}={image_size}: use {MAX_IMAGE_SIZE} or less")
 
 
 def pin_weights(name: str, weights: str) -> str:

@@ -26,6 +26,7 @@ METHOD_ALIASES: dict[str, MethodName] = {
     "bias": "TinyTL-B",
     "low": "FT-Layerwise",
 }
+SIZE_STEP = 32  # px a map's value at a network's end stands for; in between, maps have odd sides and shift
 
 
 def check(holds: bool, key: str, value: object, fix: str) -> None:
@@ -110,6 +111,10 @@ class DataConfig:
     """Evaluate on a random subset of this many images; null: all."""
     image_size: int = 224
     """Side of the images that the network sees, in px."""
+    start_image_size: int | None = None
+    """Side in the first epoch, from which it grows by epoch, in multiples of 32 px, to data.image_size in the last:
+    smaller images train faster, and early epochs can do with them (Tan and Le 2021, section 4); null:
+    data.image_size."""
     eval_image_size: int | None = None
     """Side at evaluation and in use; null: data.image_size. Random crops enlarge what they show, so a network
     that trained on them sees things at their usual size in somewhat larger images (Touvron et al. 2019)."""
@@ -128,9 +133,12 @@ class DataConfig:
     """Worker processes that decode the images of a set that streams; 0: the training process does."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "eval_image_size"):
+        for name in ("image_size", "start_image_size", "eval_image_size"):
             size = getattr(self, name)
             check(size is None or size >= 1, f"data.{name}", size, "use a size in px, such as 224")
+        grows = self.start_image_size is None or self.start_image_size <= self.image_size
+        larger = f"use at most data.image_size={self.image_size}"
+        check(grows, "data.start_image_size", self.start_image_size, larger)
         check(
             0 < self.eval_fraction < 1,
             "data.eval_fraction",
@@ -290,6 +298,15 @@ class Config:
         caches = self.train.cache_features
         fits = not caches or self.method == "FT-Last"
         check(fits, "train.cache_features", caches, f"{self.method} changes the features; use it with FT-Last")
+        start = self.data.start_image_size
+        check(not caches or start is None, "data.start_image_size", start, "train.cache_features takes one size")
+
+    def train_image_size(self, epoch: int) -> int:
+        """Side of the training images in px, in an epoch counted from 0."""
+        start, end, last = self.data.start_image_size, self.data.image_size, self.train.epochs - 1
+        if start is None or epoch == last:
+            return end
+        return min(end, SIZE_STEP * round((start + (end - start) * epoch / last) / SIZE_STEP))
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values that YAML and JSON can hold."""

@@ -117,6 +117,16 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def seconds_of(lines: list[dict[str, Any]]) -> float:
+    """Training time of these epochs, without the evaluations."""
+    return float(sum(line["seconds"] for line in lines))
+
+
+def images_of(lines: list[dict[str, Any]]) -> float:
+    """Images trained on in these epochs."""
+    return float(sum(line["seconds"] * line["train"]["images_per_second"] for line in lines))
+
+
 def write_card(output: Path, config: Config, eval_split: str) -> None:
     """Tell of a finished run in the card of its adapter, with the figures and pictures next to it.
 
@@ -178,14 +188,14 @@ def _recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sizes(data: DataConfig) -> str:
+    start = "" if data.start_image_size is None else f"{data.start_image_size} px growing to "
     evaluated = "" if data.eval_image_size is None else f", evaluated at {data.eval_image_size} px"
-    return f"{data.image_size} px{evaluated}"
+    return f"{start}{data.image_size} px{evaluated}"
 
 
 def _time(lines: list[dict[str, Any]], results: dict[str, Any]) -> str:
     epochs = f"{len(lines)} epoch{'s' if len(lines) > 1 else ''}"
-    seconds = sum(line["seconds"] for line in lines)
-    images = sum(line["seconds"] * line["train"]["images_per_second"] for line in lines)
+    seconds, images = seconds_of(lines), images_of(lines)
     return (
         f"Training took {seconds:,.0f} s for {epochs}, without the evaluations ({images / seconds:.0f} "
         f"images/s), on {results['processes']} process(es), {results['device']}, {results['threads']} threads, "

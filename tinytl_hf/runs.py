@@ -11,7 +11,7 @@ import yaml
 
 from tinytl_hf.config import Config, flat
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.run_folder import CONFIG_FILE, MEMORY_FILE, RESULTS_FILE, read_metrics
+from tinytl_hf.run_folder import CONFIG_FILE, MEMORY_FILE, RESULTS_FILE, images_of, read_metrics, seconds_of
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class FinishedRun:
     @property
     def seconds(self) -> float:
         """Training time without the evaluations."""
-        return float(sum(line["seconds"] for line in self.epochs))
+        return seconds_of(self.epochs)
 
     @property
     def images(self) -> float:
         """Images trained on, over all epochs."""
-        return float(sum(line["seconds"] * line["train"]["images_per_second"] for line in self.epochs))
+        return images_of(self.epochs)
 
     @property
     def memory_rows(self) -> list[dict[str, Any]]:
