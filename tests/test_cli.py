@@ -25,7 +25,7 @@ def adapter(colour_folder, tmp_path_factory):
         (["train", "--train.global_batch_size", "10", "--train.gradient_accumulation_steps", "4"], "use a divisor of"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--data.dataset", "digits", "--data.image_size", "16"], "data.image_size=16: mobilenet_v2 reduces"),
-        (["train", "--data.start_image_size", "16"], "data.start_image_size=16: mobilenet_v2 reduces"),
+        (["train", "--data.start_image_size", "16"], "data.start_image_size=16: use a multiple of 32"),
         (
             ["train", "--data.dataset", "digits", "--backbone.name", "mobilenet"],
             "backbone.name=mobilenet: torchvision",

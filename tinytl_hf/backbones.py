@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from tinytl_hf.config import TOTAL_STRIDE
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.head import Head
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MIN_IMAGE_SIZE = 32  # the total stride of these networks, in px
 MAX_IMAGE_SIZE = 2048
 
 AUXILIARY_HEADS = {"googlenet", "inception_v3"}
@@ -65,14 +65,14 @@ def create_backbone(name: str, weights: str, num_classes: int, dropout: float = 
     return backbone
 
 
-def check_image_size(name: str, image_size: int, option: str = "data.image_size") -> None:
+def check_image_size(name: str, image_size: int) -> None:
     """Raise unless an image of ``image_size`` px leaves something of the last map, and fits into a memory."""
-    if image_size < MIN_IMAGE_SIZE:
+    if image_size < TOTAL_STRIDE:
         raise TinyTLError(
-            f"{option}={image_size}: {name} reduces an image {MIN_IMAGE_SIZE} times; use {MIN_IMAGE_SIZE} or more"
+            f"data.image_size={image_size}: {name} reduces an image {TOTAL_STRIDE} times; use {TOTAL_STRIDE} or more"
         )
     if image_size > MAX_IMAGE_SIZE:
-        raise TinyTLError(f"{option}={image_size}: use {MAX_IMAGE_SIZE} or less")
+        raise TinyTLError(f"data.image_size={image_size}: use {MAX_IMAGE_SIZE} or less")
 
 
 def pin_weights(name: str, weights: str) -> str:

@@ -26,7 +26,7 @@ METHOD_ALIASES: dict[str, MethodName] = {
     "bias": "TinyTL-B",
     "low": "FT-Layerwise",
 }
-SIZE_STEP = 32  # px a map's value at a network's end stands for; in between, maps have odd sides and shift
+TOTAL_STRIDE = 32  # of the backbones, in px; at sizes in between, their maps have odd sides and shift
 
 
 def check(holds: bool, key: str, value: object, fix: str) -> None:
@@ -136,9 +136,10 @@ class DataConfig:
         for name in ("image_size", "start_image_size", "eval_image_size"):
             size = getattr(self, name)
             check(size is None or size >= 1, f"data.{name}", size, "use a size in px, such as 224")
-        grows = self.start_image_size is None or self.start_image_size <= self.image_size
-        larger = f"use at most data.image_size={self.image_size}"
-        check(grows, "data.start_image_size", self.start_image_size, larger)
+        start, end = self.start_image_size, self.image_size
+        check(start is None or start <= end, "data.start_image_size", start, f"use at most data.image_size={end}")
+        steps = start is None or start % TOTAL_STRIDE == 0
+        check(steps, "data.start_image_size", start, f"use a multiple of {TOTAL_STRIDE}")
         check(
             0 < self.eval_fraction < 1,
             "data.eval_fraction",
@@ -306,7 +307,7 @@ class Config:
         start, end, last = self.data.start_image_size, self.data.image_size, self.train.epochs - 1
         if start is None or epoch == last:
             return end
-        return min(end, SIZE_STEP * round((start + (end - start) * epoch / last) / SIZE_STEP))
+        return min(end, TOTAL_STRIDE * round((start + (end - start) * epoch / last) / TOTAL_STRIDE))
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values that YAML and JSON can hold."""

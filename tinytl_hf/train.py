@@ -26,7 +26,6 @@ from tqdm import tqdm
 from tinytl_hf import checkpoint, data, epoch_sums, memory, run_folder
 from tinytl_hf.adapter import TENSORS_FILE, DataRecord, read_tensors
 from tinytl_hf.augment import RandomCropFlip, resample
-from tinytl_hf.backbones import check_image_size
 from tinytl_hf.checkpoint import Progress
 from tinytl_hf.config import Config, flat
 from tinytl_hf.epoch_sums import EpochSums
@@ -118,8 +117,6 @@ def set_up(config: Config) -> Run:
     log_conditions(accelerator, config)
     check_tracker(config.tracker)
     metrics = load_metrics(config.metrics)
-    if config.data.start_image_size is not None:
-        check_image_size(config.backbone.name, config.data.start_image_size, "data.start_image_size")
     run_folder.check_free(config)
     resume_from = checkpoint.find(config, accelerator.num_processes)
     set_seed(config.seed)
