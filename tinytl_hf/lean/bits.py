@@ -24,8 +24,8 @@ def pack(activated: Tensor, upper: float) -> Tensor:
         ``uint8`` ``[ceil(values / 8)]``, in the order of the values.
     """
     flat = activated.reshape(-1)
-    if flat.device.type == "cpu" and flat.dtype == torch.float32:
-        return _pack_float32(flat, upper)
+    if flat.device.type == "cpu" and flat.dtype in {torch.float32, torch.bfloat16}:
+        return _pack_on_cpu(flat, upper)
     inside = (flat > 0) & (flat < upper)
     padded = F.pad(inside.view(torch.uint8), (0, -flat.numel() % 8))
     return ((padded.view(torch.int64) * PACK_EIGHT) >> 56).to(torch.uint8)
@@ -47,16 +47,19 @@ def mask_(values: Tensor, bits: Tensor) -> Tensor:
     return values
 
 
-def _pack_float32(flat: Tensor, upper: float) -> Tensor:
+def _pack_on_cpu(flat: Tensor, upper: float) -> Tensor:
     """NumPy compares and packs several times as fast as PyTorch does; the memory is PyTorch's, and counted."""
+    comparable, bound = flat, torch.tensor(upper, dtype=flat.dtype)
+    if flat.dtype == torch.bfloat16:  # NumPy has none; as integers, those above 0 are in the same order
+        comparable, bound = flat.view(torch.int16), bound.view(torch.int16)
     packed = torch.empty(-(-flat.numel() // 8), dtype=torch.uint8)
     scratch = torch.empty(2, min(CHUNK, flat.numel()), dtype=torch.bool).numpy()
     for start in range(0, flat.numel(), CHUNK):
-        values = flat[start : start + CHUNK].numpy()
+        values = comparable[start : start + CHUNK].numpy()
         inside, below = scratch[:, : len(values)]
         np.greater(values, 0, out=inside)
         if upper != float("inf"):
-            np.logical_and(inside, np.less(values, np.float32(upper), out=below), out=inside)
+            np.logical_and(inside, np.less(values, bound.numpy(), out=below), out=inside)
         packed.numpy()[start // 8 : (start + CHUNK) // 8] = np.packbits(inside, bitorder="little")
     return packed
 
