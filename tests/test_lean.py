@@ -229,6 +229,19 @@ def test_bf16_autocast_is_as_near_to_fp32_as_the_stock_model_is(make_model):
     assert lean > 0.9 and lean > plain - 0.02
 
 
+@pytest.mark.parametrize("convolution", CONVOLUTIONS)
+def test_a_gradient_in_bf16_is_the_exact_one_up_to_its_rounding(convolution):
+    torch.manual_seed(0)
+    each = stage(convolution, None)
+    x = torch.randn(2, 8, 9, 9, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn_like(each.conv(x)).bfloat16()
+    weight = each.conv.weight.bfloat16()
+    each.conv.weight.copy_(weight)
+    each.conv(x).backward(grad.double())
+    found = each.convolve_backward(grad.contiguous(memory_format=torch.channels_last), weight, tuple(x.shape))
+    assert found.dtype == torch.bfloat16 and torch.allclose(found.double(), x.grad, rtol=2**-8, atol=1e-4)
+
+
 def test_a_copy_trains_its_own_tensors_and_needs_no_gradients_to_run(make_model):
     model = make_model("TinyTL-L+B").train()
     twin = copy.deepcopy(model)

@@ -271,16 +271,28 @@ def test_a_run_leaves_what_its_training_step_takes(colour_folder, tmp_path):
     assert row["kept"] == row["peak"]["kept_activations"] > 0 and row["high_water"] > 100e6
 
 
+def test_memory_is_measured_in_the_precision_of_the_run():
+    arguments = ["memory", "--methods", "[TinyTL-B]", "--backbone.weights", "none", "--data.image_size", "96"]
+    kept = {}
+    for precision in ("no", "bf16"):
+        done = run_cli(*arguments, "--repeats", "1", "--json", "--train.mixed_precision", precision)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        assert report["conditions"]["precision"] == precision
+        kept[precision] = report["rows"][0]["kept"]
+    assert 0.45 < kept["bf16"] / kept["no"] < 0.7
+
+
 def test_bench_times_each_contender_and_says_where_a_batch_is_too_small():
     arguments = ["bench", "--backbone.weights", "none", "--image_sizes", "[32]", "--batch_sizes", "[1, 4]"]
-    done = run_cli(*arguments, "--repeats", "1", "--json")
+    done = run_cli(*arguments, "--repeats", "1", "--train.mixed_precision", "bf16", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     one, four = report["rows"]
     assert "larger batch" in one["refused"] and one["images_per_second"] == {}
     assert list(four["images_per_second"])[:3] == ["FT-Full stock", "TinyTL-L+B stock", "TinyTL-L+B lean"]
     assert all(speed > 0 for speed in four["images_per_second"].values())
-    assert report["conditions"]["threads"] >= 1
+    assert report["conditions"]["threads"] >= 1 and report["conditions"]["precision"] == "bf16"
 
 
 def test_bench_gives_the_speed_of_lean_as_a_multiple_of_both_stock_ones():

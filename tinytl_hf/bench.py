@@ -40,7 +40,7 @@ def bench_rows(config: Config, options: BenchConfig) -> Iterator[BenchRow]:
     """Time every size with every batch, each pair in a process of its own.
 
     Args:
-        config: The run: backbone, method, lite residual and head.
+        config: The run: backbone, method, precision, lite residual and head.
         options: Sizes, batches and repeats.
     """
     for image_size in options.image_sizes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import statistics
 import sys
 import time
@@ -30,7 +31,7 @@ from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
 
 from tinytl_hf.config import Config
-from tinytl_hf.evaluation import no_stderr
+from tinytl_hf.evaluation import make_accelerator, no_stderr
 from tinytl_hf.methods import METHODS
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.paper_rule import paper_rule
@@ -241,7 +242,7 @@ def measure_rows(config: Config, options: MemoryTableConfig) -> Iterator[MemoryR
     """Measure methods on both engines, each in a process of its own, so that none inherits another's memory.
 
     Args:
-        config: The run: backbone, image size, lite residual and head; its method and data do not matter.
+        config: The run: backbone, image size, precision, lite residual and head; its method and data do not matter.
         options: Methods, batch, classes and repeats.
     """
     for method in options.methods or METHODS:
@@ -276,7 +277,7 @@ def measure(
 
 
 def build(config: Config, method: str, num_classes: int, lean: bool) -> TinyTLModel:
-    """The model of a run, with another method and engine, on the device it would train on."""
+    """The model of a run, with another method and engine, on the device and in the precision it would train in."""
     model = TinyTLModel.from_backbone(
         config.backbone.name,
         method=method,
@@ -290,7 +291,7 @@ def build(config: Config, method: str, num_classes: int, lean: bool) -> TinyTLMo
         lean=lean,
         slice_mb=config.memory.slice_mb,
     )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return make_accelerator(config.train.mixed_precision, torch.get_num_threads()).prepare(model)
 
 
 def random_batch(model: TinyTLModel, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -307,6 +308,7 @@ def conditions(config: Config, **sizes: int) -> dict[str, Any]:
         "backbone": config.backbone.name,
         **sizes,
         "frozen_weights": config.backbone.frozen_weights,
+        "precision": config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "torch_version": torch.__version__,
