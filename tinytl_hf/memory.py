@@ -277,7 +277,7 @@ def measure(
 
 
 def build(config: Config, method: str, num_classes: int, lean: bool) -> TinyTLModel:
-    """The model of a run, with another method and engine, on the device and in the precision it would train in."""
+    """The model of a run, with another method and engine, on CUDA or else the CPU, in the run's precision."""
     model = TinyTLModel.from_backbone(
         config.backbone.name,
         method=method,
@@ -291,7 +291,8 @@ def build(config: Config, method: str, num_classes: int, lean: bool) -> TinyTLMo
         lean=lean,
         slice_mb=config.memory.slice_mb,
     )
-    return make_accelerator(config.train.mixed_precision, torch.get_num_threads()).prepare(model)
+    no_cuda = not torch.cuda.is_available()  # peaks can be measured on CUDA and on a CPU
+    return make_accelerator(config.train.mixed_precision, torch.get_num_threads(), cpu=no_cuda).prepare(model)
 
 
 def random_batch(model: TinyTLModel, batch_size: int) -> tuple[Tensor, Tensor]:
