@@ -7,7 +7,7 @@ from conftest import ROOT
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.cli import Yaml12Loader, make_parser
-from tinytl_hf.config import METHOD_ALIASES, Config, DataConfig, HeadConfig, LiteConfig, MethodAlias, TrainConfig
+from tinytl_hf.config.run import METHOD_ALIASES, Config, DataConfig, HeadConfig, LiteConfig, MethodAlias, TrainConfig
 from tinytl_hf.methods import METHODS
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

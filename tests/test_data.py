@@ -9,7 +9,7 @@ from conftest import write_image
 from PIL import Image
 
 from tinytl_hf import TinyTLError
-from tinytl_hf.config import DataConfig
+from tinytl_hf.config.run import DataConfig
 from tinytl_hf.data import (
     DecodedImages,
     ShuffledBatches,

@@ -15,7 +15,7 @@ from PIL import Image
 from test_fuzz import LONG, end_named, flipped
 from watch import fuzz
 
-from tinytl_hf.config import DataConfig
+from tinytl_hf.config.run import DataConfig
 from tinytl_hf.data import open_splits, read_images
 from tinytl_hf.images import MAX_ASPECT, REDUCE_ABOVE, UnreadableImageError, decode
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tinytl_hf.bench import BenchRow, bench_table
-from tinytl_hf.config import HeadConfig, LiteConfig
+from tinytl_hf.config.run import HeadConfig, LiteConfig
 from tinytl_hf.memory import (
     MemoryRow,
     Peak,

@@ -14,7 +14,7 @@ from started_runs import Run, checkpoints, delta, metrics, run
 
 from tinytl_hf import TinyTLModel, train
 from tinytl_hf.checkpoint import find_damage
-from tinytl_hf.config import TrainConfig
+from tinytl_hf.config.run import TrainConfig
 from tinytl_hf.optim import lr_factor
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from tinytl_hf.backbones import IMAGENET_MEAN, IMAGENET_STD
-from tinytl_hf.config import DataConfig, HeadConfig, LiteConfig, MethodName
+from tinytl_hf.config.run import DataConfig, HeadConfig, LiteConfig, MethodName
 from tinytl_hf.disk import write_bytes, write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lite_residual import LiteResidual

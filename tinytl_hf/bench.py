@@ -16,11 +16,11 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from typing import Any
 
-from tinytl_hf.config import Config
+from tinytl_hf.config.run import Config
+from tinytl_hf.config.verbs import BenchConfig
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.memory import build, random_batch, warmed_up_step
 from tinytl_hf.model import TinyTLModel
-from tinytl_hf.verb_config import BenchConfig
 
 FULL = "FT-Full stock"
 MEMSAVE = "memsave_torch"  # converts layer by layer; a contender if it is installed

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
 
-from tinytl_hf.config import LiteConfig
+from tinytl_hf.config.run import LiteConfig
 from tinytl_hf.lite_residual import LiteResidual
 from tinytl_hf.norms import recompute_contexts
 

@@ -11,7 +11,7 @@ from tinytl_hf import methods
 from tinytl_hf.adapter import AdapterConfig, check_tensors
 from tinytl_hf.backbones import check_image_size, create_backbone
 from tinytl_hf.blocks import TinyTLBlock, convert_blocks
-from tinytl_hf.config import LiteConfig
+from tinytl_hf.config.run import LiteConfig
 
 ORDINARY_CLASSES = 10_000
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tinytl_hf.config import Config, flat
+from tinytl_hf.config.run import Config, flat
 from tinytl_hf.disk import sync
 from tinytl_hf.epoch_sums import Sums
 from tinytl_hf.errors import TinyTLError

@@ -22,10 +22,9 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader, set_parsing_settings
 
-from tinytl_hf.config import Config, DataConfig, MemoryConfig, TrainConfig, flat
-from tinytl_hf.errors import Interrupted, TinyTLError
-from tinytl_hf.hub_config import HubConfig, PullConfig, PushConfig
-from tinytl_hf.verb_config import (
+from tinytl_hf.config.hub import HubConfig, PullConfig, PushConfig
+from tinytl_hf.config.run import Config, DataConfig, MemoryConfig, TrainConfig, flat
+from tinytl_hf.config.verbs import (
     BenchConfig,
     CompareConfig,
     EvalConfig,
@@ -34,6 +33,7 @@ from tinytl_hf.verb_config import (
     PredictConfig,
     ReportConfig,
 )
+from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.version import __version__
 
 PROG = "tinytl-hf"

@@ -24,7 +24,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tinytl_hf.config import DataConfig
+from tinytl_hf.config.run import DataConfig
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.images import UnreadableImageError, decode, pad_images
 

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from tinytl_hf.augment import RandomCropFlip
-from tinytl_hf.config import Config
+from tinytl_hf.config.run import Config
 from tinytl_hf.data import DecodedImages, StreamedImages, make_loader
 from tinytl_hf.model import TinyTLModel
 

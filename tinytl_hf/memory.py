@@ -30,12 +30,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
 
-from tinytl_hf.config import Config
+from tinytl_hf.config.run import Config
+from tinytl_hf.config.verbs import MemoryTableConfig
 from tinytl_hf.evaluation import make_accelerator, no_stderr
 from tinytl_hf.methods import METHODS
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.paper_rule import paper_rule
-from tinytl_hf.verb_config import MemoryTableConfig
 
 MB = 1e6
 NAMED_LAYERS = 4  # how many of a row's stock layers the table names

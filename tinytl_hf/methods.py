@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from tinytl_hf.blocks import TinyTLBlock, add_lite_residuals
-from tinytl_hf.config import LiteConfig, MethodName
+from tinytl_hf.config.run import LiteConfig, MethodName
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.head import Head
 from tinytl_hf.lite_residual import LiteResidual

@@ -32,10 +32,10 @@ from tinytl_hf.augment import centre_boxes, resample
 from tinytl_hf.backbones import pin_weights, sha256
 from tinytl_hf.build import build_network, check_fits
 from tinytl_hf.card import read_card, render_card
-from tinytl_hf.config import METHOD_ALIASES, HeadConfig, LiteConfig
+from tinytl_hf.config.hub import PushConfig
+from tinytl_hf.config.run import METHOD_ALIASES, HeadConfig, LiteConfig
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.head import Head
-from tinytl_hf.hub_config import PushConfig
 from tinytl_hf.images import pad_images, to_rgb
 from tinytl_hf.lean.chain import SLICE_MB
 from tinytl_hf.lean.convert import convert

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from tinytl_hf.config import TrainConfig
+from tinytl_hf.config.run import TrainConfig
 from tinytl_hf.model import TinyTLModel
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from tinytl_hf.config.verbs import PredictConfig
 from tinytl_hf.forward import forward_in_parts
 from tinytl_hf.images import UnreadableImageError, decode, pad_images
 from tinytl_hf.model import TinyTLModel
-from tinytl_hf.verb_config import PredictConfig
 
 IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
 BATCH_SIZE = 32

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from tinytl_hf.config import Config, flat
+from tinytl_hf.config.run import Config, flat
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.run_folder import CONFIG_FILE, MEMORY_FILE, RESULTS_FILE, images_of, read_metrics, seconds_of
 

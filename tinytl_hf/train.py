@@ -27,7 +27,7 @@ from tinytl_hf import checkpoint, data, epoch_sums, memory, run_folder
 from tinytl_hf.adapter import TENSORS_FILE, DataRecord, read_tensors
 from tinytl_hf.augment import RandomCropFlip, resample
 from tinytl_hf.checkpoint import Progress
-from tinytl_hf.config import Config, flat
+from tinytl_hf.config.run import Config, flat
 from tinytl_hf.epoch_sums import EpochSums
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.evaluation import check_divides, device_name, make_accelerator, predict_set, save_results

@@ -1,11 +1,11 @@
-"""The verbs other than ``train`` as frozen dataclasses, as :mod:`tinytl_hf.config` has them of a run."""
+"""The verbs other than ``train`` as frozen dataclasses, as :mod:`tinytl_hf.config.run` has them of a run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tinytl_hf.config import MethodName, check
+from tinytl_hf.config.run import MethodName, check
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import yaml
 
+from tinytl_hf.config.hub import HubConfig
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.hub_config import HubConfig
 
 MethodName = Literal["FT-Last", "TinyTL-B", "TinyTL-L", "TinyTL-L+B", "FT-Norm+Last", "FT-Full", "FT-Layerwise"]
 MethodAlias = Literal["finetune", "fintune", "norm+last", "deep", "bias", "low"]

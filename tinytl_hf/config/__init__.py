@@ -1,0 +1,1 @@
+"""Every option of the command line as a field of a frozen dataclass."""
