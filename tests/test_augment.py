@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from tinytl_hf.augment import RandomCropFlip, centre_boxes, resample
+from tinytl_hf.data.augment import RandomCropFlip, centre_boxes, resample
 
 MEAN, STD = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)  # leaves pixel values as they are
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.config.run import DataConfig
-from tinytl_hf.data import (
+from tinytl_hf.data.sets import (
     DecodedImages,
     ShuffledBatches,
     StreamedImages,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from started_runs import metrics
 
 from tinytl_hf import TinyTLModel
-from tinytl_hf.augment import RandomCropFlip
+from tinytl_hf.data.augment import RandomCropFlip
 from tinytl_hf.features import drawn_view
 
 

@@ -16,8 +16,8 @@ from test_fuzz import LONG, end_named, flipped
 from watch import fuzz
 
 from tinytl_hf.config.run import DataConfig
-from tinytl_hf.data import open_splits, read_images
-from tinytl_hf.images import MAX_ASPECT, REDUCE_ABOVE, UnreadableImageError, decode
+from tinytl_hf.data.images import MAX_ASPECT, REDUCE_ABOVE, UnreadableImageError, decode
+from tinytl_hf.data.sets import open_splits, read_images
 
 SIZE = 32
 FORMATS = {

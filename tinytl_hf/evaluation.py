@@ -20,10 +20,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tinytl_hf import data
 from tinytl_hf.backbones import check_image_size
 from tinytl_hf.config.run import DataConfig
 from tinytl_hf.config.verbs import EvalConfig
+from tinytl_hf.data import sets as data
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.forward import forward_in_parts
 from tinytl_hf.metrics import compute_metrics, load_metrics

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from tinytl_hf.augment import RandomCropFlip
 from tinytl_hf.config.run import Config
-from tinytl_hf.data import DecodedImages, StreamedImages, make_loader
+from tinytl_hf.data.augment import RandomCropFlip
+from tinytl_hf.data.sets import DecodedImages, StreamedImages, make_loader
 from tinytl_hf.model import TinyTLModel
 
 

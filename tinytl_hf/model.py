@@ -28,15 +28,15 @@ from tinytl_hf.adapter import (
     read_tensors,
     write_adapter,
 )
-from tinytl_hf.augment import centre_boxes, resample
 from tinytl_hf.backbones import pin_weights, sha256
 from tinytl_hf.build import build_network, check_fits
 from tinytl_hf.card import read_card, render_card
 from tinytl_hf.config.hub import PushConfig
 from tinytl_hf.config.run import METHOD_ALIASES, HeadConfig, LiteConfig
+from tinytl_hf.data.augment import centre_boxes, resample
+from tinytl_hf.data.images import pad_images, to_rgb
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.head import Head
-from tinytl_hf.images import pad_images, to_rgb
 from tinytl_hf.lean.chain import SLICE_MB
 from tinytl_hf.lean.convert import convert
 from tinytl_hf.lean.int8 import quantise

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tinytl_hf import checkpoint, data, epoch_sums, memory, run_folder
+from tinytl_hf import checkpoint, epoch_sums, memory, run_folder
 from tinytl_hf.adapter import TENSORS_FILE, DataRecord, read_tensors
-from tinytl_hf.augment import RandomCropFlip, resample
 from tinytl_hf.checkpoint import Progress
 from tinytl_hf.config.run import Config, flat
+from tinytl_hf.data import sets as data
+from tinytl_hf.data.augment import RandomCropFlip, resample
 from tinytl_hf.epoch_sums import EpochSums
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.evaluation import check_divides, device_name, make_accelerator, predict_set, save_results

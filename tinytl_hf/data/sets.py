@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tinytl_hf.config.run import DataConfig
+from tinytl_hf.data.images import UnreadableImageError, decode, pad_images
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.images import UnreadableImageError, decode, pad_images
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""From a data set's name or path to batches of pixels."""
