@@ -8,7 +8,7 @@ from conftest import ROOT
 from tinytl_hf import TinyTLError
 from tinytl_hf.cli import Yaml12Loader, make_parser
 from tinytl_hf.config.run import METHOD_ALIASES, Config, DataConfig, HeadConfig, LiteConfig, MethodAlias, TrainConfig
-from tinytl_hf.methods import METHODS
+from tinytl_hf.network.methods import METHODS
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 

@@ -12,7 +12,7 @@ import torch
 from conftest import METHODS, ROOT, small_run, write_image
 from started_runs import delta, free_port, metrics, run
 
-from tinytl_hf.methods import METHODS as TABLE
+from tinytl_hf.network.methods import METHODS as TABLE
 
 SGD = ["--train.optimizer", "sgd", "--train.lr", "1e-2", "--train.global_batch_size", "12", "--train.threads", "1"]
 

@@ -14,8 +14,8 @@ from tinytl_hf.config.run import LiteConfig
 from tinytl_hf.lean import bits, lite
 from tinytl_hf.lean.chain import Chain, Stage
 from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
-from tinytl_hf.lite_residual import LiteResidual
-from tinytl_hf.norms import FrozenBatchNorm2d
+from tinytl_hf.network.lite_residual import LiteResidual
+from tinytl_hf.network.norms import FrozenBatchNorm2d
 
 ACTIVATIONS = {None: nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish, "silu": nn.SiLU}
 CONVOLUTIONS = {

@@ -7,8 +7,8 @@ from torch import nn
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.config.run import LiteConfig
-from tinytl_hf.lite_residual import LiteResidual, fit_kernel
-from tinytl_hf.methods import METHODS as TABLE
+from tinytl_hf.network.lite_residual import LiteResidual, fit_kernel
+from tinytl_hf.network.methods import METHODS as TABLE
 
 # MobileNetV2 at 224 px with 10 classes: the head has 12,810 parameters, the norms 17,056 biases and as many
 # scales, the lite residuals (k 5) 1,131,200, of which 1,504 are biases of their last norms.

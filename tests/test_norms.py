@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinytl_hf.norms import FrozenBatchNorm2d, GlobalBatchNorm2d, keep_running_statistics, replace_batch_norms
+from tinytl_hf.network.norms import FrozenBatchNorm2d, GlobalBatchNorm2d, keep_running_statistics, replace_batch_norms
 
 
 def stock_norm(channels=6):

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tinytl_hf import TinyTLModel
-from tinytl_hf.lite_residual import LiteResidual
-from tinytl_hf.methods import METHODS as TABLE
+from tinytl_hf.network.lite_residual import LiteResidual
+from tinytl_hf.network.methods import METHODS as TABLE
 
 # `accelerate launch --cpu --num_processes 2` starts one process; this starts two on the CPU.
 LAUNCH_TWO = (

@@ -8,7 +8,7 @@ import yaml
 from conftest import ROOT
 from huggingface_hub import ModelCard
 
-from tinytl_hf.methods import METHODS
+from tinytl_hf.network.methods import METHODS
 from tinytl_hf.runs import read_run
 
 CARDS = ROOT / "model_cards"

@@ -19,12 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from tinytl_hf.backbones import IMAGENET_MEAN, IMAGENET_STD
 from tinytl_hf.config.run import DataConfig, HeadConfig, LiteConfig, MethodName
 from tinytl_hf.disk import write_bytes, write_text
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.lite_residual import LiteResidual
-from tinytl_hf.methods import changing_buffers
+from tinytl_hf.network.lite_residual import LiteResidual
+from tinytl_hf.network.methods import changing_buffers
+from tinytl_hf.network.torchvision_nets import IMAGENET_MEAN, IMAGENET_STD
 from tinytl_hf.version import __version__
 
 FORMAT_VERSION = 1

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tinytl_hf import methods
 from tinytl_hf.adapter import AdapterConfig, check_tensors
-from tinytl_hf.backbones import check_image_size, create_backbone
-from tinytl_hf.blocks import TinyTLBlock, convert_blocks
 from tinytl_hf.config.run import LiteConfig
+from tinytl_hf.network import methods
+from tinytl_hf.network.blocks import TinyTLBlock, convert_blocks
+from tinytl_hf.network.torchvision_nets import check_image_size, create_backbone
 
 ORDINARY_CLASSES = 10_000
 

@@ -20,7 +20,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tinytl_hf.backbones import check_image_size
 from tinytl_hf.config.run import DataConfig
 from tinytl_hf.config.verbs import EvalConfig
 from tinytl_hf.data import sets as data
@@ -28,6 +27,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.forward import forward_in_parts
 from tinytl_hf.metrics import compute_metrics, load_metrics
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.network.torchvision_nets import check_image_size
 from tinytl_hf.version import __version__
 
 

@@ -33,8 +33,8 @@ from torch.profiler import ProfilerActivity, profile
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import MemoryTableConfig
 from tinytl_hf.evaluation import make_accelerator, no_stderr
-from tinytl_hf.methods import METHODS
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.network.methods import METHODS
 from tinytl_hf.paper_rule import paper_rule
 
 MB = 1e6

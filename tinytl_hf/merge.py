@@ -14,13 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from tinytl_hf.adapter import AdapterConfig, config_from, frozen_tensors
-from tinytl_hf.backbones import sha256
 from tinytl_hf.config.verbs import MergeConfig
 from tinytl_hf.disk import write_bytes
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.int8 import dequantise
-from tinytl_hf.methods import METHODS
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.network.methods import METHODS
+from tinytl_hf.network.torchvision_nets import sha256
 
 
 def merge(config: MergeConfig) -> str:

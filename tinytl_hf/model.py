@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from PIL import Image
 from torch import Tensor, nn
 
-from tinytl_hf import hub, methods
+from tinytl_hf import hub
 from tinytl_hf.adapter import (
     AdapterConfig,
     BackboneRecord,
@@ -28,7 +28,6 @@ from tinytl_hf.adapter import (
     read_tensors,
     write_adapter,
 )
-from tinytl_hf.backbones import pin_weights, sha256
 from tinytl_hf.build import build_network, check_fits
 from tinytl_hf.card import read_card, render_card
 from tinytl_hf.config.hub import PushConfig
@@ -36,10 +35,12 @@ from tinytl_hf.config.run import METHOD_ALIASES, HeadConfig, LiteConfig
 from tinytl_hf.data.augment import centre_boxes, resample
 from tinytl_hf.data.images import pad_images, to_rgb
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.head import Head
 from tinytl_hf.lean.chain import SLICE_MB
 from tinytl_hf.lean.convert import convert
 from tinytl_hf.lean.int8 import quantise
+from tinytl_hf.network import methods
+from tinytl_hf.network.head import Head
+from tinytl_hf.network.torchvision_nets import pin_weights, sha256
 from tinytl_hf.switching import Adapters, LoadedAdapter
 
 

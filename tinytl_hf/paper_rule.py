@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
 
-from tinytl_hf.head import Head
-from tinytl_hf.lite_residual import LiteResidual
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.network.head import Head
+from tinytl_hf.network.lite_residual import LiteResidual
 
 FLOAT_BYTES = 4
 MASKED = (nn.ReLU, nn.ReLU6)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tinytl_hf.adapter import AdapterConfig, frozen_tensors
-from tinytl_hf.blocks import TinyTLBlock
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.network.blocks import TinyTLBlock
 
 FIRST = "default"  # name of the adapter that a model is made with
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tinytl_hf.backbones import IMAGENET_MEAN, IMAGENET_STD
+from tinytl_hf.network.torchvision_nets import IMAGENET_MEAN, IMAGENET_STD
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tinytl_hf.blocks import is_training_pass
 from tinytl_hf.lean import lite
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
 from tinytl_hf.lean.stage import UPPER
-from tinytl_hf.lite_residual import LiteResidual
+from tinytl_hf.network.blocks import is_training_pass
+from tinytl_hf.network.lite_residual import LiteResidual
 
 
 @dataclass(frozen=True)

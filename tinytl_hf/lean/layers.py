@@ -11,12 +11,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torchvision.ops.misc import Conv2dNormActivation
 
-from tinytl_hf.blocks import is_training_pass
 from tinytl_hf.lean import bits
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.int8 import Int8Conv2d
 from tinytl_hf.lean.stage import UPPER, Stage
-from tinytl_hf.norms import FrozenBatchNorm2d
+from tinytl_hf.network.blocks import is_training_pass
+from tinytl_hf.network.norms import FrozenBatchNorm2d
 
 
 class LeanConv2d(nn.Conv2d):
@@ -37,7 +37,7 @@ class LeanFrozenBatchNorm2d(FrozenBatchNorm2d):
     """A norm with frozen statistics and scale: keeps nothing of its input."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As :class:`~tinytl_hf.norms.FrozenBatchNorm2d`."""
+        """As :class:`~tinytl_hf.network.norms.FrozenBatchNorm2d`."""
         if not torch.is_grad_enabled():
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None

@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tinytl_hf.lean.stage import convolution_backward, convolve
-from tinytl_hf.lite_residual import LiteResidual
-from tinytl_hf.norms import GlobalBatchNorm2d, recompute_contexts, sum_over_processes
+from tinytl_hf.network.lite_residual import LiteResidual
+from tinytl_hf.network.norms import GlobalBatchNorm2d, recompute_contexts, sum_over_processes
 
 SLICE_MB = 2.0  # less than in a chain, as several maps of a slice exist at a time
 

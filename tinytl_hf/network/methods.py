@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from tinytl_hf.blocks import TinyTLBlock, add_lite_residuals
 from tinytl_hf.config.run import LiteConfig, MethodName
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.head import Head
-from tinytl_hf.lite_residual import LiteResidual
-from tinytl_hf.norms import FrozenBatchNorm2d, GlobalBatchNorm2d, replace_batch_norms
+from tinytl_hf.network.blocks import TinyTLBlock, add_lite_residuals
+from tinytl_hf.network.head import Head
+from tinytl_hf.network.lite_residual import LiteResidual
+from tinytl_hf.network.norms import FrozenBatchNorm2d, GlobalBatchNorm2d, replace_batch_norms
 
 
 class Role(Enum):
@@ -76,7 +76,7 @@ def apply_method(
     """Make ``backbone`` train by ``method``, in place.
 
     Args:
-        backbone: A network whose last layer is a :class:`~tinytl_hf.head.Head`.
+        backbone: A network whose last layer is a :class:`~tinytl_hf.network.head.Head`.
         blocks: Its residual blocks.
         method: One of ``METHODS``.
         image_size: Side of the training images in px, to which the lite residuals are fitted.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tinytl_hf.config.run import LiteConfig
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.norms import GlobalBatchNorm2d
+from tinytl_hf.network.norms import GlobalBatchNorm2d
 
 CHANNELS_PER_GROUP = 8
 

@@ -17,7 +17,7 @@ from torchvision.ops import StochasticDepth
 
 from tinytl_hf.config.run import TOTAL_STRIDE
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.head import Head
+from tinytl_hf.network.head import Head
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

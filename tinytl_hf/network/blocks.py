@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
 
 from tinytl_hf.config.run import LiteConfig
-from tinytl_hf.lite_residual import LiteResidual
-from tinytl_hf.norms import recompute_contexts
+from tinytl_hf.network.lite_residual import LiteResidual
+from tinytl_hf.network.norms import recompute_contexts
 
 
 def is_training_pass(x: Tensor, training: bool, parameters: Iterable[nn.Parameter]) -> bool:

@@ -1,0 +1,1 @@
+"""Backbones, their blocks, norms and head, lite residuals, and which of it all trains."""
