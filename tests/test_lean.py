@@ -11,7 +11,8 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from tinytl_hf.config.run import LiteConfig
-from tinytl_hf.lean import bits, lite
+from tinytl_hf.lean import bits
+from tinytl_hf.lean import lite_branch as lite
 from tinytl_hf.lean.chain import Chain, Stage
 from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
 from tinytl_hf.network.lite_residual import LiteResidual

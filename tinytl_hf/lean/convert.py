@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
 from torchvision.ops.misc import Conv2dNormActivation
 
-from tinytl_hf.lean.block import LeanBlockPath, LeanOpening, LeanResNetPath
 from tinytl_hf.lean.chain import SLICE_MB, Chain
 from tinytl_hf.lean.int8 import Int8Conv2d
 from tinytl_hf.lean.layers import (
@@ -24,6 +23,7 @@ from tinytl_hf.lean.layers import (
     LeanReLU,
     LeanReLU6,
 )
+from tinytl_hf.lean.paths import LeanBlockPath, LeanOpening, LeanResNetPath
 from tinytl_hf.lean.stage import Stage
 from tinytl_hf.network.blocks import TinyTLBlock
 from tinytl_hf.network.norms import FrozenBatchNorm2d

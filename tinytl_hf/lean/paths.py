@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tinytl_hf.lean import lite
+from tinytl_hf.lean import lite_branch as lite
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
 from tinytl_hf.lean.stage import UPPER
