@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_methods import train_steps
 
 from tinytl_hf import TinyTLError, TinyTLModel
-from tinytl_hf.adapter import CONFIG_FILE, TENSORS_FILE
+from tinytl_hf.adapter.format import CONFIG_FILE, TENSORS_FILE
 
 IMAGES = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(9))
 

@@ -14,7 +14,7 @@ from hub_server import yaml_errors
 from huggingface_hub import ModelCard
 
 import tinytl_hf
-from tinytl_hf.adapter import AdapterConfig, BackboneRecord, DataRecord, Preprocessing
+from tinytl_hf.adapter.format import AdapterConfig, BackboneRecord, DataRecord, Preprocessing
 from tinytl_hf.card import (
     BEGIN,
     END,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from watch import fuzz
 
 from tinytl_hf import TinyTLError, TinyTLModel
-from tinytl_hf.adapter import CONFIG_FILE, TENSORS_FILE, read_config, read_tensors
+from tinytl_hf.adapter.format import CONFIG_FILE, TENSORS_FILE, read_config, read_tensors
 
 QUICK, LONG = 30, pytest.param(900, marks=pytest.mark.slow)
 DEEP = 100_000

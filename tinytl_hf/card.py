@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from tinytl_hf.adapter import CARD_FILE, CONFIG_FILE, TENSORS_FILE, AdapterConfig, DataRecord
+from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE, AdapterConfig, DataRecord
 from tinytl_hf.config.run import MethodName
 
 TEMPLATE = Path(__file__).with_name("card_template.md")

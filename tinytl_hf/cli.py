@@ -194,7 +194,7 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
         return {}  # the real parser says what is wrong
     if known.verb != "eval" or known.adapter is None:
         return {}
-    from tinytl_hf.adapter import read_config
+    from tinytl_hf.adapter.format import read_config
     from tinytl_hf.hub import find_adapter
 
     config = read_config(find_adapter(known.adapter))

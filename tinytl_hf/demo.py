@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from tinytl_hf.adapter import TENSORS_FILE
+from tinytl_hf.adapter.format import TENSORS_FILE
 from tinytl_hf.run_folder import ADAPTER, RESULTS_FILE
 
 METHODS = ("FT-Last", "TinyTL-L+B")

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tinytl_hf.adapter import CARD_FILE, CONFIG_FILE, TENSORS_FILE, read_config, read_tensors
+from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE, read_config, read_tensors
 from tinytl_hf.card import files_of_adapter, files_of_card, is_untouched, read_card, update_card, with_name
 from tinytl_hf.config.hub import REPO_NAME, PullConfig, PushConfig
 from tinytl_hf.disk import write_bytes

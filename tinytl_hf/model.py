@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tinytl_hf import hub
-from tinytl_hf.adapter import (
+from tinytl_hf.adapter.build import build_network, check_fits
+from tinytl_hf.adapter.format import (
     AdapterConfig,
     BackboneRecord,
     DataRecord,
@@ -28,7 +29,7 @@ from tinytl_hf.adapter import (
     read_tensors,
     write_adapter,
 )
-from tinytl_hf.build import build_network, check_fits
+from tinytl_hf.adapter.switching import Adapters, LoadedAdapter
 from tinytl_hf.card import read_card, render_card
 from tinytl_hf.config.hub import PushConfig
 from tinytl_hf.config.run import METHOD_ALIASES, HeadConfig, LiteConfig
@@ -41,7 +42,6 @@ from tinytl_hf.lean.int8 import quantise
 from tinytl_hf.network import methods
 from tinytl_hf.network.head import Head
 from tinytl_hf.network.torchvision_nets import pin_weights, sha256
-from tinytl_hf.switching import Adapters, LoadedAdapter
 
 
 class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_tag="image-classification"):

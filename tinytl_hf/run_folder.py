@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tinytl_hf.adapter import CARD_FILE, read_config
+from tinytl_hf.adapter.format import CARD_FILE, read_config
 from tinytl_hf.card import PICTURES, RunFacts, read_card, render_card
 from tinytl_hf.checkpoint import FOLDER as CHECKPOINTS
 from tinytl_hf.checkpoint import MAY_DIFFER, list_checkpoints

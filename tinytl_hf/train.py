@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tinytl_hf import checkpoint, epoch_sums, memory, run_folder
-from tinytl_hf.adapter import TENSORS_FILE, DataRecord, read_tensors
+from tinytl_hf.adapter.format import TENSORS_FILE, DataRecord, read_tensors
 from tinytl_hf.checkpoint import Progress
 from tinytl_hf.config.run import Config, flat
 from tinytl_hf.data import sets as data
