@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 
 import tinytl_hf
 from tinytl_hf.adapter.format import AdapterConfig, BackboneRecord, DataRecord, Preprocessing
-from tinytl_hf.card import (
+from tinytl_hf.hub.card import (
     BEGIN,
     END,
     TEMPLATE,

@@ -13,7 +13,8 @@ from conftest import ROOT, run_cli
 from hub_server import READER, WRITER, HubServer
 from huggingface_hub import HfApi, ModelCard, constants, get_session
 
-from tinytl_hf import TinyTLError, TinyTLModel, hub
+from tinytl_hf import TinyTLError, TinyTLModel
+from tinytl_hf.hub import transfer as hub
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))
 FILES = {".gitattributes", "adapter_config.json", "adapter_model.safetensors", "README.md"}

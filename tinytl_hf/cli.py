@@ -130,11 +130,11 @@ def run(argv: list[str]) -> None:
 
         print(merge(_build(MergeConfig, values)))
     elif parsed.subcommand == "push":
-        from tinytl_hf.hub import push
+        from tinytl_hf.hub.transfer import push
 
         print(push(_build(PushConfig, values)))
     elif parsed.subcommand == "pull":
-        from tinytl_hf.hub import pull
+        from tinytl_hf.hub.transfer import pull
 
         print(pull(_build(PullConfig, values)))
     elif parsed.subcommand == "compare":
@@ -195,7 +195,7 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
     if known.verb != "eval" or known.adapter is None:
         return {}
     from tinytl_hf.adapter.format import read_config
-    from tinytl_hf.hub import find_adapter
+    from tinytl_hf.hub.transfer import find_adapter
 
     config = read_config(find_adapter(known.adapter))
     defaults: dict[str, Any] = {
@@ -227,7 +227,7 @@ def _build(kind: type[T], values: Namespace) -> T:
 
 def _train(config: Config) -> None:
     """Train; then, with everything on the disk, push if that was asked for."""
-    from tinytl_hf.hub import check_can_push, push
+    from tinytl_hf.hub.transfer import check_can_push, push
     from tinytl_hf.run_folder import ADAPTER
     from tinytl_hf.train import train
 

@@ -15,7 +15,6 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from PIL import Image
 from torch import Tensor, nn
 
-from tinytl_hf import hub
 from tinytl_hf.adapter.build import build_network, check_fits
 from tinytl_hf.adapter.format import (
     AdapterConfig,
@@ -30,12 +29,13 @@ from tinytl_hf.adapter.format import (
     write_adapter,
 )
 from tinytl_hf.adapter.switching import Adapters, LoadedAdapter
-from tinytl_hf.card import read_card, render_card
 from tinytl_hf.config.hub import PushConfig
 from tinytl_hf.config.run import METHOD_ALIASES, HeadConfig, LiteConfig
 from tinytl_hf.data.augment import centre_boxes, resample
 from tinytl_hf.data.images import pad_images, to_rgb
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.hub import transfer as hub
+from tinytl_hf.hub.card import read_card, render_card
 from tinytl_hf.lean.chain import SLICE_MB
 from tinytl_hf.lean.convert import convert
 from tinytl_hf.lean.int8 import quantise

@@ -15,12 +15,12 @@ from typing import Any
 import yaml
 
 from tinytl_hf.adapter.format import CARD_FILE, read_config
-from tinytl_hf.card import PICTURES, RunFacts, read_card, render_card
 from tinytl_hf.checkpoint import FOLDER as CHECKPOINTS
 from tinytl_hf.checkpoint import MAY_DIFFER, list_checkpoints
 from tinytl_hf.config.run import Config, DataConfig, flat
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.hub.card import PICTURES, RunFacts, read_card, render_card
 from tinytl_hf.plots import save_confusion, save_curves
 
 CONFIG_FILE = "config.yaml"

@@ -25,10 +25,10 @@ from huggingface_hub.errors import (
 )
 
 from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE, read_config, read_tensors
-from tinytl_hf.card import files_of_adapter, files_of_card, is_untouched, read_card, update_card, with_name
 from tinytl_hf.config.hub import REPO_NAME, PullConfig, PushConfig
 from tinytl_hf.disk import write_bytes
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.hub.card import files_of_adapter, files_of_card, is_untouched, read_card, update_card, with_name
 from tinytl_hf.version import __version__
 
 TIMEOUT_S = 30.0  # the client's own default is to wait for ever

@@ -1,0 +1,1 @@
+"""Adapters on the Hub, and the card that tells of one."""
