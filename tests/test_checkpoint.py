@@ -13,7 +13,7 @@ from started_runs import checkpoints, delta, metrics, run
 from tinytl_hf import checkpoint
 from tinytl_hf.checkpoint import Progress
 from tinytl_hf.config.run import Config
-from tinytl_hf.evaluation import make_accelerator
+from tinytl_hf.measure.accuracy import make_accelerator
 from tinytl_hf.optim import make_optimizer
 
 OPTIONS = ["--method", "FT-Last", "--train.threads", "1"]

@@ -14,7 +14,7 @@ def test_the_demo_trains_reloads_and_prints_one_table(tmp_path):
         text, count = re.subn(option, value, text)
         assert count == 1
     (tmp_path / "small.yaml").write_text(text)
-    command = [sys.executable, "-m", "tinytl_hf.demo", "small.yaml"]
+    command = [sys.executable, "-m", "tinytl_hf.deploy.quickstart", "small.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     table = done.stdout[done.stdout.index("MobileNetV2 on handwritten digits") :]

@@ -8,9 +8,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from tinytl_hf.bench import BenchRow, bench_table
 from tinytl_hf.config.run import HeadConfig, LiteConfig
-from tinytl_hf.memory import (
+from tinytl_hf.measure.memory import (
     MemoryRow,
     Peak,
     kept_by_layer,
@@ -22,7 +21,8 @@ from tinytl_hf.memory import (
     random_batch,
     to_json,
 )
-from tinytl_hf.paper_rule import paper_rule
+from tinytl_hf.measure.paper_rule import paper_rule
+from tinytl_hf.measure.speed import BenchRow, bench_table
 
 HEAD_INPUT = 1280 * 4  # bytes an image
 PAPER_RULE_MB = {  # MobileNetV2, 10 classes, 224 px, batch 8

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_methods import train_steps
 
 from tinytl_hf import TinyTLError
-from tinytl_hf.merge import load_merged
+from tinytl_hf.deploy.merge import load_merged
 
 IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 IMAGES = IMAGES.contiguous(memory_format=torch.channels_last)
@@ -63,7 +63,7 @@ def test_the_file_needs_nothing_else(method, merged, tmp_path):
         assert "with lite residuals" in printed and "not a torchvision model" in printed
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-        assert metadata["load_with"] == 'tinytl_hf.merge.load_merged("m.safetensors")'
+        assert metadata["load_with"] == 'tinytl_hf.deploy.merge.load_merged("m.safetensors")'
         assert metadata["load_with"] in printed
         assert json.loads(metadata["adapter_config"])["label_names"] == ["0", "1", "2", "3"]
 

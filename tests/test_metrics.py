@@ -7,7 +7,7 @@ from conftest import ROOT, run_cli, small_run
 from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
 
 from tinytl_hf import TinyTLError
-from tinytl_hf.metrics import CalibrationError, Loss, PerClassAccuracy, TopFive, compute_metrics, load_metrics
+from tinytl_hf.measure.metrics import CalibrationError, Loss, PerClassAccuracy, TopFive, compute_metrics, load_metrics
 
 F1_SCRIPT = str(ROOT / "tests" / "evaluate_f1.py")
 

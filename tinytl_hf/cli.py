@@ -118,7 +118,7 @@ def run(argv: list[str]) -> None:
     if parsed.subcommand == "train":
         _train(_build(Config, values))
     elif parsed.subcommand == "eval":
-        from tinytl_hf.evaluation import evaluate_adapter
+        from tinytl_hf.measure.accuracy import evaluate_adapter
 
         _print_figures(evaluate_adapter(_build(EvalConfig, values), values.data))
     elif parsed.subcommand == "memory":
@@ -126,7 +126,7 @@ def run(argv: list[str]) -> None:
     elif parsed.subcommand == "bench":
         _print_bench(_build(Config, values), _build(BenchConfig, values))
     elif parsed.subcommand == "merge":
-        from tinytl_hf.merge import merge
+        from tinytl_hf.deploy.merge import merge
 
         print(merge(_build(MergeConfig, values)))
     elif parsed.subcommand == "push":
@@ -259,7 +259,7 @@ def _print_comparison(config: CompareConfig, runs: list[str]) -> None:
 
 
 def _print_predictions(config: PredictConfig, images: list[str]) -> None:
-    from tinytl_hf.predict import predict
+    from tinytl_hf.deploy.predict import predict
 
     failed = False
     for result in predict(config, images):
@@ -276,7 +276,7 @@ def _print_predictions(config: PredictConfig, images: list[str]) -> None:
 
 
 def _print_memory(config: Config, options: MemoryTableConfig) -> None:
-    from tinytl_hf import memory
+    from tinytl_hf.measure import memory
 
     rows = list(memory.measure_rows(config, options))
     conditions = memory.conditions(config, image_size=config.data.image_size, batch_size=options.batch_size)
@@ -289,8 +289,8 @@ def _print_memory(config: Config, options: MemoryTableConfig) -> None:
 
 
 def _print_bench(config: Config, options: BenchConfig) -> None:
-    from tinytl_hf import bench
-    from tinytl_hf.memory import conditions
+    from tinytl_hf.measure import speed as bench
+    from tinytl_hf.measure.memory import conditions
 
     rows = list(bench.bench_rows(config, options))
     common = conditions(config)

@@ -139,7 +139,7 @@ def save_memory_bars(path: Path | BinaryIO, rows: Sequence[Mapping[str, Any]]) -
 
     Args:
         path: The PNG file.
-        rows: The ``rows`` of :func:`tinytl_hf.memory.to_json`, in bytes.
+        rows: The ``rows`` of :func:`tinytl_hf.measure.memory.to_json`, in bytes.
     """
     with _figure(path, 9.6, 1.8 + 0.34 * len(rows)) as figure:
         axis = figure.subplots()

@@ -25,7 +25,7 @@ from tinytl_hf.config.verbs import EvalConfig
 from tinytl_hf.data import sets as data
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.forward import forward_in_parts
-from tinytl_hf.metrics import compute_metrics, load_metrics
+from tinytl_hf.measure.metrics import compute_metrics, load_metrics
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.torchvision_nets import check_image_size
 from tinytl_hf.version import __version__

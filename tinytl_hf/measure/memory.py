@@ -1,8 +1,8 @@
 """Training memory as three figures that are never mixed up: computed, kept and measured.
 
-:func:`~tinytl_hf.paper_rule.paper_rule` computes what the TinyTL paper would report, :func:`kept_for_backward` counts
-what one real forward pass keeps, :func:`measure_peak` measures one real training step. Figures are bytes; MB are 1e6
-bytes.
+:func:`~tinytl_hf.measure.paper_rule.paper_rule` computes what the TinyTL paper would report,
+:func:`kept_for_backward` counts what one real forward pass keeps, :func:`measure_peak` measures one real training
+step. Figures are bytes; MB are 1e6 bytes.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import MemoryTableConfig
-from tinytl_hf.evaluation import make_accelerator, no_stderr
+from tinytl_hf.measure.accuracy import make_accelerator, no_stderr
+from tinytl_hf.measure.paper_rule import paper_rule
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.methods import METHODS
-from tinytl_hf.paper_rule import paper_rule
 
 MB = 1e6
 NAMED_LAYERS = 4  # how many of a row's stock layers the table names

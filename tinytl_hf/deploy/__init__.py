@@ -1,0 +1,1 @@
+"""What a finished adapter is for: labels of images, one file of weights."""
