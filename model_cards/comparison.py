@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tinytl_hf.plots import save_confusion, save_curves
+from tinytl_hf.reports.plots import save_confusion, save_curves
 
 CONFIG = "configs/cifar10_comparison.yaml"
 CARDS = Path("model_cards")
@@ -122,7 +122,7 @@ def publish(runs: Path) -> None:
 
 def draw() -> None:
     """Draw every table and picture from what has been published."""
-    from tinytl_hf.runs import read_run  # torch comes with it, which the other steps do without
+    from tinytl_hf.reports.finished_run import read_run  # torch comes with it, which the other steps do without
 
     published = [run for method in LEARNING_RATES for run in sorted(CARDS.glob(f"runs/{method}/seed*"))]
     if not published:

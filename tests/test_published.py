@@ -9,7 +9,7 @@ from conftest import ROOT
 from huggingface_hub import ModelCard
 
 from tinytl_hf.network.methods import METHODS
-from tinytl_hf.runs import read_run
+from tinytl_hf.reports.finished_run import read_run
 
 CARDS = ROOT / "model_cards"
 

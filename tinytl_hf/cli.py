@@ -140,7 +140,7 @@ def run(argv: list[str]) -> None:
     elif parsed.subcommand == "compare":
         _print_comparison(_build(CompareConfig, values), values.runs)
     elif parsed.subcommand == "report":
-        from tinytl_hf.report import report
+        from tinytl_hf.reports.page import report
 
         print(report(_build(ReportConfig, values), values.run))
     else:
@@ -228,7 +228,7 @@ def _build(kind: type[T], values: Namespace) -> T:
 def _train(config: Config) -> None:
     """Train; then, with everything on the disk, push if that was asked for."""
     from tinytl_hf.hub.transfer import check_can_push, push
-    from tinytl_hf.run_folder import ADAPTER
+    from tinytl_hf.reports.run_folder import ADAPTER
     from tinytl_hf.train import train
 
     if config.hub.push:
@@ -250,7 +250,7 @@ def _print_figures(figures: dict[str, Any]) -> None:
 
 
 def _print_comparison(config: CompareConfig, runs: list[str]) -> None:
-    from tinytl_hf.compare import compare
+    from tinytl_hf.reports.compare import compare
 
     table, left_out = compare(config, runs)
     for reason in left_out:
@@ -282,7 +282,7 @@ def _print_memory(config: Config, options: MemoryTableConfig) -> None:
     conditions = memory.conditions(config, image_size=config.data.image_size, batch_size=options.batch_size)
     report = memory.to_json(rows, conditions)
     if options.plot is not None:
-        from tinytl_hf.plots import save_memory_bars
+        from tinytl_hf.reports.plots import save_memory_bars
 
         save_memory_bars(Path(options.plot), json.loads(report)["rows"])
     _print_report(conditions, memory.memory_table(rows), report if options.json else None)

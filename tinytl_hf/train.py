@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tinytl_hf import checkpoint, epoch_sums, run_folder
+from tinytl_hf import checkpoint, epoch_sums
 from tinytl_hf.adapter.format import TENSORS_FILE, DataRecord, read_tensors
 from tinytl_hf.checkpoint import Progress
 from tinytl_hf.config.run import Config, flat
@@ -39,6 +39,7 @@ from tinytl_hf.measure.metrics import compute_metrics, load_metrics
 from tinytl_hf.measure.mistakes import save_mistakes
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.optim import make_optimizer, make_scheduler
+from tinytl_hf.reports import run_folder
 
 logger = logging.getLogger(__name__)
 

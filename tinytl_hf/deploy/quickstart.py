@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from tinytl_hf.adapter.format import TENSORS_FILE
-from tinytl_hf.run_folder import ADAPTER, RESULTS_FILE
+from tinytl_hf.reports.run_folder import ADAPTER, RESULTS_FILE
 
 METHODS = ("FT-Last", "TinyTL-L+B")
 ROW = "{:<12} {:>13} {:>21} {:>13} {:>9}  {}"

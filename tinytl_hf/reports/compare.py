@@ -17,8 +17,8 @@ import numpy as np
 from tinytl_hf.config.verbs import CompareConfig
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.plots import MB, AccuracyMemory, save_accuracy_memory, save_confusion, save_curves
-from tinytl_hf.runs import FinishedRun, read_run
+from tinytl_hf.reports.finished_run import FinishedRun, read_run
+from tinytl_hf.reports.plots import MB, AccuracyMemory, save_accuracy_memory, save_confusion, save_curves
 
 # Options that change neither what a run computes nor what it needs; runs that differ in these alone are one row.
 NOT_COMPARED = {

@@ -11,14 +11,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from tinytl_hf.compare import CONDITIONS, describe
 from tinytl_hf.config.run import Config, flat
 from tinytl_hf.config.verbs import ReportConfig
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.plots import MB, save_confusion, save_curves, save_memory_bars
-from tinytl_hf.run_folder import MISTAKES_FILE
-from tinytl_hf.runs import FinishedRun, read_run
+from tinytl_hf.reports.compare import CONDITIONS, describe
+from tinytl_hf.reports.finished_run import FinishedRun, read_run
+from tinytl_hf.reports.plots import MB, save_confusion, save_curves, save_memory_bars
+from tinytl_hf.reports.run_folder import MISTAKES_FILE
 from tinytl_hf.version import __version__
 
 TEMPLATE = "report_template.html"

@@ -11,7 +11,7 @@ import yaml
 
 from tinytl_hf.config.run import Config, flat
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.run_folder import CONFIG_FILE, MEMORY_FILE, RESULTS_FILE, images_of, read_metrics, seconds_of
+from tinytl_hf.reports.run_folder import CONFIG_FILE, MEMORY_FILE, RESULTS_FILE, images_of, read_metrics, seconds_of
 
 
 @dataclass(frozen=True)

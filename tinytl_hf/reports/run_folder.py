@@ -21,7 +21,7 @@ from tinytl_hf.config.run import Config, DataConfig, flat
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import PICTURES, RunFacts, read_card, render_card
-from tinytl_hf.plots import save_confusion, save_curves
+from tinytl_hf.reports.plots import save_confusion, save_curves
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
