@@ -16,7 +16,7 @@ from accelerate.utils.other import load
 from safetensors.torch import load_file
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tinytl_hf.cli", "tinytl_hf.train"])
+CONTEXT.set_forkserver_preload(["tinytl_hf.cli", "tinytl_hf.train.loop"])
 TIMINGS = ("seconds", "images_per_second")
 
 

@@ -10,14 +10,14 @@ import pytest
 from conftest import small_run
 from started_runs import ADAPTERS, Run, checkpoints, run
 
-from tinytl_hf.checkpoint import find_damage
+from tinytl_hf.train.checkpoint import find_damage
 
 OPTIONS = ["--train.global_batch_size", "4", "--head.dropout", "0.2", "--train.checkpoint_every", "1"]
 OPTIONS += ["--train.threads", "1", "--train.resume", "auto"]
 KILLS = 20
 # Where a save can be cut: while files are written, synced, renamed or removed.
 IN_A_SAVE = [
-    *(("torch", "save"), ("tinytl_hf.checkpoint", "save_file"), ("tinytl_hf.checkpoint", "_seal")),
+    *(("torch", "save"), ("tinytl_hf.train.checkpoint", "save_file"), ("tinytl_hf.train.checkpoint", "_seal")),
     *(("os", "fsync"), ("os", "replace"), ("shutil", "rmtree")),
 ]
 

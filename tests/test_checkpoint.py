@@ -10,11 +10,11 @@ from conftest import run_cli, small_run
 from safetensors.torch import load_file
 from started_runs import checkpoints, delta, metrics, run
 
-from tinytl_hf import checkpoint
-from tinytl_hf.checkpoint import Progress
 from tinytl_hf.config.run import Config
 from tinytl_hf.measure.accuracy import make_accelerator
-from tinytl_hf.optim import make_optimizer
+from tinytl_hf.train import checkpoint
+from tinytl_hf.train.checkpoint import Progress
+from tinytl_hf.train.optim import make_optimizer
 
 OPTIONS = ["--method", "FT-Last", "--train.threads", "1"]
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tinytl_hf import epoch_sums
-from tinytl_hf.epoch_sums import PARTS, EpochSums
+from tinytl_hf.train import epoch_sums
+from tinytl_hf.train.epoch_sums import PARTS, EpochSums
 
 
 def sums_of(batches, before=(), start=0):

@@ -10,7 +10,7 @@ from started_runs import metrics
 
 from tinytl_hf import TinyTLModel
 from tinytl_hf.data.augment import RandomCropFlip
-from tinytl_hf.features import drawn_view
+from tinytl_hf.train.cached_features import drawn_view
 
 
 @pytest.mark.parametrize("lean", [True, False])

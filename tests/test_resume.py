@@ -17,7 +17,7 @@ def check_resume(data, tmp_path, options, processes, killed_at):
     straight = run(arguments, tmp_path / "straight.log", processes)
     assert straight.returncode == 0, straight.stderr
     arguments = small_run(data, tmp_path / "killed", *OPTIONS, *options, "--train.resume", "auto")
-    kill = ("tinytl_hf.train", "augmented", killed_at)
+    kill = ("tinytl_hf.train.loop", "augmented", killed_at)
     killed = run(arguments, tmp_path / "killed.log", processes, kill)
     assert killed.returncode == -signal.SIGKILL and len(metrics(tmp_path / "killed")) == 1, killed.stderr
     resumed = run(arguments, tmp_path / "resumed.log", processes)

@@ -12,10 +12,11 @@ from conftest import run_cli, small_run
 from safetensors.torch import load_file
 from started_runs import Run, checkpoints, delta, metrics, run
 
-from tinytl_hf import TinyTLModel, train
-from tinytl_hf.checkpoint import find_damage
+from tinytl_hf import TinyTLModel
 from tinytl_hf.config.run import TrainConfig
-from tinytl_hf.optim import lr_factor
+from tinytl_hf.train import loop as train
+from tinytl_hf.train.checkpoint import find_damage
+from tinytl_hf.train.optim import lr_factor
 
 
 @pytest.fixture(scope="module")

@@ -229,7 +229,7 @@ def _train(config: Config) -> None:
     """Train; then, with everything on the disk, push if that was asked for."""
     from tinytl_hf.hub.transfer import check_can_push, push
     from tinytl_hf.reports.run_folder import ADAPTER
-    from tinytl_hf.train import train
+    from tinytl_hf.train.loop import train
 
     if config.hub.push:
         try:

@@ -15,13 +15,13 @@ from typing import Any
 import yaml
 
 from tinytl_hf.adapter.format import CARD_FILE, read_config
-from tinytl_hf.checkpoint import FOLDER as CHECKPOINTS
-from tinytl_hf.checkpoint import MAY_DIFFER, list_checkpoints
 from tinytl_hf.config.run import Config, DataConfig, flat
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import PICTURES, RunFacts, read_card, render_card
 from tinytl_hf.reports.plots import save_confusion, save_curves
+from tinytl_hf.train.checkpoint import FOLDER as CHECKPOINTS
+from tinytl_hf.train.checkpoint import MAY_DIFFER, list_checkpoints
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"

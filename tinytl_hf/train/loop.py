@@ -23,23 +23,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tinytl_hf import checkpoint, epoch_sums
 from tinytl_hf.adapter.format import TENSORS_FILE, DataRecord, read_tensors
-from tinytl_hf.checkpoint import Progress
 from tinytl_hf.config.run import Config, flat
 from tinytl_hf.data import sets as data
 from tinytl_hf.data.augment import RandomCropFlip, resample
-from tinytl_hf.epoch_sums import EpochSums
 from tinytl_hf.errors import Interrupted, TinyTLError
-from tinytl_hf.features import compute_features, drawn_view
-from tinytl_hf.interrupt import StopSignal
 from tinytl_hf.measure import memory
 from tinytl_hf.measure.accuracy import check_divides, device_name, make_accelerator, predict_set, save_results
 from tinytl_hf.measure.metrics import compute_metrics, load_metrics
 from tinytl_hf.measure.mistakes import save_mistakes
 from tinytl_hf.model import TinyTLModel
-from tinytl_hf.optim import make_optimizer, make_scheduler
 from tinytl_hf.reports import run_folder
+from tinytl_hf.train import checkpoint, epoch_sums
+from tinytl_hf.train.cached_features import compute_features, drawn_view
+from tinytl_hf.train.checkpoint import Progress
+from tinytl_hf.train.epoch_sums import EpochSums
+from tinytl_hf.train.optim import make_optimizer, make_scheduler
+from tinytl_hf.train.stop_signal import StopSignal
 
 logger = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from torch import nn
 
 from tinytl_hf.config.run import Config, flat
 from tinytl_hf.disk import sync
-from tinytl_hf.epoch_sums import Sums
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.train.epoch_sums import Sums
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""The training run, from its options to a finished folder."""
