@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from started_runs import checkpoints, delta, metrics, run
 
 from tinytl_hf.config.run import Config
-from tinytl_hf.measure.accuracy import make_accelerator
+from tinytl_hf.device import make_accelerator
 from tinytl_hf.train import checkpoint
 from tinytl_hf.train.checkpoint import Progress
 from tinytl_hf.train.optim import make_optimizer

@@ -6,8 +6,9 @@ import yaml
 from conftest import ROOT
 
 from tinytl_hf import TinyTLError
-from tinytl_hf.cli import Yaml12Loader, make_parser
+from tinytl_hf.cli import make_parser
 from tinytl_hf.config.run import METHOD_ALIASES, Config, DataConfig, HeadConfig, LiteConfig, MethodAlias, TrainConfig
+from tinytl_hf.config.yaml12 import Yaml12Loader
 from tinytl_hf.network.methods import METHODS
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -10,15 +10,8 @@ from PIL import Image
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.config.run import DataConfig
-from tinytl_hf.data.sets import (
-    DecodedImages,
-    ShuffledBatches,
-    StreamedImages,
-    make_loader,
-    open_splits,
-    read_images,
-    with_label_names,
-)
+from tinytl_hf.data.batches import DecodedImages, ShuffledBatches, StreamedImages, make_loader, read_images
+from tinytl_hf.data.sets import open_splits, with_label_names
 
 
 def config(dataset, **options):

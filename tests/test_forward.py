@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinytl_hf.forward import forward_in_parts
+from tinytl_hf.device import forward_in_parts
 
 
 @pytest.mark.parametrize(("image_size", "images"), [(32, 70), (112, 8), (224, 2), (640, 1)])

@@ -16,8 +16,9 @@ from test_fuzz import LONG, end_named, flipped
 from watch import fuzz
 
 from tinytl_hf.config.run import DataConfig
+from tinytl_hf.data.batches import read_images
 from tinytl_hf.data.images import MAX_ASPECT, REDUCE_ABOVE, UnreadableImageError, decode
-from tinytl_hf.data.sets import open_splits, read_images
+from tinytl_hf.data.sets import open_splits
 
 SIZE = 32
 FORMATS = {

@@ -8,7 +8,8 @@ from torch import nn
 
 from tinytl_hf import TinyTLModel
 from tinytl_hf.lean.int8 import Int8Conv2d, dequantise, quantise
-from tinytl_hf.measure.memory import measure_peak, random_batch
+from tinytl_hf.measure.memory import random_batch
+from tinytl_hf.measure.peak import measure_peak
 
 
 def test_weights_are_the_nearest_of_255_steps_of_each_channel():

@@ -9,19 +9,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tinytl_hf.config.run import HeadConfig, LiteConfig
-from tinytl_hf.measure.memory import (
-    MemoryRow,
-    Peak,
-    kept_by_layer,
-    kept_for_backward,
-    measure_peak,
-    measure_speed,
-    memory_table,
-    process_high_water,
-    random_batch,
-    to_json,
-)
+from tinytl_hf.measure.ledger import kept_by_layer, kept_for_backward
+from tinytl_hf.measure.memory import MemoryRow, memory_table, random_batch, to_json
 from tinytl_hf.measure.paper_rule import paper_rule
+from tinytl_hf.measure.peak import Peak, measure_peak, measure_speed, process_high_water
 from tinytl_hf.measure.speed import BenchRow, bench_table
 
 HEAD_INPUT = 1280 * 4  # bytes an image

@@ -8,7 +8,7 @@ from PIL import Image
 from test_methods import train_steps
 
 from tinytl_hf import TinyTLError, TinyTLModel
-from tinytl_hf.adapter.format import frozen_tensors
+from tinytl_hf.adapter.delta import frozen_tensors
 
 # Name, method, classes, image size.
 KINDS = [

@@ -16,14 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tinytl_hf.adapter.build import build_network, check_fits
+from tinytl_hf.adapter.delta import adapter_tensors, frozen_tensors, load_tensors
 from tinytl_hf.adapter.format import (
     AdapterConfig,
     BackboneRecord,
     DataRecord,
     Preprocessing,
-    adapter_tensors,
-    frozen_tensors,
-    load_tensors,
     read_config,
     read_tensors,
     write_adapter,

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tinytl_hf.adapter.format import AdapterConfig, check_tensors
+from tinytl_hf.adapter.delta import check_tensors
+from tinytl_hf.adapter.format import AdapterConfig
 from tinytl_hf.config.run import LiteConfig
 from tinytl_hf.network import methods
 from tinytl_hf.network.blocks import TinyTLBlock, convert_blocks

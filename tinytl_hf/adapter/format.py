@@ -17,13 +17,11 @@ import torch
 from jsonargparse import ArgumentParser
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinytl_hf.config.run import DataConfig, HeadConfig, LiteConfig, MethodName
 from tinytl_hf.disk import write_bytes, write_text
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.network.lite_residual import LiteResidual
-from tinytl_hf.network.methods import changing_buffers
 from tinytl_hf.network.torchvision_nets import IMAGENET_MEAN, IMAGENET_STD
 from tinytl_hf.version import __version__
 
@@ -124,62 +122,6 @@ class AdapterConfig:
     def to_json(self) -> str:
         """Sorted, indented JSON."""
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
-
-
-def adapter_tensors(backbone: nn.Module) -> dict[str, Tensor]:
-    """The tensors that make up the delta: parameters that train and buffers that training can change."""
-    buffers = changing_buffers(backbone)
-    tensors = {name: p.detach() for name, p in backbone.named_parameters() if p.requires_grad}
-    tensors.update({name: buffer for name, buffer in backbone.named_buffers() if name in buffers})
-    return tensors
-
-
-def frozen_tensors(backbone: nn.Module) -> dict[str, Tensor]:
-    """The tensors that come with the backbone and never change, as they are in its modules."""
-    delta = adapter_tensors(backbone)
-    lite = tuple(f"{name}." for name, module in backbone.named_modules() if isinstance(module, LiteResidual))
-    tensors = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name not in delta and not name.startswith(lite) and not name.endswith("num_batches_tracked")
-    }
-
-
-def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy a delta into ``backbone``, after checking all of it.
-
-    Raises:
-        TinyTLError: Missing, unexpected or misshapen tensors; nothing was copied.
-    """
-    check_tensors(backbone, tensors, source)
-    own = adapter_tensors(backbone)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
-
-
-def check_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise unless ``tensors`` are a delta of ``backbone``, which may be on the meta device.
-
-    Raises:
-        TinyTLError: Missing, unexpected, misshapen or damaged tensors.
-    """
-    own = adapter_tensors(backbone)
-    shared = own.keys() & tensors.keys()
-    problems = {
-        "missing": sorted(own.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - own.keys()),
-        "of another shape": sorted(n for n in shared if own[n].shape != tensors[n].shape),
-        "of another type": sorted(n for n in shared if own[n].dtype != tensors[n].dtype),
-        "not finite": sorted(n for n, t in tensors.items() if not t.isfinite().all()),
-    }
-    for what, names in problems.items():
-        if names:
-            raise TinyTLError(
-                f"{source}: {len(names)} tensors are {what}, such as {names[0]}; the file does not belong to "
-                "this adapter_config.json"
-            )
 
 
 def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], card: str) -> None:

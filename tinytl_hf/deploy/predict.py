@@ -12,7 +12,7 @@ from PIL import Image
 
 from tinytl_hf.config.verbs import PredictConfig
 from tinytl_hf.data.images import UnreadableImageError, decode, pad_images
-from tinytl_hf.forward import forward_in_parts
+from tinytl_hf.device import forward_in_parts
 from tinytl_hf.model import TinyTLModel
 
 IMAGE_SUFFIXES = frozenset(Image.registered_extensions())

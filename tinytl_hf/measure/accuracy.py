@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,40 +12,22 @@ from typing import Any
 import evaluate
 import numpy as np
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tinytl_hf.config.run import DataConfig
 from tinytl_hf.config.verbs import EvalConfig
-from tinytl_hf.data import sets as data
+from tinytl_hf.data import sets
+from tinytl_hf.data.batches import make_loader, read_images
+from tinytl_hf.device import check_divides, device_name, forward_in_parts, make_accelerator
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.forward import forward_in_parts
 from tinytl_hf.measure.metrics import compute_metrics, load_metrics
+from tinytl_hf.measure.peak import no_stderr
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.torchvision_nets import check_image_size
 from tinytl_hf.version import __version__
-
-
-def make_accelerator(mixed_precision: str | None, threads: int | None = None, **options: Any) -> Accelerator:
-    """An accelerator for loaders whose batch size counts over all processes.
-
-    Args:
-        mixed_precision: ``no``, ``bf16``, ``fp16`` or what the launcher was told.
-        threads: CPU threads of this process; null for its share of the cores, where the launcher would give it one.
-        **options: More arguments of the accelerator.
-
-    Raises:
-        TinyTLError: A precision that the device does not have.
-    """
-    loader = DataLoaderConfiguration(split_batches=True)
-    accelerator = Accelerator(mixed_precision=mixed_precision, dataloader_config=loader, **options)
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes_here))
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise TinyTLError("train.mixed_precision=fp16: a CPU would train in fp32; use bf16 or no")
-    return accelerator
 
 
 def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, Any]:
@@ -68,9 +47,9 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     options = replace(model.config.preprocessing, image_size=image_size, crop_pct=data_config.crop_pct)
     model.config = replace(model.config, preprocessing=options)
     trained_on = model.config.data.dataset if model.config.data is not None else None
-    split = data.with_label_names(data.open_eval_split(data_config, trained_on), model.label_names)
-    images = data.read_images(split, data_config)
-    prepared, loader = accelerator.prepare(model, data.make_loader(images, data_config, batch_size=config.batch_size))
+    split = sets.with_label_names(sets.open_eval_split(data_config, trained_on), model.label_names)
+    images = read_images(split, data_config)
+    prepared, loader = accelerator.prepare(model, make_loader(images, data_config, batch_size=config.batch_size))
     start = time.perf_counter()
     figures = compute_metrics(*predict_set(accelerator, prepared, loader, model), extra=extra, tables=True)
     figures["seconds"] = time.perf_counter() - start
@@ -163,33 +142,3 @@ def _make_folder_of(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TinyTLError(f"output={path}: cannot be written ({error}); name another file") from error
-
-
-@contextmanager
-def no_stderr() -> Iterator[None]:
-    """Silence this process's error stream and that of the programs it starts."""
-    saved = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
-def device_name(accelerator: Accelerator) -> str:
-    """The GPU's name, or the machine's kind of processor."""
-    if accelerator.device.type == "cuda":
-        return torch.cuda.get_device_name(accelerator.device)
-    return f"{accelerator.device.type} ({platform.machine()})"
-
-
-def check_divides(batch_size: int, key: str, processes: int, accumulation_steps: int = 1) -> None:
-    """Raise unless a global batch splits evenly over processes and accumulation steps."""
-    parts = processes * accumulation_steps
-    if batch_size % parts:
-        raise TinyTLError(
-            f"{key}={batch_size}: must be a multiple of {parts} ({processes} processes times "
-            f"{accumulation_steps} accumulation steps)"
-        )

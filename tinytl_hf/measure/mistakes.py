@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.special import softmax
 from torch import Tensor
 
-from tinytl_hf.data.sets import DecodedImages, StreamedImages
+from tinytl_hf.data.batches import DecodedImages, StreamedImages
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
 

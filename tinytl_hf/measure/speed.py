@@ -19,7 +19,8 @@ from typing import Any
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import BenchConfig
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.measure.memory import build, random_batch, warmed_up_step
+from tinytl_hf.measure.memory import build, random_batch
+from tinytl_hf.measure.peak import warmed_up_step
 from tinytl_hf.model import TinyTLModel
 
 FULL = "FT-Full stock"

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import RandomCropFlip
-from tinytl_hf.data.sets import DecodedImages, StreamedImages, make_loader
+from tinytl_hf.data.batches import DecodedImages, StreamedImages, make_loader
 from tinytl_hf.model import TinyTLModel
 
 

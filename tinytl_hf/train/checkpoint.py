@@ -25,11 +25,11 @@ from tinytl_hf.config.run import Config, flat
 from tinytl_hf.disk import sync
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.reports.run_folder import CHECKPOINTS
 from tinytl_hf.train.epoch_sums import Sums
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "checkpoints"
 DELTA_FILE = "delta.safetensors"
 PROGRESS_FILE = "progress.json"
 SUMS_FILE = "SHA256SUMS"
@@ -104,7 +104,7 @@ def save(accelerator: Accelerator, config: Config, progress: Progress, hashes: d
     Raises:
         TinyTLError: The disk is full or the folder cannot be written; the checkpoints before stay.
     """
-    folder = Path(config.output_dir) / FOLDER
+    folder = Path(config.output_dir) / CHECKPOINTS
     final = folder / f"step_{progress.step:08d}_epoch_{progress.epoch:04d}"
     temporary = folder / f".{final.name}.tmp"
     try:
@@ -146,7 +146,7 @@ def find(config: Config, processes: int) -> Path | None:
     if config.train.resume == "never":
         return None
     if config.train.resume == "auto":
-        path = _newest_whole(Path(config.output_dir) / FOLDER)
+        path = _newest_whole(Path(config.output_dir) / CHECKPOINTS)
     else:
         path = Path(config.train.resume).expanduser()
         if not (path / PROGRESS_FILE).is_file():

@@ -4,67 +4,36 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
-from evaluate import EvaluationModule
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 from tqdm import tqdm
 
-from tinytl_hf.adapter.format import TENSORS_FILE, DataRecord, read_tensors
+from tinytl_hf.adapter.format import TENSORS_FILE, read_tensors
 from tinytl_hf.config.run import Config, flat
-from tinytl_hf.data import sets as data
-from tinytl_hf.data.augment import RandomCropFlip, resample
+from tinytl_hf.data.augment import resample
 from tinytl_hf.errors import Interrupted, TinyTLError
-from tinytl_hf.measure import memory
-from tinytl_hf.measure.accuracy import check_divides, device_name, make_accelerator, predict_set, save_results
-from tinytl_hf.measure.metrics import compute_metrics, load_metrics
+from tinytl_hf.measure.accuracy import predict_set, save_results
+from tinytl_hf.measure.metrics import compute_metrics
 from tinytl_hf.measure.mistakes import save_mistakes
-from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports import run_folder
 from tinytl_hf.train import checkpoint, epoch_sums
-from tinytl_hf.train.cached_features import compute_features, drawn_view
-from tinytl_hf.train.checkpoint import Progress
+from tinytl_hf.train.cached_features import drawn_view
 from tinytl_hf.train.epoch_sums import EpochSums
-from tinytl_hf.train.optim import make_optimizer, make_scheduler
+from tinytl_hf.train.finish import save_adapters, write_card, write_memory
+from tinytl_hf.train.run import Run
+from tinytl_hf.train.start import set_up
 from tinytl_hf.train.stop_signal import StopSignal
 
 logger = logging.getLogger(__name__)
 
 REPORT_EVERY = 10  # optimizer steps between two looks at the loss, each of which waits for the device
-
-
-@dataclass
-class Run:
-    """Everything that the loop works with."""
-
-    config: Config
-    accelerator: Accelerator
-    model: TinyTLModel
-    prepared: nn.Module
-    optimizer: Any
-    scheduler: Any
-    train_loader: DataLoader
-    eval_loader: DataLoader
-    eval_images: data.DecodedImages | data.StreamedImages
-    eval_split: str
-    batches: data.ShuffledBatches
-    augment: RandomCropFlip
-    progress: Progress
-    metrics: dict[str, EvaluationModule]  # of config.metrics
-    hashes: dict[str, str | None]  # of the frozen backbone and the data
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -100,99 +69,9 @@ def train(config: Config) -> dict[str, Any]:
     if config.memory.report:
         write_memory(run)
     if accelerator.is_main_process:
-        run_folder.write_card(Path(config.output_dir), config, run.eval_split)  # last: it reads what the run wrote
+        write_card(Path(config.output_dir), config, run.eval_split)  # last: it reads what the run wrote
     accelerator.end_training()
     return results
-
-
-def set_up(config: Config) -> Run:
-    """Check and load everything, and bring it to where a checkpoint left it if there is one."""
-    options = config.train
-    accelerator = make_accelerator(
-        options.mixed_precision,
-        options.threads,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_dir=config.output_dir,
-        # Norms see the batch of all processes, so the buffers are the same everywhere.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    log_conditions(accelerator, config)
-    check_tracker(config.tracker)
-    metrics = load_metrics(config.metrics)
-    run_folder.check_free(config)
-    resume_from = checkpoint.find(config, accelerator.num_processes)
-    set_seed(config.seed)
-
-    train_split, eval_split = data.open_splits(config.data)
-    model = TinyTLModel.from_backbone(
-        config.backbone.name,
-        method=config.method,
-        label_names=train_split.label_names,
-        weights=config.backbone.weights,
-        frozen_weights=config.backbone.frozen_weights,
-        image_size=config.data.image_size,
-        eval_image_size=config.data.eval_image_size,
-        crop_pct=config.data.crop_pct,
-        lite=config.lite,
-        head=config.head,
-        gradient_checkpointing=options.gradient_checkpointing,
-        lean=config.memory.lean,
-        slice_mb=config.memory.slice_mb,
-    )
-    train_images = data.read_images(train_split, config.data)
-    eval_images = data.read_images(eval_split, config.data)
-    train_set: Any = train_images
-    eval_set: Any = eval_images
-    start = time.perf_counter()
-    if options.cache_features:
-        train_set = compute_features(accelerator, model, train_images, config, mirrored=config.data.flip)
-        eval_set = compute_features(accelerator, model, eval_images, config)
-    feature_seconds = time.perf_counter() - start
-    batches = data.ShuffledBatches(
-        len(train_images), options.global_batch_size, options.gradient_accumulation_steps, config.seed
-    )
-    optimizer = make_optimizer(model, options)
-    prepared, prepared_optimizer, train_loader, eval_loader, scheduler = accelerator.prepare(
-        model,
-        optimizer,
-        data.make_loader(train_set, config.data, batch_sampler=batches),
-        data.make_loader(eval_set, config.data, batch_size=options.global_batch_size),
-        make_scheduler(optimizer, options, batches.optimizer_steps),
-    )
-    checkpoint.register(accelerator)
-    hashes = {
-        "backbone.sha256": model.config.backbone.sha256,
-        "data.train_sha256": data.sha256(train_split),
-        "data.eval_sha256": data.sha256(eval_split),
-    }
-    progress = checkpoint.load(accelerator, resume_from, hashes) if resume_from else Progress()
-    progress.seconds += feature_seconds
-    if accelerator.is_main_process:
-        run_folder.make_ready(config, progress.epoch)
-    if resume_from is not None and not (Path(config.output_dir) / run_folder.ADAPTER).exists():
-        # Resumed into another folder: the best so far stayed in the first.
-        progress.best_accuracy = -1.0
-        save_adapters(model, config, [run_folder.ADAPTER], accelerator)
-    start_tracker(accelerator, config)
-    augment = RandomCropFlip(len(train_images), config.seed, config.data.crop_scale, config.data.flip)
-    return Run(
-        config=config,
-        accelerator=accelerator,
-        model=model,
-        prepared=prepared,
-        optimizer=prepared_optimizer,
-        scheduler=scheduler,
-        train_loader=train_loader,
-        eval_loader=eval_loader,
-        eval_images=eval_images,
-        eval_split=data.HOLDOUT if eval_split.name == train_split.name else eval_split.name,
-        batches=batches,
-        augment=augment,
-        progress=progress,
-        metrics=metrics,
-        hashes=hashes,
-    )
 
 
 def train_epoch(run: Run, stop: StopSignal) -> None:
@@ -298,35 +177,6 @@ def finish_epoch(run: Run, figures: dict[str, float]) -> None:
     progress.next_epoch(figures["accuracy"])
 
 
-def write_memory(run: Run) -> None:
-    """Measure a training step of this run and write what it takes into the run's folder."""
-    config, output, is_main = run.config, Path(run.config.output_dir), run.accelerator.is_main_process
-    batch = config.train.global_batch_size // run.accelerator.num_processes // config.train.gradient_accumulation_steps
-    lines = run_folder.read_metrics(output) if is_main else []
-    # No line: a finished run that goes on in another folder, and for no epoch more.
-    speed = lines[-1]["train"]["images_per_second"] if lines else 0.0
-    high_water = memory.process_high_water()
-    # On every process, as norms see the batch of all.
-    row = memory.measure(run.model, *memory.random_batch(run.model, batch), config.memory.lean, speed, high_water)
-    if is_main:
-        conditions = memory.conditions(config, image_size=config.data.image_size, batch_size=batch)
-        run_folder.write(output / run_folder.MEMORY_FILE, memory.to_json([row], conditions))
-
-
-def save_adapters(
-    model: TinyTLModel,
-    config: Config,
-    names: list[str],
-    accelerator: Accelerator,
-    figures: dict[str, float] | None = None,
-) -> None:
-    """Write the model as it is to folders of the run, from the main process."""
-    if accelerator.is_main_process:
-        record, dtype = DataRecord.of(config.data), config.adapter.dtype
-        for name in names:
-            model.save_pretrained(Path(config.output_dir) / name, dtype=dtype, data=record, metrics=figures)
-
-
 def progress_bar(run: Run) -> tqdm:
     """A bar of the current epoch, on the main process."""
     return tqdm(
@@ -359,41 +209,3 @@ def stop_if_asked(run: Run, stop: StopSignal, path: Path) -> None:
     if signum := stop.received(run.accelerator):
         run.accelerator.end_training()
         raise Interrupted(signum, f"stopped at step {run.progress.step}: --train.resume auto goes on from {path}")
-
-
-def log_conditions(accelerator: Accelerator, config: Config) -> None:
-    """Say on what this run runs, and check that its batch can be split."""
-    batch, steps = config.train.global_batch_size, config.train.gradient_accumulation_steps
-    processes = accelerator.num_processes
-    check_divides(batch, "train.global_batch_size", processes, steps)
-    logger.info(
-        "%s on %d process(es), %s, %d threads, precision %s, global batch %d (%d images x %d processes x %d steps)",
-        config.method,
-        processes,
-        device_name(accelerator),
-        torch.get_num_threads(),
-        "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
-        batch,
-        batch // processes // steps,
-        processes,
-        steps,
-    )
-
-
-def start_tracker(accelerator: Accelerator, config: Config) -> None:
-    """Open the tracker, with its files in the run's folder."""
-    if config.tracker == "none":
-        return
-    os.environ.setdefault("TRACKIO_DIR", str(Path(config.output_dir) / "trackio"))
-    options = {key: str(value) for key, value in flat(config.to_dict()).items()}  # no lists or nulls for tensorboard
-    accelerator.init_trackers("tinytl_hf", options, init_kwargs={"wandb": {"dir": config.output_dir}})
-
-
-def check_tracker(tracker: str) -> None:
-    """Raise unless the tracker's package is there.
-
-    Raises:
-        TinyTLError: With the command that installs it.
-    """
-    if tracker != "none" and find_spec(tracker) is None:
-        raise TinyTLError(f"tracker={tracker}: not installed; run pip install tinytl-hf[{tracker}]")

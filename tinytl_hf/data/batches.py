@@ -1,0 +1,172 @@
+"""Splits to batches of pixels.
+
+A batch is a dict of ``pixels`` (``uint8`` ``[N, 3, H, W]``, padded at the bottom right), ``sizes``
+(``[N, 2]`` height and width), ``labels`` and ``index`` (``[N]``). Cropping, resizing and normalising
+happen on the training device (``augment.py``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tinytl_hf.config.run import DataConfig
+from tinytl_hf.data.images import UnreadableImageError, decode, pad_images
+from tinytl_hf.data.sets import Split, sample_rows
+from tinytl_hf.errors import TinyTLError
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 256  # rows read from a data set at a time
+
+
+def read_images(split: Split, config: DataConfig) -> DecodedImages | StreamedImages:
+    """Decode a split into memory, or make it stream where that would exceed ``config.memory_limit_mb``.
+
+    Raises:
+        TinyTLError: An image cannot be read and ``config.skip_corrupt`` is false; names its index.
+    """
+    sizes = [image.numel() for _, image in _decode_rows(split, sample_rows(split), config) if image is not None]
+    streams = np.mean(sizes or [0]) * len(split.labels) > config.memory_limit_mb * 1e6
+    if streams and not config.skip_corrupt:
+        return StreamedImages(split, config)
+    if streams:
+        good = _readable(split, config)
+        return StreamedImages(_drop_corrupt(split, good), config)
+    decoded = [image for _, image in _decode_rows(split, np.arange(len(split.labels)), config)]
+    good = np.array([image is not None for image in decoded])
+    return DecodedImages([image for image in decoded if image is not None], _drop_corrupt(split, good))
+
+
+class DecodedImages(Dataset):
+    """Images decoded once, in memory."""
+
+    def __init__(self, images: list[Tensor], split: Split) -> None:
+        self.labels = torch.from_numpy(split.labels)
+        same_size = len({image.shape for image in images}) == 1
+        self.images = torch.stack(images) if same_size else images
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, index: list[int]) -> dict[str, Tensor]:
+        if isinstance(self.images, Tensor):
+            pixels = self.images[index]
+            sizes = torch.tensor(pixels.shape[-2:]).expand(len(index), 2)
+        else:
+            pixels, sizes = pad_images([self.images[i] for i in index])
+        return {"pixels": pixels, "sizes": sizes, "labels": self.labels[index], "index": torch.tensor(index)}
+
+
+class StreamedImages(Dataset):
+    """Images that are decoded each time they are used, by the loader's worker processes."""
+
+    def __init__(self, split: Split, config: DataConfig) -> None:
+        self.split, self.config = split, config
+        self.labels = torch.from_numpy(split.labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, index: list[int]) -> dict[str, Tensor]:
+        config = self.config
+        images = [image for _, image in _decode_rows(self.split, np.array(index), config)]
+        pixels, sizes = pad_images([image for image in images if image is not None])
+        return {"pixels": pixels, "sizes": sizes, "labels": self.labels[index], "index": torch.tensor(index)}
+
+
+class ShuffledBatches(Sampler[list[int]]):
+    """Batches of one size in an order that depends on the seed and the epoch alone.
+
+    The last optimizer step is filled up with images from the start of the order, so an epoch shows each
+    image at least once.
+
+    Args:
+        images: Number of images.
+        global_batch_size: Images an optimizer step.
+        accumulation_steps: Batches that make up one of those.
+        seed: Seed of the run.
+    """
+
+    drop_last = False
+
+    def __init__(self, images: int, global_batch_size: int, accumulation_steps: int, seed: int) -> None:
+        self.images, self.seed = images, seed
+        self.batch_size = global_batch_size // accumulation_steps
+        self.optimizer_steps = -(-images // global_batch_size)
+        self.batches = self.optimizer_steps * accumulation_steps
+        self.epoch = 0  # set by the loop; Accelerate would count from 0 again after a resume
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.images)
+        order = np.resize(order, self.batches * self.batch_size)
+        yield from order.reshape(self.batches, self.batch_size).tolist()
+
+
+def make_loader(images: DecodedImages | StreamedImages, config: DataConfig, **batching: Any) -> DataLoader:
+    """A loader of ``images``; ``batching`` is a ``batch_sampler`` or a ``batch_size``."""
+    workers = config.workers if isinstance(images, StreamedImages) else 0
+    # A generator of its own, so that starting an epoch does not move the random state of the run.
+    return DataLoader(images, collate_fn=_as_is, num_workers=workers, generator=torch.Generator(), **batching)
+
+
+def _decode_rows(split: Split, index: np.ndarray, config: DataConfig) -> Iterator[tuple[int, Tensor | None]]:
+    """Decode images in turn; null for one that cannot be read, if those are to be skipped."""
+    for chunk in np.array_split(index, -(-len(index) // CHUNK)):
+        for i, encoded in zip(chunk.tolist(), split.rows[chunk]["image"], strict=True):
+            try:
+                yield i, decode(encoded, config.image_size)
+            except UnreadableImageError as error:
+                if not config.skip_corrupt:
+                    raise TinyTLError(
+                        f"image {split.numbers[i]} of split {split.name} cannot be read ({error}); mend it, or "
+                        "leave such images out with --data.skip_corrupt true"
+                    ) from error
+                yield i, None
+
+
+class _Readable(Dataset):
+    """For each image, whether it can be read."""
+
+    def __init__(self, split: Split, config: DataConfig) -> None:
+        self.split, self.config = split, config
+
+    def __len__(self) -> int:
+        return len(self.split.labels)
+
+    def __getitems__(self, index: list[int]) -> list[bool]:
+        return [image is not None for _, image in _decode_rows(self.split, np.array(index), self.config)]
+
+
+def _readable(split: Split, config: DataConfig) -> np.ndarray:
+    loader = DataLoader(_Readable(split, config), batch_size=CHUNK, collate_fn=_as_is, num_workers=config.workers)
+    return np.concatenate([np.array(batch) for batch in loader])
+
+
+def _drop_corrupt(split: Split, good: np.ndarray) -> Split:
+    if good.all():
+        return split
+    bad = split.numbers[~good]
+    if not good.any():
+        raise TinyTLError(f"none of the {len(good)} images of split {split.name} can be read")
+    logger.warning(
+        "split %s: left out %d images that cannot be read (%s%s)",
+        split.name,
+        bad.size,
+        ", ".join(map(str, bad[:5])),
+        ", ..." if bad.size > 5 else "",
+    )
+    return split.select(np.flatnonzero(good))
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

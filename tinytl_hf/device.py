@@ -1,0 +1,68 @@
+"""What a run computes on: its accelerator and CPU threads, and what suits that device."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from torch import Tensor, nn
+
+from tinytl_hf.errors import TinyTLError
+
+CPU_PIXELS = 2 * 224 * 224  # maps of so many pixels stay below 32 MB in the usual networks
+
+
+def make_accelerator(mixed_precision: str | None, threads: int | None = None, **options: Any) -> Accelerator:
+    """An accelerator for loaders whose batch size counts over all processes.
+
+    Args:
+        mixed_precision: ``no``, ``bf16``, ``fp16`` or what the launcher was told.
+        threads: CPU threads of this process; null for its share of the cores, where the launcher would give it one.
+        **options: More arguments of the accelerator.
+
+    Raises:
+        TinyTLError: A precision that the device does not have.
+    """
+    loader = DataLoaderConfiguration(split_batches=True)
+    accelerator = Accelerator(mixed_precision=mixed_precision, dataloader_config=loader, **options)
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes_here))
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise TinyTLError("train.mixed_precision=fp16: a CPU would train in fp32; use bf16 or no")
+    return accelerator
+
+
+def device_name(accelerator: Accelerator) -> str:
+    """The GPU's name, or the machine's kind of processor."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_name(accelerator.device)
+    return f"{accelerator.device.type} ({platform.machine()})"
+
+
+def check_divides(batch_size: int, key: str, processes: int, accumulation_steps: int = 1) -> None:
+    """Raise unless a global batch splits evenly over processes and accumulation steps."""
+    parts = processes * accumulation_steps
+    if batch_size % parts:
+        raise TinyTLError(
+            f"{key}={batch_size}: must be a multiple of {parts} ({processes} processes times "
+            f"{accumulation_steps} accumulation steps)"
+        )
+
+
+def forward_in_parts(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits of a batch; on a CPU, of a few images at a time.
+
+    Without gradients larger batches gain nothing there, and maps of more than 32 MB cost time: glibc hands such blocks
+    back to the system after each layer, and gets the next one page by page.
+
+    Args:
+        model: Gives logits, without gradients.
+        inputs: Images ``[N, 3, H, W]`` or features ``[N, C]``.
+    """
+    if inputs.device.type != "cpu" or inputs.dim() == 2:
+        return model(inputs)
+    height, width = inputs.shape[-2:]
+    return torch.cat([model(part) for part in inputs.split(max(1, CPU_PIXELS // (height * width)))])

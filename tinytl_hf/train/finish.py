@@ -1,0 +1,127 @@
+"""What a run writes of itself: adapters, the memory report, the card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from tinytl_hf.adapter.format import CARD_FILE, DataRecord, read_config
+from tinytl_hf.config.run import Config, DataConfig
+from tinytl_hf.disk import write_text
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.hub.card import PICTURES, RunFacts, read_card, render_card
+from tinytl_hf.measure import memory
+from tinytl_hf.measure.peak import process_high_water
+from tinytl_hf.model import TinyTLModel
+from tinytl_hf.reports import run_folder
+from tinytl_hf.reports.plots import save_confusion, save_curves
+from tinytl_hf.reports.run_folder import ADAPTER, MEMORY_FILE, RESULTS_FILE, images_of, read_metrics, seconds_of
+from tinytl_hf.train.run import Run
+
+
+def save_adapters(
+    model: TinyTLModel,
+    config: Config,
+    names: list[str],
+    accelerator: Accelerator,
+    figures: dict[str, float] | None = None,
+) -> None:
+    """Write the model as it is to folders of the run, from the main process."""
+    if accelerator.is_main_process:
+        record, dtype = DataRecord.of(config.data), config.adapter.dtype
+        for name in names:
+            model.save_pretrained(Path(config.output_dir) / name, dtype=dtype, data=record, metrics=figures)
+
+
+def write_memory(run: Run) -> None:
+    """Measure a training step of this run and write what it takes into the run's folder."""
+    config, output, is_main = run.config, Path(run.config.output_dir), run.accelerator.is_main_process
+    batch = config.train.global_batch_size // run.accelerator.num_processes // config.train.gradient_accumulation_steps
+    lines = run_folder.read_metrics(output) if is_main else []
+    # No line: a finished run that goes on in another folder, and for no epoch more.
+    speed = lines[-1]["train"]["images_per_second"] if lines else 0.0
+    high_water = process_high_water()
+    # On every process, as norms see the batch of all.
+    row = memory.measure(run.model, *memory.random_batch(run.model, batch), config.memory.lean, speed, high_water)
+    if is_main:
+        conditions = memory.conditions(config, image_size=config.data.image_size, batch_size=batch)
+        run_folder.write(output / run_folder.MEMORY_FILE, memory.to_json([row], conditions))
+
+
+def write_card(output: Path, config: Config, eval_split: str) -> None:
+    """Tell of a finished run in the card of its adapter, with the figures and pictures next to it.
+
+    Args:
+        output: The run's folder.
+        config: The run's config.
+        eval_split: Name of the split that the figures are from, or ``holdout``.
+
+    Raises:
+        TinyTLError: A file cannot be written.
+    """
+    folder, lines = output / ADAPTER, read_metrics(output)
+    results = json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))
+    memory = output / MEMORY_FILE
+    curves, confusion = PICTURES.values()
+    # A run that was resumed into another folder with nothing left to train has no lines.
+    facts = RunFacts(
+        recipe=_recipe(config, results),
+        time=_time(lines, results) if lines else "",
+        split=eval_split,
+        n=results["n"],
+        memory=json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else None,
+        pictures={title: name for title, name in PICTURES.items() if lines or name != curves},
+    )
+    card = render_card(read_config(folder), results, read_card(folder), facts)
+    # evaluate.save adds where Python is installed; a card is public.
+    public = {key: value for key, value in results.items() if not key.startswith("_")}
+    try:
+        write_text(folder / RESULTS_FILE, json.dumps(public, indent=2) + "\n")
+        if lines:
+            save_curves(folder / curves, {config.method: lines})
+        save_confusion(folder / confusion, results["confusion_matrix"], results["label_names"])
+        if card:
+            write_text(folder / CARD_FILE, card)
+    except OSError as error:
+        raise TinyTLError(f"the card of {folder} cannot be written ({error}); the adapter itself is safe") from error
+
+
+def _recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
+    options, data = config.train, config.data
+    gamma = f", gamma {options.gamma:g}" if options.schedule == "exponential" else ""
+    low, high = data.crop_scale
+    crop = "none, features computed once" if options.cache_features else f"{low:g} to {high:g} of the area"
+    return {
+        "method": config.method,
+        "epochs": options.epochs,
+        "batch size": options.global_batch_size,
+        "optimizer": options.optimizer,
+        "learning rate": f"{options.lr:g}, {options.schedule}{gamma}, warmup {options.warmup_epochs:g} epochs",
+        "weight decay": f"{options.weight_decay:g}",
+        "label smoothing": f"{options.label_smoothing:g}",
+        "head dropout": f"{config.head.dropout:g}",
+        "image size": _sizes(data),
+        "random crop": f"{crop}{', flipped' if data.flip else ''}",
+        "training images": f"{data.max_train_samples:,} at random" if data.max_train_samples else "all",
+        "precision": "fp32" if results["precision"] == "no" else results["precision"],
+        "seed": config.seed,
+    }
+
+
+def _sizes(data: DataConfig) -> str:
+    start = "" if data.start_image_size is None else f"{data.start_image_size} px growing to "
+    evaluated = "" if data.eval_image_size is None else f", evaluated at {data.eval_image_size} px"
+    return f"{start}{data.image_size} px{evaluated}"
+
+
+def _time(lines: list[dict[str, Any]], results: dict[str, Any]) -> str:
+    epochs = f"{len(lines)} epoch{'s' if len(lines) > 1 else ''}"
+    seconds, images = seconds_of(lines), images_of(lines)
+    return (
+        f"Training took {seconds:,.0f} s for {epochs}, without the evaluations ({images / seconds:.0f} "
+        f"images/s), on {results['processes']} process(es), {results['device']}, {results['threads']} threads, "
+        f"torch {results['torch_version']}."
+    )

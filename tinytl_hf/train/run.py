@@ -1,0 +1,38 @@
+"""Everything that the training loop works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from evaluate import EvaluationModule
+from torch import nn
+from torch.utils.data import DataLoader
+
+from tinytl_hf.config.run import Config
+from tinytl_hf.data.augment import RandomCropFlip
+from tinytl_hf.data.batches import DecodedImages, ShuffledBatches, StreamedImages
+from tinytl_hf.model import TinyTLModel
+from tinytl_hf.train.checkpoint import Progress
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with."""
+
+    config: Config
+    accelerator: Accelerator
+    model: TinyTLModel
+    prepared: nn.Module
+    optimizer: Any
+    scheduler: Any
+    train_loader: DataLoader
+    eval_loader: DataLoader
+    eval_images: DecodedImages | StreamedImages
+    eval_split: str
+    batches: ShuffledBatches
+    augment: RandomCropFlip
+    progress: Progress
+    metrics: dict[str, EvaluationModule]  # of config.metrics
+    hashes: dict[str, str | None]  # of the frozen backbone and the data

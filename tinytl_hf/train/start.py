@@ -1,0 +1,219 @@
+"""From options to a run that can start: checks, data, model, and a folder made ready."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+
+from tinytl_hf.config.run import Config, flat
+from tinytl_hf.data import batches, sets
+from tinytl_hf.data.augment import RandomCropFlip
+from tinytl_hf.device import check_divides, device_name, make_accelerator
+from tinytl_hf.disk import write_text
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.measure.metrics import load_metrics
+from tinytl_hf.model import TinyTLModel
+from tinytl_hf.reports.run_folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    LAST_ADAPTER,
+    MEMORY_FILE,
+    METRICS_FILE,
+    MISTAKES_FILE,
+    RESULTS_FILE,
+    read_metrics,
+)
+from tinytl_hf.train import checkpoint
+from tinytl_hf.train.cached_features import compute_features
+from tinytl_hf.train.checkpoint import MAY_DIFFER, Progress, list_checkpoints
+from tinytl_hf.train.finish import save_adapters
+from tinytl_hf.train.optim import make_optimizer, make_scheduler
+from tinytl_hf.train.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+def set_up(config: Config) -> Run:
+    """Check and load everything, and bring it to where a checkpoint left it if there is one."""
+    options = config.train
+    accelerator = make_accelerator(
+        options.mixed_precision,
+        options.threads,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.output_dir,
+        # Norms see the batch of all processes, so the buffers are the same everywhere.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    log_conditions(accelerator, config)
+    check_tracker(config.tracker)
+    metrics = load_metrics(config.metrics)
+    check_free(config)
+    resume_from = checkpoint.find(config, accelerator.num_processes)
+    set_seed(config.seed)
+
+    train_split, eval_split = sets.open_splits(config.data)
+    model = TinyTLModel.from_backbone(
+        config.backbone.name,
+        method=config.method,
+        label_names=train_split.label_names,
+        weights=config.backbone.weights,
+        frozen_weights=config.backbone.frozen_weights,
+        image_size=config.data.image_size,
+        eval_image_size=config.data.eval_image_size,
+        crop_pct=config.data.crop_pct,
+        lite=config.lite,
+        head=config.head,
+        gradient_checkpointing=options.gradient_checkpointing,
+        lean=config.memory.lean,
+        slice_mb=config.memory.slice_mb,
+    )
+    train_images = batches.read_images(train_split, config.data)
+    eval_images = batches.read_images(eval_split, config.data)
+    train_set: Any = train_images
+    eval_set: Any = eval_images
+    start = time.perf_counter()
+    if options.cache_features:
+        train_set = compute_features(accelerator, model, train_images, config, mirrored=config.data.flip)
+        eval_set = compute_features(accelerator, model, eval_images, config)
+    feature_seconds = time.perf_counter() - start
+    shuffled = batches.ShuffledBatches(
+        len(train_images), options.global_batch_size, options.gradient_accumulation_steps, config.seed
+    )
+    optimizer = make_optimizer(model, options)
+    prepared, prepared_optimizer, train_loader, eval_loader, scheduler = accelerator.prepare(
+        model,
+        optimizer,
+        batches.make_loader(train_set, config.data, batch_sampler=shuffled),
+        batches.make_loader(eval_set, config.data, batch_size=options.global_batch_size),
+        make_scheduler(optimizer, options, shuffled.optimizer_steps),
+    )
+    checkpoint.register(accelerator)
+    hashes = {
+        "backbone.sha256": model.config.backbone.sha256,
+        "data.train_sha256": sets.sha256(train_split),
+        "data.eval_sha256": sets.sha256(eval_split),
+    }
+    progress = checkpoint.load(accelerator, resume_from, hashes) if resume_from else Progress()
+    progress.seconds += feature_seconds
+    if accelerator.is_main_process:
+        make_ready(config, progress.epoch)
+    if resume_from is not None and not (Path(config.output_dir) / ADAPTER).exists():
+        # Resumed into another folder: the best so far stayed in the first.
+        progress.best_accuracy = -1.0
+        save_adapters(model, config, [ADAPTER], accelerator)
+    start_tracker(accelerator, config)
+    augment = RandomCropFlip(len(train_images), config.seed, config.data.crop_scale, config.data.flip)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        prepared=prepared,
+        optimizer=prepared_optimizer,
+        scheduler=scheduler,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        eval_images=eval_images,
+        eval_split=sets.HOLDOUT if eval_split.name == train_split.name else eval_split.name,
+        batches=shuffled,
+        augment=augment,
+        progress=progress,
+        metrics=metrics,
+        hashes=hashes,
+    )
+
+
+def check_free(config: Config) -> None:
+    """Raise if ``output_dir`` holds a run that this one would destroy.
+
+    Raises:
+        TinyTLError: With the ways out.
+    """
+    output, resume = Path(config.output_dir), config.train.resume
+    if config.overwrite or not (output / CONFIG_FILE).exists():
+        return
+    if resume == "auto" and (list_checkpoints(output / CHECKPOINTS) or _is_same_run(output, config)):
+        return  # its checkpoints are compared with this run when they are read
+    if resume not in ("auto", "never") and output.resolve() in Path(resume).expanduser().resolve().parents:
+        return
+    raise TinyTLError(
+        f"output_dir={output}: holds a run already; choose another, go on with --train.resume auto, or replace "
+        "it with --overwrite true"
+    )
+
+
+def _is_same_run(output: Path, config: Config) -> bool:
+    """Whether a run that has no checkpoint yet was started with this config."""
+    try:
+        before = flat(yaml.safe_load((output / CONFIG_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return False
+    now = flat(config.to_dict())
+    return all(before.get(key) == now[key] for key in now.keys() - MAY_DIFFER)
+
+
+def make_ready(config: Config, epochs_done: int) -> None:
+    """Write the config; clear what a former run left, or, after a resume, what came after ``epochs_done``."""
+    output = Path(config.output_dir)
+    try:
+        if epochs_done == 0 and config.train.resume == "never":
+            for name in (ADAPTER, LAST_ADAPTER, CHECKPOINTS):
+                shutil.rmtree(output / name, ignore_errors=True)
+        for name in (RESULTS_FILE, MISTAKES_FILE, MEMORY_FILE):
+            (output / name).unlink(missing_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        lines = [line for line in read_metrics(output) if line["epoch"] <= epochs_done]
+        write_text(output / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
+        config.save(output / CONFIG_FILE)
+    except OSError as error:
+        raise TinyTLError(f"output_dir={output}: cannot be written ({error}); choose another") from error
+
+
+def log_conditions(accelerator: Accelerator, config: Config) -> None:
+    """Say on what this run runs, and check that its batch can be split."""
+    batch, steps = config.train.global_batch_size, config.train.gradient_accumulation_steps
+    processes = accelerator.num_processes
+    check_divides(batch, "train.global_batch_size", processes, steps)
+    logger.info(
+        "%s on %d process(es), %s, %d threads, precision %s, global batch %d (%d images x %d processes x %d steps)",
+        config.method,
+        processes,
+        device_name(accelerator),
+        torch.get_num_threads(),
+        "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
+        batch,
+        batch // processes // steps,
+        processes,
+        steps,
+    )
+
+
+def start_tracker(accelerator: Accelerator, config: Config) -> None:
+    """Open the tracker, with its files in the run's folder."""
+    if config.tracker == "none":
+        return
+    os.environ.setdefault("TRACKIO_DIR", str(Path(config.output_dir) / "trackio"))
+    options = {key: str(value) for key, value in flat(config.to_dict()).items()}  # no lists or nulls for tensorboard
+    accelerator.init_trackers("tinytl_hf", options, init_kwargs={"wandb": {"dir": config.output_dir}})
+
+
+def check_tracker(tracker: str) -> None:
+    """Raise unless the tracker's package is there.
+
+    Raises:
+        TinyTLError: With the command that installs it.
+    """
+    if tracker != "none" and find_spec(tracker) is None:
+        raise TinyTLError(f"tracker={tracker}: not installed; run pip install tinytl-hf[{tracker}]")
