@@ -41,7 +41,7 @@ LEARNING_RATES = {
 KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 # Tuning never sees the test set: a part of the training set to learn from, another to choose by.
 TUNING = ["--data.eval_split", "holdout", "--data.max_train_samples", "15000", "--data.max_eval_samples", "2500"]
-TUNING += ["--data.eval_image_size", "96", "--train.epochs", "1", "--memory.report", "false"]
+TUNING += ["--data.eval_size", "96", "--train.epochs", "1", "--memory.report", "false"]
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ BACKBONES = (
 def make_model():
     def make(method="TinyTL-L+B", backbone="mobilenet_v2", **options):
         torch.manual_seed(0)
-        options = {"num_classes": 4, "weights": "none", "image_size": 64, **options}
+        options = {"num_classes": 4, "weights": "none", "train_size": 64, **options}
         return TinyTLModel.from_backbone(backbone, method=method, **options)
 
     return make
@@ -134,6 +134,6 @@ def small_run(dataset, output, *options):
     """Options of a training run that takes seconds."""
     return [
         *("train", "--data.dataset", dataset, "--output_dir", output, "--backbone.weights", "none"),
-        *("--data.image_size", "32", "--data.crop_scale", "[0.5, 1.0]", "--train.global_batch_size", "8"),
+        *("--data.train_size", "32", "--data.crop_scale", "[0.5, 1.0]", "--train.global_batch_size", "8"),
         *("--train.epochs", "2", "--memory.report", "false", *options),
     ]

@@ -56,7 +56,7 @@ def test_a_fresh_process_computes_the_same_bits(saved):
     ("method", "megabytes"), [("FT-Last", 0.052), ("TinyTL-B", 0.125), ("TinyTL-L", 4.7), ("TinyTL-L+B", 4.7)]
 )
 def test_adapters_are_small(method, megabytes, make_model, tmp_path):
-    make_model(method, num_classes=10, image_size=224).save_pretrained(tmp_path)
+    make_model(method, num_classes=10, train_size=224).save_pretrained(tmp_path)
     assert megabytes * 0.9 < (tmp_path / TENSORS_FILE).stat().st_size / 1e6 < megabytes
 
 
@@ -91,7 +91,7 @@ def test_the_config_describes_the_adapter_and_survives_odd_label_names(make_mode
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert list(config) == sorted(config)
-    assert config["format_version"] == 1 and config["method"] == "TinyTL-B" and len(config["backbone"]["sha256"]) == 64
+    assert config["format_version"] == 2 and config["method"] == "TinyTL-B" and len(config["backbone"]["sha256"]) == 64
     assert TinyTLModel.from_pretrained(tmp_path).label_names == names
 
 
@@ -115,7 +115,7 @@ def edit_tensors(path, change):
         (lambda p: (p / CONFIG_FILE).write_text("{"), "not valid JSON"),
         (lambda p: (p / CONFIG_FILE).write_text("[]"), "not a tinytl_hf adapter"),
         (lambda p: (p / CONFIG_FILE).write_text('{"peft_type": "LORA"}'), "not a tinytl_hf adapter"),
-        (lambda p: edit_config(p, format_version=2), "pip install --upgrade tinytl-hf"),
+        (lambda p: edit_config(p, format_version=3), "pip install --upgrade tinytl-hf"),
         (lambda p: edit_config(p, method="LoRA"), "method.*LoRA"),
         (lambda p: edit_config(p, surprise=1), "surprise"),
         (lambda p: edit_config(p, label_names=3), "label_names"),

@@ -50,7 +50,7 @@ FACTS = RunFacts(
 def config(labels=("cat", "dog"), name="mobilenet_v2", weights="IMAGENET1K_V2", method="TinyTL-L+B", **options):
     sha256 = None if method == "FT-Full" else "0" * 64
     record = BackboneRecord(name, weights, sha256)
-    return AdapterConfig(record, method, Preprocessing(96), list(labels), **options)
+    return AdapterConfig(record, method, Preprocessing(96, 96), list(labels), **options)
 
 
 def metadata(card):
@@ -179,12 +179,12 @@ def test_a_head_that_is_missing_or_odd_loses_nothing(head):
 
 def test_a_card_that_is_no_text_is_left_alone(make_model, tmp_path):
     (tmp_path / "README.md").write_bytes(b"\xff\xfe\x00not utf-8")
-    make_model("FT-Last", image_size=32).save_pretrained(tmp_path)
+    make_model("FT-Last", train_size=32).save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_bytes() == b"\xff\xfe\x00not utf-8"
 
 
 def test_the_five_lines_run(make_model, tmp_path, monkeypatch):
-    make_model("FT-Last", image_size=32).save_pretrained(tmp_path)
+    make_model("FT-Last", train_size=32).save_pretrained(tmp_path)
     write_image(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)

@@ -38,7 +38,7 @@ def resume(data, folder, *options):
 
 
 def test_a_checkpoint_of_the_largest_delta_with_adamw_is_small_and_without_backbone(make_model, tmp_path):
-    model = make_model("TinyTL-L+B", num_classes=10, image_size=224)
+    model = make_model("TinyTL-L+B", num_classes=10, train_size=224)
     config = Config(output_dir=str(tmp_path))
     accelerator = make_accelerator("no", 1)
     prepared, optimizer = accelerator.prepare(model, make_optimizer(model, config.train))

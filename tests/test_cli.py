@@ -18,14 +18,14 @@ def adapter(colour_folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--data.imge_size", "96"], "data.imge_size: no such option; did you mean data.image_size?"),
-        (["train", "--data.image_size", "large"], "data.image_size: Expected a int. Got value: large"),
+        (["train", "--data.tran_size", "96"], "data.tran_size: no such option; did you mean data.train_size?"),
+        (["train", "--data.train_size", "large"], "data.train_size: Expected a int. Got value: large"),
         (["train", "--method", "LoRA"], "method: "),
         (["train", "--train.gradient_accumulation_steps", "0"], "train.gradient_accumulation_steps=0: use 1 or more"),
         (["train", "--train.global_batch_size", "10", "--train.gradient_accumulation_steps", "4"], "use a divisor of"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["train", "--data.dataset", "digits", "--data.image_size", "16"], "data.image_size=16: mobilenet_v2 reduces"),
-        (["train", "--data.start_image_size", "16"], "data.start_image_size=16: use a multiple of 32"),
+        (["train", "--data.dataset", "digits", "--data.train_size", "16"], "data.train_size=16: mobilenet_v2 reduces"),
+        (["train", "--data.start_size", "16"], "data.start_size=16: use a multiple of 32"),
         (
             ["train", "--data.dataset", "digits", "--backbone.name", "mobilenet"],
             "backbone.name=mobilenet: torchvision",
@@ -90,7 +90,7 @@ def test_help_explains_each_option_with_its_default():
     done = run_cli("train", "--help")
     text = " ".join(done.stdout.split())
     assert done.returncode == 0
-    assert "IMAGE_SIZE Side of the images that the network sees, in px. (type: int, default: 224)" in text
+    assert "TRAIN_SIZE Side of the training images, in px. (type: int, default: 224)" in text
     not_fields = {"print_config", "config", "backbone", "lite", "head", "data", "train", "memory", "adapter", "hub"}
     for part in text.split(" --")[2:]:
         option = part.split()[0]

@@ -12,7 +12,7 @@ from conftest import ROOT
 def test_the_comparison_tunes_trains_and_publishes_and_repeats_nothing(colour_folder, tmp_path):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "model_cards").mkdir()
-    small = ["--data.dataset", str(colour_folder), "--data.image_size", "32", "--data.eval_image_size", "64"]
+    small = ["--data.dataset", str(colour_folder), "--data.train_size", "32", "--data.eval_size", "64"]
     small += ["--backbone.weights", "none", "--train.global_batch_size", "8"]
 
     def step(name, *options):

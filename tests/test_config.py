@@ -37,7 +37,7 @@ def test_the_reports_recipe_is_in_a_config_for_each_method():
     for config in report:
         options = config.train
         assert (config.backbone.name, config.data.dataset) == ("mobilenet_v2", "uoft-cs/cifar10")
-        assert (config.data.image_size, options.global_batch_size, options.optimizer) == (224, 128, "adamw")
+        assert (config.data.train_size, options.global_batch_size, options.optimizer) == (224, 128, "adamw")
         assert (options.lr, options.schedule, options.gamma, options.weight_decay) == (4e-4, "exponential", 0.9, 1e-4)
     paper = load(ROOT / "configs" / "cifar10_tinytl_lb_paper.yaml").train
     assert (paper.global_batch_size, paper.epochs, paper.optimizer, paper.lr) == (8, 50, "adam", 3e-4)
@@ -75,13 +75,11 @@ def test_names_and_aliases_are_those_of_the_methods():
         (lambda: DataConfig(crop_scale=(0.9, 0.1)), r"data.crop_scale=\[0.9, 0.1\]"),
         (lambda: DataConfig(eval_fraction=1.0), r"data.eval_fraction=1.0"),
         (lambda: DataConfig(max_train_samples=0), r"data.max_train_samples=0"),
-        (lambda: DataConfig(image_size=0), r"data.image_size=0"),
-        (lambda: DataConfig(image_size=96, start_image_size=128), r"data.start_image_size=128: use at most .*=96"),
+        (lambda: DataConfig(train_size=0), r"data.train_size=0"),
+        (lambda: DataConfig(train_size=96, start_size=128), r"data.start_size=128: use at most .*=96"),
         (
-            lambda: Config(
-                method="FT-Last", train=TrainConfig(cache_features=True), data=DataConfig(start_image_size=96)
-            ),
-            r"data.start_image_size=96: train.cache_features takes one size",
+            lambda: Config(method="FT-Last", train=TrainConfig(cache_features=True), data=DataConfig(start_size=96)),
+            r"data.start_size=96: train.cache_features takes one size",
         ),
         (lambda: LiteConfig(kernel_size=4), r"lite.kernel_size=4: use an odd number"),
         (lambda: HeadConfig(dropout=1.0), r"head.dropout=1.0"),

@@ -15,7 +15,7 @@ from tinytl_hf.data.sets import open_splits, with_label_names
 
 
 def config(dataset, **options):
-    return DataConfig(dataset=str(dataset), **{"image_size": 32, **options})
+    return DataConfig(dataset=str(dataset), **{"train_size": 32, **options})
 
 
 def table(n=20, label=None, **columns):
@@ -36,7 +36,7 @@ def test_an_imagefolder_with_a_test_split(colour_folder):
     train, test = open_splits(config(colour_folder))
     assert train.label_names == ["blue", "red"] and len(train.labels) == 24 and len(test.labels) == 10
     assert test.labels.tolist() == [0] * 5 + [1] * 5
-    images = read_images(test, config(colour_folder))
+    images = read_images(test, config(colour_folder), 32)
     batch = images[[0, 9]] if not hasattr(images, "__getitems__") else images.__getitems__([0, 9])
     assert batch["labels"].tolist() == [0, 1] and batch["index"].tolist() == [0, 9]
     for channel, image, (height, width) in zip([2, 0], batch["pixels"], batch["sizes"].tolist(), strict=True):
@@ -70,7 +70,7 @@ def test_the_digits_are_real_and_the_held_out_part_is_stratified_and_seeded():
     again, _ = open_splits(config("digits", eval_fraction=0.2))
     other, _ = open_splits(config("digits", eval_fraction=0.2, split_seed=1))
     assert (again.labels == train.labels).all() and (other.labels != train.labels).any()
-    images = read_images(train, config("digits"))
+    images = read_images(train, config("digits"), 32)
     assert isinstance(images, DecodedImages) and images.images.shape == (1437, 3, 8, 8)
     assert images.images.max() == 255 and images.images.min() == 0
 
@@ -93,7 +93,7 @@ def test_subsets_are_random_seeded_and_keep_image_and_label_together(tmp_path):
     options = config(path, max_train_samples=50, max_eval_samples=7)
     train, held_out = open_splits(options)
     assert len(train.labels) == 50 and len(held_out.labels) == 7
-    values = read_images(train, options).images[:, 0, 0, 0].numpy()
+    values = read_images(train, options, 32).images[:, 0, 0, 0].numpy()
     assert values.max() > 100 and (values % 2 == train.labels).all()  # row i has value i and label i % 2
 
 
@@ -181,10 +181,10 @@ def test_a_corrupt_image_is_named_by_its_row_or_left_out(folder_with_corrupt_ima
     broken = [i for i in train.numbers.tolist() if table[i]["image"]["path"].endswith(("2.png", "7.png"))]
     assert broken
     with pytest.raises(TinyTLError, match=rf"image {broken[0]} of split train cannot be read.*skip_corrupt"):
-        images = read_images(train, options)
+        images = read_images(train, options, 32)
         next(iter(make_loader(images, options, batch_size=6)))
     options = dataclasses.replace(options, skip_corrupt=True)
-    images = read_images(train, options)
+    images = read_images(train, options, 32)
     assert len(images) == 6 - len(broken)
     assert f"left out {len(broken)} images" in caplog.text and str(broken[0]) in caplog.text
     batch = next(iter(make_loader(images, options, batch_size=6)))
@@ -194,9 +194,9 @@ def test_a_corrupt_image_is_named_by_its_row_or_left_out(folder_with_corrupt_ima
 
 def test_streamed_images_are_those_in_memory(colour_folder):
     train, _ = open_splits(config(colour_folder))
-    in_memory = read_images(train, config(colour_folder))
+    in_memory = read_images(train, config(colour_folder), 32)
     options = config(colour_folder, memory_limit_mb=0, workers=2)
-    streamed = read_images(train, options)
+    streamed = read_images(train, options, 32)
     assert isinstance(in_memory, DecodedImages) and isinstance(streamed, StreamedImages)
     loaders = [make_loader(images, options, batch_size=10) for images in (in_memory, streamed)]
     for ours, theirs in zip(*loaders, strict=True):
@@ -223,4 +223,4 @@ def test_a_set_smaller_than_a_batch_is_repeated():
 def test_cifar10_reads_as_on_the_hub(shared_data):
     train, test = open_splits(config(shared_data / "cifar10", max_train_samples=256, max_eval_samples=100))
     assert train.label_names[3] == "cat" and len(train.labels) == 256 and len(test.labels) == 100
-    assert read_images(train, config("unused")).images.shape == (256, 3, 32, 32)
+    assert read_images(train, config("unused"), 32).images.shape == (256, 3, 32, 32)

@@ -9,7 +9,7 @@ def test_the_demo_trains_reloads_and_prints_one_table(tmp_path):
     text = (ROOT / "configs" / "demo.yaml").read_text()
     for option, value in (
         ("\n  epochs: .*", "\n  epochs: 1"),
-        ("image_size: .*", "image_size: 32\n  max_train_samples: 400"),
+        ("train_size: .*", "train_size: 32\n  max_train_samples: 400"),
     ):
         text, count = re.subn(option, value, text)
         assert count == 1

@@ -16,7 +16,7 @@ from tinytl_hf.train.cached_features import drawn_view
 @pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_head_on_features_gives_the_logits_of_the_images(make_model, backbone, lean):
-    model = make_model("FT-Last", backbone, lean=lean, image_size=32).eval()
+    model = make_model("FT-Last", backbone, lean=lean, train_size=32).eval()
     images = torch.randn(3, 3, 32, 32)
     features = model.features(images)
     assert features.ndim == 2 and not features.requires_grad and features.std() > 0
@@ -69,18 +69,18 @@ def test_features_that_training_changes_cannot_be_cached(colour_folder, tmp_path
 
 def test_evaluation_at_another_size_stays_with_the_adapter(colour_folder, tmp_path):
     output = tmp_path / "run"
-    done = run_cli(*small_run(colour_folder, output, "--data.image_size", "64", "--data.eval_image_size", "96"))
+    done = run_cli(*small_run(colour_folder, output, "--data.train_size", "64", "--data.eval_size", "96"))
     assert done.returncode == 0, done.stderr
     model = TinyTLModel.from_pretrained(output / "adapter")
-    assert model.config.preprocessing.image_size == 96 and model.config.preprocessing.train_image_size == 64
+    assert model.config.preprocessing.eval_size == 96 and model.config.preprocessing.train_size == 64
     assert model.normalise(torch.zeros(1, 3, 40, 40, dtype=torch.uint8), torch.tensor([[40, 40]])).shape[-1] == 96
-    at_64 = TinyTLModel.from_backbone("mobilenet_v2", num_classes=2, weights="none", image_size=64)
+    at_64 = TinyTLModel.from_backbone("mobilenet_v2", num_classes=2, weights="none", train_size=64)
     shapes = [{n: t.shape for n, t in each.adapter_tensors().items()} for each in (model, at_64)]
     assert shapes[0] == shapes[1]  # lite residuals are fitted to the training size
     again = tmp_path / "again.json"
     assert run_cli("eval", "--adapter", output / "adapter", "--output", again, "--batch_size", "8").returncode == 0
     before, after = json.loads((output / "eval_results.json").read_text()), json.loads(again.read_text())
-    assert after["loss"] == before["loss"] and after["image_size"] == before["image_size"] == 96
+    assert after["loss"] == before["loss"] and after["eval_size"] == before["eval_size"] == 96
     assert "64 px, evaluated at 96 px" in (output / "adapter" / "README.md").read_text()
 
 

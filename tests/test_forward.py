@@ -6,12 +6,12 @@ import torch
 from tinytl_hf.device import forward_in_parts
 
 
-@pytest.mark.parametrize(("image_size", "images"), [(32, 70), (112, 8), (224, 2), (640, 1)])
-def test_a_cpu_works_on_a_few_images_at_a_time_and_gives_the_logits_of_the_batch(image_size, images):
+@pytest.mark.parametrize(("train_size", "images"), [(32, 70), (112, 8), (224, 2), (640, 1)])
+def test_a_cpu_works_on_a_few_images_at_a_time_and_gives_the_logits_of_the_batch(train_size, images):
     seen = []
     layer = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     layer.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
-    batch = torch.rand(70, 3, image_size, image_size)
+    batch = torch.rand(70, 3, train_size, train_size)
     with torch.no_grad():
         assert torch.allclose(forward_in_parts(layer, batch), layer(batch), atol=1e-6)
     assert max(seen[:-1]) == images and sum(seen[:-1]) == 70

@@ -52,7 +52,7 @@ HOSTILE = [
 @pytest.fixture
 def adapter(make_model, tmp_path, monkeypatch):
     """A valid adapter in a folder of its own, from which a test may load copies."""
-    make_model("FT-Last", image_size=32).save_pretrained(tmp_path / "valid")
+    make_model("FT-Last", train_size=32).save_pretrained(tmp_path / "valid")
     folder = shutil.copytree(tmp_path / "valid", tmp_path / "adapter")
     monkeypatch.chdir(folder)
     return folder
@@ -199,7 +199,7 @@ def test_hostile_safetensors(cases, adapter, figure):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda c: c["preprocessing"].update(image_size=10**9), "image_size=1000000000: use 2048 or less"),
+        (lambda c: c["preprocessing"].update(train_size=10**9), "train_size=1000000000: use 2048 or less"),
         (lambda c: c["lite"].update(expand=1e9), "lite.expand=1000000000.0"),
         (lambda c: c.update(method="TinyTL-L+B", lite={"expand": 64}), "missing, such as "),
         (lambda c: c["preprocessing"].update(std=[0, 1, 1]), "a std above 0"),
@@ -225,7 +225,7 @@ YAML_PARTS = [
         "  lr: 1e-3",
         "  epochs: two",
         "data: [1, 2]",
-        "data: {image_size: {}}",
+        "data: {train_size: {}}",
         "\t- tab",
         "method: FT-Last",
     ),

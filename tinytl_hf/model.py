@@ -94,8 +94,8 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         label_names: Sequence[str] | None = None,
         weights: str = "imagenet",
         frozen_weights: Literal["fp32", "int8"] = "fp32",
-        image_size: int = 224,
-        eval_image_size: int | None = None,
+        train_size: int = 224,
+        eval_size: int | None = None,
         crop_pct: float = 0.875,
         lite: LiteConfig | None = None,
         head: HeadConfig | None = None,
@@ -112,8 +112,8 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
             label_names: Names of the classes; ``"0"``, ``"1"``, ... by default.
             weights: Source of the backbone's weights.
             frozen_weights: How to store frozen convolution weights in memory.
-            image_size: Side of the training images in px.
-            eval_image_size: Side of the images at evaluation and in use; null: ``image_size``.
+            train_size: Side of the training images in px.
+            eval_size: Side of the images at evaluation and in use; null: ``train_size``.
             crop_pct: Side of the evaluation crop as a share of an image's shorter side.
             lite: Options of the lite residuals.
             head: Options of the head.
@@ -133,9 +133,7 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         config = AdapterConfig(
             backbone=BackboneRecord(name, weights, frozen_weights=frozen_weights),
             method=method,  # type: ignore[arg-type]
-            preprocessing=Preprocessing(
-                eval_image_size or image_size, crop_pct, train_image_size=image_size if eval_image_size else None
-            ),
+            preprocessing=Preprocessing(train_size, eval_size or train_size, crop_pct),
             label_names=names,
             lite=lite or LiteConfig(),
             head=head or HeadConfig(),
@@ -353,10 +351,10 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         load_tensors(self.backbone, tensors, source)
 
     def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """PIL images of any mode and size to a normalised batch ``[N, 3, image_size, image_size]``."""
+        """PIL images of any mode and size to a normalised batch ``[N, 3, eval_size, eval_size]``."""
         if isinstance(images, Image.Image):
             images = [images]
-        pixels, sizes = pad_images([to_rgb(image, self.config.preprocessing.image_size) for image in images])
+        pixels, sizes = pad_images([to_rgb(image, self.config.preprocessing.eval_size) for image in images])
         return self.normalise(pixels, sizes)
 
     def normalise(self, pixels: Tensor, sizes: Tensor) -> Tensor:
@@ -367,12 +365,12 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
             sizes: ``[N, 2]`` true height and width in px.
 
         Returns:
-            ``[N, 3, image_size, image_size]`` on the model's device.
+            ``[N, 3, eval_size, eval_size]`` on the model's device.
         """
         options = self.config.preprocessing
         boxes = centre_boxes(sizes, options.crop_pct)
         pixels = pixels.to(next(self.parameters()).device)
-        return resample(pixels, sizes, boxes, options.image_size, mean=options.mean, std=options.std)
+        return resample(pixels, sizes, boxes, options.eval_size, mean=options.mean, std=options.std)
 
     @property
     def _head(self) -> Head:

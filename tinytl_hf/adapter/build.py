@@ -12,7 +12,7 @@ from tinytl_hf.adapter.format import AdapterConfig
 from tinytl_hf.config.run import LiteConfig
 from tinytl_hf.network import methods
 from tinytl_hf.network.blocks import TinyTLBlock, convert_blocks
-from tinytl_hf.network.torchvision_nets import check_image_size, create_backbone
+from tinytl_hf.network.torchvision_nets import check_size, create_backbone
 
 ORDINARY_CLASSES = 10_000
 
@@ -34,17 +34,17 @@ def build_network(
         TinyTLError: A name, source or size that does not fit.
     """
     name, sizes = config.backbone.name, config.preprocessing
-    check_image_size(name, sizes.trained_at)
-    check_image_size(name, sizes.image_size)
+    check_size(name, "train_size", sizes.train_size)
+    check_size(name, "eval_size", sizes.eval_size)
     backbone = create_backbone(name, weights, len(config.label_names), config.head.dropout)
     blocks = convert_blocks(backbone, gradient_checkpointing)
-    methods.apply_method(backbone, blocks, config.method, sizes.trained_at, config.lite)
+    methods.apply_method(backbone, blocks, config.method, sizes.train_size, config.lite)
     return backbone, blocks
 
 
 def check_fits(config: AdapterConfig, tensors: Mapping[str, Tensor], source: str) -> None:
     """Raise unless ``tensors`` are what ``config`` describes, before memory is taken for what it describes."""
-    check_image_size(config.backbone.name, config.preprocessing.trained_at)
+    check_size(config.backbone.name, "train_size", config.preprocessing.train_size)
     if config.lite == LiteConfig() and len(config.label_names) <= ORDINARY_CLASSES:
         return  # it cannot ask for much
     with torch.device("meta"):

@@ -25,7 +25,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.torchvision_nets import IMAGENET_MEAN, IMAGENET_STD
 from tinytl_hf.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
@@ -54,29 +54,24 @@ class Preprocessing:
     """From an image to the network's input: resize, centre crop, normalise.
 
     Attributes:
-        image_size: Side of the input in px.
+        train_size: Side of the training images in px, to which lite residuals are fitted.
+        eval_size: Side of the images at evaluation and in use in px.
         crop_pct: Side of the centre crop as a share of the image's shorter side.
         mean: Mean of each RGB channel, on a scale of 0 to 1.
         std: Standard deviation of each RGB channel, on the same scale.
-        train_image_size: Side of the training images, to which lite residuals are fitted; null: ``image_size``.
     """
 
-    image_size: int
+    train_size: int
+    eval_size: int
     crop_pct: float = 0.875
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    train_image_size: int | None = None
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
             raise TinyTLError(f"mean={self.mean}, std={self.std}: use finite numbers, and a std above 0")
         if not 0 < self.crop_pct <= 1:
             raise TinyTLError(f"crop_pct={self.crop_pct}: use a share above 0, at most 1")
-
-    @property
-    def trained_at(self) -> int:
-        """Side of the training images in px."""
-        return self.train_image_size or self.image_size
 
 
 @dataclass(frozen=True)
@@ -164,7 +159,7 @@ def read_config(folder: Path) -> AdapterConfig:
             f"{path} has format_version {version}, and this tinytl_hf reads up to {FORMAT_VERSION}: "
             "pip install --upgrade tinytl-hf"
         )
-    return config_from(values, path)
+    return config_from(values if version == FORMAT_VERSION else _from_format_1(values), path)
 
 
 def config_from(values: dict[str, Any], path: Path) -> AdapterConfig:
@@ -181,6 +176,17 @@ def config_from(values: dict[str, Any], path: Path) -> AdapterConfig:
     except Exception as error:
         reason = " ".join(str(error).replace("adapter.", "").split())
         raise TinyTLError(f"{path} is not a valid adapter config: {reason}") from error
+
+
+def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:
+    """What format 1 says, as format 2 says it: there one size had two names, and the other stood for both."""
+    sizes = values.get("preprocessing")
+    if not isinstance(sizes, dict) or "image_size" not in sizes:
+        return values
+    sizes = dict(sizes)
+    eval_size, train_size = sizes.pop("image_size"), sizes.pop("train_image_size", None)
+    sizes |= {"eval_size": eval_size, "train_size": eval_size if train_size is None else train_size}
+    return {**values, "preprocessing": sizes, "format_version": FORMAT_VERSION}
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

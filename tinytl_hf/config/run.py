@@ -26,6 +26,13 @@ METHOD_ALIASES: dict[str, MethodName] = {
     "bias": "TinyTL-B",
     "low": "FT-Layerwise",
 }
+# Options of version 0.1 that have another name now.
+RENAMED = {
+    "data.image_size": "data.train_size",
+    "data.eval_image_size": "data.eval_size",
+    "data.start_image_size": "data.start_size",
+    "image_sizes": "train_sizes",
+}
 TOTAL_STRIDE = 32  # of the backbones, in px; at sizes in between, their maps have odd sides and shift
 
 
@@ -109,15 +116,16 @@ class DataConfig:
     """Train on a random subset of this many images; null: all."""
     max_eval_samples: int | None = None
     """Evaluate on a random subset of this many images; null: all."""
-    image_size: int = 224
-    """Side of the images that the network sees, in px."""
-    start_image_size: int | None = None
-    """Side in the first epoch, from which it grows by epoch, in multiples of 32 px, to data.image_size in the last:
+    train_size: int = 224
+    """Side of the training images, in px."""
+    start_size: int | None = None
+    """Side in the first epoch, from which it grows by epoch, in multiples of 32 px, to data.train_size in the last:
     smaller images train faster, and early epochs can do with them (Tan and Le 2021, section 4); null:
-    data.image_size."""
-    eval_image_size: int | None = None
-    """Side at evaluation and in use; null: data.image_size. Random crops enlarge what they show, so a network
-    that trained on them sees things at their usual size in somewhat larger images (Touvron et al. 2019)."""
+    data.train_size."""
+    eval_size: int | None = None
+    """Side of the images at evaluation and in use, in px; null: data.train_size. Random crops enlarge what they
+    show, so a network that trained on them sees things at their usual size in somewhat larger images (Touvron et
+    al. 2019)."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Training: least and greatest share of an image's area in the random resized crop."""
     flip: bool = True
@@ -133,13 +141,13 @@ class DataConfig:
     """Worker processes that decode the images of a set that streams; 0: the training process does."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "start_image_size", "eval_image_size"):
+        for name in ("train_size", "start_size", "eval_size"):
             size = getattr(self, name)
             check(size is None or size >= 1, f"data.{name}", size, "use a size in px, such as 224")
-        start, end = self.start_image_size, self.image_size
-        check(start is None or start <= end, "data.start_image_size", start, f"use at most data.image_size={end}")
+        start, end = self.start_size, self.train_size
+        check(start is None or start <= end, "data.start_size", start, f"use at most data.train_size={end}")
         steps = start is None or start % TOTAL_STRIDE == 0
-        check(steps, "data.start_image_size", start, f"use a multiple of {TOTAL_STRIDE}")
+        check(steps, "data.start_size", start, f"use a multiple of {TOTAL_STRIDE}")
         check(
             0 < self.eval_fraction < 1,
             "data.eval_fraction",
@@ -299,12 +307,12 @@ class Config:
         caches = self.train.cache_features
         fits = not caches or self.method == "FT-Last"
         check(fits, "train.cache_features", caches, f"{self.method} changes the features; use it with FT-Last")
-        start = self.data.start_image_size
-        check(not caches or start is None, "data.start_image_size", start, "train.cache_features takes one size")
+        start = self.data.start_size
+        check(not caches or start is None, "data.start_size", start, "train.cache_features takes one size")
 
-    def train_image_size(self, epoch: int) -> int:
+    def train_size_in(self, epoch: int) -> int:
         """Side of the training images in px, in an epoch counted from 0."""
-        start, end, last = self.data.start_image_size, self.data.image_size, self.train.epochs - 1
+        start, end, last = self.data.start_size, self.data.train_size, self.train.epochs - 1
         if start is None or epoch == last:
             return end
         return min(end, TOTAL_STRIDE * round((start + (end - start) * epoch / last) / TOTAL_STRIDE))
@@ -326,3 +334,8 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         result.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return result
+
+
+def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Flat options that version 0.1 wrote, by the names that they have now."""
+    return {RENAMED.get(key, key): value for key, value in values.items()}

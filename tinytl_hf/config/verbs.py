@@ -110,7 +110,7 @@ class MemoryTableConfig:
 class BenchConfig:
     """Time training steps of lean and stock in alternation."""
 
-    image_sizes: list[int] = field(default_factory=lambda: [96, 224])
+    train_sizes: list[int] = field(default_factory=lambda: [96, 224])
     """Sides of the images in px."""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32, 128])
     """Images a step."""
@@ -120,7 +120,7 @@ class BenchConfig:
     """Print JSON with the conditions instead of a table."""
 
     def __post_init__(self) -> None:
-        for name in ("image_sizes", "batch_sizes"):
+        for name in ("train_sizes", "batch_sizes"):
             values = getattr(self, name)
             check(bool(values) and min(values) >= 1, name, values, "use numbers of 1 or more")
         check(self.repeats >= 1, "repeats", self.repeats, "use 1 or more")

@@ -90,7 +90,7 @@ def resample(
     pixels: Tensor,
     sizes: Tensor,
     boxes: Tensor,
-    image_size: int,
+    size: int,
     flips: Tensor | None = None,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
@@ -101,18 +101,18 @@ def resample(
         pixels: ``uint8`` ``[N, 3, H, W]``, padded at the bottom right.
         sizes: ``[N, 2]`` true height and width in px.
         boxes: ``[N, 4]``.
-        image_size: Side of the result in px.
+        size: Side of the result in px.
         flips: ``[N]`` images to mirror.
         mean: Per channel, on a scale of 0 to 1.
         std: Per channel, on the same scale.
 
     Returns:
-        ``float32`` ``[N, 3, image_size, image_size]`` on the device of ``pixels``.
+        ``float32`` ``[N, 3, size, size]`` on the device of ``pixels``.
     """
     device = pixels.device
     sizes, boxes = sizes.to(device), boxes.to(device)
-    rows = _weights(boxes[:, 0], boxes[:, 2], sizes[:, 0], pixels.shape[2], image_size)
-    columns = _weights(boxes[:, 1], boxes[:, 3], sizes[:, 1], pixels.shape[3], image_size)
+    rows = _weights(boxes[:, 0], boxes[:, 2], sizes[:, 0], pixels.shape[2], size)
+    columns = _weights(boxes[:, 1], boxes[:, 3], sizes[:, 1], pixels.shape[3], size)
     if flips is not None:
         columns = torch.where(flips.to(device)[:, None, None], columns.flip(1), columns)
     scale, shift = _normalisation(tuple(mean), tuple(std), device)

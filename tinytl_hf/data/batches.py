@@ -26,20 +26,25 @@ logger = logging.getLogger(__name__)
 CHUNK = 256  # rows read from a data set at a time
 
 
-def read_images(split: Split, config: DataConfig) -> DecodedImages | StreamedImages:
+def read_images(split: Split, config: DataConfig, size: int) -> DecodedImages | StreamedImages:
     """Decode a split into memory, or make it stream where that would exceed ``config.memory_limit_mb``.
+
+    Args:
+        split: The images.
+        config: Whether to leave out corrupt images, and how much memory the decoded ones may take.
+        size: Side of the network's input in px; much larger images are reduced.
 
     Raises:
         TinyTLError: An image cannot be read and ``config.skip_corrupt`` is false; names its index.
     """
-    sizes = [image.numel() for _, image in _decode_rows(split, sample_rows(split), config) if image is not None]
+    sizes = [image.numel() for _, image in _decode_rows(split, sample_rows(split), config, size) if image is not None]
     streams = np.mean(sizes or [0]) * len(split.labels) > config.memory_limit_mb * 1e6
     if streams and not config.skip_corrupt:
-        return StreamedImages(split, config)
+        return StreamedImages(split, config, size)
     if streams:
-        good = _readable(split, config)
-        return StreamedImages(_drop_corrupt(split, good), config)
-    decoded = [image for _, image in _decode_rows(split, np.arange(len(split.labels)), config)]
+        good = _readable(split, config, size)
+        return StreamedImages(_drop_corrupt(split, good), config, size)
+    decoded = [image for _, image in _decode_rows(split, np.arange(len(split.labels)), config, size)]
     good = np.array([image is not None for image in decoded])
     return DecodedImages([image for image in decoded if image is not None], _drop_corrupt(split, good))
 
@@ -67,17 +72,16 @@ class DecodedImages(Dataset):
 class StreamedImages(Dataset):
     """Images that are decoded each time they are used, by the loader's worker processes."""
 
-    def __init__(self, split: Split, config: DataConfig) -> None:
-        self.split, self.config = split, config
+    def __init__(self, split: Split, config: DataConfig, size: int) -> None:
+        self.split, self.config, self.size = split, config, size
         self.labels = torch.from_numpy(split.labels)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, index: list[int]) -> dict[str, Tensor]:
-        config = self.config
-        images = [image for _, image in _decode_rows(self.split, np.array(index), config)]
-        pixels, sizes = pad_images([image for image in images if image is not None])
+        decoded = _decode_rows(self.split, np.array(index), self.config, self.size)
+        pixels, sizes = pad_images([image for _, image in decoded if image is not None])
         return {"pixels": pixels, "sizes": sizes, "labels": self.labels[index], "index": torch.tensor(index)}
 
 
@@ -119,12 +123,14 @@ def make_loader(images: DecodedImages | StreamedImages, config: DataConfig, **ba
     return DataLoader(images, collate_fn=_as_is, num_workers=workers, generator=torch.Generator(), **batching)
 
 
-def _decode_rows(split: Split, index: np.ndarray, config: DataConfig) -> Iterator[tuple[int, Tensor | None]]:
+def _decode_rows(
+    split: Split, index: np.ndarray, config: DataConfig, size: int
+) -> Iterator[tuple[int, Tensor | None]]:
     """Decode images in turn; null for one that cannot be read, if those are to be skipped."""
     for chunk in np.array_split(index, -(-len(index) // CHUNK)):
         for i, encoded in zip(chunk.tolist(), split.rows[chunk]["image"], strict=True):
             try:
-                yield i, decode(encoded, config.image_size)
+                yield i, decode(encoded, size)
             except UnreadableImageError as error:
                 if not config.skip_corrupt:
                     raise TinyTLError(
@@ -137,18 +143,20 @@ def _decode_rows(split: Split, index: np.ndarray, config: DataConfig) -> Iterato
 class _Readable(Dataset):
     """For each image, whether it can be read."""
 
-    def __init__(self, split: Split, config: DataConfig) -> None:
-        self.split, self.config = split, config
+    def __init__(self, split: Split, config: DataConfig, size: int) -> None:
+        self.split, self.config, self.size = split, config, size
 
     def __len__(self) -> int:
         return len(self.split.labels)
 
     def __getitems__(self, index: list[int]) -> list[bool]:
-        return [image is not None for _, image in _decode_rows(self.split, np.array(index), self.config)]
+        return [image is not None for _, image in _decode_rows(self.split, np.array(index), self.config, self.size)]
 
 
-def _readable(split: Split, config: DataConfig) -> np.ndarray:
-    loader = DataLoader(_Readable(split, config), batch_size=CHUNK, collate_fn=_as_is, num_workers=config.workers)
+def _readable(split: Split, config: DataConfig, size: int) -> np.ndarray:
+    loader = DataLoader(
+        _Readable(split, config, size), batch_size=CHUNK, collate_fn=_as_is, num_workers=config.workers
+    )
     return np.concatenate([np.array(batch) for batch in loader])
 
 

@@ -26,7 +26,7 @@ class UnreadableImageError(ValueError):
     """A file that Pillow cannot read, or that is no image."""
 
 
-def decode(encoded: dict[str, Any] | None, image_size: int) -> Tensor:
+def decode(encoded: dict[str, Any] | None, input_size: int) -> Tensor:
     """Read an undecoded image of ``datasets``: ``{"bytes": ..., "path": ...}``.
 
     Raises:
@@ -37,13 +37,13 @@ def decode(encoded: dict[str, Any] | None, image_size: int) -> Tensor:
     source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
     try:
         with Image.open(source, formats=FORMATS) as image:
-            return to_rgb(image, image_size)
+            return to_rgb(image, input_size)
     except Exception as error:  # a damaged file can make Pillow raise almost anything
         reason = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))
         raise UnreadableImageError(reason or type(error).__name__) from error
 
 
-def to_rgb(image: Image.Image, image_size: int) -> Tensor:
+def to_rgb(image: Image.Image, input_size: int) -> Tensor:
     """Turn an image of any mode upright and into RGB pixels.
 
     Transparency is laid over white, 16-bit grey is scaled to 8 bits, EXIF rotation is applied, and of very
@@ -51,7 +51,7 @@ def to_rgb(image: Image.Image, image_size: int) -> Tensor:
 
     Args:
         image: A PIL image.
-        image_size: Side of the network's input in px; much larger images are reduced.
+        input_size: Side of the network's input in px; much larger images are reduced.
 
     Returns:
         ``uint8`` tensor ``[3, H, W]``.
@@ -65,8 +65,8 @@ def to_rgb(image: Image.Image, image_size: int) -> Tensor:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     shorter = min(image.size)
-    if shorter > REDUCE_ABOVE * image_size:
-        scale = REDUCE_ABOVE * image_size / shorter
+    if shorter > REDUCE_ABOVE * input_size:
+        scale = REDUCE_ABOVE * input_size / shorter
         size = (round(image.width * scale), round(image.height * scale))
         image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -51,10 +51,10 @@ def find_images(name: str) -> list[Path]:
 def _predict_batch(model: TinyTLModel, paths: list[Path], top_k: int) -> list[dict[str, Any]]:
     results: dict[Path, dict[str, Any]] = {}
     inputs = []
-    image_size = model.config.preprocessing.image_size
+    eval_size = model.config.preprocessing.eval_size
     for path in paths:
         try:
-            inputs.append((path, decode({"bytes": None, "path": str(path)}, image_size)))
+            inputs.append((path, decode({"bytes": None, "path": str(path)}, eval_size)))
         except UnreadableImageError as error:
             reason = "no image in this folder" if path.is_dir() else str(error)
             results[path] = {"image": str(path), "error": reason}

@@ -86,7 +86,7 @@ def render_card(
         backbone=config.backbone.name,
         labels=[_escaped(label) for label in config.label_names],
         shown_labels=SHOWN_LABELS,
-        image_size=config.preprocessing.image_size,
+        eval_size=config.preprocessing.eval_size,
         dtype=config.dtype,
         weights=_weights_in_words(config),
         weights_file=Path(weights).name.replace('"', "") if in_file else None,

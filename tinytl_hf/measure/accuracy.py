@@ -26,7 +26,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.metrics import compute_metrics, load_metrics
 from tinytl_hf.measure.peak import no_stderr
 from tinytl_hf.model import TinyTLModel
-from tinytl_hf.network.torchvision_nets import check_image_size
+from tinytl_hf.network.torchvision_nets import check_size
 from tinytl_hf.version import __version__
 
 
@@ -42,13 +42,13 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
         _make_folder_of(Path(config.output))
     extra = load_metrics(config.metrics)
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights)
-    image_size = data_config.eval_image_size or data_config.image_size
-    check_image_size(model.config.backbone.name, image_size)
-    options = replace(model.config.preprocessing, image_size=image_size, crop_pct=data_config.crop_pct)
+    eval_size = data_config.eval_size or data_config.train_size
+    check_size(model.config.backbone.name, "eval_size", eval_size)
+    options = replace(model.config.preprocessing, eval_size=eval_size, crop_pct=data_config.crop_pct)
     model.config = replace(model.config, preprocessing=options)
     trained_on = model.config.data.dataset if model.config.data is not None else None
     split = sets.with_label_names(sets.open_eval_split(data_config, trained_on), model.label_names)
-    images = read_images(split, data_config)
+    images = read_images(split, data_config, eval_size)
     prepared, loader = accelerator.prepare(model, make_loader(images, data_config, batch_size=config.batch_size))
     start = time.perf_counter()
     figures = compute_metrics(*predict_set(accelerator, prepared, loader, model), extra=extra, tables=True)
@@ -112,7 +112,7 @@ def save_results(
         "n": images,
         "method": model.config.method,
         "backbone": model.config.backbone.name,
-        "image_size": model.config.preprocessing.image_size,
+        "eval_size": model.config.preprocessing.eval_size,
         "label_names": model.label_names,
         "trained_parameters": sum(parameter.numel() for parameter in model.trainable_parameters()),
         "device": device_name(accelerator),

@@ -95,7 +95,7 @@ def build(config: Config, method: str, num_classes: int, lean: bool) -> TinyTLMo
         num_classes=num_classes,
         weights=config.backbone.weights,
         frozen_weights=config.backbone.frozen_weights,
-        image_size=config.data.image_size,
+        train_size=config.data.train_size,
         lite=config.lite,
         head=config.head,
         gradient_checkpointing=config.train.gradient_checkpointing,
@@ -108,7 +108,7 @@ def build(config: Config, method: str, num_classes: int, lean: bool) -> TinyTLMo
 
 def random_batch(model: TinyTLModel, batch_size: int) -> tuple[Tensor, Tensor]:
     """Images and labels that a model can be trained on, on its device."""
-    size, device = model.config.preprocessing.trained_at, next(model.parameters()).device
+    size, device = model.config.preprocessing.train_size, next(model.parameters()).device
     images = torch.randn(batch_size, 3, size, size, device=device)
     labels = torch.randint(len(model.label_names), (batch_size,), device=device)
     return images.contiguous(memory_format=torch.channels_last), labels

@@ -37,7 +37,7 @@ def paper_rule(model: TinyTLModel, batch_size: int, frozen_bits: int = 8) -> flo
         batch_size: Images a step.
         frozen_bits: Bits in which a frozen parameter would be stored.
     """
-    size = model.config.preprocessing.trained_at
+    size = model.config.preprocessing.train_size
     walk = _Walk(model)
     modes = {module: module.training for module in model.modules()}
     hooks = [hook for module in modes for hook in walk.follow(module)]

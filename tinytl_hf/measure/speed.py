@@ -31,7 +31,7 @@ MEMSAVE = "memsave_torch"  # converts layer by layer; a contender if it is insta
 class BenchRow:
     """Median images a second of each contender, or why there are none."""
 
-    image_size: int
+    train_size: int
     batch_size: int
     images_per_second: dict[str, float]
     refused: str | None = None
@@ -44,17 +44,17 @@ def bench_rows(config: Config, options: BenchConfig) -> Iterator[BenchRow]:
         config: The run: backbone, method, precision, lite residual and head.
         options: Sizes, batches and repeats.
     """
-    for image_size in options.image_sizes:
+    for train_size in options.train_sizes:
         for batch_size in options.batch_sizes:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                yield pool.submit(_time_in_turns, config, image_size, batch_size, options.repeats).result()
+                yield pool.submit(_time_in_turns, config, train_size, batch_size, options.repeats).result()
 
 
-def _time_in_turns(config: Config, image_size: int, batch_size: int, repeats: int) -> BenchRow:
+def _time_in_turns(config: Config, train_size: int, batch_size: int, repeats: int) -> BenchRow:
     try:
-        steps = _steps(replace(config, data=replace(config.data, image_size=image_size)), batch_size)
+        steps = _steps(replace(config, data=replace(config.data, train_size=train_size)), batch_size)
     except TinyTLError as error:  # a batch norm over a single value
-        return BenchRow(image_size, batch_size, {}, str(error))
+        return BenchRow(train_size, batch_size, {}, str(error))
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
@@ -62,7 +62,7 @@ def _time_in_turns(config: Config, image_size: int, batch_size: int, repeats: in
             step()
             seconds[name].append(time.perf_counter() - start)
     speeds = {name: batch_size / statistics.median(values) for name, values in seconds.items()}
-    return BenchRow(image_size, batch_size, speeds)
+    return BenchRow(train_size, batch_size, speeds)
 
 
 def _steps(config: Config, batch_size: int) -> dict[str, Callable[[], None]]:
@@ -92,10 +92,10 @@ def bench_table(rows: Sequence[BenchRow], method: str) -> str:
     for row in rows:
         speeds = row.images_per_second
         if row.refused is not None:
-            notes.append(f"{row.image_size} px, batch {row.batch_size}: {row.refused}")
+            notes.append(f"{row.train_size} px, batch {row.batch_size}: {row.refused}")
         cells = [f"{speeds[name]:.1f}" if name in speeds else "-" for name in names]
         ratios = [f"{speeds[lean] / speeds[name]:.2f}x" if speeds else "-" for name in over]
-        table.append([str(row.image_size), str(row.batch_size), *cells, *ratios])
+        table.append([str(row.train_size), str(row.batch_size), *cells, *ratios])
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
     return "\n".join(["images a second of training, median:", *lines, *notes]) + "\n"

@@ -104,19 +104,19 @@ def convert_blocks(backbone: nn.Module, gradient_checkpointing: bool = False) ->
 
 
 def add_lite_residuals(
-    backbone: nn.Module, blocks: dict[str, TinyTLBlock], image_size: int, options: LiteConfig
+    backbone: nn.Module, blocks: dict[str, TinyTLBlock], train_size: int, options: LiteConfig
 ) -> None:
-    """Give each of ``blocks`` its lite residual, fitted to its maps at ``image_size`` px."""
-    for block, (input, output) in zip(blocks.values(), _trace_shapes(backbone, blocks, image_size), strict=True):
+    """Give each of ``blocks`` its lite residual, fitted to its maps at ``train_size`` px."""
+    for block, (input, output) in zip(blocks.values(), _trace_shapes(backbone, blocks, train_size), strict=True):
         stride = max(conv.stride[0] for conv in block.modules() if isinstance(conv, nn.Conv2d))
         map_size = min(input[-2:])
         block.lite_residual = LiteResidual(input[1], output[1], stride, map_size, options)
 
 
 def _trace_shapes(
-    backbone: nn.Module, blocks: dict[str, TinyTLBlock], image_size: int
+    backbone: nn.Module, blocks: dict[str, TinyTLBlock], train_size: int
 ) -> list[tuple[torch.Size, torch.Size]]:
-    """Input and output shape of each block for one image of ``image_size`` px."""
+    """Input and output shape of each block for one image of ``train_size`` px."""
     shapes: list[tuple[torch.Size, torch.Size]] = []
     hooks = [
         block.register_forward_hook(lambda _, args, output: shapes.append((args[0].shape, output.shape)))
@@ -125,7 +125,7 @@ def _trace_shapes(
     was_training = backbone.training
     try:
         with torch.no_grad():
-            backbone.eval()(torch.zeros(1, 3, image_size, image_size))
+            backbone.eval()(torch.zeros(1, 3, train_size, train_size))
     finally:
         backbone.train(was_training)
         for hook in hooks:

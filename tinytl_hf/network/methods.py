@@ -70,7 +70,7 @@ def apply_method(
     backbone: nn.Module,
     blocks: dict[str, TinyTLBlock],
     method: MethodName,
-    image_size: int,
+    train_size: int,
     lite: LiteConfig,
 ) -> None:
     """Make ``backbone`` train by ``method``, in place.
@@ -79,7 +79,7 @@ def apply_method(
         backbone: A network whose last layer is a :class:`~tinytl_hf.network.head.Head`.
         blocks: Its residual blocks.
         method: One of ``METHODS``.
-        image_size: Side of the training images in px, to which the lite residuals are fitted.
+        train_size: Side of the training images in px, to which the lite residuals are fitted.
         lite: Options of the lite residuals.
 
     Raises:
@@ -93,7 +93,7 @@ def apply_method(
         )
     replace_batch_norms(backbone, GlobalBatchNorm2d if plan.batch_statistics else FrozenBatchNorm2d)
     if plan.lite_residual:
-        add_lite_residuals(backbone, blocks, image_size, lite)
+        add_lite_residuals(backbone, blocks, train_size, lite)
     roles = parameter_roles(backbone)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(roles[name] in plan.trains)

@@ -65,14 +65,14 @@ def create_backbone(name: str, weights: str, num_classes: int, dropout: float = 
     return backbone
 
 
-def check_image_size(name: str, image_size: int) -> None:
-    """Raise unless an image of ``image_size`` px leaves something of the last map, and fits into a memory."""
-    if image_size < TOTAL_STRIDE:
+def check_size(name: str, key: str, size: int) -> None:
+    """Raise unless images of ``size`` px leave something of the last map, and fits into a memory."""
+    if size < TOTAL_STRIDE:
         raise TinyTLError(
-            f"data.image_size={image_size}: {name} reduces an image {TOTAL_STRIDE} times; use {TOTAL_STRIDE} or more"
+            f"data.{key}={size}: {name} reduces an image {TOTAL_STRIDE} times; use {TOTAL_STRIDE} or more"
         )
-    if image_size > MAX_IMAGE_SIZE:
-        raise TinyTLError(f"data.image_size={image_size}: use {MAX_IMAGE_SIZE} or less")
+    if size > MAX_IMAGE_SIZE:
+        raise TinyTLError(f"data.{key}={size}: use {MAX_IMAGE_SIZE} or less")
 
 
 def pin_weights(name: str, weights: str) -> str:

@@ -34,7 +34,7 @@ NOT_COMPARED = {
     ),
     *("data.workers", "data.memory_limit_mb", "memory.report"),
 }
-CONDITIONS = ("backbone", "image_size", "n", "device", "threads", "processes", "precision", "torch_version")
+CONDITIONS = ("backbone", "eval_size", "n", "device", "threads", "processes", "precision", "torch_version")
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _notes(runs: Sequence[FinishedRun], groups: dict[str, list[FinishedRun]]) ->
     firsts = [_compared(members[0]) for members in groups.values()]
     for key in firsts[0]:
         found = _values(first[key] for first in firsts)
-        if key not in ("method", "backbone.name", "data.image_size") and " / " in found:
+        if key not in ("method", "backbone.name", "data.train_size") and " / " in found:
             notes.append(f"rows differ in {key}: {found}")
     return notes
 

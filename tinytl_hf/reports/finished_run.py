@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from tinytl_hf.config.run import Config, flat
+from tinytl_hf.config.run import Config, flat, with_new_names
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.reports.run_folder import CONFIG_FILE, MEMORY_FILE, RESULTS_FILE, images_of, read_metrics, seconds_of
 
@@ -82,7 +82,7 @@ def read_run(folder: Path) -> FinishedRun:
     try:
         run = FinishedRun(
             folder=folder,
-            config={**flat(Config().to_dict()), **flat(_parsed(folder / CONFIG_FILE))},
+            config={**flat(Config().to_dict()), **with_new_names(flat(_parsed(folder / CONFIG_FILE)))},
             epochs=read_metrics(folder),
             results=_parsed(folder / RESULTS_FILE),
             memory=_parsed(memory) if memory.is_file() else None,

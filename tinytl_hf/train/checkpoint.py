@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tinytl_hf.config.run import Config, flat
+from tinytl_hf.config.run import Config, flat, with_new_names
 from tinytl_hf.disk import sync
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
@@ -242,7 +242,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _check_same(path: Path, now: dict[str, Any]) -> None:
-    before = _record(path)["run"]
+    before = with_new_names(_record(path)["run"])
     for key, value in now.items():
         if key not in MAY_DIFFER and before.get(key) != value:
             raise TinyTLError(

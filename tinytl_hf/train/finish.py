@@ -47,7 +47,7 @@ def write_memory(run: Run) -> None:
     # On every process, as norms see the batch of all.
     row = memory.measure(run.model, *memory.random_batch(run.model, batch), config.memory.lean, speed, high_water)
     if is_main:
-        conditions = memory.conditions(config, image_size=config.data.image_size, batch_size=batch)
+        conditions = memory.conditions(config, train_size=config.data.train_size, batch_size=batch)
         run_folder.write(output / run_folder.MEMORY_FILE, memory.to_json([row], conditions))
 
 
@@ -112,9 +112,9 @@ def _recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sizes(data: DataConfig) -> str:
-    start = "" if data.start_image_size is None else f"{data.start_image_size} px growing to "
-    evaluated = "" if data.eval_image_size is None else f", evaluated at {data.eval_image_size} px"
-    return f"{start}{data.image_size} px{evaluated}"
+    start = "" if data.start_size is None else f"{data.start_size} px growing to "
+    evaluated = "" if data.eval_size is None else f", evaluated at {data.eval_size} px"
+    return f"{start}{data.train_size} px{evaluated}"
 
 
 def _time(lines: list[dict[str, Any]], results: dict[str, Any]) -> str:

@@ -133,7 +133,7 @@ def augmented(run: Run, batch: dict[str, Tensor]) -> Tensor:
     if "features" in batch:
         return drawn_view(batch, run.augment)
     boxes, flips = run.augment(batch["sizes"], batch["index"])
-    size = run.config.train_image_size(run.progress.epoch)
+    size = run.config.train_size_in(run.progress.epoch)
     return resample(batch["pixels"], batch["sizes"], boxes, size, flips=flips)
 
 

@@ -16,7 +16,7 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 
-from tinytl_hf.config.run import Config, flat
+from tinytl_hf.config.run import Config, flat, with_new_names
 from tinytl_hf.data import batches, sets
 from tinytl_hf.data.augment import RandomCropFlip
 from tinytl_hf.device import check_divides, device_name, make_accelerator
@@ -71,8 +71,8 @@ def set_up(config: Config) -> Run:
         label_names=train_split.label_names,
         weights=config.backbone.weights,
         frozen_weights=config.backbone.frozen_weights,
-        image_size=config.data.image_size,
-        eval_image_size=config.data.eval_image_size,
+        train_size=config.data.train_size,
+        eval_size=config.data.eval_size,
         crop_pct=config.data.crop_pct,
         lite=config.lite,
         head=config.head,
@@ -80,8 +80,8 @@ def set_up(config: Config) -> Run:
         lean=config.memory.lean,
         slice_mb=config.memory.slice_mb,
     )
-    train_images = batches.read_images(train_split, config.data)
-    eval_images = batches.read_images(eval_split, config.data)
+    train_images = batches.read_images(train_split, config.data, config.data.train_size)
+    eval_images = batches.read_images(eval_split, config.data, model.config.preprocessing.eval_size)
     train_set: Any = train_images
     eval_set: Any = eval_images
     start = time.perf_counter()
@@ -157,7 +157,7 @@ def check_free(config: Config) -> None:
 def _is_same_run(output: Path, config: Config) -> bool:
     """Whether a run that has no checkpoint yet was started with this config."""
     try:
-        before = flat(yaml.safe_load((output / CONFIG_FILE).read_text(encoding="utf-8")))
+        before = with_new_names(flat(yaml.safe_load((output / CONFIG_FILE).read_text(encoding="utf-8"))))
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
         return False
     now = flat(config.to_dict())
