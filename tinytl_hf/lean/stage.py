@@ -100,9 +100,10 @@ class Stage:
         elif keeps_size and depthwise:
             grad_input = F.conv2d(grad, weight.flip(2, 3), None, 1, conv.padding, 1, conv.groups)
         else:
-            # The CPU's bf16 kernel for depthwise convolutions with a stride takes 30 to 100 times as long as fp32's.
-            slow = depthwise and grad.device.type == "cpu"
-            dtype = torch.promote_types(grad.dtype, torch.float32) if slow else grad.dtype
+            # On a CPU, bf16 takes 30 to 100 times as long as fp32 for depthwise convolutions with a stride, and
+            # without AVX-512 it also rounds each partial sum.
+            in_fp32 = grad.device.type == "cpu" and (depthwise or torch.backends.cpu.get_cpu_capability() != "AVX512")
+            dtype = torch.promote_types(grad.dtype, torch.float32) if in_fp32 else grad.dtype
             # The kernel wants a tensor of the input's shape and layout, and does not read it.
             unread = torch.empty(input_shape, dtype=dtype, device=grad.device, memory_format=torch.channels_last)
             grad_input = convolution_backward(conv, grad.to(dtype), unread, weight.to(dtype), [True, False])[0]
