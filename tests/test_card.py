@@ -13,7 +13,7 @@ from conftest import ROOT, write_image
 from hub_server import yaml_errors
 from huggingface_hub import ModelCard
 
-from tinytl_hf.adapter.format import AdapterConfig, BackboneRecord, DataRecord, Preprocessing
+from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, DataRecord, Preprocessing
 from tinytl_hf.hub.card import (
     BEGIN,
     END,

@@ -161,6 +161,7 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
     if known.verb != "eval" or known.adapter is None:
         return {}
     from tinytl_hf.adapter.format import read_config
+    from tinytl_hf.data.sets import is_same_place
     from tinytl_hf.hub.transfer import find_adapter
 
     config = read_config(find_adapter(known.adapter))
@@ -169,8 +170,8 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
         "eval_size": config.preprocessing.eval_size,
         "crop_pct": config.preprocessing.crop_pct,
     }
-    if config.data is not None and known.dataset in (None, config.data.dataset):
-        defaults.update(asdict(config.data))
+    if config.data is not None and (known.dataset is None or is_same_place(known.dataset, config.data.dataset)):
+        defaults.update({key: value for key, value in asdict(config.data).items() if key != "train_sha256"})
     return {f"data.{key}": value for key, value in defaults.items()}
 
 

@@ -17,15 +17,8 @@ from torch import Tensor, nn
 
 from tinytl_hf.adapter.build import build_network, check_fits
 from tinytl_hf.adapter.delta import adapter_tensors, frozen_tensors, load_tensors
-from tinytl_hf.adapter.format import (
-    AdapterConfig,
-    BackboneRecord,
-    DataRecord,
-    Preprocessing,
-    read_config,
-    read_tensors,
-    write_adapter,
-)
+from tinytl_hf.adapter.format import read_config, read_tensors, write_adapter
+from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, DataRecord, Preprocessing
 from tinytl_hf.adapter.switching import Adapters, LoadedAdapter
 from tinytl_hf.config.hub import PushConfig
 from tinytl_hf.config.run import METHOD_ALIASES, HeadConfig, LiteConfig

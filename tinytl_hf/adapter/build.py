@@ -8,13 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tinytl_hf.adapter.delta import check_tensors
-from tinytl_hf.adapter.format import AdapterConfig
-from tinytl_hf.config.run import LiteConfig
+from tinytl_hf.adapter.record import AdapterConfig
 from tinytl_hf.network import methods
 from tinytl_hf.network.blocks import TinyTLBlock, convert_blocks
 from tinytl_hf.network.torchvision_nets import check_size, create_backbone
-
-ORDINARY_CLASSES = 10_000
 
 
 def build_network(
@@ -45,8 +42,6 @@ def build_network(
 def check_fits(config: AdapterConfig, tensors: Mapping[str, Tensor], source: str) -> None:
     """Raise unless ``tensors`` are what ``config`` describes, before memory is taken for what it describes."""
     check_size(config.backbone.name, "train_size", config.preprocessing.train_size)
-    if config.lite == LiteConfig() and len(config.label_names) <= ORDINARY_CLASSES:
-        return  # it cannot ask for much
     with torch.device("meta"):
         backbone, _ = build_network(config, "none")
     check_tensors(backbone, tensors, source)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tinytl_hf.adapter.delta import frozen_tensors
-from tinytl_hf.adapter.format import AdapterConfig
+from tinytl_hf.adapter.record import AdapterConfig
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.blocks import TinyTLBlock
 

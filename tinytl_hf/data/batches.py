@@ -53,6 +53,7 @@ class DecodedImages(Dataset):
     """Images decoded once, in memory."""
 
     def __init__(self, images: list[Tensor], split: Split) -> None:
+        self.split = split
         self.labels = torch.from_numpy(split.labels)
         same_size = len({image.shape for image in images}) == 1
         self.images = torch.stack(images) if same_size else images

@@ -32,6 +32,7 @@ class Split:
         labels: Class number of each image.
         label_names: Names of the classes.
         numbers: Number of each image's row in the split as the data set has it.
+        held_out: Whether it is the part of that split which is held out of training.
     """
 
     name: str
@@ -39,11 +40,16 @@ class Split:
     labels: np.ndarray
     label_names: list[str]
     numbers: np.ndarray
+    held_out: bool = False
+
+    @property
+    def title(self) -> str:
+        """The name by which ``data.eval_split`` knows it."""
+        return HOLDOUT if self.held_out else self.name
 
     def select(self, index: np.ndarray) -> Split:
         """The images at ``index``."""
-        rows, labels, numbers = self.rows.select(index), self.labels[index], self.numbers[index]
-        return Split(self.name, rows, labels, self.label_names, numbers)
+        return replace(self, rows=self.rows.select(index), labels=self.labels[index], numbers=self.numbers[index])
 
 
 def open_splits(config: DataConfig) -> tuple[Split, Split]:
@@ -70,25 +76,45 @@ def open_splits(config: DataConfig) -> tuple[Split, Split]:
     )
 
 
-def open_eval_split(config: DataConfig, trained_on: str | None) -> Split:
+def open_eval_split(config: DataConfig, whole: bool) -> Split:
     """Find the split to evaluate on, which may be the only one that there is.
 
     Args:
         config: The data to evaluate on.
-        trained_on: The data set that the model was trained on. Of that one, without another split, only the
-            part that was held out is used; any other data set is used whole.
+        whole: Whether a data set without a test or validation split is used whole; else only the part of it that is
+            held out of training.
 
     Raises:
         TinyTLError: As :func:`open_splits`.
     """
     tables = _load(config)
     name = config.eval_split or next((name for name in EVAL_SPLITS if name in tables), None)
-    if name == HOLDOUT or (name is None and config.dataset == trained_on):
+    if name == HOLDOUT or (name is None and not whole):
         return open_splits(config)[1]
     name = name or next(iter(tables))
     if name not in tables:
         raise TinyTLError(f"data.eval_split={name}: use {', '.join([*tables, HOLDOUT])}")
     return _subset(_labelled(tables[name], name, config), config.max_eval_samples, config.split_seed)
+
+
+def find_training_split(config: DataConfig, train_sha256: str | None) -> Split | None:
+    """The images of ``config.dataset`` that a model was trained on, or None if it was trained on others.
+
+    Args:
+        config: The data, with the columns, split, fraction and seed of the training.
+        train_sha256: Hash of the training images; None: they are taken to be these.
+    """
+    try:
+        train, _ = open_splits(config)
+    except TinyTLError:
+        return None
+    return train if train_sha256 in (None, sha256(train)) else None
+
+
+def is_same_place(one: str, other: str) -> bool:
+    """Whether two names of a data set are one name, or two spellings of the path of one file or folder."""
+    first, second = Path(one).expanduser(), Path(other).expanduser()
+    return one == other or (first.exists() and first.resolve() == second.resolve())
 
 
 def with_label_names(split: Split, label_names: Sequence[str]) -> Split:
@@ -221,7 +247,7 @@ def _hold_out(split: Split, config: DataConfig) -> tuple[Split, Split]:
             f"data.eval_fraction={config.eval_fraction}: cannot hold out a part of {len(split.labels)} images "
             f"with every class in both parts ({error}); use another fraction or more images"
         ) from error
-    return split.select(np.sort(kept)), split.select(np.sort(held_out))
+    return split.select(np.sort(kept)), replace(split.select(np.sort(held_out)), held_out=True)
 
 
 def _subset(split: Split, count: int | None, seed: int) -> Split:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from tinytl_hf.adapter.delta import frozen_tensors
-from tinytl_hf.adapter.format import AdapterConfig, config_from
+from tinytl_hf.adapter.record import AdapterConfig, config_from
 from tinytl_hf.config.verbs import MergeConfig
 from tinytl_hf.disk import write_bytes
 from tinytl_hf.errors import TinyTLError

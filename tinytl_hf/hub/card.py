@@ -15,7 +15,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE, AdapterConfig, DataRecord
+from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE
+from tinytl_hf.adapter.record import AdapterConfig, DataRecord
 from tinytl_hf.config.run import MethodName
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -200,7 +201,7 @@ def _result(data: DataRecord | None, name: str, value: float) -> EvalResult:
         task_type="image-classification",
         task_name=MEASURED,
         dataset_type=_hub_dataset(data) or "custom",
-        dataset_name=_dataset_name(data),
+        dataset_name=dataset_name(data),
         dataset_config=data.subset if data else None,
         dataset_split=None if split == "holdout" else split,
         metric_type=kind,
@@ -270,7 +271,7 @@ def _hub_dataset(data: DataRecord | None) -> str | None:
     return None if Path(data.dataset).exists() or Path(data.dataset).suffix == ".parquet" else data.dataset
 
 
-def _dataset_name(data: DataRecord | None) -> str:
+def dataset_name(data: DataRecord | None) -> str:
     """The data set's name, without the path to it: a card is public."""
     return "unknown" if data is None else _hub_dataset(data) or Path(data.dataset).name or "local data"
 
@@ -278,7 +279,7 @@ def _dataset_name(data: DataRecord | None) -> str:
 def _dataset_in_words(data: DataRecord) -> str:
     if on_hub := _hub_dataset(data):
         return f"[{on_hub}](https://huggingface.co/datasets/{on_hub})"
-    return "scikit-learn's digits" if data.dataset == "digits" else f"local data, `{_dataset_name(data)}`"
+    return "scikit-learn's digits" if data.dataset == "digits" else f"local data, `{dataset_name(data)}`"
 
 
 def _eval_data_in_words(data: DataRecord) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -17,17 +16,20 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.config.run import DataConfig
 from tinytl_hf.config.verbs import EvalConfig
 from tinytl_hf.data import sets
 from tinytl_hf.data.batches import make_loader, read_images
-from tinytl_hf.device import check_divides, device_name, forward_in_parts, make_accelerator
+from tinytl_hf.data.sets import Split
+from tinytl_hf.device import check_divides, forward_in_parts, make_accelerator
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.metrics import compute_metrics, load_metrics
-from tinytl_hf.measure.peak import no_stderr
+from tinytl_hf.measure.results import Evaluated, make_folder_of, save_results
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.torchvision_nets import check_size
-from tinytl_hf.version import __version__
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, Any]:
@@ -39,27 +41,58 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     accelerator = make_accelerator(config.mixed_precision)
     check_divides(config.batch_size, "batch_size", accelerator.num_processes)
     if config.output is not None:
-        _make_folder_of(Path(config.output))
+        make_folder_of(Path(config.output))
     extra = load_metrics(config.metrics)
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights)
     eval_size = data_config.eval_size or data_config.train_size
     check_size(model.config.backbone.name, "eval_size", eval_size)
     options = replace(model.config.preprocessing, eval_size=eval_size, crop_pct=data_config.crop_pct)
     model.config = replace(model.config, preprocessing=options)
-    trained_on = model.config.data.dataset if model.config.data is not None else None
-    split = sets.with_label_names(sets.open_eval_split(data_config, trained_on), model.label_names)
-    images = read_images(split, data_config, eval_size)
+    split, train = _open(data_config, model.config.data)
+    images = read_images(sets.with_label_names(split, model.label_names), data_config, eval_size)
+    evaluated = _describe(data_config.dataset, images.split, train)
+    logger.log(logging.WARNING if evaluated.trained_on else logging.INFO, "evaluating on %s", evaluated)
     prepared, loader = accelerator.prepare(model, make_loader(images, data_config, batch_size=config.batch_size))
     start = time.perf_counter()
-    figures = compute_metrics(*predict_set(accelerator, prepared, loader, model), extra=extra, tables=True)
+    figures = compute_metrics(*compute_logits(accelerator, prepared, loader, model), extra=extra, tables=True)
     figures["seconds"] = time.perf_counter() - start
     if config.output is not None and accelerator.is_main_process:
-        save_results(Path(config.output), figures, model, len(images), accelerator)
+        save_results(Path(config.output), figures, model, evaluated, accelerator)
     return {**figures, "n": len(images), "method": model.config.method}
 
 
+def _open(config: DataConfig, record: DataRecord | None) -> tuple[Split, Split | None]:
+    """The split to evaluate on and, if they are of the same data set and known, the images that were trained on.
+
+    Of the data set that the adapter was trained on, whatever it is called here, without another split only the part
+    that was held out is used; any other data set is used whole.
+    """
+    if record is None:
+        return sets.open_eval_split(config, whole=True), None
+    named = sets.is_same_place(config.dataset, record.dataset)
+    train = None
+    if named or record.train_sha256 is not None:
+        as_trained = replace(record.as_trained(config), eval_split=record.eval_split)
+        train = sets.find_training_split(as_trained, record.train_sha256)
+    if train is not None and not named:
+        config = replace(record.as_trained(config), eval_split=config.eval_split or record.eval_split)
+    if named and train is None:
+        logger.warning(
+            "%s is not as it was when the adapter was trained on it: what is held out now may have been trained on",
+            config.dataset,
+        )
+    return sets.open_eval_split(config, whole=train is None and not named), train
+
+
+def _describe(dataset: str, split: Split, train: Split | None) -> Evaluated:
+    trained_on = None
+    if train is not None:
+        trained_on = len(np.intersect1d(split.numbers, train.numbers)) if split.name == train.name else 0
+    return Evaluated(dataset, split.title, sets.sha256(split), len(split.labels), trained_on)
+
+
 @torch.no_grad()
-def predict_set(
+def compute_logits(
     accelerator: Accelerator,
     prepared: nn.Module,
     loader: DataLoader,
@@ -95,50 +128,3 @@ def predict_set(
     if not logits.isfinite().all():
         raise TinyTLError("the model gives values that are not finite; train with a lower --train.lr")
     return logits.numpy(), torch.cat(all_labels).numpy()
-
-
-def save_results(
-    path: Path, figures: dict[str, Any], model: TinyTLModel, images: int, accelerator: Accelerator
-) -> None:
-    """Write figures and their conditions with ``evaluate.save``.
-
-    That asks git for the commit at hand: what git says outside a repository is kept from the user, and
-    without git the same JSON is written without a commit.
-
-    Raises:
-        TinyTLError: The file cannot be written.
-    """
-    conditions = {
-        "n": images,
-        "method": model.config.method,
-        "backbone": model.config.backbone.name,
-        "eval_size": model.config.preprocessing.eval_size,
-        "label_names": model.label_names,
-        "trained_parameters": sum(parameter.numel() for parameter in model.trainable_parameters()),
-        "device": device_name(accelerator),
-        "threads": torch.get_num_threads(),
-        "processes": accelerator.num_processes,
-        "precision": accelerator.mixed_precision,
-        "torch_version": torch.__version__,
-        "tinytl_hf_version": __version__,
-    }
-    results = {**figures, **conditions}
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        try:
-            with no_stderr():
-                evaluate.save(temporary, **results)
-        except FileNotFoundError:  # no git
-            temporary.write_text(json.dumps(results), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        for left_over in path.parent.glob(f"{temporary.name}*"):
-            left_over.unlink()
-        raise TinyTLError(f"{path}: cannot be written ({error}); make room, or name another folder") from error
-
-
-def _make_folder_of(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TinyTLError(f"output={path}: cannot be written ({error}); name another file") from error

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import pickle
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 DELTA_FILE = "delta.safetensors"
 PROGRESS_FILE = "progress.json"
 SUMS_FILE = "SHA256SUMS"
+NAME = re.compile(r"step_\d{8,}_epoch_\d{4,}")
 MAY_DIFFER = {
     *("output_dir", "overwrite", "tracker", "metrics", "adapter.dtype", "data.workers", "data.memory_limit_mb"),
     *("memory.lean", "memory.slice_mb", "memory.report", "train.epochs", "train.resume", "train.threads"),
@@ -111,7 +113,8 @@ def save(accelerator: Accelerator, config: Config, progress: Progress, hashes: d
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             for left_over in folder.glob(".step_*"):
-                shutil.rmtree(left_over)
+                if NAME.fullmatch(left_over.stem[1:]):
+                    shutil.rmtree(left_over)
             temporary.mkdir()
         accelerator.wait_for_everyone()
         _save_state(accelerator, temporary)
@@ -176,8 +179,8 @@ def load(accelerator: Accelerator, path: Path, hashes: dict[str, str | None]) ->
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+    """Checkpoints, oldest first; folders that others made are none."""
+    return sorted(path for path in folder.glob("step_*") if NAME.fullmatch(path.name) and path.is_dir())
 
 
 def find_damage(path: Path) -> str | None:

@@ -8,11 +8,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from tinytl_hf.adapter.format import CARD_FILE, DataRecord, read_config
+from tinytl_hf.adapter.format import CARD_FILE, read_config
+from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.config.run import Config, DataConfig
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.hub.card import PICTURES, RunFacts, read_card, render_card
+from tinytl_hf.hub.card import PICTURES, RunFacts, dataset_name, read_card, render_card
 from tinytl_hf.measure import memory
 from tinytl_hf.measure.peak import process_high_water
 from tinytl_hf.model import TinyTLModel
@@ -25,15 +26,17 @@ from tinytl_hf.train.run import Run
 def save_adapters(
     model: TinyTLModel,
     config: Config,
+    record: DataRecord,
     names: list[str],
     accelerator: Accelerator,
     figures: dict[str, float] | None = None,
 ) -> None:
     """Write the model as it is to folders of the run, from the main process."""
     if accelerator.is_main_process:
-        record, dtype = DataRecord.of(config.data), config.adapter.dtype
         for name in names:
-            model.save_pretrained(Path(config.output_dir) / name, dtype=dtype, data=record, metrics=figures)
+            model.save_pretrained(
+                Path(config.output_dir) / name, dtype=config.adapter.dtype, data=record, metrics=figures
+            )
 
 
 def write_memory(run: Run) -> None:
@@ -75,9 +78,11 @@ def write_card(output: Path, config: Config, eval_split: str) -> None:
         memory=json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else None,
         pictures={title: name for title, name in PICTURES.items() if lines or name != curves},
     )
-    card = render_card(read_config(folder), results, read_card(folder), facts)
-    # evaluate.save adds where Python is installed; a card is public.
+    record = read_config(folder)
+    card = render_card(record, results, read_card(folder), facts)
+    # A card is public: it does not say where Python is installed and where the data are.
     public = {key: value for key, value in results.items() if not key.startswith("_")}
+    public["dataset"] = dataset_name(record.data)
     try:
         write_text(folder / RESULTS_FILE, json.dumps(public, indent=2) + "\n")
         if lines:

@@ -19,9 +19,10 @@ from tinytl_hf.adapter.format import TENSORS_FILE, read_tensors
 from tinytl_hf.config.run import Config, flat
 from tinytl_hf.data.augment import resample
 from tinytl_hf.errors import Interrupted, TinyTLError
-from tinytl_hf.measure.accuracy import predict_set, save_results
+from tinytl_hf.measure.accuracy import compute_logits
 from tinytl_hf.measure.metrics import compute_metrics
 from tinytl_hf.measure.mistakes import save_mistakes
+from tinytl_hf.measure.results import save_results
 from tinytl_hf.reports import run_folder
 from tinytl_hf.train import checkpoint, epoch_sums
 from tinytl_hf.train.cached_features import drawn_view
@@ -33,7 +34,7 @@ from tinytl_hf.train.stop_signal import StopSignal
 
 logger = logging.getLogger(__name__)
 
-REPORT_EVERY = 10  # optimizer steps between two looks at the loss, each of which waits for the device
+LOOK_EVERY = 10  # optimizer steps between two looks at the loss, each of which waits for the device
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def train(config: Config) -> dict[str, Any]:
         while progress.epoch < config.train.epochs:
             train_epoch(run, stop)
             path = save_checkpoint(run)
-            figures = compute_metrics(*predict(run, partial(stop_if_asked, run, stop, path)), extra=run.metrics)
+            figures = compute_metrics(*evaluate(run, partial(stop_if_asked, run, stop, path)), extra=run.metrics)
             finish_epoch(run, figures)
             path = save_checkpoint(run)
             if progress.epoch < config.train.epochs:
@@ -60,16 +61,16 @@ def train(config: Config) -> dict[str, Any]:
     # The figures of a run are those of the file that it leaves behind.
     kept = Path(config.output_dir) / run_folder.ADAPTER
     run.model.load_adapter_tensors(read_tensors(kept), str(kept))
-    logits, labels = predict(run)
+    logits, labels = evaluate(run)
     results = compute_metrics(logits, labels, tables=True, extra=run.metrics)
     results["adapter_bytes"] = (kept / TENSORS_FILE).stat().st_size
     if accelerator.is_main_process:
-        save_results(Path(config.output_dir) / run_folder.RESULTS_FILE, results, run.model, len(labels), accelerator)
+        save_results(Path(config.output_dir) / run_folder.RESULTS_FILE, results, run.model, run.evaluated, accelerator)
         save_mistakes(Path(config.output_dir) / run_folder.MISTAKES_FILE, logits, labels, run.eval_images)
     if config.memory.report:
         write_memory(run)
     if accelerator.is_main_process:
-        write_card(Path(config.output_dir), config, run.eval_split)  # last: it reads what the run wrote
+        write_card(Path(config.output_dir), config, run.evaluated.split)  # last: it reads what the run wrote
     accelerator.end_training()
     return results
 
@@ -104,8 +105,8 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
                 progress.step += 1
                 progress.overflows += run.optimizer.step_was_skipped
                 progress.seconds = seconds_before + time.perf_counter() - start
-                if progress.step % REPORT_EVERY == 0:
-                    report(run, bar, loss.item(), sums)
+                if progress.step % LOOK_EVERY == 0:
+                    show_progress(run, bar, loss.item(), sums)
                 due = options.checkpoint_every > 0 and progress.step % options.checkpoint_every == 0
                 if due or (looks_for_signals(run) and stop.received(accelerator)):
                     progress.sums = accelerator.gather(sums.parts[None]).tolist()
@@ -125,7 +126,7 @@ def looks_for_signals(run: Run) -> bool:
     """Whether this step asks for signals: several processes on GPUs have to wait for the device to agree."""
     accelerator = run.accelerator
     cheap = accelerator.num_processes == 1 or accelerator.device.type == "cpu"
-    return cheap or run.progress.step % REPORT_EVERY == 0
+    return cheap or run.progress.step % LOOK_EVERY == 0
 
 
 def augmented(run: Run, batch: dict[str, Tensor]) -> Tensor:
@@ -137,9 +138,9 @@ def augmented(run: Run, batch: dict[str, Tensor]) -> Tensor:
     return resample(batch["pixels"], batch["sizes"], boxes, size, flips=flips)
 
 
-def predict(run: Run, after_batch: Callable[[], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
+def evaluate(run: Run, after_batch: Callable[[], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Logits and labels of the evaluation set."""
-    return predict_set(run.accelerator, run.prepared, run.eval_loader, run.model, after_batch)
+    return compute_logits(run.accelerator, run.prepared, run.eval_loader, run.model, after_batch)
 
 
 def finish_epoch(run: Run, figures: dict[str, float]) -> None:
@@ -160,7 +161,7 @@ def finish_epoch(run: Run, figures: dict[str, float]) -> None:
     run.accelerator.log(flat(line), step=progress.epoch + 1)
     is_best = figures["accuracy"] > progress.best_accuracy
     kept = [run_folder.ADAPTER] if is_best or config.adapter.keep == "last" else []
-    save_adapters(run.model, config, [run_folder.LAST_ADAPTER, *kept], run.accelerator, figures)
+    save_adapters(run.model, config, run.record, [run_folder.LAST_ADAPTER, *kept], run.accelerator, figures)
     if run.accelerator.is_main_process:
         line["train_curve"] = epoch_sums.curve(progress.sums)
         run_folder.append_metrics(Path(config.output_dir), line)
@@ -189,7 +190,7 @@ def progress_bar(run: Run) -> tqdm:
     )
 
 
-def report(run: Run, bar: tqdm, loss: float, sums: EpochSums) -> None:
+def show_progress(run: Run, bar: tqdm, loss: float, sums: EpochSums) -> None:
     """Show the loss of the last batch and the accuracy of the epoch so far (of this process)."""
     if not math.isfinite(loss):
         raise_not_finite(run)

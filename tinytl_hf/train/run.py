@@ -10,9 +10,11 @@ from evaluate import EvaluationModule
 from torch import nn
 from torch.utils.data import DataLoader
 
+from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import RandomCropFlip
 from tinytl_hf.data.batches import DecodedImages, ShuffledBatches, StreamedImages
+from tinytl_hf.measure.results import Evaluated
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.train.checkpoint import Progress
 
@@ -30,7 +32,8 @@ class Run:
     train_loader: DataLoader
     eval_loader: DataLoader
     eval_images: DecodedImages | StreamedImages
-    eval_split: str
+    evaluated: Evaluated
+    record: DataRecord
     batches: ShuffledBatches
     augment: RandomCropFlip
     progress: Progress

@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import shutil
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 
-from tinytl_hf.config.run import Config, flat, with_new_names
+from tinytl_hf.adapter.record import DataRecord
+from tinytl_hf.config.run import Config, flat
 from tinytl_hf.data import batches, sets
 from tinytl_hf.data.augment import RandomCropFlip
 from tinytl_hf.device import check_divides, device_name, make_accelerator
-from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.metrics import load_metrics
+from tinytl_hf.measure.results import Evaluated
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports.run_folder import (
     ADAPTER,
-    CHECKPOINTS,
-    CONFIG_FILE,
-    LAST_ADAPTER,
-    MEMORY_FILE,
-    METRICS_FILE,
-    MISTAKES_FILE,
-    RESULTS_FILE,
-    read_metrics,
 )
 from tinytl_hf.train import checkpoint
 from tinytl_hf.train.cached_features import compute_features
-from tinytl_hf.train.checkpoint import MAY_DIFFER, Progress, list_checkpoints
+from tinytl_hf.train.checkpoint import Progress
 from tinytl_hf.train.finish import save_adapters
 from tinytl_hf.train.optim import make_optimizer, make_scheduler
+from tinytl_hf.train.output_dir import check_free, make_ready
 from tinytl_hf.train.run import Run
 
 logger = logging.getLogger(__name__)
@@ -106,6 +97,10 @@ def set_up(config: Config) -> Run:
         "data.train_sha256": sets.sha256(train_split),
         "data.eval_sha256": sets.sha256(eval_split),
     }
+    record = DataRecord.of(config.data, hashes["data.train_sha256"])
+    evaluated = Evaluated(
+        config.data.dataset, eval_split.title, str(hashes["data.eval_sha256"]), len(eval_images), trained_on=0
+    )
     progress = checkpoint.load(accelerator, resume_from, hashes) if resume_from else Progress()
     progress.seconds += feature_seconds
     if accelerator.is_main_process:
@@ -113,7 +108,7 @@ def set_up(config: Config) -> Run:
     if resume_from is not None and not (Path(config.output_dir) / ADAPTER).exists():
         # Resumed into another folder: the best so far stayed in the first.
         progress.best_accuracy = -1.0
-        save_adapters(model, config, [ADAPTER], accelerator)
+        save_adapters(model, config, record, [ADAPTER], accelerator)
     start_tracker(accelerator, config)
     augment = RandomCropFlip(len(train_images), config.seed, config.data.crop_scale, config.data.flip)
     return Run(
@@ -126,59 +121,14 @@ def set_up(config: Config) -> Run:
         train_loader=train_loader,
         eval_loader=eval_loader,
         eval_images=eval_images,
-        eval_split=sets.HOLDOUT if eval_split.name == train_split.name else eval_split.name,
+        evaluated=evaluated,
+        record=record,
         batches=shuffled,
         augment=augment,
         progress=progress,
         metrics=metrics,
         hashes=hashes,
     )
-
-
-def check_free(config: Config) -> None:
-    """Raise if ``output_dir`` holds a run that this one would destroy.
-
-    Raises:
-        TinyTLError: With the ways out.
-    """
-    output, resume = Path(config.output_dir), config.train.resume
-    if config.overwrite or not (output / CONFIG_FILE).exists():
-        return
-    if resume == "auto" and (list_checkpoints(output / CHECKPOINTS) or _is_same_run(output, config)):
-        return  # its checkpoints are compared with this run when they are read
-    if resume not in ("auto", "never") and output.resolve() in Path(resume).expanduser().resolve().parents:
-        return
-    raise TinyTLError(
-        f"output_dir={output}: holds a run already; choose another, go on with --train.resume auto, or replace "
-        "it with --overwrite true"
-    )
-
-
-def _is_same_run(output: Path, config: Config) -> bool:
-    """Whether a run that has no checkpoint yet was started with this config."""
-    try:
-        before = with_new_names(flat(yaml.safe_load((output / CONFIG_FILE).read_text(encoding="utf-8"))))
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
-        return False
-    now = flat(config.to_dict())
-    return all(before.get(key) == now[key] for key in now.keys() - MAY_DIFFER)
-
-
-def make_ready(config: Config, epochs_done: int) -> None:
-    """Write the config; clear what a former run left, or, after a resume, what came after ``epochs_done``."""
-    output = Path(config.output_dir)
-    try:
-        if epochs_done == 0 and config.train.resume == "never":
-            for name in (ADAPTER, LAST_ADAPTER, CHECKPOINTS):
-                shutil.rmtree(output / name, ignore_errors=True)
-        for name in (RESULTS_FILE, MISTAKES_FILE, MEMORY_FILE):
-            (output / name).unlink(missing_ok=True)
-        output.mkdir(parents=True, exist_ok=True)
-        lines = [line for line in read_metrics(output) if line["epoch"] <= epochs_done]
-        write_text(output / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
-        config.save(output / CONFIG_FILE)
-    except OSError as error:
-        raise TinyTLError(f"output_dir={output}: cannot be written ({error}); choose another") from error
 
 
 def log_conditions(accelerator: Accelerator, config: Config) -> None:

@@ -1,0 +1,218 @@
+"""What ``adapter_config.json`` says of an adapter, and the strict way from its values to a record."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.version import InvalidVersion, Version
+
+from tinytl_hf.config.run import DataConfig, HeadConfig, LiteConfig, MethodName
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.network.torchvision_nets import IMAGENET_MEAN, IMAGENET_STD
+from tinytl_hf.version import __version__
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+LONGEST = 60  # characters of a file's own text that a message quotes
+
+
+@dataclass(frozen=True)
+class BackboneRecord:
+    """The backbone an adapter was trained on.
+
+    Attributes:
+        name: torchvision's name.
+        weights: Source of the weights.
+        sha256: Hash of the frozen tensors as they came; null where the method trains everything.
+        frozen_weights: How frozen convolution weights are stored in memory, ``fp32`` or ``int8``.
+    """
+
+    name: str
+    weights: str
+    sha256: str | None = None
+    frozen_weights: Literal["fp32", "int8"] = "fp32"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image to the network's input: resize, centre crop, normalise.
+
+    Attributes:
+        train_size: Side of the training images in px, to which lite residuals are fitted.
+        eval_size: Side of the images at evaluation and in use in px.
+        crop_pct: Side of the centre crop as a share of the image's shorter side.
+        mean: Mean of each RGB channel, on a scale of 0 to 1.
+        std: Standard deviation of each RGB channel, on the same scale.
+    """
+
+    train_size: int
+    eval_size: int
+    crop_pct: float = 0.875
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
+            raise TinyTLError(f"mean={self.mean}, std={self.std}: use finite numbers, and a std above 0")
+        if not 0 < self.crop_pct <= 1:
+            raise TinyTLError(f"crop_pct={self.crop_pct}: use a share above 0, at most 1")
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """The data an adapter was trained and evaluated on: what ``eval`` uses unless told otherwise.
+
+    The fields are those of :class:`~tinytl_hf.config.run.DataConfig`, and the hash of the images that it was trained
+    on, by which the same data are known under another name.
+    """
+
+    dataset: str
+    subset: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    train_split: str = "train"
+    eval_split: str | None = None
+    eval_fraction: float = 0.1
+    split_seed: int = 0
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    skip_corrupt: bool = False
+    train_sha256: str | None = None
+
+    @classmethod
+    def of(cls, data: DataConfig, train_sha256: str | None) -> DataRecord:
+        """Keep what says which images were used."""
+        names = [field.name for field in fields(cls) if field.name != "train_sha256"]
+        return cls(**{name: getattr(data, name) for name in names}, train_sha256=train_sha256)
+
+    def as_trained(self, data: DataConfig) -> DataConfig:
+        """The options ``data`` with the columns and the way to split that the training had."""
+        names = ("subset", "image_column", "label_column", "train_split", "eval_fraction", "split_seed")
+        kept = {name: getattr(self, name) for name in (*names, "max_train_samples", "skip_corrupt")}
+        return replace(data, **kept)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What ``adapter_config.json`` holds."""
+
+    backbone: BackboneRecord
+    method: MethodName
+    preprocessing: Preprocessing
+    label_names: list[str]
+    lite: LiteConfig = field(default_factory=LiteConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    data: DataRecord | None = None
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    format_version: int = FORMAT_VERSION
+    tinytl_hf_version: str = __version__
+
+    def __post_init__(self) -> None:
+        if not self.label_names or len(set(self.label_names)) < len(self.label_names):
+            raise TinyTLError(f"label_names: {len(self.label_names)} names; use one or more, each once")
+
+    def to_json(self) -> str:
+        """Sorted, indented JSON."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+def config_from(values: Mapping[str, Any], path: Path) -> AdapterConfig:
+    """The record that a file's ``values`` describe.
+
+    A key that is not known here is an error, unless a newer version of this package wrote the file: then it is
+    left out, with a warning.
+
+    Args:
+        values: What the file holds, of any format version up to ours.
+        path: The file, for messages.
+
+    Raises:
+        TinyTLError: They are not those of an adapter.
+    """
+    if values.get("format_version") == 1:
+        values = _from_format_1(values)
+    newer = _is_newer(values.get("tinytl_hf_version"))
+    try:
+        return _build(AdapterConfig, values, "", newer, path)
+    except (TinyTLError, TypeError) as error:
+        raise TinyTLError(f"{path} is not a valid adapter config: {error}") from error
+
+
+def _from_format_1(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What format 1 says, as format 2 says it: there one size had two names, and the other stood for both."""
+    sizes = values.get("preprocessing")
+    new = {**values, "format_version": FORMAT_VERSION}
+    if isinstance(sizes, dict) and "image_size" in sizes:
+        eval_size = sizes["image_size"]
+        rest = {key: value for key, value in sizes.items() if key not in ("image_size", "train_image_size")}
+        train_size = sizes.get("train_image_size")
+        new["preprocessing"] = {
+            **rest,
+            "eval_size": eval_size,
+            "train_size": eval_size if train_size is None else train_size,
+        }
+    return new
+
+
+def _is_newer(version: object) -> bool:
+    try:
+        return Version(str(version)) > Version(__version__)
+    except InvalidVersion:
+        return False
+
+
+def _build(kind: type, values: Any, key: str, newer: bool, path: Path) -> Any:
+    """An instance of the dataclass ``kind``; ``key`` says where in the file its values stand."""
+    if not isinstance(values, dict):
+        raise TinyTLError(f"{key} is {_short(values)}, not an object")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{key}." if key else ""
+    for name in values.keys() - hints.keys():
+        if not newer:
+            raise TinyTLError(f"{prefix}{str(name)[:LONGEST]} is no setting")
+        logger.warning("%s: %s%s is of a newer tinytl_hf and left out", path, prefix, str(name)[:LONGEST])
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    if missing := sorted(needed - values.keys()):
+        raise TinyTLError(f"{prefix}{missing[0]} is missing")
+    known = {name: value for name, value in values.items() if name in hints}
+    return kind(**{name: _value(hints[name], v, prefix + name, newer, path) for name, v in known.items()})
+
+
+def _value(kind: Any, value: Any, key: str, newer: bool, path: Path) -> Any:
+    """``value`` if it is of the type ``kind``, with JSON's lists as tuples where those are wanted."""
+    if isinstance(kind, types.UnionType):
+        if value is None and type(None) in typing.get_args(kind):
+            return None
+        (kind,) = (each for each in typing.get_args(kind) if each is not type(None))
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        return _build(kind, value, key, newer, path)  # type: ignore[arg-type]
+    if origin is Literal:
+        fits = isinstance(value, str) and value in options
+    elif origin in (list, tuple):
+        fits = isinstance(value, list) and (origin is list or len(value) == len(options))
+        if fits:
+            return origin(_value(options[0], item, key, newer, path) for item in value)
+    elif kind is float:
+        fits = type(value) in (int, float)
+    else:
+        fits = type(value) is kind
+    if not fits:
+        wanted = " or ".join(map(repr, options)) if origin is Literal else getattr(kind, "__name__", str(kind))
+        raise TinyTLError(f"{key} is {_short(value)}, not {wanted}")
+    return float(value) if kind is float else value
+
+
+def _short(value: Any) -> str:
+    """A value of a file as text of a bounded length."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -1,0 +1,93 @@
+"""Figures of an adapter with the conditions that they hold under, as the file that ``eval`` and a run write."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from tinytl_hf.device import device_name
+from tinytl_hf.disk import write_text
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.model import TinyTLModel
+from tinytl_hf.version import __version__
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The images that figures are of.
+
+    Attributes:
+        dataset: The data set, as it was named.
+        split: Its split, or ``holdout``.
+        sha256: Hash of that split.
+        n: Number of images.
+        trained_on: How many of them the adapter was trained on; None: it is not known.
+    """
+
+    dataset: str
+    split: str
+    sha256: str
+    n: int
+    trained_on: int | None
+
+    def __str__(self) -> str:
+        what = f"{self.n:,} images of {self.dataset}, split {self.split}"
+        if self.trained_on is None:
+            return f"{what}; whether it was trained on any of them is not known"
+        return f"{what}; it was trained on {self.trained_on or 'none'} of them"
+
+
+def save_results(
+    path: Path, figures: dict[str, Any], model: TinyTLModel, images: Evaluated, accelerator: Accelerator
+) -> None:
+    """Write figures and their conditions as JSON.
+
+    The names that begin with ``_`` are those that ``evaluate.save`` gives to the same things.
+
+    Raises:
+        TinyTLError: The file cannot be written.
+    """
+    results = {
+        **figures,
+        **asdict(images),
+        "method": model.config.method,
+        "backbone": model.config.backbone.name,
+        "eval_size": model.config.preprocessing.eval_size,
+        "label_names": model.label_names,
+        "trained_parameters": sum(parameter.numel() for parameter in model.trainable_parameters()),
+        "device": device_name(accelerator),
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "torch_version": torch.__version__,
+        "tinytl_hf_version": __version__,
+        "_timestamp": datetime.now().isoformat(),
+        "_evaluate_version": version("evaluate"),
+        "_python_version": platform.python_version(),
+        "_interpreter_path": sys.executable,
+    }
+    try:
+        write_text(path, json.dumps(results) + "\n")
+    except OSError as error:
+        raise TinyTLError(f"{path}: cannot be written ({error}); make room, or name another folder") from error
+
+
+def make_folder_of(path: Path) -> None:
+    """Make the folder of a file that will be written, before anything is measured.
+
+    Raises:
+        TinyTLError: It cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TinyTLError(f"output={path}: cannot be written ({error}); name another file") from error

@@ -1,0 +1,143 @@
+"""``output_dir``: checked before a run starts, and made ready when it does.
+
+Only what a run wrote is ever removed or replaced. A folder is a run's if its ``config.yaml`` is; what else in it
+bears a name that a run would use is looked into before anything is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tinytl_hf.adapter.format import CARD_FILE
+from tinytl_hf.adapter.format import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from tinytl_hf.config.run import Config, flat, with_new_names
+from tinytl_hf.disk import write_text
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.hub.card import files_of_adapter, is_untouched, read_card
+from tinytl_hf.reports.run_folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    LAST_ADAPTER,
+    MEMORY_FILE,
+    METRICS_FILE,
+    MISTAKES_FILE,
+    RESULTS_FILE,
+    read_metrics,
+)
+from tinytl_hf.train.checkpoint import MAY_DIFFER, list_checkpoints
+
+GROUPS = {"backbone", "data", "train", "memory", "adapter"}  # every config.yaml of a run has these
+KEYS = {RESULTS_FILE: "tinytl_hf_version", MISTAKES_FILE: "shown", MEMORY_FILE: "rows"}  # and these files these
+NAMES = (CONFIG_FILE, METRICS_FILE, *KEYS, ADAPTER, LAST_ADAPTER, CHECKPOINTS)
+
+
+def check_free(config: Config) -> None:
+    """Raise if ``output_dir`` holds a run that this one would destroy, or files that are no run's.
+
+    Raises:
+        TinyTLError: With what is in the way, and the ways out.
+    """
+    output, resume = Path(config.output_dir), config.train.resume
+    if others := _others(output):
+        raise TinyTLError(
+            f"output_dir={output}: holds {', '.join(others)}, which no run of tinytl-hf wrote; choose another folder"
+        )
+    if config.overwrite or not (output / CONFIG_FILE).exists():
+        return
+    if resume == "auto" and (list_checkpoints(output / CHECKPOINTS) or _is_same_run(output, config)):
+        return  # its checkpoints are compared with this run when they are read
+    if resume not in ("auto", "never") and output.resolve() in Path(resume).expanduser().resolve().parents:
+        return
+    raise TinyTLError(
+        f"output_dir={output}: holds a run already; choose another, go on with --train.resume auto, or replace "
+        "it with --overwrite true"
+    )
+
+
+def make_ready(config: Config, epochs_done: int) -> None:
+    """Write the config; clear what a former run left, or, after a resume, what came after ``epochs_done``."""
+    output = Path(config.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if epochs_done == 0 and config.train.resume == "never":
+            for name in (ADAPTER, LAST_ADAPTER):
+                _remove_adapter(output / name)
+            for path in list_checkpoints(output / CHECKPOINTS):
+                shutil.rmtree(path)
+        for name in KEYS:
+            (output / name).unlink(missing_ok=True)
+        lines = [line for line in read_metrics(output) if line["epoch"] <= epochs_done]
+        write_text(output / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
+        config.save(output / CONFIG_FILE)
+    except OSError as error:
+        raise TinyTLError(f"output_dir={output}: cannot be written ({error}); choose another") from error
+
+
+def _others(output: Path) -> list[str]:
+    """Names that a run would use, and that something else bears in ``output``."""
+    present = [name for name in NAMES if (output / name).exists()]
+    values = _read(output / CONFIG_FILE)
+    if "method" in values and all(isinstance(values.get(group), dict) for group in GROUPS):
+        return [name for name in present if not _is_of_a_run(output / name)]
+    return present
+
+
+def _is_of_a_run(path: Path) -> bool:
+    if path.name == METRICS_FILE:
+        return _has_metrics(path.parent)
+    if path.name in (ADAPTER, LAST_ADAPTER):
+        return _is_adapter(path)
+    if path.name in KEYS:
+        return KEYS[path.name] in _read(path)
+    return path.name == CONFIG_FILE or path.is_dir()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file; an empty one if there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _has_metrics(output: Path) -> bool:
+    try:
+        return all(isinstance(line["epoch"], int) for line in read_metrics(output))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder is an adapter of ours, or the part of one that a kill left."""
+    if not folder.is_dir():
+        return False
+    config = folder / ADAPTER_CONFIG_FILE
+    if config.exists():
+        return "format_version" in _read(config)
+    return all(file.name.removeprefix(".").removesuffix(".tmp") in files_of_adapter() for file in folder.iterdir())
+
+
+def _remove_adapter(folder: Path) -> None:
+    """Remove an adapter's own files, and the folder if nothing else is in it; a card that a person edited stays."""
+    if not folder.is_dir():
+        return
+    for name in files_of_adapter():
+        if name != CARD_FILE or is_untouched(read_card(folder) or ""):
+            (folder / name).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _is_same_run(output: Path, config: Config) -> bool:
+    """Whether a run that has no checkpoint yet was started with this config."""
+    before = with_new_names(flat(_read(output / CONFIG_FILE)))
+    now = flat(config.to_dict())
+    return all(before.get(key) == now[key] for key in now.keys() - MAY_DIFFER)
