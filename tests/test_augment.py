@@ -2,6 +2,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
+from tinytl_hf.adapter.record import Preprocessing
 from tinytl_hf.data.augment import RandomCropFlip, centre_boxes, resample
 
 MEAN, STD = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)  # leaves pixel values as they are
@@ -36,14 +37,14 @@ def test_padding_never_shows():
     padded[..., :20, :30] = small
     sizes = torch.tensor([[20, 30]])
     box = torch.tensor([[0.0, 0.0, 20.0, 30.0]])
-    assert torch.equal(resample(padded, sizes, box, 32), resample(small, sizes, box, 32))
+    assert torch.equal(resample(padded, sizes, box, 32, MEAN, STD), resample(small, sizes, box, 32, MEAN, STD))
 
 
 def test_flip_mirrors_only_the_chosen_images():
     images, sizes = pixels(2, 24, 24), torch.tensor([[24, 24]] * 2)
     boxes = centre_boxes(sizes, 1.0)
-    plain = resample(images, sizes, boxes, 24)
-    flipped = resample(images, sizes, boxes, 24, flips=torch.tensor([True, False]))
+    plain = resample(images, sizes, boxes, 24, MEAN, STD)
+    flipped = resample(images, sizes, boxes, 24, MEAN, STD, flips=torch.tensor([True, False]))
     torch.testing.assert_close(flipped[0], plain[0].flip(-1))
     assert torch.equal(flipped[1], plain[1])
 
@@ -51,7 +52,8 @@ def test_flip_mirrors_only_the_chosen_images():
 def test_normalisation_is_imagenets():
     white = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
     sizes = torch.tensor([[8, 8]])
-    out = resample(white, sizes, centre_boxes(sizes, 1.0), 8)
+    defaults = Preprocessing(train_size=8, eval_size=8)
+    out = resample(white, sizes, centre_boxes(sizes, 1.0), 8, defaults.mean, defaults.std)
     expected = torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
     torch.testing.assert_close(out.amax((0, 2, 3)), expected)
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import ROOT, run_cli
 from hub_server import READER, WRITER, HubServer
-from huggingface_hub import HfApi, ModelCard, constants, get_session
+from huggingface_hub import HfApi, ModelCard, constants, get_session, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 
 from tinytl_hf import TinyTLError, TinyTLModel
-from tinytl_hf.hub import transfer as hub
+from tinytl_hf.hub import client
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))
 FILES = {".gitattributes", "adapter_config.json", "adapter_model.safetensors", "README.md"}
@@ -136,7 +137,7 @@ def refuse(part, status):
 
 def stall(server, monkeypatch):
     server.stall_s = 1.5
-    monkeypatch.setattr(hub, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(client, "TIMEOUT_S", 0.2)
 
 
 def unplug(server, monkeypatch):
@@ -201,7 +202,7 @@ def edited(adapter, **changes):
     [
         (lambda a: {"README.md": b"# Something else", "model.bin": b"cos\nsystem"}, "is no TinyTL adapter: it has no"),
         (lambda a: {"adapter_config.json": b'{"peft_type": "LORA"}'}, "not a tinytl_hf adapter"),
-        (lambda a: edited(a, format_version=2), "pip install --upgrade tinytl-hf"),
+        (lambda a: edited(a, format_version=3), "pip install --upgrade tinytl-hf"),
         (lambda a: edited(a), "has no adapter_model.safetensors"),
         (lambda a: edited(a) | {"adapter_model.safetensors": b"\x80\x04cos\nsystem"}, "not a safetensors file"),
     ],
@@ -293,6 +294,7 @@ def test_a_push_that_cannot_work_asks_the_network_for_nothing(options, message, 
     assert done.returncode == 1 and message in done.stderr and server.requests == []
 
 
-def test_the_clients_patience_is_bounded_only_while_we_ask(server, adapter):
-    push(adapter)
+def test_a_program_that_pushes_keeps_its_own_client_of_the_hub(server, adapter):
+    set_client_factory(default_client_factory)  # the command line sets its own
+    TinyTLModel.from_pretrained(adapter).push_to_hub("me/open")
     assert get_session().timeout == httpx2.Timeout(None) and len(get_session().event_hooks["request"]) == 1

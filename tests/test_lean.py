@@ -165,8 +165,13 @@ def gradients(model, images):
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("method", METHODS)
 def test_lean_and_stock_models_have_the_same_gradients_and_statistics(method, backbone, make_model):
+    check_same_gradients_and_statistics(method, backbone, make_model)
+
+
+def check_same_gradients_and_statistics(method, backbone, make_model, **options):
     images = torch.randn(2, 3, 65, 65, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    lean, plain = (whole_model(make_model, method, backbone, lean, train_size=65) for lean in (True, False))
+    lean = whole_model(make_model, method, backbone, True, train_size=65, **options)
+    plain = whole_model(make_model, method, backbone, False, train_size=65)
     assert lean.state_dict().keys() == plain.state_dict().keys()
     with torch.no_grad():
         assert torch.equal(lean.eval()(images), plain.eval()(images))  # without gradients both are stock
@@ -178,22 +183,22 @@ def test_lean_and_stock_models_have_the_same_gradients_and_statistics(method, ba
         torch.testing.assert_close(lean.adapter_tensors()[name], tensor, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("slice_mb", [2.0, 1e-6])
+@pytest.mark.parametrize("slice_mb", [5.0, 1e-6])
 @pytest.mark.parametrize("trains_input", [True, False])
-def test_a_lite_residual_has_exact_gradients(slice_mb, trains_input, monkeypatch):
-    monkeypatch.setattr(lite, "SLICE_MB", slice_mb)
+def test_a_lite_residual_has_exact_gradients(slice_mb, trains_input):
     torch.manual_seed(0)
     residual = LiteResidual(8, 16, 2, 12, LiteConfig(kernel_size=3)).double().train()
     nn.init.ones_(residual.norm2.weight)
     pooled = torch.randn(3, 8, 6, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     inputs = [*residual.parameters(), *([pooled.requires_grad_()] if trains_input else [])]
-    torch.testing.assert_close(lite.branch(residual, pooled), residual.before_upsampling(pooled), atol=1e-12, rtol=0)
-    assert gradcheck(lambda *_: lite.branch(residual, pooled), inputs, fast_mode=True)
+    torch.testing.assert_close(
+        lite.branch(residual, pooled, slice_mb), residual.before_upsampling(pooled), atol=1e-12, rtol=0
+    )
+    assert gradcheck(lambda *_: lite.branch(residual, pooled, slice_mb), inputs, fast_mode=True)
 
 
-def test_lite_residuals_in_slices_have_the_same_gradients_and_statistics(make_model, monkeypatch):
-    monkeypatch.setattr(lite, "SLICE_MB", 1e-3)
-    test_lean_and_stock_models_have_the_same_gradients_and_statistics("TinyTL-L+B", "mobilenet_v2", make_model)
+def test_slices_of_a_few_kb_reach_chains_and_lite_residuals_and_change_no_gradient(make_model):
+    check_same_gradients_and_statistics("TinyTL-L+B", "mobilenet_v2", make_model, slice_mb=1e-3)
 
 
 @pytest.mark.parametrize(("method", "times"), [("TinyTL-B", 80), ("TinyTL-L+B", 30), ("FT-Norm+Last", 2.5)])

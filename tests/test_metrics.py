@@ -7,7 +7,7 @@ from conftest import ROOT, run_cli, small_run
 from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
 
 from tinytl_hf import TinyTLError
-from tinytl_hf.measure.metrics import CalibrationError, Loss, PerClassAccuracy, TopFive, compute_metrics, load_metrics
+from tinytl_hf.measure.metrics import ClassificationFigures, compute_metrics, load_metrics
 
 F1_SCRIPT = str(ROOT / "tests" / "evaluate_f1.py")
 
@@ -40,15 +40,23 @@ def test_calibration_error_of_a_known_case():
     # 10 predictions of confidence 0.8, of which 6 are right: |0.6 - 0.8| = 0.2
     logits = np.tile(np.log([0.8, 0.2]).astype(np.float32), (10, 1))
     labels = np.array([0] * 6 + [1] * 4)
-    assert CalibrationError().compute(predictions=logits, references=labels)["ece"] == pytest.approx(0.2, abs=1e-6)
+    assert compute_metrics(logits, labels)["ece"] == pytest.approx(0.2, abs=1e-6)
 
 
 def test_extremes():
     logits = np.array([[1000.0, -1000.0], [-1000.0, 1000.0]], dtype=np.float32)
-    assert Loss().compute(predictions=logits, references=[0, 1])["loss"] == pytest.approx(0, abs=1e-9)
-    assert TopFive().compute(predictions=logits, references=[1, 0])["top5"] == 1.0  # two classes
-    per_class = PerClassAccuracy().compute(predictions=logits, references=[0, 0])["per_class_accuracy"]
+    assert compute_metrics(logits, np.array([0, 1]))["loss"] == pytest.approx(0, abs=1e-9)
+    assert compute_metrics(logits, np.array([1, 0]))["top5"] == 1.0  # two classes
+    per_class = compute_metrics(logits, np.array([0, 0]), tables=True)["per_class_accuracy"]
     assert per_class == [0.5, None]
+
+
+def test_our_metric_is_a_module_of_evaluate_that_takes_batches_too(scored):
+    logits, labels = scored
+    module = ClassificationFigures()
+    for part in (slice(0, 100), slice(100, 257)):
+        module.add_batch(predictions=logits[part], references=labels[part])
+    assert module.compute() == compute_metrics(logits, labels)
 
 
 def test_a_metric_of_the_hubs_kind_agrees_with_ours(scored):

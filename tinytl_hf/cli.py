@@ -15,7 +15,8 @@ import re
 import sys
 import traceback
 import warnings
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -38,11 +39,6 @@ from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.version import __version__
 
 PROG = "tinytl-hf"
-# Options of verbs other than train.
-OTHER_VERBS = (
-    *(EvalConfig, PredictConfig, MergeConfig, MemoryTableConfig, BenchConfig, CompareConfig, ReportConfig),
-    *(PushConfig, PullConfig),
-)
 T = TypeVar("T")
 
 
@@ -55,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     if not debug:
         warnings.filterwarnings("ignore")
     try:
-        run(_with_values([argument for argument in argv if argument != "--debug"]))
+        execute(_with_values([argument for argument in argv if argument != "--debug"]))
     except Interrupted as stop:
         if not _is_main_process():
             sys.exit(stop.exit_code)  # the first process says it
@@ -68,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         _end(f"error: {_one_line(error)}", 2 if isinstance(error, ArgumentError) else 1)
 
 
-def run(argv: list[str]) -> None:
+def execute(argv: list[str]) -> None:
     """Parse ``argv`` and do what it says; what a verb needs (torch, above all) is imported once it is sure."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", load_yaml, (yaml.YAMLError,))
@@ -81,36 +77,10 @@ def run(argv: list[str]) -> None:
         if key in parsed[parsed.subcommand] and parsed[parsed.subcommand][key] is None:
             raise TinyTLError(f"{key}=null: it is a group of options; name one, or leave it out")
     values = parser.instantiate(parsed)[parsed.subcommand]
-    if parsed.subcommand == "train":
-        _train(_build(Config, values))
-    elif parsed.subcommand == "eval":
-        from tinytl_hf.measure.accuracy import evaluate_adapter
+    from tinytl_hf.hub.client import bound_waiting
 
-        _print_figures(evaluate_adapter(_build(EvalConfig, values), values.data))
-    elif parsed.subcommand == "memory":
-        _print_memory(_build(Config, values), _build(MemoryTableConfig, values))
-    elif parsed.subcommand == "bench":
-        _print_bench(_build(Config, values), _build(BenchConfig, values))
-    elif parsed.subcommand == "merge":
-        from tinytl_hf.deploy.merge import merge
-
-        print(merge(_build(MergeConfig, values)))
-    elif parsed.subcommand == "push":
-        from tinytl_hf.hub.transfer import push
-
-        print(push(_build(PushConfig, values)))
-    elif parsed.subcommand == "pull":
-        from tinytl_hf.hub.transfer import pull
-
-        print(pull(_build(PullConfig, values)))
-    elif parsed.subcommand == "compare":
-        _print_comparison(_build(CompareConfig, values), values.runs)
-    elif parsed.subcommand == "report":
-        from tinytl_hf.reports.page import report
-
-        print(report(_build(ReportConfig, values), values.run))
-    else:
-        _print_predictions(_build(PredictConfig, values), values.images)
+    bound_waiting()
+    VERBS[parsed.subcommand].does(values)
 
 
 def make_parser(eval_defaults: dict[str, Any] | None = None) -> ArgumentParser:
@@ -119,32 +89,19 @@ def make_parser(eval_defaults: dict[str, Any] | None = None) -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     parser.add_argument("--debug", action="store_true", help="Show where an error was raised.")
     verbs = parser.add_subcommands(metavar="VERB")
-
-    def verb(name: str, about: str, *kinds: type, takes_config: bool = False) -> ArgumentParser:
+    for name, verb in VERBS.items():
         added = ArgumentParser(exit_on_error=False)
-        if takes_config:
+        if Config in verb.options:
             added.add_argument("--config", action="config", help="YAML file with any of the options below.")
-        for kind in kinds:
-            added.add_class_arguments(kind)
-        verbs.add_subcommand(name, added, help=about)
-        return added
-
-    verb("train", "train an adapter", Config, takes_config=True)
-    evaluating = verb("eval", "evaluate an adapter, by default on the data it names", EvalConfig)
-    evaluating.add_class_arguments(DataConfig, "data")
-    evaluating.set_defaults(eval_defaults or {})
-    about = "measure the training memory of every method, lean and stock"
-    verb("memory", about, MemoryTableConfig, Config, takes_config=True)
-    verb("bench", "time training steps of lean and stock in alternation", BenchConfig, Config, takes_config=True)
-    predicting = verb("predict", "label images with an adapter", PredictConfig)
-    predicting.add_argument("images", nargs="+", metavar="IMAGE", help="Files, folders or patterns.")
-    verb("merge", "write backbone and adapter as one file of weights", MergeConfig)
-    verb("push", "push an adapter to the Hub", PushConfig)
-    verb("pull", "download an adapter from the Hub", PullConfig)
-    comparing = verb("compare", "put finished runs side by side", CompareConfig)
-    comparing.add_argument("runs", nargs="+", metavar="RUN", help="Folders of finished runs.")
-    reporting = verb("report", "show one finished run", ReportConfig)
-    reporting.add_argument("run", metavar="RUN", help="Folder of a finished run.")
+        for options in verb.options:
+            added.add_class_arguments(options)
+        if verb.has_data_options:
+            added.add_class_arguments(DataConfig, "data")
+            added.set_defaults(eval_defaults or {})
+        if verb.takes is not None:
+            takes = verb.takes
+            added.add_argument(takes.name, nargs=takes.nargs, metavar=takes.metavar, help=takes.about)
+        verbs.add_subcommand(name, added, help=verb.about)
     return parser
 
 
@@ -177,7 +134,7 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
 
 def _with_values(argv: list[str]) -> list[str]:
     """Let an option that is true or false stand alone, as ``--json``: it is true then."""
-    groups: list[tuple[str, type]] = [("", kind) for kind in (Config, *OTHER_VERBS)]
+    groups: list[tuple[str, type]] = [("", options) for verb in VERBS.values() for options in verb.options]
     groups += [("data.", DataConfig), ("train.", TrainConfig), ("memory.", MemoryConfig), ("hub.", HubConfig)]
     flags = {f"--{prefix}{field.name}" for prefix, kind in groups for field in fields(kind) if field.type == "bool"}
     result = []
@@ -193,12 +150,13 @@ def _build(kind: type[T], values: Namespace) -> T:
     return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
 
 
-def _train(config: Config) -> None:
+def _train(values: Namespace) -> None:
     """Train; then, with everything on the disk, push if that was asked for."""
     from tinytl_hf.hub.transfer import check_can_push, push
     from tinytl_hf.reports.run_folder import ADAPTER
     from tinytl_hf.train.loop import train
 
+    config = _build(Config, values)
     if config.hub.push:
         try:
             check_can_push()
@@ -210,27 +168,18 @@ def _train(config: Config) -> None:
         print(push(PushConfig(adapter, str(repo), config.hub.private)))
 
 
-def _print_figures(figures: dict[str, Any]) -> None:
-    if _is_main_process():
-        extra = [name for name in figures if name.startswith("evaluate_")]
-        for name in ("accuracy", "top5", "f1", "loss", "ece", *extra):
-            print(f"{name:<8} {figures[name]:.4f}")
+def _eval(values: Namespace) -> None:
+    from tinytl_hf.measure.accuracy import evaluate_adapter
+
+    _print_figures(evaluate_adapter(_build(EvalConfig, values), values.data))
 
 
-def _print_comparison(config: CompareConfig, runs: list[str]) -> None:
-    from tinytl_hf.reports.compare import compare
-
-    table, left_out = compare(config, runs)
-    for reason in left_out:
-        print(f"{PROG}: left out: {reason}", file=sys.stderr)
-    print(table)
-
-
-def _print_predictions(config: PredictConfig, images: list[str]) -> None:
+def _predict(values: Namespace) -> None:
     from tinytl_hf.deploy.predict import predict
 
+    config = _build(PredictConfig, values)
     failed = False
-    for result in predict(config, images):
+    for result in predict(config, values.images):
         failed |= "error" in result
         if config.json:
             print(json.dumps(result))
@@ -243,34 +192,128 @@ def _print_predictions(config: PredictConfig, images: list[str]) -> None:
         sys.exit(1)
 
 
-def _print_memory(config: Config, options: MemoryTableConfig) -> None:
+def _merge(values: Namespace) -> None:
+    from tinytl_hf.deploy.merge import merge
+
+    print(merge(_build(MergeConfig, values)))
+
+
+def _memory(values: Namespace) -> None:
+    from tinytl_hf.device import set_threads
     from tinytl_hf.measure import memory
 
+    config, options = _build(Config, values), _build(MemoryTableConfig, values)
+    set_threads(config.train.threads)
     rows = list(memory.measure_rows(config, options))
     conditions = memory.conditions(config, train_size=config.data.train_size, batch_size=options.batch_size)
-    report = memory.to_json(rows, conditions)
+    content = memory.to_json(rows, conditions)
     if options.plot is not None:
         from tinytl_hf.reports.plots import save_memory_bars
 
-        save_memory_bars(Path(options.plot), json.loads(report)["rows"])
-    _print_report(conditions, memory.memory_table(rows), report if options.json else None)
+        save_memory_bars(Path(options.plot), json.loads(content)["rows"])
+    _print_measured(conditions, memory.memory_table(rows), content if options.json else None)
 
 
-def _print_bench(config: Config, options: BenchConfig) -> None:
-    from tinytl_hf.measure import speed as bench
-    from tinytl_hf.measure.memory import conditions
+def _bench(values: Namespace) -> None:
+    from tinytl_hf.device import set_threads
+    from tinytl_hf.measure import memory, speed
 
-    rows = list(bench.bench_rows(config, options))
-    common = conditions(config)
-    report = bench.to_json(rows, common) if options.json else None
-    _print_report(common, bench.bench_table(rows, config.method), report)
+    config, options = _build(Config, values), _build(BenchConfig, values)
+    set_threads(config.train.threads)
+    rows = list(speed.bench_rows(config, options))
+    conditions = memory.conditions(config)
+    content = speed.to_json(rows, conditions) if options.json else None
+    _print_measured(conditions, speed.bench_table(rows, config.method), content)
 
 
-def _print_report(conditions: dict[str, Any], table: str, report: str | None) -> None:
+def _compare(values: Namespace) -> None:
+    from tinytl_hf.reports.compare import compare
+
+    table, left_out = compare(_build(CompareConfig, values), values.runs)
+    for reason in left_out:
+        print(f"{PROG}: left out: {reason}", file=sys.stderr)
+    print(table)
+
+
+def _report(values: Namespace) -> None:
+    from tinytl_hf.reports.page import report
+
+    print(report(_build(ReportConfig, values), values.run))
+
+
+def _push(values: Namespace) -> None:
+    from tinytl_hf.hub.transfer import push
+
+    print(push(_build(PushConfig, values)))
+
+
+def _pull(values: Namespace) -> None:
+    from tinytl_hf.hub.transfer import pull
+
+    print(pull(_build(PullConfig, values)))
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What a verb takes besides options."""
+
+    name: str
+    metavar: str
+    about: str
+    nargs: str | None = None
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line.
+
+    Attributes:
+        does: The function that carries it out.
+        about: Its line of help.
+        options: Dataclasses whose fields are its options; those of a run can come from a file, too.
+        takes: What it takes besides options, or None.
+        has_data_options: Whether it has the options of a run's data, with what its adapter says as defaults.
+    """
+
+    does: Callable[[Namespace], None]
+    about: str
+    options: tuple[type, ...]
+    takes: Argument | None = None
+    has_data_options: bool = False
+
+
+IMAGES = Argument("images", "IMAGE", "Files, folders or patterns.", "+")
+RUNS = Argument("runs", "RUN", "Folders of finished runs.", "+")
+RUN = Argument("run", "RUN", "Folder of a finished run.")
+
+VERBS = {
+    "train": Verb(_train, "train an adapter", (Config,)),
+    "eval": Verb(_eval, "evaluate an adapter, by default on the data it names", (EvalConfig,), has_data_options=True),
+    "memory": Verb(
+        _memory, "measure the training memory of every method, lean and stock", (MemoryTableConfig, Config)
+    ),
+    "bench": Verb(_bench, "time training steps of lean and stock in alternation", (BenchConfig, Config)),
+    "predict": Verb(_predict, "label images with an adapter", (PredictConfig,), IMAGES),
+    "merge": Verb(_merge, "write backbone and adapter as one file of weights", (MergeConfig,)),
+    "push": Verb(_push, "push an adapter to the Hub", (PushConfig,)),
+    "pull": Verb(_pull, "download an adapter from the Hub", (PullConfig,)),
+    "compare": Verb(_compare, "put finished runs side by side", (CompareConfig,), RUNS),
+    "report": Verb(_report, "show one finished run", (ReportConfig,), RUN),
+}
+
+
+def _print_figures(figures: dict[str, Any]) -> None:
+    if _is_main_process():
+        extra = [name for name in figures if name.startswith("evaluate_")]
+        for name in ("accuracy", "top5", "f1", "loss", "ece", *extra):
+            print(f"{name:<8} {figures[name]:.4f}")
+
+
+def _print_measured(conditions: dict[str, Any], table: str, content: str | None) -> None:
     """JSON if there is any, else the table under its conditions."""
-    if report is None:
-        report = ", ".join(f"{name} {value}" for name, value in conditions.items()) + "\n\n" + table
-    print(report, end="")
+    if content is None:
+        content = ", ".join(f"{name} {value}" for name, value in conditions.items()) + "\n\n" + table
+    print(content, end="")
 
 
 def _one_line(error: Exception) -> str:
@@ -294,7 +337,7 @@ def _no_such_option(key: str) -> str:
     if key in RENAMED:
         return f"{key}: this option is called {RENAMED[key]} now"
     options = [f"data.{field.name}" for field in fields(DataConfig)]
-    options += [field.name for kind in OTHER_VERBS for field in fields(kind)]
+    options += [field.name for verb in VERBS.values() for kind in verb.options for field in fields(kind)]
     options += flat(Config().to_dict())
     close = difflib.get_close_matches(key, options, n=1)
     return f"{key}: no such option{f'; did you mean {close[0]}?' if close else '; see --help'}"

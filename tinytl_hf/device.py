@@ -6,6 +6,7 @@ import os
 import platform
 from typing import Any
 
+import joblib
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ def make_accelerator(mixed_precision: str | None, threads: int | None = None, **
 
     Args:
         mixed_precision: ``no``, ``bf16``, ``fp16`` or what the launcher was told.
-        threads: CPU threads of this process; null for its share of the cores, where the launcher would give it one.
+        threads: CPU threads of this process, as for :func:`set_threads`.
         **options: More arguments of the accelerator.
 
     Raises:
@@ -28,11 +29,23 @@ def make_accelerator(mixed_precision: str | None, threads: int | None = None, **
     """
     loader = DataLoaderConfiguration(split_batches=True)
     accelerator = Accelerator(mixed_precision=mixed_precision, dataloader_config=loader, **options)
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes_here))
+    set_threads(threads)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise TinyTLError("train.mixed_precision=fp16: a CPU would train in fp32; use bf16 or no")
     return accelerator
+
+
+def set_threads(threads: int | None) -> None:
+    """Give this process so many CPU threads.
+
+    Args:
+        threads: None for what OMP_NUM_THREADS says or, where that is not set, this process's share of the cores that
+            it may use: those of its affinity mask and its container.
+    """
+    told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = int(told) if told.isdecimal() and int(told) > 0 else max(1, joblib.cpu_count() // processes_here)
+    torch.set_num_threads(threads or share)
 
 
 def device_name(accelerator: Accelerator) -> str:

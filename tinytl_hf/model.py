@@ -6,36 +6,36 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin
 from PIL import Image
 from torch import Tensor, nn
 
 from tinytl_hf.adapter.build import build_network, check_fits
 from tinytl_hf.adapter.delta import adapter_tensors, frozen_tensors, load_tensors
-from tinytl_hf.adapter.format import read_config, read_tensors, write_adapter
+from tinytl_hf.adapter.format import holds, read_config, read_tensors, write_adapter
 from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, DataRecord, Preprocessing
 from tinytl_hf.adapter.switching import Adapters, LoadedAdapter
+from tinytl_hf.config.engine import Engine
 from tinytl_hf.config.hub import PushConfig
-from tinytl_hf.config.run import METHOD_ALIASES, HeadConfig, LiteConfig
+from tinytl_hf.config.run import METHOD_ALIASES, Config, HeadConfig, LiteConfig
 from tinytl_hf.data.augment import centre_boxes, resample
 from tinytl_hf.data.images import pad_images, to_rgb
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.hub import transfer as hub
 from tinytl_hf.hub.card import read_card, render_card
-from tinytl_hf.lean.chain import SLICE_MB
+from tinytl_hf.hub.transfer import find_adapter, push
 from tinytl_hf.lean.convert import convert
 from tinytl_hf.lean.int8 import quantise
 from tinytl_hf.network import methods
+from tinytl_hf.network.blocks import name_unknown_blocks
 from tinytl_hf.network.head import Head
 from tinytl_hf.network.torchvision_nets import pin_weights, sha256
 
 
-class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_tag="image-classification"):
+class TinyTLModel(nn.Module):
     """An image classifier whose heavy weights are frozen and whose deltas train.
 
     Build it with :meth:`from_backbone` or :meth:`from_pretrained`. Parameter names under ``backbone`` are
@@ -44,38 +44,53 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
     It can hold more adapters over the same frozen weights: see :meth:`load_adapter`. Everything else (calls,
     ``config``, ``preprocess``, ``trainable_parameters``, ``save_pretrained``) is about the active one.
 
-    A folder of ours describes itself, so what the mixin would add (``config.json``, its own card, saving that
-    may push) is replaced: saving never asks the network, and loading is strict.
-
     Args:
         config: What to build. A ``sha256`` in it is checked against the frozen weights.
-        gradient_checkpointing: Recompute each block in the backward pass.
-        lean: Keep only what the gradients need while training; changes neither names nor results.
-        slice_mb: About how much of a frozen block's widest map exists at a time, in MB.
+        engine: How training passes run.
 
     Attributes:
-        stock_layers: Layers that keep full-size maps while training, by name and type.
-        loaded_from: Folder that :meth:`from_pretrained` loaded, or null.
+        config: What the active adapter is.
+        stock_layers: Layers that can keep full-size maps while training, by name and type.
+        loaded_from: Folder that :meth:`from_pretrained` loaded, or None.
     """
 
-    def __init__(
-        self,
-        config: AdapterConfig,
-        gradient_checkpointing: bool = False,
-        lean: bool = True,
-        slice_mb: float = SLICE_MB,
-    ) -> None:
+    def __init__(self, config: AdapterConfig, engine: Engine | None = None) -> None:
         super().__init__()
-        self.backbone, self._blocks = build_network(config, config.backbone.weights, gradient_checkpointing)
-        self.config = replace(config, backbone=replace(config.backbone, sha256=self._frozen_sha256()))
+        self.engine = engine or Engine()
+        self.backbone, self._blocks = build_network(config, config.backbone.weights, self.engine)
+        self.config = replace(config, backbone=replace(config.backbone, sha256=sha256(frozen_tensors(self.backbone))))
         if config.backbone.frozen_weights == "int8":
             quantise(self.backbone)
-        self.stock_layers = convert(self.backbone, self._blocks, slice_mb) if lean else []
+        self.stock_layers = convert(self.backbone, self._blocks, self.engine) if self.engine.lean else []
         # One layout always, so that a saved and a loaded model run the same kernels on the same numbers.
         self.backbone.to(memory_format=torch.channels_last)
-        self._engine = {"gradient_checkpointing": gradient_checkpointing, "lean": lean, "slice_mb": slice_mb}
         self._adapters = Adapters()
         self.loaded_from: Path | None = None
+
+    @classmethod
+    def from_config(cls, config: Config, label_names: Sequence[str]) -> TinyTLModel:
+        """Build the model that a run trains.
+
+        Args:
+            config: Every option of the run.
+            label_names: Names of the classes.
+
+        Raises:
+            TinyTLError: As :meth:`from_backbone`.
+        """
+        return cls.from_backbone(
+            config.backbone.name,
+            method=config.method,
+            label_names=label_names,
+            weights=config.backbone.weights,
+            frozen_weights=config.backbone.frozen_weights,
+            train_size=config.data.train_size,
+            eval_size=config.data.eval_size,
+            crop_pct=config.data.crop_pct,
+            lite=config.lite,
+            head=config.head,
+            **asdict(config.engine),
+        )
 
     @classmethod
     def from_backbone(
@@ -92,9 +107,9 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         crop_pct: float = 0.875,
         lite: LiteConfig | None = None,
         head: HeadConfig | None = None,
-        gradient_checkpointing: bool = False,
-        lean: bool = True,
-        slice_mb: float = SLICE_MB,
+        lean: bool = Engine.lean,
+        slice_mb: float = Engine.slice_mb,
+        gradient_checkpointing: bool = Engine.gradient_checkpointing,
     ) -> TinyTLModel:
         """Build a model to train.
 
@@ -110,14 +125,14 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
             crop_pct: Side of the evaluation crop as a share of an image's shorter side.
             lite: Options of the lite residuals.
             head: Options of the head.
-            gradient_checkpointing: Recompute each block in the backward pass.
             lean: Keep only what the gradients need while training, or what stock PyTorch keeps.
             slice_mb: About how much of a frozen block's widest map exists at a time, in MB.
+            gradient_checkpointing: Compute each block a second time in the backward pass.
 
         Raises:
             TinyTLError: A name, source or option that does not fit, with the fix.
         """
-        names = list(label_names or [str(label) for label in range(num_classes or 0)])
+        names = list(label_names or map(str, range(num_classes or 0)))
         if not names or (num_classes is not None and num_classes != len(names)):
             raise TinyTLError(f"num_classes={num_classes}, label_names={label_names}: give one, or both alike")
         method = METHOD_ALIASES.get(method, method)
@@ -131,35 +146,46 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
             lite=lite or LiteConfig(),
             head=head or HeadConfig(),
         )
-        model = cls(config, gradient_checkpointing, lean, slice_mb)
+        model = cls(config, Engine(lean, slice_mb, gradient_checkpointing))
+        if methods.METHODS[config.method].lite_residual:
+            name_unknown_blocks(model.backbone, model._blocks)
         pinned = replace(model.config.backbone, weights=pin_weights(name, weights))
         model.config = replace(model.config, backbone=pinned)
         return model
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # options of ours, none that goes unused
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
         weights: str | None = None,
+        lean: bool = Engine.lean,
+        slice_mb: float = Engine.slice_mb,
+        gradient_checkpointing: bool = Engine.gradient_checkpointing,
         revision: str | None = None,
         token: str | None = None,
+        **download: Any,
     ) -> TinyTLModel:
         """Load an adapter, and the backbone it names.
 
         Args:
             pretrained_model_name_or_path: A folder, or a name on the Hub such as ``user/name``.
             weights: Where to take the backbone from instead; it must hold the same frozen tensors.
+            lean: Keep only what the gradients need while training, or what stock PyTorch keeps.
+            slice_mb: About how much of a frozen block's widest map exists at a time, in MB.
+            gradient_checkpointing: Compute each block a second time in the backward pass.
             revision: On the Hub: a branch, a tag or a commit.
-            token: On the Hub: the token; null: that of ``hf auth login`` or HF_TOKEN.
+            token: On the Hub: the token; None: that of ``hf auth login`` or HF_TOKEN.
+            **download: On the Hub: ``cache_dir``, ``force_download``, ``local_files_only`` and the like, as
+                ``huggingface_hub.snapshot_download`` takes them.
 
         Raises:
             TinyTLError: No adapter there, a damaged one, or another backbone than it was trained on.
         """
-        folder = hub.find_adapter(pretrained_model_name_or_path, revision, token)
+        folder = find_adapter(pretrained_model_name_or_path, revision, token, **download)
         saved = read_config(folder)
         source = weights or saved.backbone.weights
-        model = cls._with_tensors(folder, saved, source)
+        model = cls._with_tensors(folder, saved, source, Engine(lean, slice_mb, gradient_checkpointing))
         if model.config.backbone.sha256 != saved.backbone.sha256:
             raise TinyTLError(
                 f"{folder} was trained on other weights of {saved.backbone.name} than {source} holds "
@@ -169,19 +195,19 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         return model
 
     @classmethod
-    def _with_tensors(cls, folder: Path, saved: AdapterConfig, source: str, **engine: Any) -> TinyTLModel:
+    def _with_tensors(cls, folder: Path, saved: AdapterConfig, source: str, engine: Engine) -> TinyTLModel:
         """The adapter in ``folder`` over the weights from ``source``, whose hash is still to be compared."""
         tensors = read_tensors(folder)
         check_fits(saved, tensors, str(folder))
         # A method that trains everything needs nothing of the backbone but its shape.
         weights = "none" if saved.backbone.sha256 is None else source
-        model = cls(replace(saved, backbone=replace(saved.backbone, weights=weights)), **engine)
+        model = cls(replace(saved, backbone=replace(saved.backbone, weights=weights)), engine)
         load_tensors(model.backbone, tensors, source=str(folder))
         model.config = replace(model.config, backbone=replace(model.config.backbone, weights=source))
         model.loaded_from = folder
         return model
 
-    def save_pretrained(  # type: ignore[override]  # saves, and never pushes
+    def save_pretrained(
         self,
         save_directory: str | Path,
         *,
@@ -201,7 +227,7 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         config = replace(self.config, dtype=dtype or self.config.dtype, data=data or self.config.data)
         write_adapter(folder, config, self.adapter_tensors(), render_card(config, metrics, read_card(folder)))
 
-    def push_to_hub(  # type: ignore[override]  # revision, as everywhere else here, where the mixin says branch
+    def push_to_hub(
         self,
         repo_id: str,
         *,
@@ -218,10 +244,10 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         Args:
             repo_id: Name on the Hub, as ``user/name``; the repository is made if there is none.
             private: Make it a private one.
-            revision: Branch to push to, made if there is none; null: main.
+            revision: Branch to push to, made if there is none; None: main.
             create_pr: Open a pull request.
-            commit_message: Null: what the adapter is.
-            token: The Hub token; null: that of ``hf auth login`` or HF_TOKEN.
+            commit_message: None: what the adapter is.
+            token: The Hub token; None: that of ``hf auth login`` or HF_TOKEN.
 
         Returns:
             Address of the commit or of the pull request.
@@ -230,17 +256,13 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
             TinyTLError: What went wrong and the command that retries: the adapter is on the disk by then.
         """
         folder = self.loaded_from
-        if folder is None or not self._is_as_saved(folder):
+        if folder is None or not holds(folder, self.config, self.adapter_tensors()):
             folder = Path(tempfile.mkdtemp(prefix="tinytl-adapter-"))
             self.save_pretrained(folder)
-        url = hub.push(PushConfig(str(folder), repo_id, private, revision, create_pr, commit_message), token)
+        url = push(PushConfig(str(folder), repo_id, private, revision, create_pr, commit_message), token)
         if folder != self.loaded_from:
             shutil.rmtree(folder)
         return url
-
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card that :meth:`save_pretrained` writes."""
-        return ModelCard(render_card(self.config))
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``[N, 3, H, W]``, or :meth:`features` of them, to logits ``[N, classes]``."""
@@ -273,7 +295,7 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
 
     @property
     def active_adapter(self) -> str:
-        """Name of the adapter in use: ``default`` is the one that the model was made with."""
+        """Name of the adapter in use; ``default`` is the one that the model was made with."""
         return self._adapters.active
 
     @property
@@ -298,11 +320,11 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         Raises:
             TinyTLError: No adapter there, a damaged one, one of another backbone, or a name that is taken.
         """
-        folder = hub.find_adapter(path, revision)
+        folder = find_adapter(path, revision)
         saved = read_config(folder)
         self._adapters.check_new(name, saved, self.config, folder)
         source = weights or self._adapters.source(self.config, own=saved.backbone.weights)
-        new = self._with_tensors(folder, saved, source, **self._engine)
+        new = self._with_tensors(folder, saved, source, self.engine)
         self._adapters.add(name, new._loaded(), self._loaded(), folder, saved.backbone.sha256)
 
     def set_adapter(self, name: str) -> None:
@@ -363,20 +385,11 @@ class TinyTLModel(nn.Module, ModelHubMixin, library_name="tinytl_hf", pipeline_t
         options = self.config.preprocessing
         boxes = centre_boxes(sizes, options.crop_pct)
         pixels = pixels.to(next(self.parameters()).device)
-        return resample(pixels, sizes, boxes, options.eval_size, mean=options.mean, std=options.std)
+        return resample(pixels, sizes, boxes, options.eval_size, options.mean, options.std)
 
     @property
     def _head(self) -> Head:
         return next(module for module in self.backbone.modules() if isinstance(module, Head))
-
-    def _is_as_saved(self, folder: Path) -> bool:
-        if not folder.is_dir() or read_config(folder) != self.config:
-            return False
-        saved, own = read_tensors(folder), self.adapter_tensors()
-        return saved.keys() == own.keys() and all(torch.equal(saved[name], own[name].cpu()) for name in own)
-
-    def _frozen_sha256(self) -> str | None:
-        return sha256(frozen_tensors(self.backbone))
 
     def _loaded(self) -> LoadedAdapter:
         return LoadedAdapter(self.backbone, self._blocks, self.stock_layers, self.config, self.loaded_from)

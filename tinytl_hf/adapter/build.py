@@ -9,20 +9,21 @@ from torch import Tensor, nn
 
 from tinytl_hf.adapter.delta import check_tensors
 from tinytl_hf.adapter.record import AdapterConfig
+from tinytl_hf.config.engine import Engine
 from tinytl_hf.network import methods
 from tinytl_hf.network.blocks import TinyTLBlock, convert_blocks
 from tinytl_hf.network.torchvision_nets import check_size, create_backbone
 
 
 def build_network(
-    config: AdapterConfig, weights: str, gradient_checkpointing: bool = False
+    config: AdapterConfig, weights: str, engine: Engine | None = None
 ) -> tuple[nn.Module, dict[str, TinyTLBlock]]:
     """Build the backbone with its head, made to train by the config's method.
 
     Args:
         config: What to build.
         weights: Source of the backbone's weights.
-        gradient_checkpointing: Recompute each block in the backward pass.
+        engine: Whether blocks are computed a second time in the backward pass; None: they are not.
 
     Returns:
         The network, and its residual blocks by name.
@@ -34,7 +35,7 @@ def build_network(
     check_size(name, "train_size", sizes.train_size)
     check_size(name, "eval_size", sizes.eval_size)
     backbone = create_backbone(name, weights, len(config.label_names), config.head.dropout)
-    blocks = convert_blocks(backbone, gradient_checkpointing)
+    blocks = convert_blocks(backbone, engine is not None and engine.gradient_checkpointing)
     methods.apply_method(backbone, blocks, config.method, sizes.train_size, config.lite)
     return backbone, blocks
 

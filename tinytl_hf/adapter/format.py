@@ -84,6 +84,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
+def holds(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a folder holds this very adapter."""
+    if not folder.is_dir() or read_config(folder) != config:
+        return False
+    saved = read_tensors(folder)
+    return saved.keys() == tensors.keys() and all(torch.equal(saved[name], tensors[name].cpu()) for name in tensors)
+
+
 def _to_disk(name: str, tensor: Tensor, dtype: str) -> Tensor:
     tensor = tensor.detach().cpu().contiguous().clone()
     # Statistics stay fp32: they are few, and a variance can exceed fp16's range.

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from tinytl_hf.config.engine import Engine
 from tinytl_hf.config.hub import HubConfig
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
@@ -172,9 +173,9 @@ class DataConfig:
 class MemoryConfig:
     """How much training keeps in memory: an execution choice that changes no name and no result."""
 
-    lean: bool = True
+    lean: bool = Engine.lean
     """Keep only what the gradients need (true), or what stock PyTorch keeps (false)."""
-    slice_mb: float = 5.0
+    slice_mb: float = Engine.slice_mb
     """Work through frozen blocks in slices of the batch whose widest map takes about this many MB: smaller
     slices need less memory."""
     report: bool = True
@@ -218,12 +219,13 @@ class TrainConfig:
     """FT-Last: compute the frozen backbone's features of each image once, of its evaluation view and, with
     data.flip, of that mirrored, and train the head on them: many times faster, without random crops. Keeps 4
     bytes a feature and view."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Engine.gradient_checkpointing
     """Recompute each block in the backward pass: less memory, more time, same results."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """no, bf16 or fp16; null: what `accelerate launch` was told."""
     threads: int | None = None
-    """CPU threads of each process; null: the machine's cores divided by its processes."""
+    """CPU threads of each process; null: OMP_NUM_THREADS or, where that is not set, the cores that the process may
+    use, divided by the processes of the machine."""
     resume: str = "never"
     """auto (go on from the newest checkpoint in output_dir, if there is one), a checkpoint's path, or
     never."""
@@ -309,6 +311,11 @@ class Config:
         check(fits, "train.cache_features", caches, f"{self.method} changes the features; use it with FT-Last")
         start = self.data.start_size
         check(not caches or start is None, "data.start_size", start, "train.cache_features takes one size")
+
+    @property
+    def engine(self) -> Engine:
+        """How training passes run."""
+        return Engine(self.memory.lean, self.memory.slice_mb, self.train.gradient_checkpointing)
 
     def train_size_in(self, epoch: int) -> int:
         """Side of the training images in px, in an epoch counted from 0."""

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tinytl_hf.network.torchvision_nets import IMAGENET_MEAN, IMAGENET_STD
-
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 
 
@@ -91,9 +89,9 @@ def resample(
     sizes: Tensor,
     boxes: Tensor,
     size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
     flips: Tensor | None = None,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
 ) -> Tensor:
     """Resize each image's box to a square and normalise it.
 
@@ -102,9 +100,9 @@ def resample(
         sizes: ``[N, 2]`` true height and width in px.
         boxes: ``[N, 4]``.
         size: Side of the result in px.
-        flips: ``[N]`` images to mirror.
-        mean: Per channel, on a scale of 0 to 1.
+        mean: Per channel, on a scale of 0 to 1: what the backbone was trained with.
         std: Per channel, on the same scale.
+        flips: ``[N]`` images to mirror.
 
     Returns:
         ``float32`` ``[N, 3, size, size]`` on the device of ``pixels``.

@@ -14,19 +14,18 @@ from pathlib import Path
 
 from tinytl_hf.adapter.format import TENSORS_FILE
 from tinytl_hf.reports.run_folder import ADAPTER, RESULTS_FILE
+from tinytl_hf.reports.table import aligned
 
-METHODS = ("FT-Last", "TinyTL-L+B")
-ROW = "{:<12} {:>13} {:>21} {:>13} {:>9}  {}"
+COMPARED = ("FT-Last", "TinyTL-L+B")
 
 
 def main() -> None:
     """Train by each method, evaluate each adapter in a fresh process, print one table."""
     config = Path(sys.argv[1])
-    rows = [_train_and_reload(config, method) for method in METHODS]
+    rows = [_train_and_reload(config, method) for method in COMPARED]
     print("\nMobileNetV2 on handwritten digits, evaluated by a fresh process that loaded the adapter from disk:\n")
-    print(ROW.format("method", "test accuracy", "trainable parameters", "adapter size", "seconds", "files"))
-    for row in rows:
-        print(ROW.format(*row))
+    head = ("method", "test accuracy", "trainable parameters", "adapter size", "seconds", "files")
+    print("\n".join(aligned([head, *rows])))
     files = rows[-1][-1]
     print(f"\nNext: .venv/bin/tinytl-hf eval --adapter {files}/{ADAPTER}")
 

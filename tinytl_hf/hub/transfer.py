@@ -10,9 +10,10 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -28,10 +29,10 @@ from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE, read_
 from tinytl_hf.config.hub import REPO_NAME, PullConfig, PushConfig
 from tinytl_hf.disk import write_bytes
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.hub import client
 from tinytl_hf.hub.card import files_of_adapter, files_of_card, is_untouched, read_card, update_card, with_name
 from tinytl_hf.version import __version__
 
-TIMEOUT_S = 30.0  # the client's own default is to wait for ever
 LOGIN = "run `hf auth login` or set HF_TOKEN"
 
 
@@ -55,7 +56,7 @@ def push(config: PushConfig, token: str | None = None) -> str:
     record = read_config(folder)
     read_tensors(folder)
     message = config.message or f"Upload {record.method} adapter for {record.backbone.name}"
-    with _explained(f"pushing {folder} to {config.repo}", _command("push", config)), _patience():
+    with _explained(f"pushing {folder} to {config.repo}", _command("push", config)):
         check_can_push(token)
         api = HfApi(token=token, library_name="tinytl_hf", library_version=__version__)
         api.create_repo(config.repo, private=config.private or None, exist_ok=True)
@@ -99,13 +100,14 @@ def pull(config: PullConfig) -> Path:
     return output
 
 
-def find_adapter(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+def find_adapter(name: str | Path, revision: str | None = None, token: str | None = None, **options: Any) -> Path:
     """The folder of an adapter: a local one, or one that is downloaded by its name on the Hub.
 
     Args:
         name: A path, or a name such as ``user/name``.
         revision: A branch, a tag or a commit on the Hub.
-        token: The Hub token; null: that of ``hf auth login`` or HF_TOKEN.
+        token: The Hub token; None: that of ``hf auth login`` or HF_TOKEN.
+        **options: Further ones of ``huggingface_hub.snapshot_download``, such as ``cache_dir``.
 
     Raises:
         TinyTLError: No such folder and no such adapter on the Hub, or a local folder with a revision.
@@ -117,7 +119,7 @@ def find_adapter(name: str | Path, revision: str | None = None, token: str | Non
         return path
     retry = _command("pull", PullConfig(repo=str(name), output=path.name, revision=revision))
     with _explained(f"{name} is no folder here, and loading it from the Hub failed", retry):
-        return _download(str(name), revision, token)
+        return _download(str(name), revision, token, **options)
 
 
 def check_can_push(token: str | None = None) -> None:
@@ -151,41 +153,24 @@ def _card_there(api: HfApi, config: PushConfig) -> str | None:
     return read_card(Path(path).parent)
 
 
-def _download(repo: str, revision: str | None, token: str | None) -> Path:
+def _download(repo: str, revision: str | None, token: str | None, **options: Any) -> Path:
     """The Hub's folder of an adapter in the client's cache; nothing but an adapter's files is fetched."""
-    with _patience():
-        folder = Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=files_of_adapter(),
-                token=token,
-                library_name="tinytl_hf",
-                library_version=__version__,
-            )
+    folder = Path(
+        snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=files_of_adapter(),
+            token=token,
+            library_name="tinytl_hf",
+            library_version=__version__,
+            **options,
         )
+    )
     if not (folder / CONFIG_FILE).is_file():
         raise TinyTLError(f"the repository is no TinyTL adapter: it has no {CONFIG_FILE}")
     read_config(folder)
     read_tensors(folder)
     return folder
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """Bound how long the client waits for an answer, also where it says that it would wait for ever."""
-
-    def bound(request: httpx2.Request) -> None:
-        limits = request.extensions["timeout"]
-        request.extensions["timeout"] = {kind: limit or TIMEOUT_S for kind, limit in limits.items()}
-
-    client = get_session()
-    before = client.event_hooks
-    client.event_hooks = {**before, "request": [*before["request"], bound]}
-    try:
-        yield
-    finally:
-        client.event_hooks = before
 
 
 @contextmanager
@@ -212,7 +197,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, HfHubHTTPError):
         return _answer(error.response.status_code, error)
     if isinstance(error, httpx2.TimeoutException):
-        return f"{constants.ENDPOINT} did not answer in {TIMEOUT_S:g} s; check the network"
+        return f"{constants.ENDPOINT} did not answer in {client.TIMEOUT_S:g} s; check the network"
     if isinstance(error, (httpx2.HTTPError, ConnectionError)):
         return f"{constants.ENDPOINT} cannot be reached ({_first_line(error)}); check the network"
     return f"{_first_line(error)} ({type(error).__name__})"

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from tinytl_hf.config.engine import Engine
 from tinytl_hf.lean.stage import Stage, convolve
-
-SLICE_MB = 5.0  # about what stays in the cache between one stage and the next
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Chain:
 
     stages: tuple[Stage, ...]
     residual: bool = False
-    slice_mb: float = SLICE_MB
+    slice_mb: float = Engine.slice_mb
     branch: int = 0
 
     def __call__(self, x: Tensor) -> Tensor:

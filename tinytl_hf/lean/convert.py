@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from torch import Tensor, nn
-from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
+from torchvision.ops import StochasticDepth
 from torchvision.ops.misc import Conv2dNormActivation
 
-from tinytl_hf.lean.chain import SLICE_MB, Chain
+from tinytl_hf.config.engine import Engine
+from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.int8 import Int8Conv2d
 from tinytl_hf.lean.layers import (
     LeanConv2d,
@@ -24,8 +25,9 @@ from tinytl_hf.lean.layers import (
     LeanReLU6,
 )
 from tinytl_hf.lean.paths import LeanBlockPath, LeanOpening, LeanResNetPath
-from tinytl_hf.lean.stage import Stage
-from tinytl_hf.network.blocks import TinyTLBlock
+from tinytl_hf.lean.stage import UPPER, Stage
+from tinytl_hf.network.blocks import TinyTLBlock, leaves
+from tinytl_hf.network.head import Head
 from tinytl_hf.network.norms import FrozenBatchNorm2d
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu"}
@@ -36,38 +38,40 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.ReLU: LeanReLU,
     nn.ReLU6: LeanReLU6,
 }
+# What a stock activation keeps is the next layer's input too, and dropout is off; linear layers have no maps.
+KEEP_NOTHING = {nn.Identity, nn.Dropout, nn.Flatten, StochasticDepth, nn.Linear, Head, nn.ReLU, nn.ReLU6}
 
 
-def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], slice_mb: float = SLICE_MB) -> list[str]:
+def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine) -> list[str]:
     """Make the training pass of ``backbone`` lean wherever its layers allow it.
 
     Args:
         backbone: A network that a method has been applied to.
         blocks: Its residual blocks by name.
-        slice_mb: About how much of a chain's widest map exists at a time, in MB.
+        engine: Its slices.
 
     Returns:
         Names of the layers that stay stock and keep full-size tensors, each with its type.
     """
     done: set[nn.Module] = set()
     for block in blocks.values():
-        path: Callable[[Tensor], Tensor] | None = _block_path(block, slice_mb)
+        path: Callable[[Tensor], Tensor] | None = _block_path(block, engine.slice_mb)
         if path is not None:
             done.update(block.modules())
         if block.lite_residual is not None:
             done.update(block.lite_residual.modules())
-            path = LeanBlockPath(block.stock_forward if path is None else path, block.lite_residual)
+            path = LeanBlockPath(block.stock_forward if path is None else path, block.lite_residual, engine.slice_mb)
         block.lean_path = path
     frozen = any(isinstance(m, nn.Conv2d) and not m.weight.requires_grad for m in backbone.modules())
     for module in backbone.modules():
         if module in done or not frozen:
             continue
-        stages = _stages(module) if type(module) is Conv2dNormActivation else None
+        stages = _as_stages(leaves(module)) if type(module) is Conv2dNormActivation else None
         if stages is not None and len(stages) == 1:
             module.__class__ = LeanConvNormActivation
-            module.chain = Chain(stages, slice_mb=slice_mb)  # type: ignore[assignment]
+            module.chain = Chain(stages, slice_mb=engine.slice_mb)  # type: ignore[assignment]
             done.update(module.modules())
-        elif type(module) in LAYERS and not _trains_weight(module):
+        elif _becomes_lean(module):
             module.__class__ = LAYERS[type(module)]
             done.add(module)
     for module in backbone.modules():
@@ -76,7 +80,7 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], slice_mb: float
     return [
         f"{name} ({type(module).__name__})"
         for name, module in backbone.named_modules()
-        if module not in done and not list(module.children()) and _keeps_maps(module)
+        if module not in done and not list(module.children()) and _may_keep_maps(module)
     ]
 
 
@@ -94,46 +98,32 @@ def _join_opening(layers: nn.Sequential) -> None:
 
 
 def _block_path(block: TinyTLBlock, slice_mb: float) -> Chain | LeanResNetPath | None:
-    """The block's training pass as chains, or null if one of its layers does not fit in."""
-    if not isinstance(block, (resnet.BasicBlock, resnet.Bottleneck)):
-        layers, residual = _inverted_residual(block)
-        stages = _stages(layers)
-        return None if stages is None else Chain(stages, residual, slice_mb)
-    main_layers = [block.conv1, block.bn1, block.relu, block.conv2, block.bn2]
-    if isinstance(block, resnet.Bottleneck):
-        main_layers += [block.relu, block.conv3, block.bn3]
-    main = _as_stages(main_layers)
-    shortcut = None if block.downsample is None else _stages(block.downsample)
-    if block.downsample is not None and shortcut is None:
+    """The block's training pass as chains, or None if one of its layers does not fit in."""
+    main = _as_stages(block.kind.layers(block))
+    shortcut, last = block.kind.shortcut(block), block.kind.last(block)
+    if main is None:
         return None
-    chains = [None if stages is None else Chain(stages, slice_mb=slice_mb) for stages in (main, shortcut)]
-    return None if chains[0] is None else LeanResNetPath(chains[0], chains[1])
-
-
-def _inverted_residual(block: TinyTLBlock) -> tuple[nn.Module, bool]:
-    """The layers of an inverted residual, and whether its input is added to their output."""
-    if isinstance(block, mobilenetv2.InvertedResidual):
-        return block.conv, block.use_res_connect
-    if isinstance(block, mnasnet._InvertedResidual):
-        return block.layers, block.apply_residual
-    assert isinstance(block, (mobilenetv3.InvertedResidual, efficientnet.MBConv))
-    return block.block, block.use_res_connect
-
-
-def _stages(module: nn.Module) -> tuple[Stage, ...] | None:
-    return _as_stages(leaf for leaf in module.modules() if not list(leaf.children()))
+    if last is None:
+        return Chain(main, block.kind.adds_input(block), slice_mb) if shortcut is None else None
+    projection = None if shortcut is None else _as_stages(leaves(shortcut))
+    upper = UPPER.get(ACTIVATIONS.get(type(last), ""))
+    if upper is None or (shortcut is not None and projection is None):
+        return None
+    added = None if projection is None else Chain(projection, slice_mb=slice_mb)
+    return LeanResNetPath(Chain(main, slice_mb=slice_mb), added, upper)
 
 
 def _as_stages(layers: Iterable[nn.Module]) -> tuple[Stage, ...] | None:
-    """Group layers into frozen convolutions with norm and activation; null if they do not make such."""
+    """Group layers into frozen convolutions with norm and activation; None if they do not make such."""
     stages: list[Stage] = []
     for layer in layers:
         last = stages[-1] if stages else None
-        if isinstance(layer, nn.Conv2d) and not layer.weight.requires_grad and isinstance(layer.padding, tuple):
+        if _is_frozen_convolution(layer):
+            assert isinstance(layer, nn.Conv2d)
             stages.append(Stage(layer))
         elif last is None or last.activation is not None:
             return None
-        elif isinstance(layer, FrozenBatchNorm2d) and last.norm is None and last.conv.bias is None:
+        elif type(layer) is FrozenBatchNorm2d and last.norm is None and last.conv.bias is None:
             if layer.weight.requires_grad:
                 return None
             stages[-1] = Stage(last.conv, layer)
@@ -144,12 +134,24 @@ def _as_stages(layers: Iterable[nn.Module]) -> tuple[Stage, ...] | None:
     return tuple(stages) or None
 
 
-def _trains_weight(module: nn.Module) -> bool:
-    return any(name == "weight" and parameter.requires_grad for name, parameter in module.named_parameters())
-
-
-def _keeps_maps(module: nn.Module) -> bool:
-    """Whether a stock layer keeps tensors of the size of its maps for the backward pass."""
-    return isinstance(
-        module, (nn.Conv2d, nn.BatchNorm2d, nn.Hardswish, nn.SiLU, nn.Hardsigmoid, nn.Sigmoid, nn.MaxPool2d)
+def _is_frozen_convolution(layer: nn.Module) -> bool:
+    """Whether it is a plain convolution with a frozen weight, whose padding is zeros that are known beforehand."""
+    return (
+        type(layer) in (nn.Conv2d, Int8Conv2d)
+        and not layer.weight.requires_grad
+        and layer.padding_mode == "zeros"
+        and isinstance(layer.padding, tuple)
     )
+
+
+def _becomes_lean(layer: nn.Module) -> bool:
+    if type(layer) in (nn.Conv2d, Int8Conv2d):
+        return _is_frozen_convolution(layer)
+    return type(layer) in LAYERS and not (type(layer) is FrozenBatchNorm2d and layer.weight.requires_grad)
+
+
+def _may_keep_maps(layer: nn.Module) -> bool:
+    """Whether a stock layer can keep tensors of the size of its maps for the backward pass."""
+    if type(layer) is nn.AdaptiveAvgPool2d:
+        return layer.output_size not in (1, (1, 1))
+    return type(layer) not in KEEP_NOTHING

@@ -1,4 +1,4 @@
-"""Single lean layers: stock modules whose training pass keeps less; without gradients they are stock."""
+"""Single lean layers: stock modules whose pass in training mode keeps less; in evaluation mode they are stock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tinytl_hf.lean import bits
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.int8 import Int8Conv2d
 from tinytl_hf.lean.stage import UPPER, Stage
-from tinytl_hf.network.blocks import is_training_pass
 from tinytl_hf.network.norms import FrozenBatchNorm2d
 
 
@@ -24,7 +23,7 @@ class LeanConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Conv2d``."""
-        if not is_training_pass(input, self.training, self.parameters()):
+        if not self.training:
             return super().forward(input)
         return Chain((Stage(self),))(input)
 
@@ -38,7 +37,7 @@ class LeanFrozenBatchNorm2d(FrozenBatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """As :class:`~tinytl_hf.network.norms.FrozenBatchNorm2d`."""
-        if not torch.is_grad_enabled():
+        if not self.training:
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
@@ -51,7 +50,7 @@ class LeanReLU(nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.ReLU``."""
-        if not (torch.is_grad_enabled() and input.requires_grad):
+        if not self.training:
             return super().forward(input)
         return masked_relu(input, UPPER["relu"])
 
@@ -61,7 +60,7 @@ class LeanReLU6(nn.ReLU6):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.ReLU6``."""
-        if not (torch.is_grad_enabled() and input.requires_grad):
+        if not self.training:
             return super().forward(input)
         return masked_relu(input, UPPER["relu6"])
 
@@ -73,7 +72,7 @@ class LeanConvNormActivation(Conv2dNormActivation):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``Conv2dNormActivation``."""
-        if not is_training_pass(input, self.training, self.parameters()):
+        if not self.training:
             return super().forward(input)
         return self.chain(input)
 
@@ -97,6 +96,8 @@ class _MaskedReLU(Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, upper: float) -> Tensor:
         output = input.clamp(0, upper)
+        if not ctx.needs_input_grad[0]:
+            return output
         ctx.channels_last = output.is_contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(bits.pack(_flat(output, ctx.channels_last), upper))
         return output

@@ -21,11 +21,17 @@ from tinytl_hf.lean.stage import convolution_backward, convolve
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.norms import GlobalBatchNorm2d, recompute_contexts, sum_over_processes
 
-SLICE_MB = 2.0  # less than in a chain, as several maps of a slice exist at a time
+SHARE_OF_SLICE = 0.4  # of the slices of a chain, as several maps of a slice exist at a time
 
 
-def branch(lite: LiteResidual, pooled: Tensor) -> Tensor:
-    """``[N, in_channels, h, w]`` to what is to be up-sampled, ``[N, out_channels, h, w]``."""
+def branch(lite: LiteResidual, pooled: Tensor, slice_mb: float) -> Tensor:
+    """``[N, in_channels, h, w]`` to what is to be up-sampled, ``[N, out_channels, h, w]``.
+
+    Args:
+        lite: The lite residual.
+        pooled: Its pooled input.
+        slice_mb: The engine's slices, in MB of a map.
+    """
     norms = [norm for norm in (lite.norm1, lite.norm2) if isinstance(norm, GlobalBatchNorm2d) and norm.training]
     if len(norms) < 2 or torch.is_autocast_enabled(pooled.device.type):
         return checkpoint(
@@ -36,7 +42,7 @@ def branch(lite: LiteResidual, pooled: Tensor) -> Tensor:
             preserve_rng_state=False,
         )
     parameters = (lite.conv1.weight, norms[0].weight, norms[0].bias, lite.conv2.weight, norms[1].weight, norms[1].bias)
-    return _BranchFunction.apply(pooled, lite.conv1, *norms, *parameters)
+    return _BranchFunction.apply(pooled, slice_mb, lite.conv1, *norms, *parameters)
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,12 @@ class _Statistics:
     values: int
 
     @classmethod
-    def of(cls, norm: GlobalBatchNorm2d, maps: Tensor) -> _Statistics:
+    def of(cls, norm: GlobalBatchNorm2d, maps: Tensor, slice_mb: float) -> _Statistics:
         """Those of ``maps``, which the running statistics of ``norm`` take in."""
         values = norm.values_of_a_channel(maps)
         mean = sum_over_processes(maps.sum((0, 2, 3))) / values
         squares = torch.zeros_like(mean)
-        for part in _slices(maps):
+        for part in _slices(maps, slice_mb):
             squares += (maps[part] - _channels(mean)).square_().sum((0, 2, 3))
         var = sum_over_processes(squares) / values
         norm.take_in(mean, var, values)
@@ -84,17 +90,19 @@ class _BranchFunction(Function):
     def forward(
         ctx: Any,
         pooled: Tensor,
+        slice_mb: float,
         conv1: nn.Conv2d,
         norm1: GlobalBatchNorm2d,
         norm2: GlobalBatchNorm2d,
         *parameters: Tensor,
     ) -> Tensor:
         weight1, _, _, weight2, _, _ = parameters
-        maps, first = _normalise(norm1, convolve(conv1, pooled, weight1))
-        maps, second = _normalise(norm2, F.conv2d(maps.relu_(), weight2))
+        maps, first = _normalise(norm1, convolve(conv1, pooled, weight1), slice_mb)
+        maps, second = _normalise(norm2, F.conv2d(maps.relu_(), weight2), slice_mb)
         vectors = (first.mean, first.inverse, second.mean, second.inverse)
         ctx.save_for_backward(pooled, *parameters, *vectors)
         ctx.conv1, ctx.values, ctx.spans_processes = conv1, (first.values, second.values), norm1.spans_processes
+        ctx.slice_mb = slice_mb
         return maps
 
     @staticmethod
@@ -105,14 +113,14 @@ class _BranchFunction(Function):
         inner = _InnerBackward(first, scale1, shift1, weight2, second, scale2)
         grad = grad.contiguous(memory_format=torch.channels_last)
         maps = convolve(ctx.conv1, pooled, weight1)
-        slices = list(_slices(maps))
+        slices = list(_slices(maps, ctx.slice_mb))
         if len(slices) == 1 and not ctx.spans_processes:
             grad_maps, sums1, grad_weight2, sums2 = inner.at_once(grad, maps)
         else:
             grad_maps, sums1, grad_weight2, sums2 = inner.in_slices(grad, maps, slices)
         wanted = [ctx.needs_input_grad[0], True]
         grad_pooled, grad_weight1 = convolution_backward(ctx.conv1, grad_maps, pooled, weight1, wanted)
-        return grad_pooled, None, None, None, grad_weight1, sums1[1], sums1[0], grad_weight2, sums2[1], sums2[0]
+        return grad_pooled, None, None, None, None, grad_weight1, sums1[1], sums1[0], grad_weight2, sums2[1], sums2[0]
 
 
 InnerGradients = tuple[Tensor, Sequence[Tensor], Tensor, Sequence[Tensor]]
@@ -173,14 +181,14 @@ class _InnerBackward:
         return grad_weight2, torch.ops.aten.threshold_backward(flowing, activated, 0)
 
 
-def _normalise(norm: GlobalBatchNorm2d, maps: Tensor) -> tuple[Tensor, _Statistics]:
+def _normalise(norm: GlobalBatchNorm2d, maps: Tensor, slice_mb: float) -> tuple[Tensor, _Statistics]:
     """The norm's output and the statistics it used; ``maps`` may be written over."""
     if not norm.spans_processes:
         output, mean, inverse = torch.native_batch_norm(
             maps, norm.weight, norm.bias, norm.running_mean, norm.running_var, True, norm.count_batch(), norm.eps
         )
         return output, _Statistics(mean, inverse, norm.values_of_a_channel(maps))
-    statistics = _Statistics.of(norm, maps)
+    statistics = _Statistics.of(norm, maps, slice_mb)
     return _affine(statistics.normalised_(maps), norm.weight, norm.bias, out=maps), statistics
 
 
@@ -202,9 +210,9 @@ def _rows(maps: Tensor) -> Tensor:
     return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
 
-def _slices(maps: Tensor) -> Iterator[slice]:
-    """Ranges of the batch, so that temporaries exist for about ``SLICE_MB`` of maps at a time."""
+def _slices(maps: Tensor, slice_mb: float) -> Iterator[slice]:
+    """Ranges of the batch, so that temporaries exist for a share of ``slice_mb`` of maps at a time."""
     image_bytes = maps[0].numel() * maps.element_size()
-    count = max(1, int(SLICE_MB * 1e6) // image_bytes)
+    count = max(1, int(SHARE_OF_SLICE * slice_mb * 1e6) // image_bytes)
     for start in range(0, len(maps), count):
         yield slice(start, min(start + count, len(maps)))

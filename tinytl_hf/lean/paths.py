@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tinytl_hf.lean import lite_branch as lite
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
-from tinytl_hf.lean.stage import UPPER
-from tinytl_hf.network.blocks import is_training_pass
+from tinytl_hf.lean.lite_branch import branch
 from tinytl_hf.network.lite_residual import LiteResidual
 
 
@@ -21,15 +19,17 @@ class LeanResNetPath:
 
     Attributes:
         main: The convolutions of the block.
-        shortcut: The projection of its input, or null where the input itself is added.
+        shortcut: The projection of its input, or None where the input itself is added.
+        upper: Where the last activation saturates: infinite for ReLU, 6 for ReLU6.
     """
 
     main: Chain
     shortcut: Chain | None
+    upper: float
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the block."""
-        return masked_relu(self.main(x) + (x if self.shortcut is None else self.shortcut(x)), UPPER["relu"])
+        return masked_relu(self.main(x) + (x if self.shortcut is None else self.shortcut(x)), self.upper)
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,12 @@ class LeanBlockPath:
     Attributes:
         main: The block itself, perhaps with a stem before it.
         lite: Its lite residual.
+        slice_mb: About how much of a map of the branch exists a second time, in MB.
     """
 
     main: Callable[[Tensor], Tensor]
     lite: LiteResidual
+    slice_mb: float
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the block with its lite residual."""
@@ -51,7 +53,7 @@ class LeanBlockPath:
         else:
             output = self.main(x)
             pooled = average_pool(x) if self.lite.pools_maps_of(tuple(x.shape[-2:])) else x
-        return upsample_add(output, lite.branch(self.lite, pooled))
+        return upsample_add(output, branch(self.lite, pooled, self.slice_mb))
 
 
 class LeanOpening(nn.Sequential):
@@ -67,8 +69,7 @@ class LeanOpening(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Sequential``."""
-        first_two = (parameter for module in list(self)[:2] for parameter in module.parameters())
-        if self.opening is None or not is_training_pass(input, self.training, first_two):
+        if self.opening is None or not self.training:
             return super().forward(input)
         x = self.opening(input)
         for module in list(self)[2:]:

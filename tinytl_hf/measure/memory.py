@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -27,6 +27,7 @@ from tinytl_hf.measure.paper_rule import paper_rule
 from tinytl_hf.measure.peak import Peak, measure_peak, measure_speed, process_high_water
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.methods import METHODS
+from tinytl_hf.reports.table import aligned
 
 MB = 1e6
 NAMED_LAYERS = 4  # how many of a row's stock layers the table names
@@ -89,21 +90,15 @@ def measure(
 
 def build(config: Config, method: str, num_classes: int, lean: bool) -> TinyTLModel:
     """The model of a run, with another method and engine, on CUDA or else the CPU, in the run's precision."""
-    model = TinyTLModel.from_backbone(
-        config.backbone.name,
-        method=method,
-        num_classes=num_classes,
-        weights=config.backbone.weights,
-        frozen_weights=config.backbone.frozen_weights,
-        train_size=config.data.train_size,
-        lite=config.lite,
-        head=config.head,
-        gradient_checkpointing=config.train.gradient_checkpointing,
-        lean=lean,
-        slice_mb=config.memory.slice_mb,
+    config = replace(
+        config,
+        method=method,  # type: ignore[arg-type]
+        memory=replace(config.memory, lean=lean),
+        train=replace(config.train, cache_features=False),  # which is of one method only
     )
+    model = TinyTLModel.from_config(config, [str(label) for label in range(num_classes)])
     no_cuda = not torch.cuda.is_available()  # peaks can be measured on CUDA and on a CPU
-    return make_accelerator(config.train.mixed_precision, torch.get_num_threads(), cpu=no_cuda).prepare(model)
+    return make_accelerator(config.train.mixed_precision, config.train.threads, cpu=no_cuda).prepare(model)
 
 
 def random_batch(model: TinyTLModel, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -152,8 +147,7 @@ def memory_table(rows: Sequence[MemoryRow]) -> str:
             total = sum(row.stock_layers.values()) / MB
             count = f"{len(row.stock_layers)} layers stay stock"
             notes.append(f"{row.method}, {row.engine}: {count}: {names}; in all they keep {total:.1f} MB for backward")
-    lines = [f"{method:13}{engine:5}" + "".join(f"{c:>10}" for c in cells) for method, engine, *cells in table]
-    return "\n".join([LEGEND, *lines, *notes]) + "\n"
+    return "\n".join([LEGEND, *aligned(table, left=2), *notes]) + "\n"
 
 
 def to_json(rows: Sequence[MemoryRow], conditions: Mapping[str, Any]) -> str:

@@ -1,7 +1,4 @@
-"""What is measured on the evaluation set, as ``evaluate.Metric`` modules that need no network.
-
-Each takes logits as predictions and class numbers as references, and gives fractions in [0, 1].
-"""
+"""What is measured on the evaluation set: one ``evaluate.Metric`` of ours, which needs no network, and the Hub's."""
 
 from __future__ import annotations
 
@@ -20,104 +17,71 @@ from tinytl_hf.errors import TinyTLError
 CALIBRATION_BINS = 15
 
 
-class LogitsMetric(evaluate.Metric):
-    """A metric of logits ``[N, classes]`` and class numbers ``[N]``."""
+class ClassificationFigures(evaluate.Metric):
+    """All figures of an image classifier from its logits ``[N, classes]`` and class numbers ``[N]``.
+
+    Given at once they go from arrays to figures; ``add_batch`` and then ``compute()`` work as for any module of
+    ``evaluate``. Shares are fractions in [0, 1].
+    """
 
     def __init__(self) -> None:
         super().__init__(keep_in_memory=True)
 
     def _info(self) -> evaluate.MetricInfo:
+        logits, number = datasets.List(datasets.Value("float32")), datasets.Value("int64")
         return evaluate.MetricInfo(
             description=self.__doc__ or "",
             citation="",
-            inputs_description="predictions: logits, references: class numbers",
-            features=datasets.Features(
-                {
-                    "predictions": datasets.List(datasets.Value("float32")),
-                    "references": datasets.Value("int64"),
-                }
-            ),
+            inputs_description="predictions: logits, references: class numbers; tables: whether to add the tables",
+            features=datasets.Features({"predictions": logits, "references": number}),
         )
 
-    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, Any]:
-        return self.figures(np.asarray(predictions), np.asarray(references))
+    def compute(self, *, predictions: Any = None, references: Any = None, **options: Any) -> dict[str, Any]:
+        """The figures; ``tables=True`` adds accuracy by class and the confusion matrix."""
+        if predictions is None:
+            return dict(super().compute(**options))
+        return self._compute(predictions, references, **options)
 
-    def figures(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """The metric's values by name."""
-        raise NotImplementedError
-
-
-class Accuracy(LogitsMetric):
-    """Share of images whose most likely class is right."""
-
-    def figures(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """``accuracy``."""
-        return {"accuracy": float(accuracy_score(labels, logits.argmax(1)))}
-
-
-class TopFive(LogitsMetric):
-    """Share of images whose class is among the five most likely."""
-
-    def figures(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """``top5``; 1 where there are at most five classes."""
-        best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-        return {"top5": float((best == labels[:, None]).any(1).mean())}
-
-
-class MacroF1(LogitsMetric):
-    """F1 score of each class, averaged over the classes that occur."""
-
-    def figures(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """``f1``."""
-        return {"f1": float(f1_score(labels, logits.argmax(1), average="macro", zero_division=0.0))}
-
-
-class PerClassAccuracy(LogitsMetric):
-    """Share of each class's images that are recognised."""
-
-    def figures(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """``per_class_accuracy``: a value a class, null for a class without images."""
-        matrix = confusion_matrix(labels, logits.argmax(1), labels=range(logits.shape[1]))
-        counts = matrix.sum(1)
-        return {
-            "per_class_accuracy": [
-                float(right / count) if count else None for right, count in zip(matrix.diagonal(), counts, strict=True)
-            ]
+    def _compute(self, predictions: Any, references: Any, tables: bool = False) -> dict[str, Any]:
+        logits, labels = np.asarray(predictions, dtype=np.float32), np.asarray(references, dtype=np.int64)
+        answers = logits.argmax(1)
+        figures = {
+            "accuracy": float(accuracy_score(labels, answers)),
+            "top5": top_five(logits, labels),
+            "f1": float(f1_score(labels, answers, average="macro", zero_division=0.0)),
+            "loss": cross_entropy(logits, labels),
+            "ece": calibration_error(logits, labels),
         }
+        return {**figures, **class_tables(answers, labels, logits.shape[1])} if tables else figures
 
 
-class ConfusionMatrix(LogitsMetric):
-    """Images by true class (row) and predicted class (column)."""
-
-    def figures(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """``confusion_matrix``: rows of counts."""
-        matrix = confusion_matrix(labels, logits.argmax(1), labels=range(logits.shape[1]))
-        return {"confusion_matrix": matrix.tolist()}
+def top_five(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Share of images whose class is among the five most likely; 1 where there are at most five classes."""
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    return float((best == labels[:, None]).any(1).mean())
 
 
-class Loss(LogitsMetric):
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
     """Cross entropy without label smoothing, in nats an image."""
-
-    def figures(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """``loss``."""
-        of_label = logits[np.arange(len(labels)), labels].astype(np.float64)
-        return {"loss": float((logsumexp(logits.astype(np.float64), axis=1) - of_label).mean())}
+    of_label = logits[np.arange(len(labels)), labels].astype(np.float64)
+    return float((logsumexp(logits.astype(np.float64), axis=1) - of_label).mean())
 
 
-class CalibrationError(LogitsMetric):
+def calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
     """Expected calibration error over 15 equal bins of confidence (Guo et al. 2017, arXiv 1706.04599)."""
-
-    def figures(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """``ece``."""
-        probabilities = softmax(logits.astype(np.float64), axis=1)
-        confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
-        bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-        gaps = [abs(right[bins == i].sum() - confidence[bins == i].sum()) for i in range(CALIBRATION_BINS)]
-        return {"ece": float(sum(gaps) / len(labels))}
+    probabilities = softmax(logits.astype(np.float64), axis=1)
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    gaps = [abs(right[bins == i].sum() - confidence[bins == i].sum()) for i in range(CALIBRATION_BINS)]
+    return float(sum(gaps) / len(labels))
 
 
-SCALARS = (Accuracy, TopFive, MacroF1, Loss, CalibrationError)
-TABLES = (PerClassAccuracy, ConfusionMatrix)
+def class_tables(answers: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, Any]:
+    """Images by true class (row) and predicted class (column), and accuracy by class, None for one without images."""
+    matrix = confusion_matrix(labels, answers, labels=range(classes))
+    pairs = zip(matrix.diagonal(), matrix.sum(1), strict=True)
+    by_class = [float(right / count) if count else None for right, count in pairs]
+    return {"per_class_accuracy": by_class, "confusion_matrix": matrix.tolist()}
 
 
 def load_metrics(names: Sequence[str]) -> dict[str, evaluate.EvaluationModule]:
@@ -170,9 +134,7 @@ def compute_metrics(
         tables: Add accuracy by class and the confusion matrix.
         extra: More metrics, of :func:`load_metrics`; their figures are called ``evaluate_...``.
     """
-    figures: dict[str, Any] = {}
-    for metric in SCALARS + (TABLES if tables else ()):
-        figures.update(metric().compute(predictions=logits, references=labels))
+    figures = ClassificationFigures().compute(predictions=logits, references=labels, tables=tables)
     for loaded in (extra or {}).values():
         figures.update(_extra_figures(loaded, logits.argmax(1), labels))
     return figures

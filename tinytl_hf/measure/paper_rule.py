@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
 
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.network.blocks import TinyTLBlock
 from tinytl_hf.network.head import Head
 from tinytl_hf.network.lite_residual import LiteResidual
 
@@ -63,7 +63,7 @@ class _Walk:
 
     def follow(self, module: nn.Module) -> list[RemovableHandle]:
         """Hook a layer that counts, or a block that holds its input."""
-        if _adds_input_back(module):
+        if isinstance(module, TinyTLBlock) and module.kind.adds_input(module):
             return [module.register_forward_pre_hook(self._hold), module.register_forward_hook(self._hold)]
         if isinstance(module, LiteResidual):  # its ReLU is no layer of its own
             return [module.norm1.register_forward_hook(lambda _, __, maps: self._run(nn.ReLU(), (maps,), maps))]
@@ -86,11 +86,3 @@ class _Walk:
             self.kept += share * read if self.backpropagates else 0.0
         elif isinstance(layer.weight, Tensor) and layer.weight.requires_grad:
             self.kept += read
-
-
-def _adds_input_back(module: nn.Module) -> bool:
-    if isinstance(module, (mobilenetv2.InvertedResidual, mobilenetv3.InvertedResidual, efficientnet.MBConv)):
-        return module.use_res_connect
-    if isinstance(module, mnasnet._InvertedResidual):
-        return module.apply_residual
-    return isinstance(module, (resnet.BasicBlock, resnet.Bottleneck))

@@ -22,6 +22,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.memory import build, random_batch
 from tinytl_hf.measure.peak import warmed_up_step
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.reports.table import aligned
 
 FULL = "FT-Full stock"
 MEMSAVE = "memsave_torch"  # converts layer by layer; a contender if it is installed
@@ -79,7 +80,7 @@ def _steps(config: Config, batch_size: int) -> dict[str, Callable[[], None]]:
 def _memsave(model: TinyTLModel) -> TinyTLModel:
     """``model`` with the layers of ``memsave_torch``; norms stay ours, as theirs would use batch statistics."""
     convert = import_module(f"{MEMSAVE}.nn").convert_to_memory_saving
-    model.backbone = convert(model.backbone, batchnorm2d=False)
+    model.backbone = convert(model.backbone, batchnorm2d=False, dropout=False)
     return model
 
 
@@ -96,9 +97,7 @@ def bench_table(rows: Sequence[BenchRow], method: str) -> str:
         cells = [f"{speeds[name]:.1f}" if name in speeds else "-" for name in names]
         ratios = [f"{speeds[lean] / speeds[name]:.2f}x" if speeds else "-" for name in over]
         table.append([str(row.train_size), str(row.batch_size), *cells, *ratios])
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-    return "\n".join(["images a second of training, median:", *lines, *notes]) + "\n"
+    return "\n".join(["images a second of training, median:", *aligned(table, left=0), *notes]) + "\n"
 
 
 def to_json(rows: Sequence[BenchRow], conditions: Mapping[str, Any]) -> str:

@@ -1,38 +1,95 @@
 """The backbone's residual blocks, found by type and turned, in place, into blocks that take a delta.
 
 A block keeps its class's forward pass and all its parameter names. It gains an optional lite residual,
-whose output is added to its own, and optional gradient checkpointing.
+whose output is added to its own, and optional gradient checkpointing. What this package needs to know of a class
+of blocks is a row of :data:`BLOCK_KINDS`, and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
+from torchvision.ops.misc import Conv2dNormActivation
 
 from tinytl_hf.config.run import LiteConfig
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.norms import recompute_contexts
 
+logger = logging.getLogger(__name__)
 
-def is_training_pass(x: Tensor, training: bool, parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether a gradient can be wanted of a pass over ``x``, or the mode is training; else modules run as stock."""
-    return torch.is_grad_enabled() and (training or x.requires_grad or any(p.requires_grad for p in parameters))
+
+@dataclass(frozen=True)
+class BlockKind:
+    """What a class of residual blocks computes: its layers, then the input added, then an activation.
+
+    Attributes:
+        block_class: The class; a subclass is another kind, as it can do more.
+        layers: Its layers without children, in forward order, up to the addition.
+        adds_input: Whether the input, or its shortcut, is added to what they give.
+        shortcut: What the input passes through before it is added; None where it is added as it is.
+        last: The activation after the addition; None where there is none.
+    """
+
+    block_class: type[nn.Module]
+    layers: Callable[[Any], list[nn.Module]]
+    adds_input: Callable[[Any], bool]
+    shortcut: Callable[[Any], nn.Module | None] = lambda block: None
+    last: Callable[[Any], nn.Module | None] = lambda block: None
+
+
+def leaves(module: nn.Module) -> list[nn.Module]:
+    """The layers of ``module`` that have no children, in the order in which they were made."""
+    return [layer for layer in module.modules() if not list(layer.children())]
+
+
+BLOCK_KINDS = (
+    BlockKind(mobilenetv2.InvertedResidual, lambda b: leaves(b.conv), lambda b: b.use_res_connect),
+    BlockKind(mobilenetv3.InvertedResidual, lambda b: leaves(b.block), lambda b: b.use_res_connect),
+    BlockKind(efficientnet.MBConv, lambda b: leaves(b.block), lambda b: b.use_res_connect),
+    BlockKind(efficientnet.FusedMBConv, lambda b: leaves(b.block), lambda b: b.use_res_connect),
+    BlockKind(mnasnet._InvertedResidual, lambda b: leaves(b.layers), lambda b: b.apply_residual),
+    BlockKind(
+        resnet.BasicBlock,
+        lambda b: [b.conv1, b.bn1, b.relu, b.conv2, b.bn2],
+        lambda b: True,
+        shortcut=lambda b: b.downsample,
+        last=lambda b: b.relu,
+    ),
+    BlockKind(
+        resnet.Bottleneck,
+        lambda b: [b.conv1, b.bn1, b.relu, b.conv2, b.bn2, b.relu, b.conv3, b.bn3],
+        lambda b: True,
+        shortcut=lambda b: b.downsample,
+        last=lambda b: b.relu,
+    ),
+)
 
 
 class TinyTLBlock(nn.Module):
-    """Mixed in before a block's own class, whose ``forward`` it calls."""
+    """Mixed in before a block's own class, whose ``forward`` it calls.
 
+    Attributes:
+        kind: The row of :data:`BLOCK_KINDS` that describes it.
+        lite_residual: Its lite residual, or None.
+        gradient_checkpointing: Whether its training pass is computed a second time for the backward pass.
+        lean_path: Its training pass, lite residual included, in place of the stock one; or None.
+    """
+
+    kind: BlockKind
     lite_residual: LiteResidual | None
     gradient_checkpointing: bool
     lean_path: Callable[[Tensor], Tensor] | None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the block's own output shape."""
-        if self.gradient_checkpointing and self.training and is_training_pass(x, False, self.parameters()):
+        if self.gradient_checkpointing and self.training and self._has_gradients(x):
             return checkpoint(self._forward, x, use_reentrant=False, context_fn=recompute_contexts)
         return self._forward(x)
 
@@ -40,8 +97,12 @@ class TinyTLBlock(nn.Module):
         """The pass of the block's own class, without the lite residual."""
         return super().forward(x)
 
+    def _has_gradients(self, x: Tensor) -> bool:
+        """Whether there is anything to compute backward; without it, checkpointing would keep inputs for nothing."""
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+
     def _forward(self, x: Tensor) -> Tensor:
-        if self.lean_path is not None and is_training_pass(x, self.training, self.parameters()):
+        if self.lean_path is not None and self.training:
             return self.lean_path(x)
         output = self.stock_forward(x)
         if self.lite_residual is None:
@@ -50,57 +111,52 @@ class TinyTLBlock(nn.Module):
         return output + self.lite_residual(x, (height, width))
 
 
-class TinyTLInvertedResidualV2(TinyTLBlock, mobilenetv2.InvertedResidual):
-    """MobileNetV2's inverted residual."""
+def _with_delta(kind: BlockKind) -> type[TinyTLBlock]:
+    """The class of blocks of a kind that take a delta."""
+    name = f"TinyTL{kind.block_class.__name__.strip('_')}"
+    return type(name, (TinyTLBlock, kind.block_class), {"__module__": __name__, "kind": kind})
 
 
-class TinyTLInvertedResidualV3(TinyTLBlock, mobilenetv3.InvertedResidual):
-    """MobileNetV3's inverted residual."""
-
-
-class TinyTLMBConv(TinyTLBlock, efficientnet.MBConv):
-    """EfficientNet's inverted residual."""
-
-
-class TinyTLMnasBlock(TinyTLBlock, mnasnet._InvertedResidual):
-    """MNASNet's inverted residual."""
-
-
-class TinyTLBasicBlock(TinyTLBlock, resnet.BasicBlock):
-    """The residual block of ResNet-18 and ResNet-34."""
-
-
-class TinyTLBottleneck(TinyTLBlock, resnet.Bottleneck):
-    """The residual block of ResNet-50 and larger."""
-
-
-BLOCK_TYPES: dict[type[nn.Module], type[TinyTLBlock]] = {
-    mobilenetv2.InvertedResidual: TinyTLInvertedResidualV2,
-    mobilenetv3.InvertedResidual: TinyTLInvertedResidualV3,
-    efficientnet.MBConv: TinyTLMBConv,
-    mnasnet._InvertedResidual: TinyTLMnasBlock,
-    resnet.BasicBlock: TinyTLBasicBlock,
-    resnet.Bottleneck: TinyTLBottleneck,
-}
+CLASSES_WITH_DELTA = {kind.block_class: _with_delta(kind) for kind in BLOCK_KINDS}
 
 
 def convert_blocks(backbone: nn.Module, gradient_checkpointing: bool = False) -> dict[str, TinyTLBlock]:
     """Turn the residual blocks of ``backbone`` into :class:`TinyTLBlock`, in place.
 
     Returns:
-        The blocks by name, in forward order; empty if the backbone has none of a known type.
+        The blocks by name, in forward order; empty if the backbone has none of a known kind.
     """
     blocks = {}
     for name, module in backbone.named_modules():
-        if type(module) in BLOCK_TYPES:
+        if type(module) in CLASSES_WITH_DELTA:
             # The layout of the object stays that of its class, as in torch.nn.utils.parametrize.
-            module.__class__ = BLOCK_TYPES[type(module)]
+            module.__class__ = CLASSES_WITH_DELTA[type(module)]
             assert isinstance(module, TinyTLBlock)
             module.register_module("lite_residual", None)
             module.gradient_checkpointing = gradient_checkpointing
             module.lean_path = None
             blocks[name] = module
     return blocks
+
+
+def name_unknown_blocks(backbone: nn.Module, blocks: dict[str, TinyTLBlock]) -> None:
+    """Warn of parts that look like blocks, as they hold convolutions, but get no lite residual: their kind is unknown.
+
+    Plain groups of layers, such as a stem or the last layers before the head, are no blocks.
+    """
+    plain = {nn.Sequential, nn.ModuleList, nn.ModuleDict, Conv2dNormActivation, type(backbone)}
+    found: dict[str, str] = {}
+    for name, module in backbone.named_modules():
+        inside = any(name == outer or name.startswith(f"{outer}.") for outer in (*blocks, *found))
+        around = any(isinstance(part, TinyTLBlock) for part in module.modules())
+        convolves = list(module.children()) and any(isinstance(part, nn.Conv2d) for part in module.modules())
+        if convolves and not inside and not around and type(module) not in plain:
+            found[name] = f"{name} ({type(module).__name__})"
+    if found:
+        count, of, names = len(blocks), len(blocks) + len(found), ", ".join(found.values())
+        logger.warning(
+            "%d of %d blocks get a lite residual; of an unknown kind, and left as they are: %s", count, of, names
+        )
 
 
 def add_lite_residuals(

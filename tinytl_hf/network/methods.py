@@ -17,7 +17,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.blocks import TinyTLBlock, add_lite_residuals
 from tinytl_hf.network.head import Head
 from tinytl_hf.network.lite_residual import LiteResidual
-from tinytl_hf.network.norms import FrozenBatchNorm2d, GlobalBatchNorm2d, replace_batch_norms
+from tinytl_hf.network.norms import AlwaysEvaluates, FrozenBatchNorm2d, GlobalBatchNorm2d, replace_batch_norms
 
 
 class Role(Enum):
@@ -121,7 +121,7 @@ def changing_buffers(backbone: nn.Module) -> set[str]:
     return {
         name
         for prefix, module in backbone.named_modules()
-        if isinstance(module, GlobalBatchNorm2d)
+        if isinstance(module, nn.BatchNorm2d) and not isinstance(module, (FrozenBatchNorm2d, AlwaysEvaluates))
         for name, _ in module.named_buffers(prefix, recurse=False)
     }
 
@@ -149,13 +149,15 @@ def parameter_groups(
 
 
 def _role(module: nn.Module, name: str) -> Role:
-    is_bias = name.rpartition(".")[2] == "bias"
+    own_name = name.rpartition(".")[2]
+    is_bias = own_name == "bias"
     if isinstance(module, Head):
         return Role.HEAD
-    if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
-        return Role.NORM_BIAS if is_bias else Role.NORM_SCALE
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        return Role.BIAS if is_bias else Role.WEIGHT
+    if own_name in ("weight", "bias"):
+        if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+            return Role.NORM_BIAS if is_bias else Role.NORM_SCALE
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            return Role.BIAS if is_bias else Role.WEIGHT
     raise TinyTLError(
         f"parameter {name} belongs to a {type(module).__name__}, which no method knows how to train; "
         "use a convolutional backbone"

@@ -112,13 +112,29 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
+class AlwaysEvaluates(nn.Module):
+    """Mixed in before a norm of an unknown class, which then never leaves evaluation mode."""
+
+    def train(self, mode: bool = True) -> AlwaysEvaluates:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+
 def replace_batch_norms(module: nn.Module, norm: type[nn.BatchNorm2d]) -> None:
-    """Replace every ``nn.BatchNorm2d`` under ``module`` by ``norm``, in place, with the same tensors."""
+    """Replace every ``nn.BatchNorm2d`` under ``module`` by ``norm``, in place, with the same tensors.
+
+    A subclass may do more than normalise, so it keeps its own forward pass: where ``norm`` is a frozen one, it becomes
+    a type that stays in evaluation mode, else it stays as it is.
+    """
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
+        if type(child) is nn.BatchNorm2d:
             setattr(module, name, _with_tensors_of(child, norm))
-        else:
+        elif not isinstance(child, nn.BatchNorm2d):
             replace_batch_norms(child, norm)
+        elif norm is FrozenBatchNorm2d:
+            frozen = type(f"Frozen{type(child).__name__}", (AlwaysEvaluates, type(child)), {"__module__": __name__})
+            child.__class__ = frozen
+            child.eval()
 
 
 def _with_tensors_of(old: nn.BatchNorm2d, norm: type[nn.BatchNorm2d]) -> nn.BatchNorm2d:

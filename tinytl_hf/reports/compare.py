@@ -19,6 +19,7 @@ from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.reports.finished_run import FinishedRun, read_run
 from tinytl_hf.reports.plots import MB, AccuracyMemory, save_accuracy_memory, save_confusion, save_curves
+from tinytl_hf.reports.table import aligned
 
 # Options that change neither what a run computes nor what it needs; runs that differ in these alone are one row.
 NOT_COMPARED = {
@@ -103,7 +104,7 @@ def describe(runs: Sequence[FinishedRun]) -> str:
     """The table as text, with notes on what its figures are."""
     groups = _groups(runs)
     table = [HEADER, *(_cells(_row(name, members)) for name, members in groups.items())]
-    return "\n".join([*_aligned(table), "", *_notes(runs, groups)])
+    return "\n".join([*aligned(table), "", *_notes(runs, groups)])
 
 
 def _groups(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
@@ -157,14 +158,6 @@ def _cells(row: Row) -> list[str]:
         *("-" if peak is None else f"{peak:.1f}" for peak in (row.peak_mb, row.stock_peak_mb)),
         f"{row.images_per_second:.1f}",
         f"{row.training_seconds:.0f}",
-    ]
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
-        for cells in table
     ]
 
 

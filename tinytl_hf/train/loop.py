@@ -135,7 +135,8 @@ def augmented(run: Run, batch: dict[str, Tensor]) -> Tensor:
         return drawn_view(batch, run.augment)
     boxes, flips = run.augment(batch["sizes"], batch["index"])
     size = run.config.train_size_in(run.progress.epoch)
-    return resample(batch["pixels"], batch["sizes"], boxes, size, flips=flips)
+    options = run.model.config.preprocessing
+    return resample(batch["pixels"], batch["sizes"], boxes, size, options.mean, options.std, flips)
 
 
 def evaluate(run: Run, after_batch: Callable[[], None] | None = None) -> tuple[np.ndarray, np.ndarray]:

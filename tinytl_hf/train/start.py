@@ -56,21 +56,7 @@ def set_up(config: Config) -> Run:
     set_seed(config.seed)
 
     train_split, eval_split = sets.open_splits(config.data)
-    model = TinyTLModel.from_backbone(
-        config.backbone.name,
-        method=config.method,
-        label_names=train_split.label_names,
-        weights=config.backbone.weights,
-        frozen_weights=config.backbone.frozen_weights,
-        train_size=config.data.train_size,
-        eval_size=config.data.eval_size,
-        crop_pct=config.data.crop_pct,
-        lite=config.lite,
-        head=config.head,
-        gradient_checkpointing=options.gradient_checkpointing,
-        lean=config.memory.lean,
-        slice_mb=config.memory.slice_mb,
-    )
+    model = TinyTLModel.from_config(config, train_split.label_names)
     train_images = batches.read_images(train_split, config.data, config.data.train_size)
     eval_images = batches.read_images(eval_split, config.data, model.config.preprocessing.eval_size)
     train_set: Any = train_images
