@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
-from torchvision.ops.misc import Conv2dNormActivation
 
 from tinytl_hf.config.run import LiteConfig
 from tinytl_hf.network.lite_residual import LiteResidual
@@ -142,20 +141,22 @@ def convert_blocks(backbone: nn.Module, gradient_checkpointing: bool = False) ->
 def name_unknown_blocks(backbone: nn.Module, blocks: dict[str, TinyTLBlock]) -> None:
     """Warn of parts that look like blocks, as they hold convolutions, but get no lite residual: their kind is unknown.
 
-    Plain groups of layers, such as a stem or the last layers before the head, are no blocks.
+    Plain sequences of layers, such as a stem or the last layers before the head, are no blocks.
     """
-    plain = {nn.Sequential, nn.ModuleList, nn.ModuleDict, Conv2dNormActivation, type(backbone)}
+    plain = (nn.Sequential, nn.ModuleList, nn.ModuleDict, type(backbone))
     found: dict[str, str] = {}
     for name, module in backbone.named_modules():
         inside = any(name == outer or name.startswith(f"{outer}.") for outer in (*blocks, *found))
         around = any(isinstance(part, TinyTLBlock) for part in module.modules())
         convolves = list(module.children()) and any(isinstance(part, nn.Conv2d) for part in module.modules())
-        if convolves and not inside and not around and type(module) not in plain:
+        if convolves and not inside and not around and not isinstance(module, plain):
             found[name] = f"{name} ({type(module).__name__})"
     if found:
-        count, of, names = len(blocks), len(blocks) + len(found), ", ".join(found.values())
         logger.warning(
-            "%d of %d blocks get a lite residual; of an unknown kind, and left as they are: %s", count, of, names
+            "%d of %d blocks get a lite residual; of an unknown kind and left alone: %s",
+            len(blocks),
+            len(blocks) + len(found),
+            ", ".join(found.values()),
         )
 
 
