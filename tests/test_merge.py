@@ -63,7 +63,7 @@ def test_the_file_needs_nothing_else(method, merged, tmp_path):
         assert "with lite residuals" in printed and "not a torchvision model" in printed
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-        assert metadata["load_with"] == 'tinytl_hf.deploy.merge.load_merged("m.safetensors")'
+        assert metadata["load_with"] == 'tinytl_hf.load_merged("m.safetensors")'
         assert metadata["load_with"] in printed
         assert json.loads(metadata["adapter_config"])["label_names"] == ["0", "1", "2", "3"]
 

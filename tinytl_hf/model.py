@@ -121,7 +121,7 @@ class TinyTLModel(nn.Module):
             weights: Source of the backbone's weights.
             frozen_weights: How to store frozen convolution weights in memory.
             train_size: Side of the training images in px.
-            eval_size: Side of the images at evaluation and in use; null: ``train_size``.
+            eval_size: Side of the images at evaluation and in use; None: ``train_size``.
             crop_pct: Side of the evaluation crop as a share of an image's shorter side.
             lite: Options of the lite residuals.
             head: Options of the head.
@@ -314,7 +314,7 @@ class TinyTLModel(nn.Module):
             path: Its folder, or its name on the Hub.
             name: What to call it here.
             weights: Where to read the backbone's weights that it needs and that are not in memory, as the active
-                adapter trains them; null: where this model's came from.
+                adapter trains them; None: where this model's came from.
             revision: On the Hub: a branch, a tag or a commit.
 
         Raises:
@@ -367,8 +367,7 @@ class TinyTLModel(nn.Module):
 
     def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """PIL images of any mode and size to a normalised batch ``[N, 3, eval_size, eval_size]``."""
-        if isinstance(images, Image.Image):
-            images = [images]
+        images = [images] if isinstance(images, Image.Image) else images
         pixels, sizes = pad_images([to_rgb(image, self.config.preprocessing.eval_size) for image in images])
         return self.normalise(pixels, sizes)
 
@@ -382,9 +381,8 @@ class TinyTLModel(nn.Module):
         Returns:
             ``[N, 3, eval_size, eval_size]`` on the model's device.
         """
-        options = self.config.preprocessing
+        options, pixels = self.config.preprocessing, pixels.to(next(self.parameters()).device)
         boxes = centre_boxes(sizes, options.crop_pct)
-        pixels = pixels.to(next(self.parameters()).device)
         return resample(pixels, sizes, boxes, options.eval_size, options.mean, options.std)
 
     @property

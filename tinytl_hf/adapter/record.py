@@ -32,7 +32,7 @@ class BackboneRecord:
     Attributes:
         name: torchvision's name.
         weights: Source of the weights.
-        sha256: Hash of the frozen tensors as they came; null where the method trains everything.
+        sha256: Hash of the frozen tensors as they came; None where the method trains everything.
         frozen_weights: How frozen convolution weights are stored in memory, ``fp32`` or ``int8``.
     """
 

@@ -31,7 +31,7 @@ class LoadedAdapter:
         blocks: Its residual blocks by name.
         stock_layers: Its layers that keep full-size maps while training.
         config: What the adapter says of itself.
-        loaded_from: Its folder, or null.
+        loaded_from: Its folder, or None.
     """
 
     backbone: nn.Module

@@ -127,7 +127,7 @@ def make_loader(images: DecodedImages | StreamedImages, config: DataConfig, **ba
 def _decode_rows(
     split: Split, index: np.ndarray, config: DataConfig, size: int
 ) -> Iterator[tuple[int, Tensor | None]]:
-    """Decode images in turn; null for one that cannot be read, if those are to be skipped."""
+    """Decode images in turn; None for one that cannot be read, if those are to be skipped."""
     for chunk in np.array_split(index, -(-len(index) // CHUNK)):
         for i, encoded in zip(chunk.tolist(), split.rows[chunk]["image"], strict=True):
             try:

@@ -81,7 +81,7 @@ def _description(config: AdapterConfig, file: str) -> tuple[str, str]:
     name, classes = config.backbone.name, len(config.label_names)
     if METHODS[config.method].lite_residual:
         what = f"{name} with lite residuals ({config.method}, {classes} classes), not a torchvision model"
-        return what, f'tinytl_hf.deploy.merge.load_merged("{file}")'
+        return what, f'tinytl_hf.load_merged("{file}")'
     what = f"torchvision's {name} with {classes} classes"
     network = f'torchvision.models.get_model("{name}", num_classes={classes})'
     return what, f'{network}.load_state_dict(safetensors.torch.load_file("{file}"))'

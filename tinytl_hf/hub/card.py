@@ -46,7 +46,7 @@ class RunFacts:
         time: A sentence about training time and its conditions.
         split: Name of the evaluation split, or ``holdout``.
         n: Images of the evaluation set.
-        memory: What ``tinytl_hf.measure.memory.to_json`` gives, or null.
+        memory: What ``tinytl_hf.measure.memory.to_json`` gives, or None.
         pictures: Titles and file names of pictures next to the card.
     """
 

@@ -44,7 +44,7 @@ def push(config: PushConfig, token: str | None = None) -> str:
 
     Args:
         config: What goes where.
-        token: The Hub token; null: that of ``hf auth login`` or HF_TOKEN.
+        token: The Hub token; None: that of ``hf auth login`` or HF_TOKEN.
 
     Returns:
         Address of the commit or of the pull request.

@@ -39,7 +39,17 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.ReLU6: LeanReLU6,
 }
 # What a stock activation keeps is the next layer's input too, and dropout is off; linear layers have no maps.
-KEEP_NOTHING = {nn.Identity, nn.Dropout, nn.Flatten, StochasticDepth, nn.Linear, Head, nn.ReLU, nn.ReLU6}
+KEEP_NOTHING = {
+    nn.Identity,
+    nn.Sequential,
+    nn.Dropout,
+    nn.Flatten,
+    StochasticDepth,
+    nn.Linear,
+    Head,
+    nn.ReLU,
+    nn.ReLU6,
+}
 
 
 def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine) -> list[str]:

@@ -27,7 +27,7 @@ class Stage:
     Attributes:
         conv: The convolution.
         norm: Its frozen norm, if any.
-        activation: ``relu``, ``relu6``, ``hardswish``, ``silu`` or null.
+        activation: ``relu``, ``relu6``, ``hardswish``, ``silu`` or None.
     """
 
     conv: nn.Conv2d

@@ -78,7 +78,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             return 0.0
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        assert self.momentum is not None  # null (a plain mean) does not occur in torchvision
+        assert self.momentum is not None  # None (a plain mean) does not occur in torchvision
         return self.momentum
 
     def values_of_a_channel(self, input: Tensor) -> int:

@@ -83,7 +83,7 @@ def pin_weights(name: str, weights: str) -> str:
 
 
 def sha256(tensors: Mapping[str, Tensor]) -> str | None:
-    """Hash names, types, shapes and bytes of ``tensors``; null where there are none."""
+    """Hash names, types, shapes and bytes of ``tensors``; None where there are none."""
     if not tensors:
         return None
     digest = hashlib.sha256()

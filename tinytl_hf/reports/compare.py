@@ -44,12 +44,12 @@ class Row:
 
     Attributes:
         name: The method, and what sets it apart from other rows of that method.
-        trained_parameters: Number of values that train, or null in an old run.
+        trained_parameters: Number of values that train, or None in an old run.
         adapter_mb: Size of the adapter's tensors in MB of 1e6 bytes.
         accuracy: On the evaluation set, a fraction; the mean over seeds.
-        accuracy_std: Sample standard deviation over seeds; null for one.
+        accuracy_std: Sample standard deviation over seeds; None for one.
         seeds: Number of runs.
-        peak_mb: Measured peak of a training step in MB; null if it was not measured.
+        peak_mb: Measured peak of a training step in MB; None if it was not measured.
         stock_peak_mb: The same with stock PyTorch.
         images_per_second: While training.
         training_seconds: Of a run, without its evaluations; the mean over seeds.

@@ -23,7 +23,7 @@ class FinishedRun:
         config: Every option by its dotted name; what the file does not have has its default.
         epochs: The lines of ``metrics.jsonl``.
         results: ``eval_results.json``.
-        memory: ``memory.json``, or null if it was not measured.
+        memory: ``memory.json``, or None if it was not measured.
     """
 
     folder: Path
@@ -64,7 +64,7 @@ class FinishedRun:
         return "lean" if self.config["memory.lean"] else "stock"
 
     def peak_bytes(self, engine: str) -> int | None:
-        """Measured peak of a training step on an engine; null if it was not measured."""
+        """Measured peak of a training step on an engine; None if it was not measured."""
         return next((row["peak"]["total"] for row in self.memory_rows if row["engine"] == engine), None)
 
 

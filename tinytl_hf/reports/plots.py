@@ -40,9 +40,9 @@ class AccuracyMemory:
     Attributes:
         name: What the legend says.
         accuracy: Mean over seeds, a fraction.
-        std: Standard deviation over seeds, or null for one seed.
+        std: Standard deviation over seeds, or None for one seed.
         peak_bytes: Measured peak of a training step.
-        stock_peak_bytes: The same in stock PyTorch, or null if it was not measured.
+        stock_peak_bytes: The same in stock PyTorch, or None if it was not measured.
     """
 
     name: str

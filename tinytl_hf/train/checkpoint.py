@@ -184,7 +184,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or null."""
+    """What is wrong with the files of a checkpoint, or None."""
     try:
         lines = (path / SUMS_FILE).read_text(encoding="utf-8").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
