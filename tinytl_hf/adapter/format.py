@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from tinytl_hf.adapter.record import FORMAT_VERSION, AdapterConfig, config_from
+from tinytl_hf.adapter.record import AdapterConfig, config_from
 from tinytl_hf.disk import write_bytes, write_text
 from tinytl_hf.errors import TinyTLError
 
@@ -57,14 +57,6 @@ def read_config(folder: Path) -> AdapterConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise TinyTLError(f"{path} is not valid JSON: {error}") from error
-    version = values.get("format_version") if isinstance(values, dict) else None
-    if type(version) is not int or version < 1:
-        raise TinyTLError(f"{path} is not a tinytl_hf adapter: it has no format_version")
-    if version > FORMAT_VERSION:
-        raise TinyTLError(
-            f"{path} has format_version {version}, and this tinytl_hf reads up to {FORMAT_VERSION}: "
-            "pip install --upgrade tinytl-hf"
-        )
     return config_from(values, path)
 
 

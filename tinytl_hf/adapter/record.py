@@ -125,7 +125,7 @@ class AdapterConfig:
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
 
 
-def config_from(values: Mapping[str, Any], path: Path) -> AdapterConfig:
+def config_from(values: Any, path: Path) -> AdapterConfig:
     """The record that a file's ``values`` describe.
 
     A key that is not known here is an error, unless a newer version of this package wrote the file: then it is
@@ -138,7 +138,15 @@ def config_from(values: Mapping[str, Any], path: Path) -> AdapterConfig:
     Raises:
         TinyTLError: They are not those of an adapter.
     """
-    if values.get("format_version") == 1:
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if type(version) is not int or version < 1:
+        raise TinyTLError(f"{path} is not a tinytl_hf adapter: it has no format_version")
+    if version > FORMAT_VERSION:
+        raise TinyTLError(
+            f"{path} has format_version {version}, and this tinytl_hf reads up to {FORMAT_VERSION}: "
+            "pip install --upgrade tinytl-hf"
+        )
+    if version == 1:
         values = _from_format_1(values)
     newer = _is_newer(values.get("tinytl_hf_version"))
     try:
