@@ -1,10 +1,25 @@
 """One test for each thing that once went wrong, named after what a user saw."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import run_cli, small_run, write_image
+
+from tinytl_hf import TinyTLModel
+from tinytl_hf.config.run import Config, DataConfig
+from tinytl_hf.data.augment import RandomCropFlip
+from tinytl_hf.data.batches import read_images
+from tinytl_hf.data.sets import open_splits
+from tinytl_hf.measure.speed import _memsave
+from tinytl_hf.train.checkpoint import Progress
+from tinytl_hf.train.loop import augmented
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +144,91 @@ def test_a_card_on_the_hub_told_where_the_data_lie_on_my_disk(photos, trained):
             assert str(photos.parent) not in file.read_text()
     assert json.loads((trained / "adapter" / "eval_results.json").read_text())["dataset"] == "photos"
     assert json.loads((trained / "eval_results.json").read_text())["dataset"] == str(photos)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data.image_size", "96"], "data.image_size: this option is called data.train_size now"),
+        (["train", "--data.eval_image_size", "96"], "data.eval_image_size: this option is called data.eval_size now"),
+        (
+            ["train", "--data.start_image_size", "96"],
+            "data.start_image_size: this option is called data.start_size now",
+        ),
+        (["bench", "--image_sizes", "[96]"], "image_sizes: this option is called train_sizes now"),
+        (["train", "--config", "old.yaml"], "data.image_size: this option is called data.train_size now"),
+    ],
+)
+def test_an_option_with_a_new_name_was_no_such_option(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.yaml").write_text("data:\n  image_size: 96\n")
+    done = run_cli(*arguments)
+    assert done.returncode == 2 and done.stderr == f"tinytl-hf: error: {message}\n"
+
+
+def test_a_run_and_eval_saw_different_pixels_of_large_photos(tmp_path):
+    for number in range(20):
+        write_image(tmp_path / "photos" / "ab"[number % 2] / f"{number}.png", size=(150, 130), seed=number)
+    sizes = ["--data.train_size", "32", "--data.eval_size", "64", "--data.eval_fraction", "0.3"]
+    done = run_cli(*last_layer(tmp_path / "photos", tmp_path / "run", *sizes))
+    assert done.returncode == 0, done.stderr
+    assert (
+        run_cli("eval", "--adapter", tmp_path / "run" / "adapter", "--output", tmp_path / "again.json").returncode == 0
+    )
+    in_the_run = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["loss"] == in_the_run["loss"] and again["eval_size"] == in_the_run["eval_size"] == 64
+    # What the network sees is made from photos of at most twice its own input, not twice the training's.
+    split, _ = open_splits(DataConfig(dataset=str(tmp_path / "photos"), eval_split="holdout"))
+    assert read_images(split, DataConfig(), 64).images.shape[-2:] == (128, 148)
+    assert read_images(split, DataConfig(), 32).images.shape[-2:] == (64, 74)
+
+
+def test_training_normalised_by_imagenet_whatever_the_backbone_wants(make_model):
+    model = make_model("FT-Last", train_size=32)
+    own = replace(model.config.preprocessing, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    model.config = replace(model.config, preprocessing=own)
+    augment = RandomCropFlip(images=1, seed=0, scale=(1.0, 1.0), flip=False)
+    run = SimpleNamespace(model=model, augment=augment, config=Config(), progress=Progress())
+    pixels, sizes = torch.full((1, 3, 40, 40), 255, dtype=torch.uint8), torch.tensor([[40, 40]])
+    batch = {"pixels": pixels, "sizes": sizes, "index": torch.tensor([0])}
+    torch.testing.assert_close(augmented(run, batch).unique(), torch.tensor([(1 - 0.5) / 0.25]))
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({"OMP_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": ""}, 1),
+        ({"OMP_NUM_THREADS": "", "LOCAL_WORLD_SIZE": "9"}, 1),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="affinity masks are Linux's")
+def test_a_run_on_one_core_of_many_started_a_thread_for_each(environment, threads):
+    core = min(os.sched_getaffinity(0))
+    code = f"import os; os.sched_setaffinity(0, {{{core}}}); import torch, tinytl_hf.device as device\n"
+    code += "device.set_threads(None); print(torch.get_num_threads())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.stdout.strip() == str(threads), done.stderr
+
+
+def test_bench_crashed_where_memsave_torch_is_installed(make_model):
+    pytest.importorskip("memsave_torch")
+    model = _memsave(make_model("FT-Last", train_size=32, lean=False))
+    model.train()(torch.rand(2, 3, 32, 32)).sum().backward()
+    assert all(p.grad is not None for p in model.trainable_parameters())
+
+
+def test_an_adapter_could_not_be_loaded_with_the_stock_engine(make_model, tmp_path):
+    make_model("TinyTL-B", train_size=32).save_pretrained(tmp_path)
+    stock = TinyTLModel.from_pretrained(tmp_path, lean=False, slice_mb=1.0)
+    assert not any("lean" in type(module).__module__ for module in stock.modules()) and stock.engine.slice_mb == 1.0
+
+
+def test_results_asked_git_for_a_commit_and_printed_what_it_said(trained):
+    results = json.loads((trained / "eval_results.json").read_text())
+    assert "_git_commit_hash" not in results
+    assert results["_timestamp"] and results["_python_version"] and results["_evaluate_version"]
+    assert not list(trained.glob("*.tmp"))
