@@ -155,5 +155,5 @@ def to_json(rows: Sequence[MemoryRow], conditions: Mapping[str, Any]) -> str:
     plain = [asdict(row) for row in rows]
     for row, values in zip(rows, plain, strict=True):
         values["peak"] |= {"dynamic": row.peak.dynamic, "total": row.peak.total}
-    report = {"unit": "bytes", "labels": LABELS, "conditions": dict(conditions), "rows": plain}
-    return json.dumps(report, indent=2) + "\n"
+    content = {"unit": "bytes", "labels": LABELS, "conditions": dict(conditions), "rows": plain}
+    return json.dumps(content, indent=2) + "\n"

@@ -102,5 +102,5 @@ def bench_table(rows: Sequence[BenchRow], method: str) -> str:
 
 def to_json(rows: Sequence[BenchRow], conditions: Mapping[str, Any]) -> str:
     """The rows with the conditions they hold under."""
-    report = {"unit": "images/s", "conditions": dict(conditions), "rows": [asdict(row) for row in rows]}
-    return json.dumps(report, indent=2) + "\n"
+    content = {"unit": "images/s", "conditions": dict(conditions), "rows": [asdict(row) for row in rows]}
+    return json.dumps(content, indent=2) + "\n"

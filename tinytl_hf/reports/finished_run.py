@@ -84,7 +84,7 @@ def read_run(folder: Path) -> FinishedRun:
             folder=folder,
             config={**flat(Config().to_dict()), **with_new_names(flat(_parsed(folder / CONFIG_FILE)))},
             epochs=read_metrics(folder),
-            results=_parsed(folder / RESULTS_FILE),
+            results=_with_new_name(_parsed(folder / RESULTS_FILE)),
             memory=_parsed(memory) if memory.is_file() else None,
         )
         _check_complete(run)
@@ -103,6 +103,11 @@ def _parsed(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path.name}: no mapping")
     return values
+
+
+def _with_new_name(results: dict[str, Any]) -> dict[str, Any]:
+    """Results of version 0.1, with the name that the size at evaluation has now."""
+    return {"eval_size" if key == "image_size" else key: value for key, value in results.items()}
 
 
 def _check_complete(run: FinishedRun) -> None:
