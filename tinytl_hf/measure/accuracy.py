@@ -49,8 +49,10 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     options = replace(model.config.preprocessing, eval_size=eval_size, crop_pct=data_config.crop_pct)
     model.config = replace(model.config, preprocessing=options)
     split, train = _open(data_config, model.config.data)
-    images = read_images(sets.with_label_names(split, model.label_names), data_config, eval_size)
-    evaluated = _describe(data_config.dataset, images.split, train)
+    split = sets.with_label_names(split, model.label_names)
+    images = read_images(split, data_config, eval_size)
+    trained_on = _count_shared(images.split, train) if train is not None else None
+    evaluated = Evaluated(data_config.dataset, split.title, sets.sha256(split), len(images), trained_on)
     logger.log(logging.WARNING if evaluated.trained_on else logging.INFO, "evaluating on %s", evaluated)
     prepared, loader = accelerator.prepare(model, make_loader(images, data_config, batch_size=config.batch_size))
     start = time.perf_counter()
@@ -76,19 +78,18 @@ def _open(config: DataConfig, record: DataRecord | None) -> tuple[Split, Split |
         train = sets.find_training_split(as_trained, record.train_sha256)
     if train is not None and not named:
         config = replace(record.as_trained(config), eval_split=config.eval_split or record.eval_split)
+    split = sets.open_eval_split(config, whole=train is None and not named)
     if named and train is None:
         logger.warning(
             "%s is not as it was when the adapter was trained on it: what is held out now may have been trained on",
             config.dataset,
         )
-    return sets.open_eval_split(config, whole=train is None and not named), train
+    return split, train
 
 
-def _describe(dataset: str, split: Split, train: Split | None) -> Evaluated:
-    trained_on = None
-    if train is not None:
-        trained_on = len(np.intersect1d(split.numbers, train.numbers)) if split.name == train.name else 0
-    return Evaluated(dataset, split.title, sets.sha256(split), len(split.labels), trained_on)
+def _count_shared(one: Split, other: Split) -> int:
+    """How many images two parts of a data set have in common."""
+    return len(np.intersect1d(one.numbers, other.numbers)) if one.name == other.name else 0
 
 
 @torch.no_grad()
