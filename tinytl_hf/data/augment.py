@@ -1,6 +1,6 @@
-"""Crop, flip, resize and normalise a whole batch at once, each image by its own box.
+"""Crop, flip, resize and normalise a batch, each image by its own box.
 
-One matrix product per axis resamples all images of a batch: row ``i`` of an image's matrix holds the
+One matrix product per axis resamples a few images at a time: row ``i`` of an image's matrix holds the
 weights of the source pixels that make up output pixel ``i``. Those are the weights of bilinear resizing
 with anti-aliasing, as in Pillow and torchvision, whose transforms draw one box for a whole batch.
 
@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
+GROUP_MB = 4.0  # of pixels as floats at a time, so that large photos need little more than what the network gets
 
 
 def centre_boxes(sizes: Tensor, crop_pct: float) -> Tensor:
@@ -105,17 +106,40 @@ def resample(
         flips: ``[N]`` images to mirror.
 
     Returns:
-        ``float32`` ``[N, 3, size, size]`` on the device of ``pixels``.
+        ``float32`` ``[N, 3, size, size]``, channels last, on the device of ``pixels``.
     """
     device = pixels.device
     sizes, boxes = sizes.to(device), boxes.to(device)
-    rows = _weights(boxes[:, 0], boxes[:, 2], sizes[:, 0], pixels.shape[2], size)
-    columns = _weights(boxes[:, 1], boxes[:, 3], sizes[:, 1], pixels.shape[3], size)
-    if flips is not None:
-        columns = torch.where(flips.to(device)[:, None, None], columns.flip(1), columns)
+    shape = (len(pixels), pixels.shape[1], size, size)
+    images = torch.empty(shape, device=device, memory_format=torch.channels_last)
+    for part in _groups(pixels, size):
+        top, bottom = _span(boxes[part, 0], boxes[part, 2], pixels.shape[2], size)
+        left, right = _span(boxes[part, 1], boxes[part, 3], pixels.shape[3], size)
+        rows = _weights(boxes[part, 0] - top, boxes[part, 2], sizes[part, 0] - top, bottom - top, size)
+        columns = _weights(boxes[part, 1] - left, boxes[part, 3], sizes[part, 1] - left, right - left, size)
+        if flips is not None:
+            columns = torch.where(flips[part].to(device)[:, None, None], columns.flip(1), columns)
+        images[part] = rows[:, None] @ pixels[part, :, top:bottom, left:right].float() @ columns.mT[:, None]
     scale, shift = _normalisation(tuple(mean), tuple(std), device)
-    images = rows[:, None] @ pixels.float() @ columns.mT[:, None]
     return images.mul_(scale[:, None, None]).add_(shift[:, None, None])
+
+
+def _groups(pixels: Tensor, size: int) -> Iterator[slice]:
+    """Ranges of the batch whose pixels take about ``GROUP_MB`` as floats; on a GPU, which would wait, the whole."""
+    height, width = pixels.shape[-2:]
+    count = max(1, int(GROUP_MB * 1e6) // (4 * pixels.shape[1] * max(height, size) * max(width, size)))
+    if pixels.device.type != "cpu":
+        count = len(pixels)
+    for start in range(0, len(pixels), count):
+        yield slice(start, start + count)
+
+
+def _span(start: Tensor, length: Tensor, source: int, target: int) -> tuple[int, int]:
+    """The range of an axis that boxes need, with what bilinear weights reach beyond their ends."""
+    if start.device.type != "cpu":  # to know it would mean to wait for the device
+        return 0, source
+    reach = (length / target).clamp(min=1)
+    return max(0, math.floor((start - reach).min())), min(source, math.ceil((start + length + reach).max()))
 
 
 @functools.cache

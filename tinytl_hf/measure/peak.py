@@ -65,7 +65,7 @@ def measure_peak(model: TinyTLModel, images: Tensor, labels: Tensor) -> Peak:
     trained = _bytes(model.adapter_tensors().values())
     with left_as_found(model):
         optimizer, step = warmed_up_step(model, images, labels)
-        measured = (_cuda_peak if images.is_cuda else _cpu_peak)(step)
+        measured = (_cuda_peak if images.is_cuda else cpu_peak)(step)
         state = _bytes(value for values in optimizer.state.values() for value in values.values())
     # All that is kept is there when the forward pass ends, so the peak is no less.
     gradients = min(_bytes(model.trainable_parameters()), max(0, measured - kept))
@@ -121,7 +121,8 @@ def warmed_up_step(model: TinyTLModel, images: Tensor, labels: Tensor) -> tuple[
     return optimizer, step
 
 
-def _cpu_peak(step: Callable[[], None]) -> int:
+def cpu_peak(step: Callable[[], object]) -> int:
+    """Bytes that the CPU's allocator gives out at most at a time in one call of ``step``."""
     gc.collect()  # what is freed late would count as memory that the step gave back
     with no_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
