@@ -89,7 +89,7 @@ class _ChainFunction(Function):
         folded = [(stage.folded_weight(dtype), stage.folded_bias(dtype)) for stage in chain.stages]
         keeps = any(ctx.needs_input_grad)
         kept: list[Tensor | None] = []
-        outputs, pooled = _Gathered(x.shape[0]), _Gathered(x.shape[0])
+        outputs, pooled = Gathered(x.shape[0]), Gathered(x.shape[0])
         with torch.autocast(device, enabled=False):
             for part in chain.slices(x.shape, dtype.itemsize):
                 maps = inputs = x[part].to(dtype)
@@ -112,7 +112,7 @@ class _ChainFunction(Function):
         needs_input, _, _, *needs_bias = ctx.needs_input_grad
         run = _BackwardRun(chain, ctx.shape, ctx.compute_dtype, needs_input, needs_bias)
         kept = iter(ctx.saved_tensors)
-        grad_input = _Gathered(ctx.shape[0])
+        grad_input = Gathered(ctx.shape[0])
         for part in chain.slices(ctx.shape, ctx.compute_dtype.itemsize):
             outer = grad[part].contiguous(memory_format=torch.channels_last)
             pooled = None if grad_pooled is None else grad_pooled[part]
@@ -126,7 +126,7 @@ class _ChainFunction(Function):
         return grad_input.whole, None, None, *bias_grads
 
 
-class _Gathered:
+class Gathered:
     """A channels-last tensor that is filled slice by slice, and made when its first slice comes."""
 
     def __init__(self, images: int) -> None:
@@ -134,6 +134,7 @@ class _Gathered:
         self.whole: Tensor | None = None
 
     def put(self, part: slice, maps: Tensor) -> None:
+        """Take in the maps of a slice of the batch."""
         if len(maps) == self.images:
             self.whole = maps
             return

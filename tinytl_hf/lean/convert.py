@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
@@ -24,11 +25,13 @@ from tinytl_hf.lean.layers import (
     LeanReLU,
     LeanReLU6,
 )
+from tinytl_hf.lean.max_pool import LeanMaxPool2d, is_plain
 from tinytl_hf.lean.paths import LeanBlockPath, LeanOpening, LeanResNetPath
-from tinytl_hf.lean.stage import UPPER, Stage
+from tinytl_hf.lean.recompute import Recomputed
+from tinytl_hf.lean.stage import SMOOTH, UPPER, Stage
 from tinytl_hf.network.blocks import TinyTLBlock, leaves
 from tinytl_hf.network.head import Head
-from tinytl_hf.network.norms import FrozenBatchNorm2d
+from tinytl_hf.network.norms import AlwaysEvaluates, FrozenBatchNorm2d
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu"}
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
@@ -37,6 +40,7 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     FrozenBatchNorm2d: LeanFrozenBatchNorm2d,
     nn.ReLU: LeanReLU,
     nn.ReLU6: LeanReLU6,
+    nn.MaxPool2d: LeanMaxPool2d,
 }
 # What a stock activation keeps is the next layer's input too, and dropout is off; linear layers have no maps.
 KEEP_NOTHING = {
@@ -66,6 +70,8 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine)
     done: set[nn.Module] = set()
     for block in blocks.values():
         path: Callable[[Tensor], Tensor] | None = _block_path(block, engine.slice_mb)
+        if path is None and _images_are_independent(block):
+            path = Recomputed(block, block.stock_forward, engine.slice_mb, block.lite_residual)
         if path is not None:
             done.update(block.modules())
         if block.lite_residual is not None:
@@ -78,8 +84,8 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine)
             continue
         stages = _as_stages(leaves(module)) if type(module) is Conv2dNormActivation else None
         if stages is not None and len(stages) == 1:
-            module.__class__ = LeanConvNormActivation
-            module.chain = Chain(stages, slice_mb=engine.slice_mb)  # type: ignore[assignment]
+            assert isinstance(module, Conv2dNormActivation)
+            _make_lean(module, stages, engine.slice_mb)
             done.update(module.modules())
         elif _becomes_lean(module):
             module.__class__ = LAYERS[type(module)]
@@ -94,6 +100,15 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine)
     ]
 
 
+def _make_lean(layers: Conv2dNormActivation, stages: tuple[Stage, ...], slice_mb: float) -> None:
+    """Let one convolution with norm and activation train as a chain or, where a mask does not serve, recomputed."""
+    path: Chain | Recomputed = Chain(stages, slice_mb=slice_mb)
+    if stages[0].activation in SMOOTH:
+        path = Recomputed(layers, partial(nn.Sequential.forward, layers), slice_mb)
+    layers.__class__ = LeanConvNormActivation
+    layers.chain = path
+
+
 def _join_opening(layers: nn.Sequential) -> None:
     """Let a stem and the block that follows it train as one chain."""
     stem, block = layers[0], layers[1]
@@ -101,7 +116,7 @@ def _join_opening(layers: nn.Sequential) -> None:
         return
     path = block.lean_path
     main = path.main if isinstance(path, LeanBlockPath) else path
-    if isinstance(main, Chain) and not block.gradient_checkpointing:
+    if isinstance(main, Chain) and isinstance(stem.chain, Chain) and not block.gradient_checkpointing:
         joined = replace(main, stages=(*stem.chain.stages, *main.stages), branch=len(stem.chain.stages))
         layers.__class__ = LeanOpening
         layers.opening = replace(path, main=joined) if isinstance(path, LeanBlockPath) else joined  # type: ignore[assignment]
@@ -111,7 +126,7 @@ def _block_path(block: TinyTLBlock, slice_mb: float) -> Chain | LeanResNetPath |
     """The block's training pass as chains, or None if one of its layers does not fit in."""
     main = _as_stages(block.kind.layers(block))
     shortcut, last = block.kind.shortcut(block), block.kind.last(block)
-    if main is None:
+    if main is None or any(stage.activation in SMOOTH for stage in main):  # masks do not serve these
         return None
     if last is None:
         return Chain(main, block.kind.adds_input(block), slice_mb) if shortcut is None else None
@@ -121,6 +136,14 @@ def _block_path(block: TinyTLBlock, slice_mb: float) -> Chain | LeanResNetPath |
         return None
     added = None if projection is None else Chain(projection, slice_mb=slice_mb)
     return LeanResNetPath(Chain(main, slice_mb=slice_mb), added, upper)
+
+
+def _images_are_independent(block: TinyTLBlock) -> bool:
+    """Whether what a block computes of an image depends on that image alone, and no weight of a layer trains in it."""
+    own = [m for m in block.modules() if block.lite_residual is None or m not in set(block.lite_residual.modules())]
+    if any(isinstance(m, nn.BatchNorm2d) and not isinstance(m, (FrozenBatchNorm2d, AlwaysEvaluates)) for m in own):
+        return False
+    return not any(m.weight.requires_grad for m in own if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)))
 
 
 def _as_stages(layers: Iterable[nn.Module]) -> tuple[Stage, ...] | None:
@@ -157,6 +180,8 @@ def _is_frozen_convolution(layer: nn.Module) -> bool:
 def _becomes_lean(layer: nn.Module) -> bool:
     if type(layer) in (nn.Conv2d, Int8Conv2d):
         return _is_frozen_convolution(layer)
+    if type(layer) is nn.MaxPool2d:
+        return is_plain(layer)
     return type(layer) in LAYERS and not (type(layer) is FrozenBatchNorm2d and layer.weight.requires_grad)
 
 

@@ -14,6 +14,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 from tinytl_hf.lean import bits
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.int8 import Int8Conv2d
+from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.stage import UPPER, Stage
 from tinytl_hf.network.norms import FrozenBatchNorm2d
 
@@ -68,7 +69,7 @@ class LeanReLU6(nn.ReLU6):
 class LeanConvNormActivation(Conv2dNormActivation):
     """torchvision's convolution, norm and activation as one lean function."""
 
-    chain: Chain
+    chain: Chain | Recomputed
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``Conv2dNormActivation``."""

@@ -1,0 +1,81 @@
+"""Max pooling that keeps one byte a value: which place of its window was the largest.
+
+Stock PyTorch keeps the input and an index of eight bytes for each value of the output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.utils import _pair
+
+LARGEST_WINDOW = 256  # places that a byte can tell apart
+SLICE_MB = 4.0  # of indices of eight bytes that exist at a time on a CPU
+
+
+class LeanMaxPool2d(nn.MaxPool2d):
+    """Max pooling that keeps one byte a value."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.MaxPool2d``."""
+        if not self.training:
+            return super().forward(input)
+        return _MaxPool.apply(input, self)
+
+
+def is_plain(pool: nn.MaxPool2d) -> bool:
+    """Whether the lean layer can take its place."""
+    height, width = _pair(pool.kernel_size)
+    return _pair(pool.dilation) == (1, 1) and not pool.return_indices and height * width <= LARGEST_WINDOW
+
+
+class _MaxPool(Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, pool: nn.MaxPool2d) -> Tensor:
+        geometry = (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), (1, 1), pool.ceil_mode)
+        ctx.geometry, ctx.shape = geometry, input.shape
+        outputs, places = [], []
+        for part in input.split(_images_at_a_time(input)):
+            output, indices = torch.ops.aten.max_pool2d_with_indices(part, *geometry)
+            outputs.append(output)
+            if ctx.needs_input_grad[0]:
+                rows, columns = _corners(indices, geometry)
+                in_window = (indices // input.shape[3] - rows) * geometry[0][1] + indices % input.shape[3] - columns
+                places.append(in_window.to(torch.uint8))
+        ctx.save_for_backward(*places)
+        return torch.cat(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        width, kernel_width = ctx.shape[3], ctx.geometry[0][1]
+        grads, start = [], 0
+        for places in ctx.saved_tensors:
+            part = grad[start : start + len(places)]
+            rows, columns = _corners(places, ctx.geometry)
+            in_window = places.to(torch.int64)
+            indices = (in_window // kernel_width + rows) * width + in_window % kernel_width + columns
+            unread = grad.new_empty((len(places), *ctx.shape[1:]))  # the kernel wants its shape
+            grads.append(
+                torch.ops.aten.max_pool2d_with_indices_backward(part.contiguous(), unread, *ctx.geometry, indices)
+            )
+            start += len(places)
+        return torch.cat(grads), None
+
+
+def _images_at_a_time(input: Tensor) -> int:
+    if input.device.type != "cpu":
+        return len(input)
+    return max(1, int(SLICE_MB * 1e6) // (2 * input[0].numel()))  # a quarter of the values, of eight bytes each
+
+
+def _corners(maps: Tensor, geometry: Any) -> tuple[Tensor, Tensor]:
+    """Row and column of the input where each window of ``maps`` begins."""
+    _, (down, right), (above, before), _, _ = geometry
+    rows = torch.arange(maps.shape[2], device=maps.device)[:, None] * down - above
+    columns = torch.arange(maps.shape[3], device=maps.device) * right - before
+    return rows, columns

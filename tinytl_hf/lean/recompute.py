@@ -1,0 +1,103 @@
+"""A frozen block of any kind, slice by slice: it keeps its input alone, and is computed again for the backward pass.
+
+Where statistics are frozen, the images of a batch do not depend on one another. So a block whose activations need
+their input for the gradient (hardswish, SiLU, squeeze-and-excitation) can keep nothing but its own, narrow input:
+the backward pass runs the block again for a few images, with autograd, and goes back through it. Its wide maps
+exist for those images only. The gradients are exact; the price is one more forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from tinytl_hf.lean.chain import Gathered
+
+SHARE_OF_SLICE = 0.4  # of the slices of a chain, as autograd keeps several maps of a slice at a time
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """The training pass of a module whose images do not depend on one another.
+
+    Attributes:
+        module: The module.
+        run: Its stock forward pass, ``[N, C, H, W]`` to ``[N, C', H', W']``.
+        slice_mb: The engine's slices: about how much of the widest map exists at a time, in MB.
+        lite: A part of the module that ``run`` leaves out, or None.
+    """
+
+    module: nn.Module
+    run: Callable[[Tensor], Tensor]
+    slice_mb: float
+    lite: nn.Module | None = None
+    widest: dict[torch.Size, int] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As the module."""
+        left_out = set() if self.lite is None else set(self.lite.parameters())
+        trained = [p for p in self.module.parameters() if p.requires_grad and p not in left_out]
+        return _RecomputeFunction.apply(x, self, *trained)
+
+    def slices(self, x: Tensor) -> Iterator[slice]:
+        """Ranges of the batch whose widest map takes a share of ``slice_mb``."""
+        if x.shape[1:] not in self.widest:
+            self.widest[x.shape[1:]] = self._measure_widest(x[:1])
+        image_bytes = self.widest[x.shape[1:]] * x.element_size()
+        count = max(1, int(SHARE_OF_SLICE * self.slice_mb * 1e6) // image_bytes)
+        count = -(-len(x) // -(-len(x) // count))  # of one size, as far as it goes
+        for start in range(0, len(x), count):
+            yield slice(start, min(start + count, len(x)))
+
+    @torch.no_grad()
+    def _measure_widest(self, image: Tensor) -> int:
+        """Values of the largest map inside the module, for one image."""
+        found = [image.numel()]
+        layers = [layer for layer in self.module.modules() if not list(layer.children())]
+        hooks = [layer.register_forward_hook(lambda _, __, maps: found.append(maps.numel())) for layer in layers]
+        try:
+            self.run(image)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return max(found)
+
+
+class _RecomputeFunction(Function):
+    """The module's output; keeps its input only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, path: Recomputed, *trained: nn.Parameter) -> Tensor | None:
+        device = x.device.type
+        ctx.save_for_backward(x)
+        ctx.path, ctx.trained = path, trained
+        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        output = Gathered(len(x))
+        for part in path.slices(x):
+            output.put(part, path.run(x[part]).contiguous(memory_format=torch.channels_last))
+        return output.whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        enabled, dtype = ctx.autocast
+        needs_input, wanted = ctx.needs_input_grad[0], list(ctx.trained)
+        grad_input, totals = Gathered(len(x)), [torch.zeros_like(parameter) for parameter in wanted]
+        for part in ctx.path.slices(x):
+            with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled):
+                inputs = x[part].detach().requires_grad_(needs_input)
+                maps = ctx.path.run(inputs)
+            of_input = [inputs] if needs_input else []
+            found = torch.autograd.grad(maps, [*of_input, *wanted], grad[part])
+            if needs_input:
+                grad_input.put(part, found[0].contiguous(memory_format=torch.channels_last))
+            for total, gradient in zip(totals, found[len(of_input) :], strict=True):
+                total += gradient
+        return grad_input.whole, None, *totals
