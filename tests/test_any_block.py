@@ -42,7 +42,7 @@ def test_a_recomputed_block_works_through_the_batch_in_slices():
     for layer in (layers[0], layers[2]):
         layer.weight.requires_grad_(False)
     image_mb = 8 * 6 * 6 * 8 / 1e6
-    path = recompute.Recomputed(layers, layers.forward, 2 * image_mb / recompute.SHARE_OF_SLICE)
+    path = recompute.Recomputed(layers, layers.forward, 2 * image_mb / recompute.SHARE_OF_CHAIN)
     x = torch.randn(5, 3, 6, 6, dtype=torch.float64, requires_grad=True)
     path(x)
     assert seen == [1, 2, 2, 1]  # one image to learn its size, then at most two at a time

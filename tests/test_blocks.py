@@ -81,6 +81,50 @@ def test_a_subclass_of_a_layer_keeps_what_it_does_and_is_named(odd, method):
         torch.testing.assert_close(gradient, results[1][name], atol=1e-12, rtol=1e-9)
 
 
+class OddReLU(nn.ReLU):
+    """A subclass that is not known, and keeps its output for the backward pass as its parent does."""
+
+
+@pytest.mark.parametrize("method", ["TinyTL-L", "TinyTL-L+B"])
+def test_a_lite_residual_does_not_write_over_what_a_stock_block_keeps(method, make_model):
+    results = []
+    for lean in (True, False):
+        model = make_model(method, "resnet18", lean=False).double()
+        blocks = model._blocks
+        for block in blocks.values():
+            block.relu = OddReLU()
+            nn.init.ones_(block.lite_residual.norm2.weight)
+        if lean:
+            assert [name for name in convert(model.backbone, blocks, Engine()) if "OddReLU" in name]
+        model.train()(IMAGES).square().sum().backward()
+        results.append([parameter.grad for parameter in model.trainable_parameters()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-7)
+
+
+def test_an_unknown_layer_inside_a_block_runs_once_a_step(make_model):
+    calls = []
+    model = make_model("TinyTL-B", "mobilenet_v3_small", lean=False)
+    block = next(iter(model._blocks.values()))
+    block.block.append(CountingIdentity(calls))
+    stock_layers = convert(model.backbone, model._blocks, Engine())
+    assert [name for name in stock_layers if "CountingIdentity" in name]
+    model.train()(IMAGES.float()).sum().backward()
+    assert len(calls) == 1
+
+
+class CountingIdentity(nn.Identity):
+    """A layer with a memory, which must not be computed a second time."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, input):
+        self.calls.append(1)
+        return input
+
+
 def test_a_frozen_norm_of_an_unknown_class_stays_frozen_in_training_mode():
     network = small_network(odd_norm=True)
     by_method(network, "TinyTL-B", lean=True)

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_cli, small_run, write_image
+from conftest import ROOT, run_cli, small_run, write_image
+from safetensors.torch import load_file
 
 from tinytl_hf import TinyTLModel
+from tinytl_hf.adapter.format import read_config
 from tinytl_hf.config.run import Config, DataConfig
 from tinytl_hf.data.augment import RandomCropFlip
 from tinytl_hf.data.batches import read_images
@@ -20,6 +22,7 @@ from tinytl_hf.data.sets import open_splits
 from tinytl_hf.measure.speed import _memsave
 from tinytl_hf.train.checkpoint import Progress
 from tinytl_hf.train.loop import augmented
+from tinytl_hf.version import __version__
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +235,89 @@ def test_results_asked_git_for_a_commit_and_printed_what_it_said(trained):
     assert "_git_commit_hash" not in results
     assert results["_timestamp"] and results["_python_version"] and results["_evaluate_version"]
     assert not list(trained.glob("*.tmp"))
+
+
+def test_a_run_resumed_into_the_folder_of_another_kept_the_others_adapter(trained, photos, tmp_path):
+    other = tmp_path / "other"
+    assert run_cli(*last_layer(photos, other, "--train.lr", "5e-2", "--seed", "1")).returncode == 0
+    checkpoint = sorted((trained / "checkpoints").glob("step_*"))[-1]
+    options = ["--overwrite", "true", "--train.resume", checkpoint]
+    done = run_cli(*last_layer(photos, other, *options))
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (other, trained))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    results = [json.loads((run / "eval_results.json").read_text())["loss"] for run in (other, trained)]
+    assert results[0] == results[1] and not (other / "metrics.jsonl").read_text()
+
+
+def test_a_finished_run_without_its_checkpoints_was_trained_again_by_resume_auto(trained, photos, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(trained, output)
+    shutil.rmtree(output / "checkpoints")
+    before = files(output)
+    done = run_cli(*last_layer(photos, output, "--train.resume", "auto"))
+    assert done.returncode == 1 and "holds a run already" in done.stderr and files(output) == before
+
+
+def test_a_config_of_mine_with_options_of_a_run_was_replaced(colour_folder, tmp_path):
+    groups = "".join(f"{group}: {{}}\n" for group in ("backbone", "data", "train", "memory", "adapter"))
+    (tmp_path / "config.yaml").write_text(f"# mine\nmethod: FT-Last\n{groups}")
+    before = files(tmp_path)
+    done = run_cli(*last_layer(colour_folder, tmp_path, "--overwrite", "true"))
+    assert done.returncode == 1 and "holds config.yaml, which no run" in done.stderr and files(tmp_path) == before
+
+
+def test_options_that_i_set_were_left_out_for_data_under_another_name(photos, trained, tmp_path):
+    shutil.copytree(photos, tmp_path / "copy")
+    options = ["--data.split_seed", "5", "--data.eval_fraction", "0.5"]
+    for data in (photos, tmp_path / "copy"):
+        done = run_cli("eval", "--adapter", trained / "adapter", "--data.dataset", data, *options)
+        assert "20 images of" in done.stderr and "it was trained on 1" in done.stderr, done.stderr
+
+
+def test_a_pushed_adapter_told_where_the_data_lie_on_my_disk(trained, photos, server):
+    done = run_cli("push", "--adapter", trained / "adapter", "--repo", "me/photos")
+    assert done.returncode == 0, done.stderr
+    pushed = {name: file.content for name, file in server.repos["me/photos"].files().items()}
+    assert not any(str(photos.parent).encode() in content for content in pushed.values())
+    assert json.loads(pushed["adapter_config.json"])["data"]["dataset"] == "photos"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "--data.dataset", "~no_such_user/x"], 1, "cannot be loaded"),
+        (["memory", "--plot", "/proc/no/folder/x.png"], 1, "plot=/proc/no/folder/x.png: cannot be written"),
+    ],
+)
+def test_an_odd_command_line_was_an_unexpected_error(arguments, code, message, monkeypatch):
+    done = run_cli(*arguments)
+    assert done.returncode == code and message in done.stderr and "unexpected" not in done.stderr, done.stderr
+
+
+def test_a_command_line_without_a_verb_shows_the_help():
+    done = run_cli()
+    assert done.returncode == 0 and "label images with an adapter" in done.stdout
+
+
+def test_a_process_without_a_rank_was_a_traceback():
+    environment = {**os.environ, "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "tinytl_hf", "report", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    message = "tinytl-hf (process 0): error: nowhere is no run: it has no config.yaml\n"
+    assert done.returncode == 1 and done.stderr == message
+
+
+def test_an_adapter_saved_again_said_that_the_old_version_had_written_it(tmp_path):
+    model = TinyTLModel(read_config(ROOT / "tests" / "adapters_of_0_1" / "last"))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["tinytl_hf_version"] == __version__
+
+
+def test_training_started_by_a_launcher_ran_on_one_thread():
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}  # as `accelerate launch` sets them
+    code = "import joblib, torch, tinytl_hf.device as device\n"
+    code += "device.set_threads(None); print(torch.get_num_threads() == joblib.cpu_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "True", done.stderr

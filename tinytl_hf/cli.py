@@ -1,4 +1,4 @@
-"""The command line: ``tinytl-hf train | eval | predict | merge | memory | compare | report | push | pull``.
+"""The command line: ``tinytl-hf train | eval | predict | merge | memory | bench | compare | report | push | pull``.
 
 Every option is a field of a dataclass; a YAML file given with ``--config`` comes first and what is on
 the command line wins. A mistake ends with one line; ``--debug`` shows where it was raised.
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     if not debug:
         warnings.filterwarnings("ignore")
     try:
-        execute(_with_values([argument for argument in argv if argument != "--debug"]))
+        execute(_with_values([argument for argument in argv if argument != "--debug"] or ["--help"]))
     except Interrupted as stop:
         if not _is_main_process():
             sys.exit(stop.exit_code)  # the first process says it
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def execute(argv: list[str]) -> None:
-    """Parse ``argv`` and do what it says; what a verb needs (torch, above all) is imported once it is sure."""
+    """Parse ``argv`` and do what it says. Slow imports, such as torch, happen once the arguments have been checked."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", load_yaml, (yaml.YAMLError,))
     parser = make_parser(_eval_defaults(argv))
@@ -119,8 +119,10 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
         return {}
     from tinytl_hf.adapter.format import read_config
     from tinytl_hf.data.sets import is_same_place
+    from tinytl_hf.hub.client import bound_waiting
     from tinytl_hf.hub.transfer import find_adapter
 
+    bound_waiting()
     config = read_config(find_adapter(known.adapter))
     defaults: dict[str, Any] = {
         "train_size": config.preprocessing.train_size,
@@ -138,7 +140,7 @@ def _with_values(argv: list[str]) -> list[str]:
     groups += [("data.", DataConfig), ("train.", TrainConfig), ("memory.", MemoryConfig), ("hub.", HubConfig)]
     flags = {f"--{prefix}{field.name}" for prefix, kind in groups for field in fields(kind) if field.type == "bool"}
     result = []
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    for argument, following in zip(argv, [*argv[1:], ""], strict=False):
         argument = "--create_pr" if argument == "--create-pr" else argument  # as the Hub's own client spells it
         result.append(argument)
         if argument in flags and following.lower() not in {"true", "false"}:
@@ -201,17 +203,19 @@ def _merge(values: Namespace) -> None:
 def _memory(values: Namespace) -> None:
     from tinytl_hf.device import set_threads
     from tinytl_hf.measure import memory
+    from tinytl_hf.measure.results import make_folder_of
+    from tinytl_hf.reports.plots import save_memory_bars
 
     config, options = _build(Config, values), _build(MemoryTableConfig, values)
     set_threads(config.train.threads)
+    if options.plot is not None:
+        make_folder_of("plot", Path(options.plot))
     rows = list(memory.measure_rows(config, options))
     conditions = memory.conditions(config, train_size=config.data.train_size, batch_size=options.batch_size)
     content = memory.to_json(rows, conditions)
-    if options.plot is not None:
-        from tinytl_hf.reports.plots import save_memory_bars
-
-        save_memory_bars(Path(options.plot), json.loads(content)["rows"])
     _print_measured(conditions, memory.memory_table(rows), content if options.json else None)
+    if options.plot is not None:
+        save_memory_bars(Path(options.plot), json.loads(content)["rows"])
 
 
 def _bench(values: Namespace) -> None:
@@ -348,6 +352,6 @@ def _is_main_process() -> bool:
 
 
 def _end(message: str, code: int) -> NoReturn:
-    rank = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (process {os.environ['RANK']})"
+    rank = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f" (process {os.environ.get('RANK', '0')})"
     print(f"{PROG}{rank}: {message}", file=sys.stderr)
     sys.exit(code)

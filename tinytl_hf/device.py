@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tinytl_hf.errors import TinyTLError
 
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # set by `accelerate launch` and `torchrun`
 CPU_PIXELS = 2 * 224 * 224  # maps of so many pixels stay below 32 MB in the usual networks
 
 
@@ -40,9 +41,12 @@ def set_threads(threads: int | None) -> None:
 
     Args:
         threads: None for what OMP_NUM_THREADS says or, where that is not set, this process's share of the cores that
-            it may use: those of its affinity mask and its container.
+            it may use: those of its affinity mask and its container. A 1 that a launcher may have set counts as not
+            set.
     """
     told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if told == "1" and LAUNCHED & os.environ.keys():
+        told = ""  # launchers set it to 1 where the user said nothing
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share = int(told) if told.isdecimal() and int(told) > 0 else max(1, joblib.cpu_count() // processes_here)
     torch.set_num_threads(threads or share)

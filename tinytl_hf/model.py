@@ -33,6 +33,7 @@ from tinytl_hf.network import methods
 from tinytl_hf.network.blocks import name_unknown_blocks
 from tinytl_hf.network.head import Head
 from tinytl_hf.network.torchvision_nets import pin_weights, sha256
+from tinytl_hf.version import __version__
 
 
 class TinyTLModel(nn.Module):
@@ -225,6 +226,7 @@ class TinyTLModel(nn.Module):
         """
         folder = Path(save_directory)
         config = replace(self.config, dtype=dtype or self.config.dtype, data=data or self.config.data)
+        config = replace(config, tinytl_hf_version=__version__)  # not that of the adapter it was loaded from
         write_adapter(folder, config, self.adapter_tensors(), render_card(config, metrics, read_card(folder)))
 
     def push_to_hub(
@@ -253,7 +255,7 @@ class TinyTLModel(nn.Module):
             Address of the commit or of the pull request.
 
         Raises:
-            TinyTLError: What went wrong and the command that retries: the adapter is on the disk by then.
+            TinyTLError: The push failed; with the reason and the command to retry. The adapter has been saved before.
         """
         folder = self.loaded_from
         if folder is None or not holds(folder, self.config, self.adapter_tensors()):

@@ -23,7 +23,7 @@ def build_network(
     Args:
         config: What to build.
         weights: Source of the backbone's weights.
-        engine: Whether blocks are computed a second time in the backward pass; None: they are not.
+        engine: Only its ``gradient_checkpointing`` is used here; None means off.
 
     Returns:
         The network, and its residual blocks by name.

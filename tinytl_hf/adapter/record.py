@@ -22,6 +22,11 @@ from tinytl_hf.version import __version__
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
+# Options that say which images of a data set are trained on, and which are evaluated.
+OF_SPLITS = (
+    *("subset", "image_column", "label_column", "train_split", "eval_split", "eval_fraction", "split_seed"),
+    *("max_train_samples", "max_eval_samples"),
+)
 LONGEST = 60  # characters of a file's own text that a message quotes
 
 
@@ -95,10 +100,14 @@ class DataRecord:
         return cls(**{name: getattr(data, name) for name in names}, train_sha256=train_sha256)
 
     def as_trained(self, data: DataConfig) -> DataConfig:
-        """The options ``data`` with the columns and the way to split that the training had."""
-        names = ("subset", "image_column", "label_column", "train_split", "eval_fraction", "split_seed")
-        kept = {name: getattr(self, name) for name in (*names, "max_train_samples", "skip_corrupt")}
-        return replace(data, **kept)
+        """``data``, with its columns, splits and samples replaced by those used in training."""
+        return replace(data, **{name: getattr(self, name) for name in OF_SPLITS})
+
+    def fill_in(self, data: DataConfig) -> DataConfig:
+        """``data``, with those of these options that it leaves at their defaults."""
+        defaults = DataConfig()
+        left = [name for name in OF_SPLITS if getattr(data, name) == getattr(defaults, name)]
+        return replace(data, **{name: getattr(self, name) for name in left})
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,7 @@ def config_from(values: Any, path: Path) -> AdapterConfig:
     newer = _is_newer(values.get("tinytl_hf_version"))
     try:
         return _build(AdapterConfig, values, "", newer, path)
-    except (TinyTLError, TypeError) as error:
+    except (TinyTLError, TypeError, OverflowError) as error:
         raise TinyTLError(f"{path} is not a valid adapter config: {error}") from error
 
 

@@ -62,7 +62,7 @@ class Adapters:
             raise _other_backbone(folder, current, f"it is for {saved.backbone.name}")
 
     def source(self, current: AdapterConfig, own: str) -> str:
-        """Where the frozen tensors came from that are in memory; ``own`` if all adapters trained everything."""
+        """The source of the frozen tensors now in memory, or ``own`` if no loaded adapter has any."""
         configs = [current, *(waiting.config for waiting in self._waiting.values())]
         return next((config.backbone.weights for config in configs if config.backbone.sha256), own)
 

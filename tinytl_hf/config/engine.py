@@ -1,4 +1,4 @@
-"""How a training pass runs: a choice that changes no name and no result."""
+"""How a training pass runs. These choices change memory and speed; names of parameters and results stay the same."""
 
 from __future__ import annotations
 

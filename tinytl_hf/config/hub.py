@@ -15,7 +15,7 @@ class HubConfig:
     """What goes to the Hub once a run is finished and on the disk."""
 
     push: bool = False
-    """Push the best adapter at the end, with the token of `hf auth login` or HF_TOKEN."""
+    """Push the run's adapter at the end, with the token of `hf auth login` or HF_TOKEN."""
     repo: str | None = None
     """Name of the repository on the Hub, as user/name; it is made if there is none."""
     private: bool = False

@@ -76,8 +76,8 @@ class LiteConfig:
         odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
         check(odd, "lite.kernel_size", self.kernel_size, "use an odd number such as 3 or 5")
         check(self.kernel_size < 128, "lite.kernel_size", self.kernel_size, "use a side below 128 px")
-        check(self.groups >= 1, "lite.groups", self.groups, "use 1 or more (the report uses 2)")
-        check(0 < self.expand <= 64, "lite.expand", self.expand, "use a number above 0, at most 64 (the report: 1)")
+        check(self.groups >= 1, "lite.groups", self.groups, "use 1 or more (the default is 2)")
+        check(0 < self.expand <= 64, "lite.expand", self.expand, "use a number above 0, at most 64 (the default is 1)")
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,8 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """no, bf16 or fp16; null: what `accelerate launch` was told."""
     threads: int | None = None
-    """CPU threads of each process; null: OMP_NUM_THREADS or, where that is not set, the cores that the process may
-    use, divided by the processes of the machine."""
+    """CPU threads of each process; null: OMP_NUM_THREADS or, where that is not set (or is the 1 that launchers
+    set), the cores that the process may use, divided by the processes of the machine."""
     resume: str = "never"
     """auto (go on from the newest checkpoint in output_dir, if there is one), a checkpoint's path, or
     never."""

@@ -44,7 +44,7 @@ class Split:
 
     @property
     def title(self) -> str:
-        """The name by which ``data.eval_split`` knows it."""
+        """What to write in ``data.eval_split`` to get this split."""
         return HOLDOUT if self.held_out else self.name
 
     def select(self, index: np.ndarray) -> Split:
@@ -111,9 +111,17 @@ def find_training_split(config: DataConfig, train_sha256: str | None) -> Split |
     return train if train_sha256 in (None, sha256(train)) else None
 
 
+def local_path(name: str) -> Path:
+    """The path that a name can stand for, with ``~`` for the user's home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~other, where there is no such user
+        return Path(name)
+
+
 def is_same_place(one: str, other: str) -> bool:
     """Whether two names of a data set are one name, or two spellings of the path of one file or folder."""
-    first, second = Path(one).expanduser(), Path(other).expanduser()
+    first, second = local_path(one), local_path(other)
     return one == other or (first.exists() and first.resolve() == second.resolve())
 
 
@@ -148,7 +156,7 @@ def sha256(split: Split) -> str:
 
 
 def _load(config: DataConfig) -> datasets.DatasetDict:
-    name, path = config.dataset, Path(config.dataset).expanduser()
+    name, path = config.dataset, local_path(config.dataset)
     if name == "digits":
         return datasets.DatasetDict(train=_digits())
     try:

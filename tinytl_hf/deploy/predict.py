@@ -12,7 +12,7 @@ from PIL import Image
 
 from tinytl_hf.config.verbs import PredictConfig
 from tinytl_hf.data.images import UnreadableImageError, decode, pad_images
-from tinytl_hf.device import forward_in_parts
+from tinytl_hf.device import forward_in_parts, set_threads
 from tinytl_hf.model import TinyTLModel
 
 IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
@@ -29,6 +29,7 @@ def predict(config: PredictConfig, names: Iterable[str]) -> Iterator[dict[str, A
     Raises:
         TinyTLError: The adapter cannot be loaded.
     """
+    set_threads(None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights).eval().to(device)
     paths = [path for name in names for path in find_images(name)]

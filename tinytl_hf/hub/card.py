@@ -23,7 +23,7 @@ TEMPLATE = Path(__file__).with_name("card_template.md")
 BEGIN, END = "<!-- tinytl_hf: begin -->", "<!-- tinytl_hf: end -->"
 RESULTS_FILE = "eval_results.json"  # in the adapter's folder
 PICTURES = {"accuracy and loss by epoch": "curves.png", "confusion matrix": "confusion_matrix.png"}
-HERE = "."  # the name of an adapter that is on no Hub yet: its own folder
+HERE = "."  # stands for the adapter's name in the card's examples until it is pushed
 LICENCE = "apache-2.0"  # until a person names another
 SHOWN_LABELS = 100
 METRICS = {  # our name: the Hub's name of the metric, and the reader's
@@ -76,7 +76,7 @@ def render_card(
     if facts is not None and config.data is not None:
         config = replace(config, data=replace(config.data, eval_split=facts.split))
     data, weights = config.data, config.backbone.weights
-    in_file = config.backbone.sha256 is not None and _is_file(weights)
+    in_file = config.backbone.sha256 is not None and is_weights_file(weights)
     card = ModelCard.from_template(
         _metadata(config, figures),
         template_path=str(TEMPLATE),
@@ -249,7 +249,7 @@ def _weights_in_words(config: AdapterConfig) -> str:
     name, weights = config.backbone.name, config.backbone.weights
     if config.backbone.sha256 is None:
         return "That is all of the network, so no other weights are needed."
-    if _is_file(weights):
+    if is_weights_file(weights):
         source = f"a file, `{Path(weights).name}`, which is not part of this repository"
     elif weights == "none":
         source = "a random generator with a fixed seed"
@@ -260,7 +260,8 @@ def _weights_in_words(config: AdapterConfig) -> str:
     return f"The frozen weights of {name} come from {source}, and are checked by their hash."
 
 
-def _is_file(weights: str) -> bool:
+def is_weights_file(weights: str) -> bool:
+    """Whether a source of weights is the path of a file."""
     return Path(weights).suffix in {".safetensors", ".pth", ".pt"}
 
 
@@ -272,7 +273,7 @@ def _hub_dataset(data: DataRecord | None) -> str | None:
 
 
 def dataset_name(data: DataRecord | None) -> str:
-    """The data set's name, without the path to it: a card is public."""
+    """The data set's name, without the path to it, as what is pushed is public."""
     return "unknown" if data is None else _hub_dataset(data) or Path(data.dataset).name or "local data"
 
 

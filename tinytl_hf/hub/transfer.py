@@ -1,6 +1,6 @@
 """Adapters on the Hub: push one, pull one, find one by its name.
 
-Only this file asks the Hub for anything. Each failure becomes one line that ends with the command that
+Only this file asks the Hub for adapters. Each failure becomes one line that ends with the command that
 tries again; the adapter on the disk is never touched by it.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,21 @@ from huggingface_hub.errors import (
 )
 
 from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE, read_config, read_tensors
+from tinytl_hf.adapter.record import AdapterConfig
 from tinytl_hf.config.hub import REPO_NAME, PullConfig, PushConfig
 from tinytl_hf.disk import write_bytes
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub import client
-from tinytl_hf.hub.card import files_of_adapter, files_of_card, is_untouched, read_card, update_card, with_name
+from tinytl_hf.hub.card import (
+    dataset_name,
+    files_of_adapter,
+    files_of_card,
+    is_untouched,
+    is_weights_file,
+    read_card,
+    update_card,
+    with_name,
+)
 from tinytl_hf.version import __version__
 
 LOGIN = "run `hf auth login` or set HF_TOKEN"
@@ -138,11 +149,21 @@ def _operations(api: HfApi, folder: Path, config: PushConfig) -> list[CommitOper
     card = read_card(folder) or ""
     if is_untouched(card) and (there := _card_there(api, config)) is not None:
         card = update_card(there, card)
-    names = [CONFIG_FILE, TENSORS_FILE, *(name for name in files_of_card(card) if (folder / name).is_file())]
-    operations = [CommitOperationAdd(name, folder / name) for name in names]
+    names = [TENSORS_FILE, *(name for name in files_of_card(card) if (folder / name).is_file())]
+    operations = [CommitOperationAdd(CONFIG_FILE, _without_paths(read_config(folder)).to_json().encode())]
+    operations += [CommitOperationAdd(name, folder / name) for name in names]
     if card:
         operations.append(CommitOperationAdd(CARD_FILE, with_name(card, config.repo).encode()))
     return operations
+
+
+def _without_paths(config: AdapterConfig) -> AdapterConfig:
+    """The adapter's config as others may read it: it does not say where things lie on this disk."""
+    data, weights = config.data, config.backbone.weights
+    if data is not None:
+        config = replace(config, data=replace(data, dataset=dataset_name(data)))
+    name = Path(weights).name if is_weights_file(weights) else weights
+    return replace(config, backbone=replace(config.backbone, weights=name))
 
 
 def _card_there(api: HfApi, config: PushConfig) -> str | None:

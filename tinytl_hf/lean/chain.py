@@ -78,7 +78,7 @@ class Chain:
 
 
 class _ChainFunction(Function):
-    """The chain's output; keeps masks and pre-activations only."""
+    """The chain's output; keeps masks only."""
 
     @staticmethod
     def forward(

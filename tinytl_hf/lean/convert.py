@@ -28,12 +28,12 @@ from tinytl_hf.lean.layers import (
 from tinytl_hf.lean.max_pool import LeanMaxPool2d, is_plain
 from tinytl_hf.lean.paths import LeanBlockPath, LeanOpening, LeanResNetPath
 from tinytl_hf.lean.recompute import Recomputed
-from tinytl_hf.lean.stage import SMOOTH, UPPER, Stage
+from tinytl_hf.lean.stage import UPPER, Stage
 from tinytl_hf.network.blocks import TinyTLBlock, leaves
 from tinytl_hf.network.head import Head
-from tinytl_hf.network.norms import AlwaysEvaluates, FrozenBatchNorm2d
+from tinytl_hf.network.norms import FrozenBatchNorm2d
 
-ACTIVATIONS = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu"}
+ACTIVATIONS = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: LeanConv2d,
     Int8Conv2d: LeanInt8Conv2d,
@@ -42,7 +42,14 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.ReLU6: LeanReLU6,
     nn.MaxPool2d: LeanMaxPool2d,
 }
-# What a stock activation keeps is the next layer's input too, and dropout is off; linear layers have no maps.
+# Layers that compute of an image what depends on that image alone, and the same each time (dropout is off).
+OF_ONE_IMAGE = {
+    *(nn.Conv2d, Int8Conv2d, FrozenBatchNorm2d, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d),
+    *(nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU, nn.Hardsigmoid, nn.Sigmoid),
+    *(nn.Identity, nn.Sequential, nn.Dropout, StochasticDepth),
+}
+# Layers that add no full-size map. A stock ReLU saves its output, which the next layer saves anyway; dropout is off;
+# linear layers see vectors only.
 KEEP_NOTHING = {
     nn.Identity,
     nn.Sequential,
@@ -82,10 +89,9 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine)
     for module in backbone.modules():
         if module in done or not frozen:
             continue
-        stages = _as_stages(leaves(module)) if type(module) is Conv2dNormActivation else None
-        if stages is not None and len(stages) == 1:
-            assert isinstance(module, Conv2dNormActivation)
-            _make_lean(module, stages, engine.slice_mb)
+        if type(module) is Conv2dNormActivation and (path := _layers_path(module, engine.slice_mb)) is not None:
+            module.__class__ = LeanConvNormActivation
+            module.chain = path  # type: ignore[assignment]
             done.update(module.modules())
         elif _becomes_lean(module):
             module.__class__ = LAYERS[type(module)]
@@ -100,13 +106,14 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine)
     ]
 
 
-def _make_lean(layers: Conv2dNormActivation, stages: tuple[Stage, ...], slice_mb: float) -> None:
-    """Let one convolution with norm and activation train as a chain or, where a mask does not serve, recomputed."""
-    path: Chain | Recomputed = Chain(stages, slice_mb=slice_mb)
-    if stages[0].activation in SMOOTH:
-        path = Recomputed(layers, partial(nn.Sequential.forward, layers), slice_mb)
-    layers.__class__ = LeanConvNormActivation
-    layers.chain = path
+def _layers_path(layers: Conv2dNormActivation, slice_mb: float) -> Chain | Recomputed | None:
+    """The training pass of a convolution with norm and activation, or None if one of them trains or is unknown."""
+    stages = _as_stages(leaves(layers))
+    if stages is not None:
+        return Chain(stages, slice_mb=slice_mb) if len(stages) == 1 else None
+    if _images_are_independent(layers):
+        return Recomputed(layers, partial(nn.Sequential.forward, layers), slice_mb)
+    return None
 
 
 def _join_opening(layers: nn.Sequential) -> None:
@@ -126,7 +133,7 @@ def _block_path(block: TinyTLBlock, slice_mb: float) -> Chain | LeanResNetPath |
     """The block's training pass as chains, or None if one of its layers does not fit in."""
     main = _as_stages(block.kind.layers(block))
     shortcut, last = block.kind.shortcut(block), block.kind.last(block)
-    if main is None or any(stage.activation in SMOOTH for stage in main):  # masks do not serve these
+    if main is None:
         return None
     if last is None:
         return Chain(main, block.kind.adds_input(block), slice_mb) if shortcut is None else None
@@ -138,12 +145,13 @@ def _block_path(block: TinyTLBlock, slice_mb: float) -> Chain | LeanResNetPath |
     return LeanResNetPath(Chain(main, slice_mb=slice_mb), added, upper)
 
 
-def _images_are_independent(block: TinyTLBlock) -> bool:
-    """Whether what a block computes of an image depends on that image alone, and no weight of a layer trains in it."""
-    own = [m for m in block.modules() if block.lite_residual is None or m not in set(block.lite_residual.modules())]
-    if any(isinstance(m, nn.BatchNorm2d) and not isinstance(m, (FrozenBatchNorm2d, AlwaysEvaluates)) for m in own):
+def _images_are_independent(module: nn.Module) -> bool:
+    """Whether what a frozen module computes of an image depends on that image alone, by the types of its layers."""
+    lite = module.lite_residual if isinstance(module, TinyTLBlock) else None
+    layers = set(leaves(module)) - set(() if lite is None else leaves(lite))
+    if any(type(layer) not in OF_ONE_IMAGE for layer in layers):
         return False
-    return not any(m.weight.requires_grad for m in own if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)))
+    return not any(m.weight.requires_grad for m in layers if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)))
 
 
 def _as_stages(layers: Iterable[nn.Module]) -> tuple[Stage, ...] | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
 from tinytl_hf.lean.lite_branch import branch
+from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.network.lite_residual import LiteResidual
 
 
@@ -39,7 +40,7 @@ class LeanBlockPath:
     Attributes:
         main: The block itself, perhaps with a stem before it.
         lite: Its lite residual.
-        slice_mb: About how much of a map of the branch exists a second time, in MB.
+        slice_mb: The engine's slices, in MB of a map.
     """
 
     main: Callable[[Tensor], Tensor]
@@ -53,7 +54,10 @@ class LeanBlockPath:
         else:
             output = self.main(x)
             pooled = average_pool(x) if self.lite.pools_maps_of(tuple(x.shape[-2:])) else x
-        return upsample_add(output, branch(self.lite, pooled, self.slice_mb))
+        small = branch(self.lite, pooled, self.slice_mb)
+        if not isinstance(self.main, (Chain, LeanResNetPath, Recomputed)):
+            output = output.clone()  # a stock layer may have kept its output, which is not to be written over
+        return upsample_add(output, small)
 
 
 class LeanOpening(nn.Sequential):

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from tinytl_hf.lean.chain import Gathered
 
-SHARE_OF_SLICE = 0.4  # of the slices of a chain, as autograd keeps several maps of a slice at a time
+SHARE_OF_CHAIN = 0.4  # of the slices of a chain, as autograd keeps several maps of a slice at a time
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Recomputed:
         if x.shape[1:] not in self.widest:
             self.widest[x.shape[1:]] = self._measure_widest(x[:1])
         image_bytes = self.widest[x.shape[1:]] * x.element_size()
-        count = max(1, int(SHARE_OF_SLICE * self.slice_mb * 1e6) // image_bytes)
+        count = max(1, int(SHARE_OF_CHAIN * self.slice_mb * 1e6) // image_bytes)
         count = -(-len(x) // -(-len(x) // count))  # of one size, as far as it goes
         for start in range(0, len(x), count):
             yield slice(start, min(start + count, len(x)))
@@ -75,7 +75,8 @@ class _RecomputeFunction(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, path: Recomputed, *trained: nn.Parameter) -> Tensor | None:
         device = x.device.type
-        ctx.save_for_backward(x)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x)
         ctx.path, ctx.trained = path, trained
         ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         output = Gathered(len(x))

@@ -1,7 +1,7 @@
 """A frozen convolution with its norm and activation: what it computes forward and backward, on some images.
 
-With a frozen weight, the gradient of the input needs the weight alone and, of the activation, one bit a value
-(ReLU, ReLU6) or its input (hardswish, SiLU). The norm is folded into the convolution on the fly.
+With a frozen weight, the gradient of the input needs the weight alone and, of the activation (ReLU, ReLU6), one bit
+a value. The norm is folded into the convolution on the fly.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from tinytl_hf.lean import bits
 from tinytl_hf.lean.int8 import weight_of
 
 UPPER = {"relu": float("inf"), "relu6": 6.0}  # activations whose gradient is a mask
-SMOOTH = {"hardswish": F.hardswish, "silu": F.silu}  # those that need their input
-SMOOTH_BACKWARD = {"hardswish": torch.ops.aten.hardswish_backward, "silu": torch.ops.aten.silu_backward}
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Stage:
     Attributes:
         conv: The convolution.
         norm: Its frozen norm, if any.
-        activation: ``relu``, ``relu6``, ``hardswish``, ``silu`` or None.
+        activation: ``relu``, ``relu6`` or None.
     """
 
     conv: nn.Conv2d
@@ -74,8 +72,6 @@ class Stage:
         """The activation's output, and what its gradient needs if ``keeps``; ``maps`` is written over."""
         if self.activation is None:
             return maps, None
-        if self.activation in SMOOTH:
-            return SMOOTH[self.activation](maps), maps if keeps else None
         upper = UPPER[self.activation]
         maps.clamp_(0, upper)
         return maps, bits.pack(maps.permute(0, 2, 3, 1), upper) if keeps else None
@@ -84,8 +80,6 @@ class Stage:
         """The gradient before the activation, of the one after it; ``grad`` is written over if ``in_place``."""
         if kept is None:
             return grad
-        if self.activation in SMOOTH:
-            return SMOOTH_BACKWARD[self.activation](grad, kept)
         rows = (grad if in_place else grad.clone()).permute(0, 2, 3, 1)
         return bits.mask_(rows, kept).permute(0, 3, 1, 2)
 

@@ -41,7 +41,7 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     accelerator = make_accelerator(config.mixed_precision)
     check_divides(config.batch_size, "batch_size", accelerator.num_processes)
     if config.output is not None:
-        make_folder_of(Path(config.output))
+        make_folder_of("output", Path(config.output))
     extra = load_metrics(config.metrics)
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights)
     eval_size = data_config.eval_size or data_config.train_size
@@ -66,18 +66,17 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
 def _open(config: DataConfig, record: DataRecord | None) -> tuple[Split, Split | None]:
     """The split to evaluate on and, if they are of the same data set and known, the images that were trained on.
 
-    Of the data set that the adapter was trained on, whatever it is called here, without another split only the part
-    that was held out is used; any other data set is used whole.
+    If this is the training data set (known by its name or its hash) and it has no test or validation split, only the
+    held-out part is used. Any other data set without such a split is used whole.
     """
     if record is None:
         return sets.open_eval_split(config, whole=True), None
     named = sets.is_same_place(config.dataset, record.dataset)
     train = None
     if named or record.train_sha256 is not None:
-        as_trained = replace(record.as_trained(config), eval_split=record.eval_split)
-        train = sets.find_training_split(as_trained, record.train_sha256)
+        train = sets.find_training_split(record.as_trained(config), record.train_sha256)
     if train is not None and not named:
-        config = replace(record.as_trained(config), eval_split=config.eval_split or record.eval_split)
+        config = record.fill_in(config)
     split = sets.open_eval_split(config, whole=train is None and not named)
     if named and train is None:
         logger.warning(

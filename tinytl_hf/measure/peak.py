@@ -92,7 +92,7 @@ def measure_speed(model: TinyTLModel, images: Tensor, labels: Tensor, repeats: i
 
 
 def process_high_water() -> int:
-    """The most memory that this process has had resident so far, in bytes: ask a fresh process."""
+    """Peak resident memory of this process, in bytes. It never falls, so call it in a fresh process."""
     status = Path("/proc/self/status")
     _, found, value = (status.read_text() if status.is_file() else "").partition("VmHWM:")
     if found:
@@ -107,7 +107,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def warmed_up_step(model: TinyTLModel, images: Tensor, labels: Tensor) -> tuple[AdamW, Callable[[], None]]:
-    """A training step with AdamW that was done once; at rate 0 it does all of its work on the same weights."""
+    """An optimizer, and a function that runs a training step; it ran once. At rate 0 the weights do not change."""
     optimizer = AdamW(model.trainable_parameters(), lr=0.0)
 
     def step() -> None:

@@ -51,7 +51,7 @@ def save_results(
 ) -> None:
     """Write figures and their conditions as JSON.
 
-    The names that begin with ``_`` are those that ``evaluate.save`` gives to the same things.
+    Keys that start with ``_`` are named as in files of ``evaluate.save``.
 
     Raises:
         TinyTLError: The file cannot be written.
@@ -81,8 +81,12 @@ def save_results(
         raise TinyTLError(f"{path}: cannot be written ({error}); make room, or name another folder") from error
 
 
-def make_folder_of(path: Path) -> None:
+def make_folder_of(key: str, path: Path) -> None:
     """Make the folder of a file that will be written, before anything is measured.
+
+    Args:
+        key: The option that names the file.
+        path: The file.
 
     Raises:
         TinyTLError: It cannot be made.
@@ -90,4 +94,4 @@ def make_folder_of(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TinyTLError(f"output={path}: cannot be written ({error}); name another file") from error
+        raise TinyTLError(f"{key}={path}: cannot be written ({error}); name another file") from error

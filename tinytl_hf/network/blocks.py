@@ -29,7 +29,7 @@ class BlockKind:
     """What a class of residual blocks computes: its layers, then the input added, then an activation.
 
     Attributes:
-        block_class: The class; a subclass is another kind, as it can do more.
+        block_class: The exact class. Subclasses do not match, as their forward pass may differ.
         layers: Its layers without children, in forward order, up to the addition.
         adds_input: Whether the input, or its shortcut, is added to what they give.
         shortcut: What the input passes through before it is added; None where it is added as it is.

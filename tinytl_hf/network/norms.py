@@ -1,4 +1,4 @@
-"""Batch norm layers that say by their type what happens to their statistics.
+"""Batch norm layers whose class decides whether their statistics can change.
 
 A frozen norm is a type, not a mode: ``model.train()`` cannot make it use or update batch statistics.
 Both keep the parameter and buffer names of ``nn.BatchNorm2d``.

@@ -21,7 +21,7 @@ from tinytl_hf.reports.finished_run import FinishedRun, read_run
 from tinytl_hf.reports.plots import MB, AccuracyMemory, save_accuracy_memory, save_confusion, save_curves
 from tinytl_hf.reports.table import aligned
 
-# Options that change neither what a run computes nor what it needs; runs that differ in these alone are one row.
+# Runs that differ in these options alone are one row: the seed, and what changes no figure.
 NOT_COMPARED = {
     *(
         "seed",
@@ -35,7 +35,10 @@ NOT_COMPARED = {
     ),
     *("data.workers", "data.memory_limit_mb", "memory.report"),
 }
-CONDITIONS = ("backbone", "eval_size", "n", "device", "threads", "processes", "precision", "torch_version")
+CONDITIONS = (
+    *("dataset", "split", "sha256", "n", "backbone", "eval_size"),
+    *("device", "threads", "processes", "precision", "torch_version"),
+)
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,8 @@ def _cells(row: Row) -> list[str]:
 def _notes(runs: Sequence[FinishedRun], groups: dict[str, list[FinishedRun]]) -> list[str]:
     """The conditions of the figures, and what else differs between the rows."""
     notes = ["accuracy: evaluation set, mean ± sample standard deviation over seeds; MB of 1e6 bytes"]
-    shared = [f"{key} {_values(run.results.get(key) for run in runs)}" for key in CONDITIONS]
+    known = [key for key in CONDITIONS if any(key in run.results for run in runs)]  # version 0.1 did not say the data
+    shared = [f"{key} {_values(run.results.get(key) for run in runs)}" for key in known]
     notes.append(f"conditions: {', '.join(shared)}")
     measured = _values(
         ", ".join(f"{k} {v}" for k, v in run.memory["conditions"].items()) for run in runs if run.memory is not None

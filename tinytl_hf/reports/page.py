@@ -62,7 +62,7 @@ def render(run: FinishedRun) -> str:
         version=__version__,
         title=f"{run.method} on {results['backbone']}",
         figures=_figures(run),
-        conditions={key: results.get(key) for key in CONDITIONS},
+        conditions={key: results[key] for key in CONDITIONS if key in results},
         curves=_picture(lambda file: save_curves(file, {run.method: run.epochs})),
         confusion=_picture(lambda file: save_confusion(file, results["confusion_matrix"], labels)),
         classes=list(zip(labels, results["per_class_accuracy"], map(sum, results["confusion_matrix"]), strict=True)),

@@ -52,7 +52,7 @@ class Progress:
         batch: Forward passes done in the current epoch.
         step: Optimizer steps done.
         best_accuracy: Best evaluation accuracy so far; -1 before the first.
-        sums: What the current epoch adds up to, as of a checkpoint.
+        sums: Loss, right answers and images of the current epoch, summed up to the last checkpoint.
         seconds: Training time of the current epoch.
         learning_rate: That of the last step.
         overflows: Steps of the current epoch that fp16 could not represent and that were left out.
@@ -172,10 +172,10 @@ def load(accelerator: Accelerator, path: Path, hashes: dict[str, str | None]) ->
     _check_same(path, hashes)
     try:
         accelerator.load_state(str(path))
+        return Progress(**_record(path)["progress"])
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, LookupError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TinyTLError(f"checkpoint {path} cannot be read ({reason}); resume from another") from error
-    return Progress(**_record(path)["progress"])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -245,7 +245,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _check_same(path: Path, now: dict[str, Any]) -> None:
-    before = with_new_names(_record(path)["run"])
+    before = with_new_names(_record(path).get("run", {}))
     for key, value in now.items():
         if key not in MAY_DIFFER and before.get(key) != value:
             raise TinyTLError(

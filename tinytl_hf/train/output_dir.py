@@ -1,7 +1,7 @@
 """``output_dir``: checked before a run starts, and made ready when it does.
 
-Only what a run wrote is ever removed or replaced. A folder is a run's if its ``config.yaml`` is; what else in it
-bears a name that a run would use is looked into before anything is touched.
+Only what a run wrote is ever removed or replaced. A folder counts as a run's if a run wrote its ``config.yaml``.
+Every other file in it whose name a run also uses is checked before anything is changed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from tinytl_hf.reports.run_folder import (
 )
 from tinytl_hf.train.checkpoint import MAY_DIFFER, list_checkpoints
 
-GROUPS = {"backbone", "data", "train", "memory", "adapter"}  # every config.yaml of a run has these
+# Every config.yaml that a run wrote has all of these; one that was written by hand rarely does.
+GROUPS = {"backbone", "lite", "head", "data", "train", "memory", "adapter", "hub"}
+OPTIONS = {*GROUPS, "output_dir", "overwrite", "seed", "method", "tracker", "metrics"}
 KEYS = {RESULTS_FILE: "tinytl_hf_version", MISTAKES_FILE: "shown", MEMORY_FILE: "rows"}  # and these files these
 NAMES = (CONFIG_FILE, METRICS_FILE, *KEYS, ADAPTER, LAST_ADAPTER, CHECKPOINTS)
 
@@ -50,7 +52,7 @@ def check_free(config: Config) -> None:
         )
     if config.overwrite or not (output / CONFIG_FILE).exists():
         return
-    if resume == "auto" and (list_checkpoints(output / CHECKPOINTS) or _is_same_run(output, config)):
+    if resume == "auto" and (list_checkpoints(output / CHECKPOINTS) or _has_just_started(output, config)):
         return  # its checkpoints are compared with this run when they are read
     if resume not in ("auto", "never") and output.resolve() in Path(resume).expanduser().resolve().parents:
         return
@@ -60,30 +62,41 @@ def check_free(config: Config) -> None:
     )
 
 
-def make_ready(config: Config, epochs_done: int) -> None:
-    """Write the config; clear what a former run left, or, after a resume, what came after ``epochs_done``."""
+def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> None:
+    """Write the config, and clear what a former run left.
+
+    Args:
+        config: The run.
+        resume_from: The checkpoint that it goes on from. Of a run that goes on in its own folder, what came after that
+            checkpoint is cleared; of any other run in the folder, everything.
+        epochs_done: Epochs that are complete at that checkpoint.
+
+    Raises:
+        TinyTLError: The folder cannot be written.
+    """
     output = Path(config.output_dir)
+    goes_on = resume_from is not None and resume_from.resolve().parent == (output / CHECKPOINTS).resolve()
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if epochs_done == 0 and config.train.resume == "never":
-            for name in (ADAPTER, LAST_ADAPTER):
-                _remove_adapter(output / name)
-            for path in list_checkpoints(output / CHECKPOINTS):
+        lines = [line for line in read_metrics(output) if goes_on and line["epoch"] <= epochs_done]
+        for path in list_checkpoints(output / CHECKPOINTS):
+            if not goes_on or (resume_from is not None and path.name > resume_from.name):
                 shutil.rmtree(path)
+        for name in () if goes_on else (ADAPTER, LAST_ADAPTER):
+            _remove_adapter(output / name)
         for name in KEYS:
             (output / name).unlink(missing_ok=True)
-        lines = [line for line in read_metrics(output) if line["epoch"] <= epochs_done]
+        config.save(output / CONFIG_FILE)  # first of all, as by it the other files are known for a run's
         write_text(output / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
-        config.save(output / CONFIG_FILE)
     except OSError as error:
         raise TinyTLError(f"output_dir={output}: cannot be written ({error}); choose another") from error
 
 
 def _others(output: Path) -> list[str]:
-    """Names that a run would use, and that something else bears in ``output``."""
+    """Names that a run would write, that exist in ``output`` already, and that no run wrote."""
     present = [name for name in NAMES if (output / name).exists()]
     values = _read(output / CONFIG_FILE)
-    if "method" in values and all(isinstance(values.get(group), dict) for group in GROUPS):
+    if values.keys() >= OPTIONS and all(isinstance(values[group], dict) for group in GROUPS):
         return [name for name in present if not _is_of_a_run(output / name)]
     return present
 
@@ -136,8 +149,10 @@ def _remove_adapter(folder: Path) -> None:
         folder.rmdir()
 
 
-def _is_same_run(output: Path, config: Config) -> bool:
-    """Whether a run that has no checkpoint yet was started with this config."""
+def _has_just_started(output: Path, config: Config) -> bool:
+    """Whether a run that has finished no epoch yet was started with this config."""
+    if read_metrics(output):
+        return False
     before = with_new_names(flat(_read(output / CONFIG_FILE)))
     now = flat(config.to_dict())
     return all(before.get(key) == now[key] for key in now.keys() - MAY_DIFFER)

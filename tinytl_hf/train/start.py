@@ -90,11 +90,15 @@ def set_up(config: Config) -> Run:
     progress = checkpoint.load(accelerator, resume_from, hashes) if resume_from else Progress()
     progress.seconds += feature_seconds
     if accelerator.is_main_process:
-        make_ready(config, progress.epoch)
-    if resume_from is not None and not (Path(config.output_dir) / ADAPTER).exists():
+        make_ready(config, resume_from, progress.epoch)
+    accelerator.wait_for_everyone()
+    is_missing = resume_from is not None and not (Path(config.output_dir) / ADAPTER).exists()
+    accelerator.wait_for_everyone()
+    if is_missing:
         # Resumed into another folder: the best so far stayed in the first.
         progress.best_accuracy = -1.0
         save_adapters(model, config, record, [ADAPTER], accelerator)
+    accelerator.wait_for_everyone()  # the main process writes it, and all will read it
     start_tracker(accelerator, config)
     augment = RandomCropFlip(len(train_images), config.seed, config.data.crop_scale, config.data.flip)
     return Run(
