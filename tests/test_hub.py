@@ -14,6 +14,7 @@ from hub_server import READER, WRITER, HubServer
 from huggingface_hub import HfApi, ModelCard, constants, get_session
 
 from tinytl_hf import TinyTLError, TinyTLModel
+from tinytl_hf.adapter.format import FORMAT_VERSION
 from tinytl_hf.hub import transfer as hub
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))
@@ -201,7 +202,7 @@ def edited(adapter, **changes):
     [
         (lambda a: {"README.md": b"# Something else", "model.bin": b"cos\nsystem"}, "is no TinyTL adapter: it has no"),
         (lambda a: {"adapter_config.json": b'{"peft_type": "LORA"}'}, "not a tinytl_hf adapter"),
-        (lambda a: edited(a, format_version=2), "pip install --upgrade tinytl-hf"),
+        (lambda a: edited(a, format_version=FORMAT_VERSION + 1), "pip install --upgrade tinytl-hf"),
         (lambda a: edited(a), "has no adapter_model.safetensors"),
         (lambda a: edited(a) | {"adapter_model.safetensors": b"\x80\x04cos\nsystem"}, "not a safetensors file"),
     ],

@@ -13,6 +13,8 @@ import pytest
 from conftest import ROOT, run_cli
 from test_launch import launcher
 
+from tinytl_hf.measure.paper_rule import paper_rule
+
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.strip().splitlines()]
@@ -134,3 +136,11 @@ def test_the_methods_table_gives_the_counts_and_sizes_of_the_code(row, make_mode
     model.save_pretrained(tmp_path)
     assert sum(p.numel() for p in model.trainable_parameters()) == int(count.replace(",", ""))
     assert round((tmp_path / "adapter_model.safetensors").stat().st_size / 1e6, 2) == float(megabytes)
+
+
+def test_the_memory_table_gives_the_papers_rule_as_the_code_computes_it(make_model):
+    rows = set(re.findall(r"^\| `(\S+)` \| (?:stock|lean) \| ([\d.]+) \|", README, re.MULTILINE))
+    assert len(rows) == 6  # of each method one figure, whatever the engine
+    for method, megabytes in rows:
+        model = make_model(method, num_classes=10, train_size=224)
+        assert round(paper_rule(model, 8) / 1e6, 1) == float(megabytes), method
