@@ -15,6 +15,7 @@ def write_small_config(folder, images):
     text = (ROOT / "configs" / "demo.yaml").read_text()
     for option, value in (
         ("\n  epochs: .*", "\n  epochs: 1"),
+        ("global_batch_size: .*", f"global_batch_size: {min(images, 64)}"),
         ("train_size: .*", f"train_size: 32\n  max_train_samples: {images}\n  max_eval_samples: {images}"),
     ):
         text, count = re.subn(option, value, text)
@@ -36,7 +37,7 @@ def test_the_demo_trains_reloads_and_prints_one_table(tmp_path, monkeypatch, cap
         done = run_cli(*arguments, *(["--memory.report", "false"] if arguments[0] == "train" else []))
         assert done.returncode == 0, done.stderr
 
-    write_small_config(tmp_path, images=16)
+    write_small_config(tmp_path, images=8)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "_run", run_here)
     monkeypatch.setattr(sys, "argv", ["quickstart", "small.yaml"])
