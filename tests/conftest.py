@@ -1,3 +1,4 @@
+import functools
 import io
 import os
 import subprocess
@@ -19,11 +20,13 @@ from huggingface_hub import constants
 from PIL import Image
 from started_runs import CONTEXT
 
-from tinytl_hf import TinyTLModel
-from tinytl_hf.cli import main
+from tinytl_hf import TinyTLModel, cli
 from tinytl_hf.measure import memory, speed
 
 ROOT = Path(__file__).parents[1]
+make_parser = cli.make_parser
+plain_parser = functools.cache(make_parser)  # it takes half a second, and most tests need it
+cli.make_parser = lambda defaults=None: make_parser(defaults) if defaults else plain_parser()
 METHODS = ("FT-Last", "TinyTL-B", "TinyTL-L", "TinyTL-L+B", "FT-Norm+Last", "FT-Full", "FT-Layerwise")
 BACKBONES = (
     "mobilenet_v2",
@@ -131,7 +134,7 @@ def run_cli(*arguments):
     out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
     with redirect_stdout(out), redirect_stderr(err), patch("os.cpu_count", return_value=1):
         try:
-            main([str(argument) for argument in arguments])
+            cli.main([str(argument) for argument in arguments])
             code = 0
         except SystemExit as end:
             code = end.code or 0

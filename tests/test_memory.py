@@ -305,6 +305,7 @@ def test_a_run_leaves_what_its_training_step_takes(colour_folder, tmp_path):
     assert row["kept"] == row["peak"]["kept_activations"] > 0 and row["high_water"] > 100e6
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_the_precision_of_the_run(ready_processes):
     arguments = ["memory", "--methods", "[TinyTL-B]", "--backbone.weights", "none", "--data.train_size", "64"]
     arguments += ["--backbone.name", "mnasnet0_5", "--batch_size", "8", "--repeats", "1", "--json"]
@@ -339,6 +340,7 @@ def test_bench_gives_the_speed_of_lean_as_a_multiple_of_both_stock_ones():
     assert ["96", "1", "-", "-", "-", "-", "-"] in rows and "96 px, batch 1: batch too small" in table
 
 
+@pytest.mark.slow
 def test_the_promised_memory_of_mobilenet_v2_at_224_px(make_model):
     full = make_model("FT-Full", train_size=224, lean=False)
     both = make_model("TinyTL-L+B", train_size=224)
