@@ -1,11 +1,15 @@
+import functools
 import io
 import os
 import subprocess
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one on each core
+# Tests run side by side, one on each core: one thread each, and where there are more they do not wait by spinning.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import numpy as np
 import pytest
@@ -14,11 +18,15 @@ from accelerate.state import AcceleratorState, GradientState
 from hub_server import WRITER, HubServer
 from huggingface_hub import constants
 from PIL import Image
+from started_runs import CONTEXT
 
-from tinytl_hf import TinyTLModel
-from tinytl_hf.cli import main
+from tinytl_hf import TinyTLModel, cli
+from tinytl_hf.measure import memory, speed
 
 ROOT = Path(__file__).parents[1]
+make_parser = cli.make_parser
+plain_parser = functools.cache(make_parser)  # it takes half a second, and most tests need it
+cli.make_parser = lambda defaults=None: make_parser(defaults) if defaults else plain_parser()
 METHODS = ("FT-Last", "TinyTL-B", "TinyTL-L", "TinyTL-L+B", "FT-Norm+Last", "FT-Full", "FT-Layerwise")
 BACKBONES = (
     "mobilenet_v2",
@@ -82,6 +90,13 @@ def use_server(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def ready_processes(monkeypatch):
+    """``memory`` and ``bench`` get processes that have imported torch already; of their own all the same."""
+    for module in (memory, speed):
+        monkeypatch.setattr(module, "get_context", lambda _: CONTEXT)
+
+
+@pytest.fixture
 def server(use_server):
     with HubServer() as server:
         yield use_server(server)
@@ -115,11 +130,11 @@ def colour_folder(tmp_path_factory):
 
 
 def run_cli(*arguments):
-    """Run the command line in this process; most of a process of its own is spent importing torch."""
+    """Run the command line in this process, as on one core; most of a process of its own is spent importing torch."""
     out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
-    with redirect_stdout(out), redirect_stderr(err):
+    with redirect_stdout(out), redirect_stderr(err), patch("os.cpu_count", return_value=1):
         try:
-            main([str(argument) for argument in arguments])
+            cli.main([str(argument) for argument in arguments])
             code = 0
         except SystemExit as end:
             code = end.code or 0
@@ -135,5 +150,5 @@ def small_run(dataset, output, *options):
     return [
         *("train", "--data.dataset", dataset, "--output_dir", output, "--backbone.weights", "none"),
         *("--data.train_size", "32", "--data.crop_scale", "[0.5, 1.0]", "--train.global_batch_size", "8"),
-        *("--train.epochs", "2", "--memory.report", "false", *options),
+        *("--train.epochs", "2", "--train.threads", "1", "--memory.report", "false", *options),
     ]

@@ -16,7 +16,8 @@ from accelerate.utils.other import load
 from safetensors.torch import load_file
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tinytl_hf.cli", "tinytl_hf.train.loop"])
+CONTEXT.set_forkserver_preload(["tinytl_hf.cli", "tinytl_hf.train.loop", "matplotlib.figure", "jinja2"])
+HANG = 600  # seconds after which something that should end is taken to hang
 TIMINGS = ("seconds", "images_per_second")
 
 
@@ -54,7 +55,7 @@ class Run:
             self.workers.append(CONTEXT.Process(target=_run, args=options))
             self.workers[-1].start()
 
-    def wait(self, seconds=240):
+    def wait(self, seconds=HANG):
         """Wait for the end; return the exit code of the first process that failed, or 0, and what was printed."""
         end = time.monotonic() + seconds
         while any(worker.is_alive() for worker in self.workers):

@@ -63,7 +63,16 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_adapters(straight, co
     figure(f"kills survived: {len(places)}, of which inside a save: {in_saves}")
 
 
-def check_refused_write(data, folder, tmp_path, spoil=lambda: None, mend=lambda: None, growth=None):
+@pytest.fixture(scope="module")
+def two_epochs(colour_folder, tmp_path_factory):
+    """The adapters of a run that nothing disturbs."""
+    root = tmp_path_factory.mktemp("two_epochs")
+    done = run(small_run(colour_folder, root / "run", *OPTIONS), root / "log")
+    assert done.returncode == 0, done.stderr
+    return adapters(root / "run")
+
+
+def check_refused_write(data, folder, tmp_path, straight, spoil=lambda: None, mend=lambda: None, growth=None):
     """Spoil writing after the first epoch: one line, the last checkpoint stays, and the run can go on to its end."""
     arguments = small_run(data, folder, *OPTIONS, "--train.epochs")
     done = run([*arguments, 1], tmp_path / "log")
@@ -80,13 +89,13 @@ def check_refused_write(data, folder, tmp_path, spoil=lambda: None, mend=lambda:
     assert [find_damage(path) for path in before] == [None, None]
     done = run([*arguments, 2], tmp_path / "mended.log")
     assert done.returncode == 0, done.stderr
-    straight = run(small_run(data, tmp_path / "straight", *OPTIONS), tmp_path / "straight.log")
-    assert straight.returncode == 0 and adapters(folder) == adapters(tmp_path / "straight")
+    assert adapters(folder) == straight
 
 
-@pytest.mark.parametrize("growth", [0.5, 1.5])  # times the delta: AdamW's moments are twice as large
-def test_files_that_cannot_grow_end_a_run_with_one_line(growth, colour_folder, tmp_path):
-    check_refused_write(colour_folder, tmp_path / "run", tmp_path, growth=growth)
+# Times the delta: AdamW's moments are twice as large.
+@pytest.mark.parametrize("growth", [pytest.param(0.5, marks=pytest.mark.slow), 1.5])
+def test_files_that_cannot_grow_end_a_run_with_one_line(growth, two_epochs, colour_folder, tmp_path):
+    check_refused_write(colour_folder, tmp_path / "run", tmp_path, two_epochs, growth=growth)
 
 
 @pytest.fixture
@@ -102,7 +111,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("free", [500_000, 2_000_000, 3_000_000])
-def test_a_full_disk_ends_a_run_with_one_line(free, small_disk, colour_folder, tmp_path):
+def test_a_full_disk_ends_a_run_with_one_line(free, small_disk, two_epochs, colour_folder, tmp_path):
     ballast = small_disk / "ballast"
 
     def fill():
@@ -110,15 +119,15 @@ def test_a_full_disk_ends_a_run_with_one_line(free, small_disk, colour_folder, t
             room = shutil.disk_usage(small_disk).free - free
             file.write(b"\1" * room)
 
-    check_refused_write(colour_folder, small_disk / "run", tmp_path, fill, ballast.unlink)
+    check_refused_write(colour_folder, small_disk / "run", tmp_path, two_epochs, fill, ballast.unlink)
 
 
 @pytest.mark.slow
-def test_a_disk_that_turned_read_only_ends_a_run_with_one_line(small_disk, colour_folder, tmp_path):
+def test_a_disk_that_turned_read_only_ends_a_run_with_one_line(small_disk, two_epochs, colour_folder, tmp_path):
     def remount(mode):
         return lambda: subprocess.run(["mount", "-o", f"remount,{mode}", small_disk], check=True)
 
-    check_refused_write(colour_folder, small_disk / "run", tmp_path, remount("ro"), remount("rw"))
+    check_refused_write(colour_folder, small_disk / "run", tmp_path, two_epochs, remount("ro"), remount("rw"))
 
 
 def test_a_folder_that_cannot_be_made_ends_a_run_before_it_starts(colour_folder, tmp_path):

@@ -1,14 +1,32 @@
 """The script of the published comparison, on a small data set in place of CIFAR-10."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
 
+import pytest
 import yaml
 from conftest import ROOT
 
 
+def test_tuning_takes_the_best_learning_rate_of_finished_runs_and_trains_none_of_them_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model_cards").mkdir()
+    accuracy = {"0.001": 0.5, "0.003": 0.75, "0.01": 0.625}
+    for rate, figure in accuracy.items():
+        run = tmp_path / "runs" / "comparison" / "FT-Last" / f"lr{rate}"
+        (run / "adapter").mkdir(parents=True)
+        for folder in (run, run / "adapter"):
+            (folder / "eval_results.json").write_text(json.dumps({"accuracy": figure}))
+    monkeypatch.setattr(sys, "argv", ["comparison.py", "tune", "--methods", "FT-Last"])
+    runpy.run_path(str(ROOT / "model_cards" / "comparison.py"), run_name="__main__")
+    tuned = json.loads((tmp_path / "model_cards" / "tuning.json").read_text())
+    assert tuned == {"FT-Last": {"best": 0.003, "accuracy": accuracy}}
+
+
+@pytest.mark.slow
 def test_the_comparison_tunes_trains_and_publishes_and_repeats_nothing(colour_folder, tmp_path):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "model_cards").mkdir()

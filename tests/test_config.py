@@ -5,8 +5,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from tinytl_hf import TinyTLError
-from tinytl_hf.cli import make_parser
+from tinytl_hf import TinyTLError, cli
 from tinytl_hf.config.run import METHOD_ALIASES, Config, DataConfig, HeadConfig, LiteConfig, MethodAlias, TrainConfig
 from tinytl_hf.config.yaml12 import Yaml12Loader
 from tinytl_hf.network.methods import METHODS
@@ -15,7 +14,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def load(path):
-    parser = make_parser()
+    parser = cli.make_parser()
     parsed = parser.parse_args(["train", "--config", str(path)])
     values = parser.instantiate(parsed).train
     return Config(**{name: values[name] for name in Config.__dataclass_fields__})

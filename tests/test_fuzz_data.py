@@ -195,7 +195,7 @@ def test_hostile_data_sets(cases, tmp_path, monkeypatch, figure):
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (lambda p: (p / "dataset_dict.json").write_text('{"splits": ["train", "train"]}'), ""),
+        (lambda p: (p / "dataset_dict.json").write_text('{"splits": ["train", "train"]}'), None),  # harmless
         (lambda p: (p / "dataset_dict.json").write_text('{"splits": ["../../etc"]}'), "cannot be loaded"),
         (lambda p: (p / "dataset_dict.json").write_text("["), "cannot be loaded"),
         (lambda p: (p / "train" / "state.json").write_text("{}"), "cannot be loaded"),

