@@ -1,4 +1,3 @@
-import functools
 import io
 import os
 import subprocess
@@ -24,9 +23,6 @@ from tinytl_hf import TinyTLModel, cli
 from tinytl_hf.measure import memory, speed
 
 ROOT = Path(__file__).parents[1]
-make_parser = cli.make_parser
-plain_parser = functools.cache(make_parser)  # it takes half a second, and most tests need it
-cli.make_parser = lambda defaults=None: make_parser(defaults) if defaults else plain_parser()
 METHODS = ("FT-Last", "TinyTL-B", "TinyTL-L", "TinyTL-L+B", "FT-Norm+Last", "FT-Full", "FT-Layerwise")
 BACKBONES = (
     "mobilenet_v2",

@@ -162,7 +162,9 @@ def test_a_folder_of_another_run_is_not_taken_over_by_a_resume(finished, colour_
     shutil.rmtree(finished / "checkpoints")
     done = resume(colour_folder, finished, "--seed", "5")
     assert done.returncode == 1 and "holds a run already" in done.stderr
-    assert resume(colour_folder, finished).returncode == 0  # the same run, which had saved nothing yet
+    assert resume(colour_folder, finished).returncode == 1  # a finished run, whose figures would be lost
+    (finished / "metrics.jsonl").write_text("")
+    assert resume(colour_folder, finished).returncode == 0  # the same run, which had finished no epoch yet
 
 
 def test_the_newest_checkpoints_are_kept_and_left_overs_of_a_kill_removed(finished, colour_folder):

@@ -14,7 +14,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def load(path):
-    parser = cli.make_parser()
+    parser = cli.make_parser("train")
     parsed = parser.parse_args(["train", "--config", str(path)])
     values = parser.instantiate(parsed).train
     return Config(**{name: values[name] for name in Config.__dataclass_fields__})

@@ -25,7 +25,7 @@ def write_small_config(folder, images):
 
 def check_table(printed, folder):
     table = printed[printed.index("MobileNetV2 on handwritten digits") :]
-    rows = re.findall(r"^(\S+) +([\d.]+)% +([\d,]+) +([\d.]+) MB +(\d+)  (\S+)$", table, re.M)
+    rows = re.findall(r"^(\S+) +([\d.]+)% +([\d,]+) +([\d.]+) MB +(\d+) +(\S+)$", table, re.M)
     assert [row[0] for row in rows] == ["FT-Last", "TinyTL-L+B"]
     assert rows[0][2] == "12,810" and all((folder / row[5] / "adapter").is_dir() for row in rows)
     assert "Next: .venv/bin/tinytl-hf" in table

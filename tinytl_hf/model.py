@@ -50,7 +50,6 @@ class TinyTLModel(nn.Module):
         engine: How training passes run.
 
     Attributes:
-        config: What the active adapter is.
         stock_layers: Layers that can keep full-size maps while training, by name and type.
         loaded_from: Folder that :meth:`from_pretrained` loaded, or None.
     """
@@ -224,9 +223,9 @@ class TinyTLModel(nn.Module):
             data: The data it was trained on.
             metrics: Figures on the evaluation set for the card.
         """
+        kept = {"dtype": dtype or self.config.dtype, "data": data or self.config.data}
+        config = replace(self.config, **kept, tinytl_hf_version=__version__)
         folder = Path(save_directory)
-        config = replace(self.config, dtype=dtype or self.config.dtype, data=data or self.config.data)
-        config = replace(config, tinytl_hf_version=__version__)  # not that of the adapter it was loaded from
         write_adapter(folder, config, self.adapter_tensors(), render_card(config, metrics, read_card(folder)))
 
     def push_to_hub(
@@ -381,7 +380,7 @@ class TinyTLModel(nn.Module):
             sizes: ``[N, 2]`` true height and width in px.
 
         Returns:
-            ``[N, 3, eval_size, eval_size]`` on the model's device.
+            ``[N, 3, eval_size, eval_size]``, on the model's device.
         """
         options, pixels = self.config.preprocessing, pixels.to(next(self.parameters()).device)
         boxes = centre_boxes(sizes, options.crop_pct)
