@@ -33,7 +33,6 @@ from tinytl_hf.network import methods
 from tinytl_hf.network.blocks import name_unknown_blocks
 from tinytl_hf.network.head import Head
 from tinytl_hf.network.torchvision_nets import pin_weights, sha256
-from tinytl_hf.version import __version__
 
 
 class TinyTLModel(nn.Module):
@@ -223,9 +222,8 @@ class TinyTLModel(nn.Module):
             data: The data it was trained on.
             metrics: Figures on the evaluation set for the card.
         """
-        kept = {"dtype": dtype or self.config.dtype, "data": data or self.config.data}
-        config = replace(self.config, **kept, tinytl_hf_version=__version__)
         folder = Path(save_directory)
+        config = replace(self.config, dtype=dtype or self.config.dtype, data=data or self.config.data)
         write_adapter(folder, config, self.adapter_tensors(), render_card(config, metrics, read_card(folder)))
 
     def push_to_hub(

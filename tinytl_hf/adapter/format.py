@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from tinytl_hf.adapter.record import AdapterConfig, config_from
 from tinytl_hf.disk import write_bytes, write_text
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.version import __version__
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -31,6 +33,7 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Ten
     Raises:
         TinyTLError: The folder cannot be written, or a value does not fit ``config.dtype``.
     """
+    config = replace(config, tinytl_hf_version=__version__)  # not that of an adapter it was loaded from
     stored = {name: _to_disk(name, tensor, config.dtype) for name, tensor in tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
