@@ -115,8 +115,8 @@ def resample(
     for part in _groups(pixels, size):
         top, bottom = _span(boxes[part, 0], boxes[part, 2], pixels.shape[2], size)
         left, right = _span(boxes[part, 1], boxes[part, 3], pixels.shape[3], size)
-        rows = _weights(boxes[part, 0] - top, boxes[part, 2], sizes[part, 0] - top, bottom - top, size)
-        columns = _weights(boxes[part, 1] - left, boxes[part, 3], sizes[part, 1] - left, right - left, size)
+        rows = _weights(boxes[part, 0], boxes[part, 2], sizes[part, 0], range(top, bottom), size)
+        columns = _weights(boxes[part, 1], boxes[part, 3], sizes[part, 1], range(left, right), size)
         if flips is not None:
             columns = torch.where(flips[part].to(device)[:, None, None], columns.flip(1), columns)
         images[part] = rows[:, None] @ pixels[part, :, top:bottom, left:right].float() @ columns.mT[:, None]
@@ -149,12 +149,12 @@ def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torc
     return 1 / (255 * stds), -means / stds
 
 
-def _weights(start: Tensor, length: Tensor, size: Tensor, source: int, target: int) -> Tensor:
-    """Resampling matrices ``[N, target, source]`` of one axis; each row sums to 1."""
+def _weights(start: Tensor, length: Tensor, size: Tensor, source: range, target: int) -> Tensor:
+    """Resampling matrices ``[N, target, len(source)]`` of one axis; each row sums to 1."""
     step = length / target
     centre = start[:, None] + (torch.arange(target, device=start.device) + 0.5) * step[:, None]
     support = step.clamp(min=1)[:, None, None]
-    position = torch.arange(source, device=start.device) + 0.5
+    position = torch.arange(source.start, source.stop, device=start.device) + 0.5
     weights = (1 - (position - centre[:, :, None]).abs() / support).clamp(min=0)
     weights = weights * (position < size[:, None])[:, None]
     return weights / weights.sum(2, keepdim=True)
