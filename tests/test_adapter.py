@@ -1,6 +1,9 @@
+import copy
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,13 +18,22 @@ from tinytl_hf.adapter.format import CONFIG_FILE, TENSORS_FILE
 IMAGES = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(9))
 
 
-@pytest.fixture
-def saved(make_model, tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
     """A trained TinyTL-L+B adapter and where it was saved."""
-    model = make_model("TinyTL-L+B")
+    torch.manual_seed(0)
+    model = TinyTLModel.from_backbone("mobilenet_v2", num_classes=4, weights="none", train_size=64)
     train_steps(model)
-    model.save_pretrained(tmp_path / "adapter")
-    return model.eval(), tmp_path / "adapter"
+    path = tmp_path_factory.mktemp("trained") / "adapter"
+    model.save_pretrained(path)
+    return model.eval(), path
+
+
+@pytest.fixture
+def saved(trained, tmp_path):
+    """A copy of it that a test can change."""
+    model, path = trained
+    return copy.deepcopy(model), Path(shutil.copytree(path, tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -163,10 +163,10 @@ def gradients(model, images):
 
 
 def pairs_of_methods_and_backbones():
-    """Every method on MobileNetV2 and ResNet-18, two on each other backbone; the slow tests have the rest."""
+    """Every method on MobileNetV2, two on each other backbone; the slow tests have the rest."""
     for backbone in BACKBONES:
         for method in METHODS:
-            quick = backbone in ("mobilenet_v2", "resnet18") or method in ("TinyTL-L+B", "FT-Norm+Last")
+            quick = backbone == "mobilenet_v2" or method in ("TinyTL-L+B", "FT-Norm+Last")
             yield pytest.param(method, backbone, marks=() if quick else pytest.mark.slow, id=f"{method}-{backbone}")
 
 
@@ -176,12 +176,13 @@ def test_lean_and_stock_models_have_the_same_gradients_and_statistics(method, ba
 
 
 def check_same_gradients_and_statistics(method, backbone, make_model, **options):
-    images = torch.randn(2, 3, 65, 65, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    lean = whole_model(make_model, method, backbone, True, train_size=65, **options)
-    plain = whole_model(make_model, method, backbone, False, train_size=65)
+    size = 65 if backbone == "mobilenet_v2" else 49
+    images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    lean = whole_model(make_model, method, backbone, True, train_size=size, **options)
+    plain = whole_model(make_model, method, backbone, False, train_size=size)
     assert lean.state_dict().keys() == plain.state_dict().keys()
     with torch.no_grad():
-        assert torch.equal(lean.eval()(images), plain.eval()(images))  # without gradients both are stock
+        assert torch.equal(lean.eval()(images), plain.eval()(images))  # in evaluation mode both are stock
     ours, theirs = gradients(lean.train(), images), gradients(plain.train(), images)
     scale = max(gradient.abs().max() for gradient in theirs.values())
     for name, gradient in theirs.items():
