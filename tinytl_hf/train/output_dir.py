@@ -86,7 +86,7 @@ def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> No
             _remove_adapter(output / name)
         for name in KEYS:
             (output / name).unlink(missing_ok=True)
-        config.save(output / CONFIG_FILE)  # first of all, as by it the other files are known for a run's
+        config.save(output / CONFIG_FILE)  # written first: the other files count as a run's only beside it
         write_text(output / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:
         raise TinyTLError(f"output_dir={output}: cannot be written ({error}); choose another") from error
