@@ -10,9 +10,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
+from tinytl_hf.adapter.build import build_network
 from tinytl_hf.adapter.delta import frozen_tensors
 from tinytl_hf.adapter.record import AdapterConfig, config_from
 from tinytl_hf.config.verbs import MergeConfig
@@ -67,8 +69,10 @@ def load_merged(path: str | Path) -> TinyTLModel:
     if not isinstance(values, dict):
         raise TinyTLError(f"{path} was not written by tinytl-hf merge: it has no adapter_config in its metadata")
     saved = config_from(values, Path(path))
-    model = TinyTLModel(replace(saved, backbone=replace(saved.backbone, weights="none")))
     try:
+        with torch.device("meta"):  # first without memory, in case the config asks for more than the file holds
+            build_network(saved, "none")[0].load_state_dict(tensors, assign=True)
+        model = TinyTLModel(replace(saved, backbone=replace(saved.backbone, weights="none")))
         model.backbone.load_state_dict(tensors)
     except RuntimeError as error:
         raise TinyTLError(f"{path} does not fit the adapter_config in its metadata: {error}") from error
