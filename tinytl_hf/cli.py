@@ -147,7 +147,7 @@ def _with_values(argv: list[str]) -> list[str]:
     groups += [("data.", DataConfig), ("train.", TrainConfig), ("memory.", MemoryConfig), ("hub.", HubConfig)]
     flags = {f"--{prefix}{field.name}" for prefix, kind in groups for field in fields(kind) if field.type == "bool"}
     result = []
-    for argument, following in zip(argv, [*argv[1:], ""], strict=False):
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         argument = "--create_pr" if argument == "--create-pr" else argument  # as the Hub's own client spells it
         result.append(argument)
         if argument in flags and following.lower() not in {"true", "false"}:

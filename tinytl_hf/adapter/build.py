@@ -42,7 +42,6 @@ def build_network(
 
 def check_fits(config: AdapterConfig, tensors: Mapping[str, Tensor], source: str) -> None:
     """Raise unless ``tensors`` are what ``config`` describes, before memory is taken for what it describes."""
-    check_size(config.backbone.name, "train_size", config.preprocessing.train_size)
     with torch.device("meta"):
         backbone, _ = build_network(config, "none")
     check_tensors(backbone, tensors, source)

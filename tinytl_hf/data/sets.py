@@ -58,7 +58,10 @@ def open_splits(config: DataConfig) -> tuple[Split, Split]:
     Raises:
         TinyTLError: The data set cannot be found or read, or its columns, splits or labels do not fit.
     """
-    tables = _load(config)
+    return _open_splits(_load(config), config)
+
+
+def _open_splits(tables: datasets.DatasetDict, config: DataConfig) -> tuple[Split, Split]:
     if config.train_split not in tables:
         raise TinyTLError(f"data.train_split={config.train_split}: the data set has {', '.join(tables)}")
     train = _labelled(tables[config.train_split], config.train_split, config)
@@ -90,7 +93,7 @@ def open_eval_split(config: DataConfig, whole: bool) -> Split:
     tables = _load(config)
     name = config.eval_split or next((name for name in EVAL_SPLITS if name in tables), None)
     if name == HOLDOUT or (name is None and not whole):
-        return open_splits(config)[1]
+        return _open_splits(tables, config)[1]
     name = name or next(iter(tables))
     if name not in tables:
         raise TinyTLError(f"data.eval_split={name}: use {', '.join([*tables, HOLDOUT])}")

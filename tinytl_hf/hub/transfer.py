@@ -78,7 +78,7 @@ def push(config: PushConfig, token: str | None = None) -> str:
             api.create_branch(config.repo, branch=revision, exist_ok=True)
         commit = api.create_commit(
             config.repo,
-            _operations(api, folder, config),
+            _operations(api, folder, record, config),
             commit_message=message,
             revision=revision,
             create_pr=config.create_pr,
@@ -145,12 +145,12 @@ def check_can_push(token: str | None = None) -> None:
         raise TinyTLError(f"no Hub token; {LOGIN}")
 
 
-def _operations(api: HfApi, folder: Path, config: PushConfig) -> list[CommitOperationAdd]:
+def _operations(api: HfApi, folder: Path, record: AdapterConfig, config: PushConfig) -> list[CommitOperationAdd]:
     card = read_card(folder) or ""
     if is_untouched(card) and (there := _card_there(api, config)) is not None:
         card = update_card(there, card)
     names = [TENSORS_FILE, *(name for name in files_of_card(card) if (folder / name).is_file())]
-    operations = [CommitOperationAdd(CONFIG_FILE, _without_paths(read_config(folder)).to_json().encode())]
+    operations = [CommitOperationAdd(CONFIG_FILE, _without_paths(record).to_json().encode())]
     operations += [CommitOperationAdd(name, folder / name) for name in names]
     if card:
         operations.append(CommitOperationAdd(CARD_FILE, with_name(card, config.repo).encode()))

@@ -59,10 +59,7 @@ class Chain:
         for stage in self.stages:
             height, width = stage.output_size(height, width)
             widest = max(widest, stage.conv.out_channels * height * width * itemsize)
-        count = max(1, int(self.slice_mb * 1e6) // widest)
-        count = -(-images // -(-images // count))  # of one size, as far as it goes
-        for start in range(0, images, count):
-            yield slice(start, min(start + count, images))
+        yield from even_slices(images, widest, self.slice_mb)
 
     def input_sizes(self, shape: torch.Size) -> list[tuple[int, int, int]]:
         """Channels, height and width of each stage's input."""
@@ -75,6 +72,14 @@ class Chain:
 
     def _biases(self) -> list[Tensor | None]:
         return [stage.bias for stage in self.stages]
+
+
+def even_slices(images: int, image_bytes: int, slice_mb: float) -> Iterator[slice]:
+    """Ranges of a batch of ``images``, of one size as far as it goes, each of about ``slice_mb``."""
+    count = max(1, int(slice_mb * 1e6) // image_bytes)
+    count = -(-images // -(-images // count))
+    for start in range(0, images, count):
+        yield slice(start, min(start + count, images))
 
 
 class _ChainFunction(Function):

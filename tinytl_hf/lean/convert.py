@@ -29,7 +29,7 @@ from tinytl_hf.lean.max_pool import LeanMaxPool2d, is_plain
 from tinytl_hf.lean.paths import LeanBlockPath, LeanOpening, LeanResNetPath
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.stage import UPPER, Stage
-from tinytl_hf.network.blocks import TinyTLBlock, leaves
+from tinytl_hf.network.blocks import TinyTLBlock, leaves, own_layers
 from tinytl_hf.network.head import Head
 from tinytl_hf.network.norms import FrozenBatchNorm2d
 
@@ -78,7 +78,7 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine)
     for block in blocks.values():
         path: Callable[[Tensor], Tensor] | None = _block_path(block, engine.slice_mb)
         if path is None and _images_are_independent(block):
-            path = Recomputed(block, block.stock_forward, engine.slice_mb, block.lite_residual)
+            path = Recomputed(block, block.stock_forward, engine.slice_mb)
         if path is not None:
             done.update(block.modules())
         if block.lite_residual is not None:
@@ -95,6 +95,8 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine)
             done.update(module.modules())
         elif _becomes_lean(module):
             module.__class__ = LAYERS[type(module)]
+            if isinstance(module, LeanMaxPool2d):
+                module.slice_mb = engine.slice_mb
             done.add(module)
     for module in backbone.modules():
         if type(module) is nn.Sequential and len(module) > 1:
@@ -147,8 +149,7 @@ def _block_path(block: TinyTLBlock, slice_mb: float) -> Chain | LeanResNetPath |
 
 def _images_are_independent(module: nn.Module) -> bool:
     """Whether what a frozen module computes of an image depends on that image alone, by the types of its layers."""
-    lite = module.lite_residual if isinstance(module, TinyTLBlock) else None
-    layers = set(leaves(module)) - set(() if lite is None else leaves(lite))
+    layers = own_layers(module)
     if any(type(layer) not in OF_ONE_IMAGE for layer in layers):
         return False
     return not any(m.weight.requires_grad for m in layers if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)))

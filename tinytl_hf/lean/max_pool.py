@@ -13,12 +13,19 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.utils import _pair
 
+from tinytl_hf.config.engine import Engine
+
 LARGEST_WINDOW = 256  # places that a byte can tell apart
-SLICE_MB = 4.0  # of indices of eight bytes that exist at a time on a CPU
 
 
 class LeanMaxPool2d(nn.MaxPool2d):
-    """Max pooling that keeps one byte a value."""
+    """Max pooling that keeps one byte a value.
+
+    Attributes:
+        slice_mb: The engine's slices: about how much of the indices of eight bytes exists at a time on a CPU, in MB.
+    """
+
+    slice_mb: float = Engine.slice_mb
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.MaxPool2d``."""
@@ -35,11 +42,11 @@ def is_plain(pool: nn.MaxPool2d) -> bool:
 
 class _MaxPool(Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, pool: nn.MaxPool2d) -> Tensor:
+    def forward(ctx: Any, input: Tensor, pool: LeanMaxPool2d) -> Tensor:
         geometry = (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), (1, 1), pool.ceil_mode)
         ctx.geometry, ctx.shape = geometry, input.shape
         outputs, places = [], []
-        for part in input.split(_images_at_a_time(input)):
+        for part in input.split(_images_at_a_time(input, pool.slice_mb)):
             output, indices = torch.ops.aten.max_pool2d_with_indices(part, *geometry)
             outputs.append(output)
             if ctx.needs_input_grad[0]:
@@ -67,10 +74,10 @@ class _MaxPool(Function):
         return torch.cat(grads), None
 
 
-def _images_at_a_time(input: Tensor) -> int:
+def _images_at_a_time(input: Tensor, slice_mb: float) -> int:
     if input.device.type != "cpu":
         return len(input)
-    return max(1, int(SLICE_MB * 1e6) // (2 * input[0].numel()))  # a quarter of the values, of eight bytes each
+    return max(1, int(slice_mb * 1e6) // (2 * input[0].numel()))  # a quarter of the values, of eight bytes each
 
 
 def _corners(maps: Tensor, geometry: Any) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from tinytl_hf.lean.chain import Gathered
+from tinytl_hf.lean.chain import Gathered, even_slices
+from tinytl_hf.network.blocks import own_layers
 
 SHARE_OF_CHAIN = 0.4  # of the slices of a chain, as autograd keeps several maps of a slice at a time
 
@@ -30,19 +31,17 @@ class Recomputed:
         module: The module.
         run: Its stock forward pass, ``[N, C, H, W]`` to ``[N, C', H', W']``.
         slice_mb: The engine's slices: about how much of the widest map exists at a time, in MB.
-        lite: A part of the module that ``run`` leaves out, or None.
+        widest: Values of the largest map inside the module for one image, by the shape of its input.
     """
 
     module: nn.Module
     run: Callable[[Tensor], Tensor]
     slice_mb: float
-    lite: nn.Module | None = None
     widest: dict[torch.Size, int] = field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the module."""
-        left_out = set() if self.lite is None else set(self.lite.parameters())
-        trained = [p for p in self.module.parameters() if p.requires_grad and p not in left_out]
+        trained = [p for layer in own_layers(self.module) for p in layer.parameters() if p.requires_grad]
         return _RecomputeFunction.apply(x, self, *trained)
 
     def slices(self, x: Tensor) -> Iterator[slice]:
@@ -50,17 +49,16 @@ class Recomputed:
         if x.shape[1:] not in self.widest:
             self.widest[x.shape[1:]] = self._measure_widest(x[:1])
         image_bytes = self.widest[x.shape[1:]] * x.element_size()
-        count = max(1, int(SHARE_OF_CHAIN * self.slice_mb * 1e6) // image_bytes)
-        count = -(-len(x) // -(-len(x) // count))  # of one size, as far as it goes
-        for start in range(0, len(x), count):
-            yield slice(start, min(start + count, len(x)))
+        yield from even_slices(len(x), image_bytes, SHARE_OF_CHAIN * self.slice_mb)
 
     @torch.no_grad()
     def _measure_widest(self, image: Tensor) -> int:
         """Values of the largest map inside the module, for one image."""
         found = [image.numel()]
-        layers = [layer for layer in self.module.modules() if not list(layer.children())]
-        hooks = [layer.register_forward_hook(lambda _, __, maps: found.append(maps.numel())) for layer in layers]
+        hooks = [
+            layer.register_forward_hook(lambda _, __, maps: found.append(maps.numel()))
+            for layer in own_layers(self.module)
+        ]
         try:
             self.run(image)
         finally:

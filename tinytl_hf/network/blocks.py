@@ -48,6 +48,13 @@ def leaves(module: nn.Module) -> list[nn.Module]:
     return [layer for layer in module.modules() if not list(layer.children())]
 
 
+def own_layers(module: nn.Module) -> list[nn.Module]:
+    """The leaves of ``module`` without those of its lite residual, if it is a block that has one."""
+    lite = module.lite_residual if isinstance(module, TinyTLBlock) else None
+    left_out = set() if lite is None else set(leaves(lite))
+    return [layer for layer in leaves(module) if layer not in left_out]
+
+
 BLOCK_KINDS = (
     BlockKind(mobilenetv2.InvertedResidual, lambda b: leaves(b.conv), lambda b: b.use_res_connect),
     BlockKind(mobilenetv3.InvertedResidual, lambda b: leaves(b.block), lambda b: b.use_res_connect),

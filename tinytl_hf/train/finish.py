@@ -54,13 +54,12 @@ def write_memory(run: Run) -> None:
         run_folder.write(output / run_folder.MEMORY_FILE, memory.to_json([row], conditions))
 
 
-def write_card(output: Path, config: Config, eval_split: str) -> None:
+def write_card(output: Path, config: Config) -> None:
     """Tell of a finished run in the card of its adapter, with the figures and pictures next to it.
 
     Args:
         output: The run's folder.
         config: The run's config.
-        eval_split: Name of the split that the figures are from, or ``holdout``.
 
     Raises:
         TinyTLError: A file cannot be written.
@@ -73,7 +72,7 @@ def write_card(output: Path, config: Config, eval_split: str) -> None:
     facts = RunFacts(
         recipe=_recipe(config, results),
         time=_time(lines, results) if lines else "",
-        split=eval_split,
+        split=results["split"],
         n=results["n"],
         memory=json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else None,
         pictures={title: name for title, name in PICTURES.items() if lines or name != curves},

@@ -70,7 +70,7 @@ def train(config: Config) -> dict[str, Any]:
     if config.memory.report:
         write_memory(run)
     if accelerator.is_main_process:
-        write_card(Path(config.output_dir), config, run.evaluated.split)  # last: it reads what the run wrote
+        write_card(Path(config.output_dir), config)  # last: it reads what the run wrote
     accelerator.end_training()
     return results
 

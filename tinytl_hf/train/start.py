@@ -22,9 +22,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.metrics import load_metrics
 from tinytl_hf.measure.results import Evaluated
 from tinytl_hf.model import TinyTLModel
-from tinytl_hf.reports.run_folder import (
-    ADAPTER,
-)
+from tinytl_hf.reports.run_folder import ADAPTER
 from tinytl_hf.train import checkpoint
 from tinytl_hf.train.cached_features import compute_features
 from tinytl_hf.train.checkpoint import Progress
