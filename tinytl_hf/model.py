@@ -19,7 +19,7 @@ from tinytl_hf.adapter.delta import adapter_tensors, frozen_tensors, load_tensor
 from tinytl_hf.adapter.format import holds, read_config, read_tensors, write_adapter
 from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, DataRecord, Preprocessing
 from tinytl_hf.adapter.switching import Adapters, LoadedAdapter
-from tinytl_hf.config.engine import Engine
+from tinytl_hf.config.engine import BackendName, Engine
 from tinytl_hf.config.hub import PushConfig
 from tinytl_hf.config.run import METHOD_ALIASES, Config, HeadConfig, LiteConfig
 from tinytl_hf.data.augment import centre_boxes, resample
@@ -68,15 +68,7 @@ class TinyTLModel(nn.Module):
 
     @classmethod
     def from_config(cls, config: Config, label_names: Sequence[str]) -> TinyTLModel:
-        """Build the model that a run trains.
-
-        Args:
-            config: Every option of the run.
-            label_names: Names of the classes.
-
-        Raises:
-            TinyTLError: As :meth:`from_backbone`.
-        """
+        """Build the model that a run trains: :meth:`from_backbone` with the run's options and these classes."""
         return cls.from_backbone(
             config.backbone.name,
             method=config.method,
@@ -107,7 +99,8 @@ class TinyTLModel(nn.Module):
         lite: LiteConfig | None = None,
         head: HeadConfig | None = None,
         lean: bool = Engine.lean,
-        slice_mb: float = Engine.slice_mb,
+        backend: BackendName = Engine.backend,
+        slice_mb: float | None = None,
         gradient_checkpointing: bool = Engine.gradient_checkpointing,
     ) -> TinyTLModel:
         """Build a model to train.
@@ -125,7 +118,8 @@ class TinyTLModel(nn.Module):
             lite: Options of the lite residuals.
             head: Options of the head.
             lean: Keep only what the gradients need while training, or what stock PyTorch keeps.
-            slice_mb: About how much of a frozen block's widest map exists at a time, in MB.
+            backend: Who computes frozen blocks: eager, native (CPU), triton (CUDA), or auto, the fastest there is.
+            slice_mb: About how much of a frozen block's widest map exists at a time, in MB; None: what suits it.
             gradient_checkpointing: Compute each block a second time in the backward pass.
 
         Raises:
@@ -145,7 +139,7 @@ class TinyTLModel(nn.Module):
             lite=lite or LiteConfig(),
             head=head or HeadConfig(),
         )
-        model = cls(config, Engine(lean, slice_mb, gradient_checkpointing))
+        model = cls(config, Engine(lean, backend, slice_mb, gradient_checkpointing))
         if methods.METHODS[config.method].lite_residual:
             name_unknown_blocks(model.backbone, model._blocks)
         pinned = replace(model.config.backbone, weights=pin_weights(name, weights))
@@ -159,7 +153,8 @@ class TinyTLModel(nn.Module):
         *,
         weights: str | None = None,
         lean: bool = Engine.lean,
-        slice_mb: float = Engine.slice_mb,
+        backend: BackendName = Engine.backend,
+        slice_mb: float | None = None,
         gradient_checkpointing: bool = Engine.gradient_checkpointing,
         revision: str | None = None,
         token: str | None = None,
@@ -170,9 +165,10 @@ class TinyTLModel(nn.Module):
         Args:
             pretrained_model_name_or_path: A folder, or a name on the Hub such as ``user/name``.
             weights: Where to take the backbone from instead; it must hold the same frozen tensors.
-            lean: Keep only what the gradients need while training, or what stock PyTorch keeps.
-            slice_mb: About how much of a frozen block's widest map exists at a time, in MB.
-            gradient_checkpointing: Compute each block a second time in the backward pass.
+            lean: As for :meth:`from_backbone`.
+            backend: As there.
+            slice_mb: As there.
+            gradient_checkpointing: As there.
             revision: On the Hub: a branch, a tag or a commit.
             token: On the Hub: the token; None: that of ``hf auth login`` or HF_TOKEN.
             **download: On the Hub: ``cache_dir``, ``force_download``, ``local_files_only`` and the like, as
@@ -184,7 +180,7 @@ class TinyTLModel(nn.Module):
         folder = find_adapter(pretrained_model_name_or_path, revision, token, **download)
         saved = read_config(folder)
         source = weights or saved.backbone.weights
-        model = cls._with_tensors(folder, saved, source, Engine(lean, slice_mb, gradient_checkpointing))
+        model = cls._with_tensors(folder, saved, source, Engine(lean, backend, slice_mb, gradient_checkpointing))
         if model.config.backbone.sha256 != saved.backbone.sha256:
             raise TinyTLError(
                 f"{folder} was trained on other weights of {saved.backbone.name} than {source} holds "

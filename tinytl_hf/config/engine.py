@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+BackendName = Literal["auto", "eager", "native", "triton"]
 
 
 @dataclass(frozen=True)
@@ -11,11 +14,14 @@ class Engine:
 
     Attributes:
         lean: Keep only what the gradients need (true), or what stock PyTorch keeps (false).
-        slice_mb: About how much of a frozen block's widest map exists at a time, in MB of 1e6 bytes. The default is
-            about what stays in a CPU's cache between one layer and the next.
+        backend: Who computes frozen blocks and lite residuals: eager (PyTorch's own kernels), native (compiled for
+            CPUs), triton (CUDA), or auto, the fastest that the device and the installation have.
+        slice_mb: About how much of a frozen block's widest map exists at a time, in MB of 1e6 bytes; None: what suits
+            the back-end, on a CPU about what stays in the cache between one layer and the next.
         gradient_checkpointing: Compute each block a second time in the backward pass.
     """
 
     lean: bool = True
-    slice_mb: float = 5.0
+    backend: BackendName = "auto"
+    slice_mb: float | None = None
     gradient_checkpointing: bool = False

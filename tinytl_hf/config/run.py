@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from tinytl_hf.config.engine import Engine
+from tinytl_hf.config.engine import BackendName, Engine
 from tinytl_hf.config.hub import HubConfig
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
@@ -175,14 +175,18 @@ class MemoryConfig:
 
     lean: bool = Engine.lean
     """Keep only what the gradients need (true), or what stock PyTorch keeps (false)."""
-    slice_mb: float = Engine.slice_mb
+    backend: BackendName = Engine.backend
+    """Who computes frozen blocks and lite residuals: auto (the fastest there is), eager (PyTorch's own kernels),
+    native (compiled for CPUs) or triton (CUDA)."""
+    slice_mb: float | None = Engine.slice_mb
     """Work through frozen blocks in slices of the batch whose widest map takes about this many MB: smaller
-    slices need less memory."""
+    slices need less memory; null: what suits the back-end."""
     report: bool = True
     """Measure a training step at the end and write what it takes to memory.json in output_dir."""
 
     def __post_init__(self) -> None:
-        check(self.slice_mb > 0, "memory.slice_mb", self.slice_mb, "use a number of MB above 0, such as 5")
+        fits = self.slice_mb is None or self.slice_mb > 0
+        check(fits, "memory.slice_mb", self.slice_mb, "use a number of MB above 0, such as 5, or null")
 
 
 @dataclass(frozen=True)
@@ -315,7 +319,8 @@ class Config:
     @property
     def engine(self) -> Engine:
         """How training passes run."""
-        return Engine(self.memory.lean, self.memory.slice_mb, self.train.gradient_checkpointing)
+        memory = self.memory
+        return Engine(memory.lean, memory.backend, memory.slice_mb, self.train.gradient_checkpointing)
 
     def train_size_in(self, epoch: int) -> int:
         """Side of the training images in px, in an epoch counted from 0."""

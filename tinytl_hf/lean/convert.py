@@ -76,20 +76,20 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine)
     """
     done: set[nn.Module] = set()
     for block in blocks.values():
-        path: Callable[[Tensor], Tensor] | None = _block_path(block, engine.slice_mb)
+        path: Callable[[Tensor], Tensor] | None = _block_path(block, engine)
         if path is None and _images_are_independent(block):
             path = Recomputed(block, block.stock_forward, engine.slice_mb)
         if path is not None:
             done.update(block.modules())
         if block.lite_residual is not None:
             done.update(block.lite_residual.modules())
-            path = LeanBlockPath(block.stock_forward if path is None else path, block.lite_residual, engine.slice_mb)
+            path = LeanBlockPath(block.stock_forward if path is None else path, block.lite_residual, engine)
         block.lean_path = path
     frozen = any(isinstance(m, nn.Conv2d) and not m.weight.requires_grad for m in backbone.modules())
     for module in backbone.modules():
         if module in done or not frozen:
             continue
-        if type(module) is Conv2dNormActivation and (path := _layers_path(module, engine.slice_mb)) is not None:
+        if type(module) is Conv2dNormActivation and (path := _layers_path(module, engine)) is not None:
             module.__class__ = LeanConvNormActivation
             module.chain = path  # type: ignore[assignment]
             done.update(module.modules())
@@ -108,13 +108,13 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine)
     ]
 
 
-def _layers_path(layers: Conv2dNormActivation, slice_mb: float) -> Chain | Recomputed | None:
+def _layers_path(layers: Conv2dNormActivation, engine: Engine) -> Chain | Recomputed | None:
     """The training pass of a convolution with norm and activation, or None if one of them trains or is unknown."""
     stages = _as_stages(leaves(layers))
     if stages is not None:
-        return Chain(stages, slice_mb=slice_mb) if len(stages) == 1 else None
+        return _chain(stages, engine) if len(stages) == 1 else None
     if _images_are_independent(layers):
-        return Recomputed(layers, partial(nn.Sequential.forward, layers), slice_mb)
+        return Recomputed(layers, partial(nn.Sequential.forward, layers), engine.slice_mb)
     return None
 
 
@@ -131,20 +131,24 @@ def _join_opening(layers: nn.Sequential) -> None:
         layers.opening = replace(path, main=joined) if isinstance(path, LeanBlockPath) else joined  # type: ignore[assignment]
 
 
-def _block_path(block: TinyTLBlock, slice_mb: float) -> Chain | LeanResNetPath | None:
+def _block_path(block: TinyTLBlock, engine: Engine) -> Chain | LeanResNetPath | None:
     """The block's training pass as chains, or None if one of its layers does not fit in."""
     main = _as_stages(block.kind.layers(block))
     shortcut, last = block.kind.shortcut(block), block.kind.last(block)
     if main is None:
         return None
     if last is None:
-        return Chain(main, block.kind.adds_input(block), slice_mb) if shortcut is None else None
+        return _chain(main, engine, block.kind.adds_input(block)) if shortcut is None else None
     projection = None if shortcut is None else _as_stages(leaves(shortcut))
     upper = UPPER.get(ACTIVATIONS.get(type(last), ""))
     if upper is None or (shortcut is not None and projection is None):
         return None
-    added = None if projection is None else Chain(projection, slice_mb=slice_mb)
-    return LeanResNetPath(Chain(main, slice_mb=slice_mb), added, upper)
+    added = None if projection is None else _chain(projection, engine)
+    return LeanResNetPath(_chain(main, engine), added, upper)
+
+
+def _chain(stages: tuple[Stage, ...], engine: Engine, residual: bool = False) -> Chain:
+    return Chain(stages, residual, engine.slice_mb, backend=engine.backend)
 
 
 def _images_are_independent(module: nn.Module) -> bool:

@@ -11,7 +11,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torchvision.ops.misc import Conv2dNormActivation
 
-from tinytl_hf.lean import bits
+from tinytl_hf.config.engine import BackendName
+from tinytl_hf.lean import backend, bits
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.int8 import Int8Conv2d
 from tinytl_hf.lean.recompute import Recomputed
@@ -83,9 +84,9 @@ def masked_relu(input: Tensor, upper: float) -> Tensor:
     return _MaskedReLU.apply(input, upper)
 
 
-def upsample_add(maps: Tensor, small: Tensor) -> Tensor:
+def upsample_add(maps: Tensor, small: Tensor, backend_name: BackendName = "auto") -> Tensor:
     """Add ``small``, bilinearly resized, to ``maps`` in place; keeps nothing."""
-    return _UpsampleAdd.apply(maps, small)
+    return _UpsampleAdd.apply(maps, small, backend_name)
 
 
 def average_pool(input: Tensor) -> Tensor:
@@ -115,21 +116,17 @@ class _MaskedReLU(Function):
 
 class _UpsampleAdd(Function):
     @staticmethod
-    def forward(ctx: Any, maps: Tensor, small: Tensor) -> Tensor:
+    def forward(ctx: Any, maps: Tensor, small: Tensor, backend_name: BackendName) -> Tensor:
         ctx.mark_dirty(maps)
         ctx.shape, ctx.dtype = small.shape, small.dtype
-        for i in range(len(maps)):  # the up-sampled maps exist for one image at a time
-            maps[i].add_(
-                F.interpolate(small[i : i + 1], size=maps.shape[-2:], mode="bilinear", align_corners=False)[0]
-            )
+        ctx.backend = backend.named(backend.of_upsampling(backend_name, maps, small))
+        ctx.backend.upsample_add(maps, small)
         return maps
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        size = list(grad.shape[-2:])
-        grad_small = torch.ops.aten.upsample_bilinear2d_backward(grad.to(ctx.dtype), size, list(ctx.shape), False)
-        return grad, grad_small
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, ctx.backend.upsample_backward(grad, ctx.shape, ctx.dtype), None
 
 
 class _AveragePool(Function):

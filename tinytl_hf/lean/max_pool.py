@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.utils import _pair
 
-from tinytl_hf.config.engine import Engine
+from tinytl_hf.lean.slices import slice_mb_on
 
 LARGEST_WINDOW = 256  # places that a byte can tell apart
 
@@ -25,7 +25,7 @@ class LeanMaxPool2d(nn.MaxPool2d):
         slice_mb: The engine's slices: about how much of the indices of eight bytes exists at a time on a CPU, in MB.
     """
 
-    slice_mb: float = Engine.slice_mb
+    slice_mb: float | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.MaxPool2d``."""
@@ -74,10 +74,11 @@ class _MaxPool(Function):
         return torch.cat(grads), None
 
 
-def _images_at_a_time(input: Tensor, slice_mb: float) -> int:
+def _images_at_a_time(input: Tensor, slice_mb: float | None) -> int:
     if input.device.type != "cpu":
         return len(input)
-    return max(1, int(slice_mb * 1e6) // (2 * input[0].numel()))  # a quarter of the values, of eight bytes each
+    a_quarter_of_eight_bytes = 2 * input[0].numel()
+    return max(1, int(slice_mb_on(input.device, slice_mb) * 1e6) // a_quarter_of_eight_bytes)
 
 
 def _corners(maps: Tensor, geometry: Any) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from tinytl_hf.config.engine import Engine
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
 from tinytl_hf.lean.lite_branch import branch
@@ -40,12 +41,12 @@ class LeanBlockPath:
     Attributes:
         main: The block itself, perhaps with a stem before it.
         lite: Its lite residual.
-        slice_mb: The engine's slices, in MB of a map.
+        engine: Who computes the lite residual, and in which slices.
     """
 
     main: Callable[[Tensor], Tensor]
     lite: LiteResidual
-    slice_mb: float
+    engine: Engine
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the block with its lite residual."""
@@ -54,10 +55,10 @@ class LeanBlockPath:
         else:
             output = self.main(x)
             pooled = average_pool(x) if self.lite.pools_maps_of(tuple(x.shape[-2:])) else x
-        small = branch(self.lite, pooled, self.slice_mb)
+        small = branch(self.lite, pooled, self.engine.slice_mb, self.engine.backend)
         if not isinstance(self.main, (Chain, LeanResNetPath, Recomputed)):
             output = output.clone()  # a stock layer may have kept its output, which is not to be written over
-        return upsample_add(output, small)
+        return upsample_add(output, small, self.engine.backend)
 
 
 class LeanOpening(nn.Sequential):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from tinytl_hf.lean.chain import Gathered, even_slices
+from tinytl_hf.lean.slices import Gathered, even_slices, slice_mb_on
 from tinytl_hf.network.blocks import own_layers
 
 SHARE_OF_CHAIN = 0.4  # of the slices of a chain, as autograd keeps several maps of a slice at a time
@@ -36,7 +36,7 @@ class Recomputed:
 
     module: nn.Module
     run: Callable[[Tensor], Tensor]
-    slice_mb: float
+    slice_mb: float | None
     widest: dict[torch.Size, int] = field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Recomputed:
         if x.shape[1:] not in self.widest:
             self.widest[x.shape[1:]] = self._measure_widest(x[:1])
         image_bytes = self.widest[x.shape[1:]] * x.element_size()
-        yield from even_slices(len(x), image_bytes, SHARE_OF_CHAIN * self.slice_mb)
+        yield from even_slices(len(x), image_bytes, SHARE_OF_CHAIN * slice_mb_on(x.device, self.slice_mb))
 
     @torch.no_grad()
     def _measure_widest(self, image: Tensor) -> int:

@@ -6,8 +6,9 @@ Both keep the parameter and buffer names of ``nn.BatchNorm2d``.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -61,7 +62,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         """``[N, C, H, W]`` to the same shape."""
         if not self.training:
             return super().forward(input)
-        values = self.values_of_a_channel(input)
+        values = self.values_of_a_channel(input.shape)
         if self.spans_processes:
             return self._forward_over_processes(input, values)
         rate = self.count_batch()
@@ -81,13 +82,13 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         assert self.momentum is not None  # None (a plain mean) does not occur in torchvision
         return self.momentum
 
-    def values_of_a_channel(self, input: Tensor) -> int:
-        """How many values the statistics of a channel are of, on all processes.
+    def values_of_a_channel(self, shape: Sequence[int]) -> int:
+        """How many values the statistics of a channel are of, on all processes, for maps of ``shape``.
 
         Raises:
             TinyTLError: It is one, whose variance means nothing.
         """
-        values = input.numel() // input.shape[1] * _world_size()  # every process has the same number of images
+        values = math.prod(shape) // shape[1] * _world_size()  # every process has the same number of images
         if values == 1:
             raise TinyTLError(
                 "batch norm needs more than one value a channel: use a larger batch or image, or --lite.norm group"

@@ -37,7 +37,15 @@ SUMS_FILE = "SHA256SUMS"
 NAME = re.compile(r"step_\d{8,}_epoch_\d{4,}")
 MAY_DIFFER = {
     *("output_dir", "overwrite", "tracker", "metrics", "adapter.dtype", "data.workers", "data.memory_limit_mb"),
-    *("memory.lean", "memory.slice_mb", "memory.report", "train.epochs", "train.resume", "train.threads"),
+    *(
+        "memory.lean",
+        "memory.backend",
+        "memory.slice_mb",
+        "memory.report",
+        "train.epochs",
+        "train.resume",
+        "train.threads",
+    ),
     *("train.checkpoint_every", "train.keep_checkpoints"),
     *("hub.push", "hub.repo", "hub.private"),
 }

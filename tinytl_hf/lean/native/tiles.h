@@ -1,0 +1,299 @@
+/* Tiles: a few pixels by one or two vectors of channels, whose sums stay in registers until they are finished.
+ *
+ * Every convolution is the same loop. For each output pixel, `taps` input pixels count, whose addresses come in a
+ * table (Dukhan 2019, "The indirect convolution algorithm"): one for a 1x1 convolution, fewer than k*k at a border. */
+#include "vectors.h"
+
+/* What becomes of a tile's sums. */
+enum {
+    AS_IT_IS,
+    SCALE,          /* v * scale + shift: a frozen norm */
+    SCALE_CLAMP,    /* and clamp(0, upper), with a mask of what lies strictly between */
+    SUM_SCALE,      /* backward of SCALE: the gradients are added up for the bias, then times scale */
+    MASK_SUM_SCALE, /* backward of SCALE_CLAMP */
+};
+
+typedef struct {
+    int kind;
+    float *out;        /* row 0 of the output, channel 0 */
+    i64 pitch;         /* values from one row to the next */
+    const float *scale, *shift;
+    float upper;
+    uint8_t *mask;     /* of row 0; SCALE_CLAMP writes it unless it is null */
+    i64 mask_pitch;    /* bytes */
+    float *sums;       /* [channels] */
+} Finish;
+
+INLINE void mask_write(uint8_t *mask, unsigned bits, i64 n) {
+    mask[0] = (uint8_t)bits;
+    if (LANES == 16 && n > 8) mask[1] = (uint8_t)(bits >> 8);
+}
+
+INLINE unsigned mask_read(const uint8_t *mask, i64 n) {
+    return LANES == 16 && n > 8 ? mask[0] | (unsigned)mask[1] << 8 : mask[0];
+}
+
+/* Finish `rows` vectors of the channels from c on, n of them (n < LANES in the last vector only). */
+INLINE void finish(const int kind, const int rows, const Finish *f, i64 row, i64 row_step, i64 c, i64 n, V *v) {
+    const int full = n >= LANES;
+    V scale = v_all(1), shift = v_all(0), sum = v_all(0);
+    const V low = v_all(0), high = v_all(f->upper);
+    if (kind != AS_IT_IS) scale = full ? v_load(f->scale + c) : v_load_part(f->scale + c, n);
+    if (kind == SCALE || kind == SCALE_CLAMP) shift = full ? v_load(f->shift + c) : v_load_part(f->shift + c, n);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++, row += row_step) {
+        V value = v[i];
+        if (kind == SCALE || kind == SCALE_CLAMP) value = v_fma(value, scale, shift);
+        if (kind == SCALE_CLAMP) {
+            if (f->mask) mask_write(f->mask + row * f->mask_pitch + c / 8, v_inside(value, low, high), n);
+            value = v_clamp(value, low, high);
+        }
+        if (kind == MASK_SUM_SCALE) value = v_keep(value, mask_read(f->mask + row * f->mask_pitch + c / 8, n));
+        if (kind == MASK_SUM_SCALE || kind == SUM_SCALE) {
+            sum = v_add(sum, value);
+            value = v_mul(value, scale);
+        }
+        if (full) v_store(f->out + row * f->pitch + c, value);
+        else v_store_part(f->out + row * f->pitch + c, value, n);
+    }
+    if (kind == MASK_SUM_SCALE || kind == SUM_SCALE) {
+        if (full) v_store(f->sums + c, v_add(v_load(f->sums + c), sum));
+        else v_store_part(f->sums + c, v_add(v_load_part(f->sums + c, n), sum), n);
+    }
+}
+
+/* A line of output pixels that share their taps. */
+enum { MOST_TAPS = 128 };
+typedef struct {
+    i64 count;               /* pixels */
+    i64 first, step;         /* rows of the output: pixel i is row first + i * step */
+    i64 taps, stride;        /* input pixels from one output pixel to the next */
+    i64 width;               /* of the input, in pixels */
+    const float *row[MOST_TAPS]; /* of each tap: the input's row ... */
+    i64 x[MOST_TAPS];        /* ... the column that belongs to output pixel 0 ... */
+    i64 at[MOST_TAPS];       /* ... and its place in the kernel */
+} Line;
+
+/* ---- dense convolutions: weights packed as [columns / TILE_COLUMNS][taps][depth][TILE_COLUMNS], padded with zeros */
+
+INLINE void dense_tile(const int kind, const int rows, const int two, const float *const *a, const float *packed,
+                       const i64 *at, i64 taps, i64 depth, const Finish *f, i64 row, i64 row_step, i64 c, i64 n) {
+    V s0[TILE_ROWS], s1[TILE_ROWS];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) s0[i] = s1[i] = v_all(0);
+    for (i64 t = 0; t < taps; t++, a += TILE_ROWS) {
+        const float *b = packed + at[t] * depth * TILE_COLUMNS;
+        for (i64 k = 0; k < depth; k++, b += TILE_COLUMNS) {
+            const V b0 = v_load(b), b1 = two ? v_load(b + LANES) : v_all(0);
+#pragma GCC unroll 16
+            for (int i = 0; i < rows; i++) {
+                const V x = v_all(a[i][k]);
+                s0[i] = v_fma(x, b0, s0[i]);
+                if (two) s1[i] = v_fma(x, b1, s1[i]);
+            }
+        }
+    }
+    finish(kind, rows, f, row, row_step, c, two ? LANES : min_of(n, LANES), s0);
+    if (two) finish(kind, rows, f, row, row_step, c + LANES, min_of(n - LANES, LANES), s1);
+}
+
+#define DENSE_ARGUMENTS                                                                                            \
+    const float *const *a, const float *packed, const i64 *at, i64 taps, i64 depth, const Finish *f, i64 row,          \
+        i64 row_step, i64 c, i64 n
+#define DENSE_VALUES a, packed, at, taps, depth, f, row, row_step, c, n
+#define ONE_ROW_COUNT(KIND, ROWS)                                                                                      \
+    case ROWS:                                                                                                         \
+        if (n > LANES) dense_tile(KIND, ROWS, 1, DENSE_VALUES);                                                        \
+        else dense_tile(KIND, ROWS, 0, DENSE_VALUES);                                                                  \
+        break;
+#if TILE_ROWS == 4
+#define OTHER_ROW_COUNTS(KIND)
+#elif TILE_ROWS == 6
+#define OTHER_ROW_COUNTS(KIND) ONE_ROW_COUNT(KIND, 4) ONE_ROW_COUNT(KIND, 5) ONE_ROW_COUNT(KIND, 6)
+#else
+#define OTHER_ROW_COUNTS(KIND)                                                                                         \
+    ONE_ROW_COUNT(KIND, 4) ONE_ROW_COUNT(KIND, 5) ONE_ROW_COUNT(KIND, 6) ONE_ROW_COUNT(KIND, 7) ONE_ROW_COUNT(KIND, 8)
+#endif
+#define DENSE_OF_KIND(KIND)                                                                                            \
+    static void dense_##KIND(i64 rows, DENSE_ARGUMENTS) {                                                              \
+        switch (rows) {                                                                                                \
+            ONE_ROW_COUNT(KIND, 1) ONE_ROW_COUNT(KIND, 2) ONE_ROW_COUNT(KIND, 3) OTHER_ROW_COUNTS(KIND)                \
+            LAST_ROW_COUNT(KIND)                                                                                       \
+        }                                                                                                              \
+    }
+#if TILE_ROWS == 4
+#define LAST_ROW_COUNT(KIND) ONE_ROW_COUNT(KIND, 4)
+#else
+#define LAST_ROW_COUNT(KIND)
+#endif
+DENSE_OF_KIND(AS_IT_IS)
+DENSE_OF_KIND(SCALE)
+DENSE_OF_KIND(SCALE_CLAMP)
+DENSE_OF_KIND(SUM_SCALE)
+DENSE_OF_KIND(MASK_SUM_SCALE)
+
+static void dense_rows(i64 rows, DENSE_ARGUMENTS) {
+    switch (f->kind) {
+    case AS_IT_IS: dense_AS_IT_IS(rows, DENSE_VALUES); break;
+    case SCALE: dense_SCALE(rows, DENSE_VALUES); break;
+    case SCALE_CLAMP: dense_SCALE_CLAMP(rows, DENSE_VALUES); break;
+    case SUM_SCALE: dense_SUM_SCALE(rows, DENSE_VALUES); break;
+    default: dense_MASK_SUM_SCALE(rows, DENSE_VALUES);
+    }
+}
+
+/* A 1x1 convolution of `rows` rows of `depth` values, `lda` apart; `f` is of its row 0. */
+static void pointwise(const float *a, i64 lda, i64 rows, i64 depth, const float *packed, i64 columns, const Finish *f) {
+    static const i64 at[1] = {0};
+    for (i64 c = 0; c < columns; c += TILE_COLUMNS, packed += depth * TILE_COLUMNS)
+        for (i64 r = 0; r < rows; r += TILE_ROWS) {
+            const float *pointers[TILE_ROWS];
+            for (i64 i = 0; i < TILE_ROWS; i++) pointers[i] = a + min_of(r + i, rows - 1) * lda;
+            dense_rows(min_of(TILE_ROWS, rows - r), pointers, packed, at, 1, depth, f, r, 1, c, columns - c);
+        }
+}
+
+/* The table of a line: for each tile of pixels, for each tap, the address of every pixel's input; zeros outside. */
+static void line_addresses(const Line *line, i64 channels, i64 offset, const float *zeros, const float **table) {
+    for (i64 r = 0; r < line->count; r += TILE_ROWS)
+        for (i64 t = 0; t < line->taps; t++)
+            for (i64 i = 0; i < TILE_ROWS; i++) {
+                const i64 x = line->x[t] + min_of(r + i, line->count - 1) * line->stride;
+                *table++ = x < 0 || x >= line->width ? zeros : line->row[t] + x * channels + offset;
+            }
+}
+
+/* A dense convolution of a line; `channels` of an input pixel, of which `depth` from `offset` on count. */
+static void dense_line(const Line *line, i64 channels, i64 offset, i64 depth, i64 all_taps, const float *packed,
+                       i64 columns, const Finish *f, const float *zeros, const float **table) {
+    line_addresses(line, channels, offset, zeros, table);
+    for (i64 c = 0; c < columns; c += TILE_COLUMNS, packed += all_taps * depth * TILE_COLUMNS)
+        for (i64 r = 0; r < line->count; r += TILE_ROWS)
+            dense_rows(min_of(TILE_ROWS, line->count - r), table + r * line->taps, packed, line->at, line->taps, depth,
+                       f, line->first + r * line->step, line->step, c, columns - c);
+}
+
+/* ---- depthwise convolutions: weights as [taps][channels] */
+
+INLINE void depthwise_tile(const int kind, const int rows, const int two, const float *const *x, i64 x_step,
+                           const float *weights, const i64 *at, i64 taps, i64 channels, const Finish *f, i64 row,
+                           i64 row_step, i64 c, i64 n) {
+    V s0[TILE_ROWS], s1[TILE_ROWS];
+    const int part = !two && n < LANES;
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) s0[i] = s1[i] = v_all(0);
+    for (i64 t = 0; t < taps; t++) {
+        const float *w = weights + at[t] * channels + c, *p = x[t] + c;
+        const V w0 = part ? v_load_part(w, n) : v_load(w), w1 = two ? v_load(w + LANES) : v_all(0);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) {
+            s0[i] = v_fma(part ? v_load_part(p + i * x_step, n) : v_load(p + i * x_step), w0, s0[i]);
+            if (two) s1[i] = v_fma(v_load(p + i * x_step + LANES), w1, s1[i]);
+        }
+    }
+    finish(kind, rows, f, row, row_step, c, two ? LANES : n, s0);
+    if (two) finish(kind, rows, f, row, row_step, c + LANES, LANES, s1);
+}
+
+/* `count` pixels that have all of `taps`. */
+INLINE void depthwise_run(const int kind, const float *const *x, i64 x_step, const float *weights, const i64 *at,
+                          i64 taps, i64 channels, const Finish *f, i64 row, i64 row_step, i64 count) {
+    for (i64 c = 0; c < channels;) {
+        const int two = c + 2 * LANES <= channels;
+        const i64 n = two ? 2 * LANES : min_of(LANES, channels - c);
+        const float *p[MOST_TAPS];
+        for (i64 t = 0; t < taps; t++) p[t] = x[t];
+        i64 i = 0;
+        for (; i + TILE_ROWS <= count; i += TILE_ROWS) {
+            if (two)
+                depthwise_tile(kind, TILE_ROWS, 1, p, x_step, weights, at, taps, channels, f, row + i * row_step,
+                               row_step, c, n);
+            else
+                depthwise_tile(kind, TILE_ROWS, 0, p, x_step, weights, at, taps, channels, f, row + i * row_step,
+                               row_step, c, n);
+            for (i64 t = 0; t < taps; t++) p[t] += TILE_ROWS * x_step;
+        }
+        for (; i < count; i++) {
+            if (two)
+                depthwise_tile(kind, 1, 1, p, x_step, weights, at, taps, channels, f, row + i * row_step, row_step, c, n);
+            else
+                depthwise_tile(kind, 1, 0, p, x_step, weights, at, taps, channels, f, row + i * row_step, row_step, c, n);
+            for (i64 t = 0; t < taps; t++) p[t] += x_step;
+        }
+        c += n;
+    }
+}
+
+/* A depthwise convolution of a line: the pixels inside at once, those at a border one by one with the taps they have. */
+INLINE void depthwise_of_kind(const int kind, const Line *line, const float *weights, i64 channels, const Finish *f) {
+    i64 low = 0, high = line->count; /* the pixels whose taps all lie inside */
+    for (i64 t = 0; t < line->taps; t++) {
+        while (low < line->count && line->x[t] + low * line->stride < 0) low++;
+        while (high > low && line->x[t] + (high - 1) * line->stride >= line->width) high--;
+    }
+    const float *x[MOST_TAPS];
+    i64 at[MOST_TAPS];
+    for (i64 i = 0; i < line->count; i++) {
+        const int inside = i >= low && i < high;
+        i64 taps = 0;
+        for (i64 t = 0; t < line->taps; t++) {
+            const i64 column = line->x[t] + i * line->stride;
+            if (!inside && (column < 0 || column >= line->width)) continue;
+            x[taps] = line->row[t] + column * channels;
+            at[taps++] = line->at[t];
+        }
+        const i64 count = inside ? high - i : 1;
+        depthwise_run(kind, x, line->stride * channels, weights, at, taps, channels, f, line->first + i * line->step,
+                      line->step, count);
+        i += count - 1;
+    }
+}
+
+static void depthwise_line(const Line *line, const float *weights, i64 channels, const Finish *f) {
+    switch (f->kind) {
+    case AS_IT_IS: depthwise_of_kind(AS_IT_IS, line, weights, channels, f); break;
+    case SCALE: depthwise_of_kind(SCALE, line, weights, channels, f); break;
+    case SCALE_CLAMP: depthwise_of_kind(SCALE_CLAMP, line, weights, channels, f); break;
+    case SUM_SCALE: depthwise_of_kind(SUM_SCALE, line, weights, channels, f); break;
+    default: depthwise_of_kind(MASK_SUM_SCALE, line, weights, channels, f);
+    }
+}
+
+/* ---- rows that are already there: finished in place or from elsewhere */
+
+INLINE void rows_of_kind(const int kind, const float *from, i64 rows, i64 channels, const Finish *f) {
+    for (i64 c = 0; c < channels; c += LANES) {
+        const i64 n = min_of(LANES, channels - c);
+        i64 r = 0;
+        for (; r + 4 <= rows; r += 4) {
+            V v[4];
+            for (int i = 0; i < 4; i++) {
+                const float *p = from + (r + i) * channels + c;
+                v[i] = n < LANES ? v_load_part(p, n) : v_load(p);
+            }
+            finish(kind, 4, f, r, 1, c, n, v);
+        }
+        for (; r < rows; r++) {
+            V v = n < LANES ? v_load_part(from + r * channels + c, n) : v_load(from + r * channels + c);
+            finish(kind, 1, f, r, 1, c, n, &v);
+        }
+    }
+}
+
+static void finish_rows(const float *from, i64 rows, i64 channels, const Finish *f) {
+    if (f->kind == SUM_SCALE) rows_of_kind(SUM_SCALE, from, rows, channels, f);
+    else rows_of_kind(MASK_SUM_SCALE, from, rows, channels, f);
+}
+
+/* Packs a weight, read through strides, for dense convolutions: one column of the packed form is one output. */
+static void pack_panel(const float *weight, const int8_t *quantised, const float *scales, int scale_by_column,
+                       i64 column_stride, i64 depth_stride, i64 column, i64 columns, i64 depth, float *packed) {
+    const i64 n = min_of(TILE_COLUMNS, columns - column);
+    for (i64 k = 0; k < depth; k++, packed += TILE_COLUMNS) {
+        for (i64 j = 0; j < n; j++) {
+            const i64 at = (column + j) * column_stride + k * depth_stride;
+            packed[j] = weight ? weight[at] : quantised[at] * scales[scale_by_column ? column + j : k];
+        }
+        for (i64 j = n; j < TILE_COLUMNS; j++) packed[j] = 0;
+    }
+}

@@ -1,0 +1,115 @@
+/* Vectors of fp32 values under one set of names. The file that includes this has chosen an instruction set. */
+#include <math.h>
+#include <string.h>
+#include "native.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(TINYTL_AVX512)
+#include <immintrin.h>
+#define LANES 16
+#define TILE_ROWS 8 /* rows of a tile of sums that stay in registers, two vectors wide */
+typedef __m512 V;
+INLINE __mmask16 v_first(i64 n) { return (__mmask16)((1u << n) - 1); }
+INLINE V v_load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE V v_load_part(const float *p, i64 n) { return _mm512_maskz_loadu_ps(v_first(n), p); }
+INLINE void v_store(float *p, V v) { _mm512_storeu_ps(p, v); }
+INLINE void v_store_part(float *p, V v, i64 n) { _mm512_mask_storeu_ps(p, v_first(n), v); }
+INLINE V v_all(float x) { return _mm512_set1_ps(x); }
+INLINE V v_add(V a, V b) { return _mm512_add_ps(a, b); }
+INLINE V v_sub(V a, V b) { return _mm512_sub_ps(a, b); }
+INLINE V v_mul(V a, V b) { return _mm512_mul_ps(a, b); }
+INLINE V v_fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE V v_clamp(V v, V low, V high) { return _mm512_min_ps(high, _mm512_max_ps(low, v)); } /* NaN stays */
+INLINE unsigned v_inside(V v, V low, V high) { /* one bit a lane: low < v < high */
+    return _mm512_cmp_ps_mask(v, low, _CMP_GT_OQ) & _mm512_cmp_ps_mask(v, high, _CMP_LT_OQ);
+}
+INLINE V v_keep(V v, unsigned mask) { return _mm512_maskz_mov_ps((__mmask16)mask, v); }
+
+#elif defined(TINYTL_AVX2)
+#include <immintrin.h>
+#define LANES 8
+#define TILE_ROWS 6
+typedef __m256 V;
+static const int32_t FIRST[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+INLINE __m256i v_first(i64 n) { return _mm256_loadu_si256((const __m256i *)(FIRST + 8 - n)); }
+INLINE V v_load(const float *p) { return _mm256_loadu_ps(p); }
+INLINE V v_load_part(const float *p, i64 n) { return _mm256_maskload_ps(p, v_first(n)); }
+INLINE void v_store(float *p, V v) { _mm256_storeu_ps(p, v); }
+INLINE void v_store_part(float *p, V v, i64 n) { _mm256_maskstore_ps(p, v_first(n), v); }
+INLINE V v_all(float x) { return _mm256_set1_ps(x); }
+INLINE V v_add(V a, V b) { return _mm256_add_ps(a, b); }
+INLINE V v_sub(V a, V b) { return _mm256_sub_ps(a, b); }
+INLINE V v_mul(V a, V b) { return _mm256_mul_ps(a, b); }
+INLINE V v_fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE V v_clamp(V v, V low, V high) { return _mm256_min_ps(high, _mm256_max_ps(low, v)); } /* NaN stays */
+INLINE unsigned v_inside(V v, V low, V high) {
+    return (unsigned)_mm256_movemask_ps(
+        _mm256_and_ps(_mm256_cmp_ps(v, low, _CMP_GT_OQ), _mm256_cmp_ps(v, high, _CMP_LT_OQ)));
+}
+INLINE V v_keep(V v, unsigned mask) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32((int)mask), lane);
+    return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
+}
+
+#else /* the compiler's own vectors: any processor, Arm included */
+#define LANES 8
+#define TILE_ROWS 4
+typedef float V __attribute__((vector_size(32), aligned(4)));
+typedef int32_t VI __attribute__((vector_size(32)));
+INLINE V v_load(const float *p) { V v; memcpy(&v, p, sizeof v); return v; }
+INLINE V v_load_part(const float *p, i64 n) { V v = {0}; for (i64 i = 0; i < n; i++) v[i] = p[i]; return v; }
+INLINE void v_store(float *p, V v) { memcpy(p, &v, sizeof v); }
+INLINE void v_store_part(float *p, V v, i64 n) { for (i64 i = 0; i < n; i++) p[i] = v[i]; }
+INLINE V v_all(float x) { return (V){x, x, x, x, x, x, x, x}; }
+INLINE V v_add(V a, V b) { return a + b; }
+INLINE V v_sub(V a, V b) { return a - b; }
+INLINE V v_mul(V a, V b) { return a * b; }
+INLINE V v_fma(V a, V b, V c) { return a * b + c; }
+INLINE V v_if(VI mask, V yes, V no) { return (V)(((VI)yes & mask) | ((VI)no & ~mask)); }
+INLINE V v_clamp(V v, V low, V high) { v = v_if(v < low, low, v); return v_if(v > high, high, v); } /* NaN stays */
+INLINE unsigned v_inside(V v, V low, V high) {
+    const VI lane = {1, 2, 4, 8, 16, 32, 64, 128};
+    const VI set = (v > low) & (v < high) & lane;
+    return (unsigned)(set[0] | set[1] | set[2] | set[3] | set[4] | set[5] | set[6] | set[7]);
+}
+INLINE V v_keep(V v, unsigned mask) {
+    const VI lane = {1, 2, 4, 8, 16, 32, 64, 128};
+    const VI set = ((VI){0} + (int32_t)mask) & lane;
+    return (V)((VI)v & (set == lane));
+}
+#endif
+
+#define TILE_COLUMNS (2 * LANES)
+
+INLINE i64 min_of(i64 a, i64 b) { return a < b ? a : b; }
+INLINE i64 max_of(i64 a, i64 b) { return a > b ? a : b; }
+INLINE i64 whole(i64 a, i64 step) { return (a + step - 1) / step * step; } /* rounded up to a multiple */
+
+/* Reads values of maps as fp32: where they are, or converted into `room`. */
+static const float *read_values(Maps maps, i64 at, i64 count, float *room) {
+    if (!maps.is_bf16) return (const float *)maps.data + at;
+    const uint16_t *p = (const uint16_t *)maps.data + at;
+    for (i64 i = 0; i < count; i++) {
+        const uint32_t bits = (uint32_t)p[i] << 16;
+        memcpy(room + i, &bits, 4);
+    }
+    return room;
+}
+
+/* Writes fp32 values into maps, rounded to the nearest bf16 (ties to even) where that is their type. */
+static void write_values(Maps maps, i64 at, i64 count, const float *values) {
+    if (!maps.is_bf16) {
+        float *to = (float *)maps.data + at;
+        if (to != values) memcpy(to, values, (size_t)count * sizeof(float));
+        return;
+    }
+    uint16_t *to = (uint16_t *)maps.data + at;
+    for (i64 i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, values + i, 4);
+        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+        to[i] = (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded); /* NaN stays NaN */
+    }
+}

@@ -1,0 +1,200 @@
+"""The native back-end: a chain, or a phase of a lite branch, is one call of a C function (``native/``).
+
+A thread works through its share of the batch a few rows at a time, so that all that a chain makes in between stays in
+the cache. Arithmetic is fp32; maps may be bf16. Results depend on the number of threads, but not on their timing.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tinytl_hf.lean.int8 import Int8Conv2d
+from tinytl_hf.lean.native_branch import branch_backward as branch_backward
+from tinytl_hf.lean.native_branch import branch_fits as branch_fits
+from tinytl_hf.lean.native_branch import branch_forward as branch_forward
+from tinytl_hf.lean.native_library import (
+    DTYPES,
+    LARGEST_KERNEL,
+    ChainArguments,
+    Maps,
+    StageArguments,
+    UpsamplingArguments,
+    channels_last,
+    empty_maps,
+    kernels,
+)
+from tinytl_hf.lean.stage import UPPER, Stage
+
+if TYPE_CHECKING:
+    from tinytl_hf.lean.chain import Chain
+
+MOST_STAGES = 16  # of native/chain.h
+CACHE_SHARE = 0.6  # of a core's second-level cache, for the maps of a chain
+CACHE = 512 << 10  # bytes, where the size of that cache is not known
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """What of a chain's maps a thread may hold at a time, unless the engine says."""
+    known = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names else 0
+    return int(CACHE_SHARE * (known if known > 0 else CACHE))
+
+
+def fits(chain: Chain, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run a chain; None if they can."""
+    if dtype not in DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} (only fp32 and bf16)"
+    if len(chain.stages) > MOST_STAGES or (chain.residual and chain.branch):
+        return "an unusual order of layers"
+    return next((reason for stage in chain.stages if (reason := _stage_fits(stage)) is not None), None)
+
+
+def _stage_fits(stage: Stage) -> str | None:
+    conv, tensors = stage.conv, [stage.conv.weight, stage.bias]
+    depthwise = conv.groups == conv.in_channels == conv.out_channels > 1
+    one_size = len({*conv.kernel_size}) == len({*conv.stride}) == len({*conv.padding}) == 1
+    if (conv.groups > 1 and not depthwise) or conv.dilation != (1, 1) or not one_size:
+        return "a grouped, dilated or oblong convolution"
+    if not conv.stride[0] <= conv.kernel_size[0] <= LARGEST_KERNEL or int(conv.padding[0]) >= conv.kernel_size[0]:
+        return "a convolution that skips pixels, or a large kernel"
+    if stage.activation is not None and conv.out_channels % 8:
+        return "a number of channels that is no multiple of 8"
+    if any(t is not None and t.dtype not in (torch.float32, torch.int8) for t in tensors):
+        return "parameters that are not fp32"
+    return None
+
+
+def _stage_arguments(stage: Stage, mask: Tensor | None, grad_bias: Tensor | None) -> StageArguments:
+    conv, norm = stage.conv, stage.norm
+    int8 = isinstance(conv, Int8Conv2d)
+    weight = conv.weight.data_ptr()
+    return StageArguments(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size[0],
+        conv.stride[0],
+        int(conv.padding[0]),
+        conv.groups > 1,
+        conv.weight.stride(),
+        None if int8 else weight,
+        weight if int8 else None,
+        conv.weight_scale.data_ptr() if isinstance(conv, Int8Conv2d) else None,
+        *(None if norm is None else _pointer(t) for t in _norm_tensors(norm)),
+        _pointer(stage.bias),
+        0.0 if norm is None else norm.eps,
+        stage.activation is not None,
+        0.0 if stage.activation is None else UPPER[stage.activation],
+        _pointer(mask),
+        _pointer(grad_bias),
+    )
+
+
+def _norm_tensors(norm: nn.BatchNorm2d | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (None, None, None) if norm is None else (norm.weight, norm.running_mean, norm.running_var)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@dataclass
+class _Call:
+    """The arguments of one call, with the tensors that they point to, which must outlive it."""
+
+    arguments: ChainArguments
+    alive: list[Tensor | None]
+
+    @classmethod
+    def of(cls, chain: Chain, shape: torch.Size, masks: list[Tensor | None], grads: list[Tensor | None]) -> _Call:
+        stages = [_stage_arguments(*each) for each in zip(chain.stages, masks, grads, strict=True)]
+        array = (StageArguments * len(stages))(*stages)
+        arguments = ChainArguments(shape[0], shape[2], shape[3], len(stages), array, chain.branch, chain.residual)
+        arguments.threads = torch.get_num_threads()
+        arguments.cache = cache_bytes() if chain.slice_mb is None else int(chain.slice_mb * 1e6)
+        return cls(arguments, [*masks, *grads])
+
+    def set(self, name: str, maps: Tensor | None) -> None:
+        """Pass channels-last maps."""
+        setattr(self.arguments, name, Maps.of(maps))
+        self.alive.append(maps)
+
+    def run(self, name: str) -> None:
+        """Call a kernel with the scratch memory that it asks for."""
+        chosen = kernels()
+        assert chosen is not None
+        scratch = torch.empty(chosen.chain_scratch(self.arguments))
+        self.arguments.scratch = scratch.data_ptr()
+        getattr(chosen, name)(self.arguments)
+
+
+def chain_forward(
+    chain: Chain, x: Tensor, dtype: torch.dtype, keeps: bool, pools: bool
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """See :class:`~tinytl_hf.lean.backend.Backend`."""
+    images, sizes = x.shape[0], chain.map_sizes(x.shape)
+    masks = [
+        torch.empty((images, *size[1:], size[0] // 8), dtype=torch.uint8) if keeps and stage.activation else None
+        for stage, size in zip(chain.stages, sizes[1:], strict=True)
+    ]
+    call = _Call.of(chain, x.shape, masks, [None] * len(masks))
+    output = empty_maps(images, sizes[-1], dtype)
+    channels, height, width = sizes[chain.branch]
+    pooled = empty_maps(images, (channels, height // 2, width // 2), dtype) if pools else None
+    call.set("input", channels_last(x))
+    call.set("output", output)
+    call.set("pooled", pooled)
+    call.run("chain_forward")
+    return output, pooled, masks
+
+
+def chain_backward(
+    chain: Chain,
+    kept: list[Tensor | None],
+    shape: torch.Size,
+    dtype: torch.dtype,
+    grad: Tensor,
+    grad_pooled: Tensor | None,
+    needs_input: bool,
+    needs_bias: list[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """See :class:`~tinytl_hf.lean.backend.Backend`."""
+    grads = [
+        torch.empty(stage.conv.out_channels) if needed else None
+        for stage, needed in zip(chain.stages, needs_bias, strict=True)
+    ]
+    call = _Call.of(chain, shape, kept, grads)
+    grad_input = empty_maps(shape[0], tuple(shape[1:]), dtype) if needs_input else None
+    call.set("grad_output", channels_last(grad))
+    call.set("grad_pooled", None if grad_pooled is None else channels_last(grad_pooled))
+    call.set("grad_input", grad_input)
+    call.arguments.first = 0 if needs_input else needs_bias.index(True)
+    call.run("chain_backward")
+    return grad_input, grads
+
+
+def upsample_add(maps: Tensor, small: Tensor) -> None:
+    """See :class:`~tinytl_hf.lean.backend.Backend`."""
+    _resample("upsample_add", maps, channels_last(small))
+
+
+def upsample_backward(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """See :class:`~tinytl_hf.lean.backend.Backend`."""
+    small = empty_maps(shape[0], tuple(shape[1:]), dtype)
+    _resample("upsample_backward", channels_last(grad), small)
+    return small
+
+
+def _resample(kernel: str, maps: Tensor, small: Tensor) -> None:
+    chosen = kernels()
+    assert chosen is not None
+    sizes = (len(maps), *maps.shape[2:], *small.shape[2:], maps.shape[1])
+    arguments = UpsamplingArguments(*sizes, Maps.of(maps), Maps.of(small), None, torch.get_num_threads())
+    scratch = torch.empty(chosen.upsampling_scratch(arguments))
+    arguments.scratch = scratch.data_ptr()
+    getattr(chosen, kernel)(arguments)

@@ -1,0 +1,124 @@
+"""A lite branch on the native back-end: one call of a C function each way (``native/branch.h``)."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tinytl_hf.lean.native_library import (
+    DTYPES,
+    LARGEST_KERNEL,
+    BranchArguments,
+    Maps,
+    NormArguments,
+    Reduce,
+    channels_last,
+    empty_maps,
+    kernels,
+)
+from tinytl_hf.network.norms import GlobalBatchNorm2d, sum_over_processes
+
+if TYPE_CHECKING:
+    from tinytl_hf.lean.lite_branch import Branch
+
+
+def branch_fits(branch: Branch, dtype: torch.dtype) -> bool:
+    """Whether the kernels can run a branch with maps of ``dtype``."""
+    fp32 = all(tensor.dtype == torch.float32 for tensor in branch.parameters)
+    return dtype in DTYPES and fp32 and branch.conv1.kernel_size[0] <= LARGEST_KERNEL
+
+
+def branch_forward(branch: Branch, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """See :class:`~tinytl_hf.lean.backend.Backend`."""
+    middle, channels = branch.conv1.out_channels, branch.conv2.out_channels
+    statistics = [torch.empty(size) for size in (middle, middle, channels, channels)]
+    call = _Call(branch, pooled, statistics)
+    call.arguments.norm1.rate = branch.norm1.count_batch()
+    call.arguments.norm2.rate = branch.norm2.count_batch()
+    output = empty_maps(len(pooled), (channels, *call.size), dtype)
+    call.set(output=output)
+    call.run("branch_forward", flow=channels if dtype == torch.bfloat16 else 0)
+    return output, statistics
+
+
+def branch_backward(
+    branch: Branch, pooled: Tensor, statistics: list[Tensor], dtype: torch.dtype, grad: Tensor, needs_input: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """See :class:`~tinytl_hf.lean.backend.Backend`."""
+    call = _Call(branch, pooled, statistics)
+    grad_input = empty_maps(len(pooled), tuple(pooled.shape[1:]), pooled.dtype) if needs_input else None
+    grads = [torch.empty(parameter.shape) for parameter in branch.parameters]
+    call.set(grad_output=channels_last(grad), grad_input=grad_input)
+    arguments = call.arguments
+    arguments.grad_weight1, arguments.grad_weight2 = grads[0].data_ptr(), grads[3].data_ptr()
+    arguments.norm1.grad_gamma, arguments.norm1.grad_beta = grads[1].data_ptr(), grads[2].data_ptr()
+    arguments.norm2.grad_gamma, arguments.norm2.grad_beta = grads[4].data_ptr(), grads[5].data_ptr()
+    call.run("branch_backward", flow=branch.conv1.out_channels)
+    return grad_input, grads
+
+
+class _Call:
+    """The arguments of one call, and the tensors that they point to, which must outlive it.
+
+    Attributes:
+        size: Height and width of the branch's maps.
+    """
+
+    def __init__(self, branch: Branch, pooled: Tensor, statistics: list[Tensor]) -> None:
+        conv = branch.conv1
+        kernel, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
+        images, channels, height, width = pooled.shape
+        self.size = tuple((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+        pixels = images * self.size[0] * self.size[1]
+        weights = [conv.weight.detach().contiguous(), branch.conv2.weight.detach().contiguous()]
+        maps = torch.empty(pixels * conv.out_channels)
+        self.alive: list[Any] = [*weights, *statistics, maps]
+        self.pixels = pixels
+        self.failed: Exception | None = None
+        self.arguments = BranchArguments(
+            *(images, height, width, channels, conv.out_channels, branch.conv2.out_channels),
+            *(kernel, stride, padding, conv.groups),
+        )
+        arguments = self.arguments
+        arguments.weight1, arguments.weight2 = (weight.data_ptr() for weight in weights)
+        arguments.norm1 = _norm_arguments(branch.norm1, statistics[:2])
+        arguments.norm2 = _norm_arguments(branch.norm2, statistics[2:])
+        arguments.values = branch.norm1.values_of_a_channel((images, 1, *self.size))
+        arguments.maps, arguments.threads = maps.data_ptr(), torch.get_num_threads()
+        if branch.norm1.spans_processes:
+            arguments.reduce = Reduce(self._reduce)
+        self.set(input=channels_last(pooled))
+
+    def set(self, **maps: Tensor | None) -> None:
+        """Pass channels-last maps."""
+        for name, tensor in maps.items():
+            setattr(self.arguments, name, Maps.of(tensor))
+            self.alive.append(tensor)
+
+    def run(self, name: str, flow: int) -> None:
+        """Call a kernel with the scratch memory that it asks for, and maps of ``flow`` channels."""
+        found = kernels()
+        assert found is not None
+        room, scratch = torch.empty(self.pixels * flow), torch.empty(found.branch_scratch(self.arguments))
+        self.arguments.flow, self.arguments.scratch = room.data_ptr(), scratch.data_ptr()
+        getattr(found, name)(self.arguments)
+        if self.failed is not None:
+            raise self.failed
+
+    def _reduce(self, sums: Any, count: int) -> None:
+        """Add up over the processes, in place; called from C, through which no exception passes."""
+        buffer = ctypes.cast(sums, ctypes.POINTER(ctypes.c_double * count)).contents
+        values = torch.frombuffer(buffer, dtype=torch.float64)
+        try:
+            values.copy_(sum_over_processes(values))
+        except Exception as error:  # whatever it is, run() raises it
+            self.failed = error
+
+
+def _norm_arguments(norm: GlobalBatchNorm2d, statistics: list[Tensor]) -> NormArguments:
+    running = [None if tensor is None else tensor.data_ptr() for tensor in (norm.running_mean, norm.running_var)]
+    vectors = (norm.weight.data_ptr(), norm.bias.data_ptr(), *running)
+    return NormArguments(*vectors, 0.0, norm.eps, statistics[0].data_ptr(), statistics[1].data_ptr())

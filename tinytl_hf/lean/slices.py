@@ -1,0 +1,45 @@
+"""Slices of a batch: how many images at a time, and how their maps come together again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type of what is computed of ``x``: autocast's, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def slice_mb_on(device: torch.device, slice_mb: float | None) -> float:
+    """The engine's slices, or what suits a device: what stays in a CPU's cache between layers, much on a GPU."""
+    return slice_mb or (5.0 if device.type == "cpu" else 200.0)
+
+
+def even_slices(images: int, image_bytes: int, slice_mb: float) -> Iterator[slice]:
+    """Ranges of a batch of ``images``, of one size as far as it goes, each of about ``slice_mb``."""
+    count = max(1, int(slice_mb * 1e6) // image_bytes)
+    count = -(-images // -(-images // count))
+    for start in range(0, images, count):
+        yield slice(start, min(start + count, images))
+
+
+class Gathered:
+    """A channels-last tensor that is filled slice by slice, and made when its first slice comes."""
+
+    def __init__(self, images: int) -> None:
+        self.images = images
+        self.whole: Tensor | None = None
+
+    def put(self, part: slice, maps: Tensor) -> None:
+        """Take in the maps of a slice of the batch."""
+        if len(maps) == self.images:
+            self.whole = maps
+            return
+        if self.whole is None:
+            shape = (self.images, *maps.shape[1:])
+            self.whole = torch.empty(shape, dtype=maps.dtype, device=maps.device, memory_format=torch.channels_last)
+        self.whole[part] = maps
