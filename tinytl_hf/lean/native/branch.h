@@ -78,41 +78,45 @@ static Grid backward_grid(const Branch *b, i64 top, i64 left, const float *zeros
 
 /* Addresses of what `count` pixels from `first` on read: [tile][tap][pixel of the tile]. */
 static void grid_addresses(const Grid *g, i64 first, i64 count, const float **table) {
-    for (i64 r = 0; r < count; r += TILE_ROWS) {
-        i64 image[TILE_ROWS], y[TILE_ROWS], x[TILE_ROWS];
-        for (i64 i = 0; i < TILE_ROWS; i++) {
-            const i64 pixel = first + min_of(r + i, count - 1);
-            image[i] = pixel / (g->rows * g->columns) * g->height;
-            y[i] = pixel / g->columns % g->rows * g->stride;
-            x[i] = pixel % g->columns * g->stride;
+    i64 step[MOST_TAPS], top = 0, left = 0, bottom = 0, right = 0; /* how far the taps reach */
+    for (i64 t = 0; t < g->taps; t++) {
+        step[t] = (g->y[t] * g->width + g->x[t]) * g->channels;
+        top = min_of(top, g->y[t]);
+        left = min_of(left, g->x[t]);
+        bottom = max_of(bottom, g->y[t]);
+        right = max_of(right, g->x[t]);
+    }
+    for (i64 r = 0; r < whole(count, TILE_ROWS); r++) {
+        const i64 pixel = first + min_of(r, count - 1);
+        const i64 y = pixel / g->columns % g->rows * g->stride, x = pixel % g->columns * g->stride;
+        const float *at = g->maps + ((pixel / (g->rows * g->columns) * g->height + y) * g->width + x) * g->channels;
+        const float **to = table + r / TILE_ROWS * g->taps * TILE_ROWS + r % TILE_ROWS;
+        if (y + top >= 0 && x + left >= 0 && y + bottom < g->height && x + right < g->width) {
+            for (i64 t = 0; t < g->taps; t++) to[t * TILE_ROWS] = at + step[t];
+            continue;
         }
-        for (i64 t = 0; t < g->taps; t++)
-            for (i64 i = 0; i < TILE_ROWS; i++) {
-                const i64 v = y[i] + g->y[t], u = x[i] + g->x[t];
-                const int inside = v >= 0 && v < g->height && u >= 0 && u < g->width;
-                *table++ = inside ? g->maps + ((image[i] + v) * g->width + u) * g->channels : g->zeros;
-            }
+        for (i64 t = 0; t < g->taps; t++) {
+            const i64 v = y + g->y[t], u = x + g->x[t];
+            const int inside = v >= 0 && v < g->height && u >= 0 && u < g->width;
+            to[t * TILE_ROWS] = inside ? at + step[t] : g->zeros;
+        }
     }
 }
 
-/* One group of a dense convolution of `count` pixels whose addresses are in `table`. */
+/* One group of a dense convolution of `count` pixels whose addresses are in `table`; its channels begin at `offset`. */
 static void dense_pixels(const Grid *g, i64 count, const float *const *table, i64 offset, i64 depth, i64 all_taps,
                          const float *packed, i64 columns, const Finish *f) {
     for (i64 c = 0; c < columns; c += TILE_COLUMNS, packed += all_taps * depth * TILE_COLUMNS)
-        for (i64 r = 0; r < count; r += TILE_ROWS) {
-            const float *a[MOST_TAPS * TILE_ROWS];
-            for (i64 i = 0; i < g->taps * TILE_ROWS; i++) {
-                const float *p = table[r * g->taps + i];
-                a[i] = p == g->zeros ? p : p + offset;
-            }
-            dense_rows(min_of(TILE_ROWS, count - r), a, packed, g->at, g->taps, depth, f, r, 1, c, columns - c);
+        for (i64 r = 0, n; r < count; r += n) {
+            n = rows_at_a_time(count - r, columns - c);
+            dense_rows(n, table + r * g->taps, offset, packed, g->at, g->taps, depth, f, r, 1, c, columns - c);
         }
 }
 
 /* ---- weights' gradients: sums over pixels of an output channel's gradient times an input channel's value */
 
 INLINE void outer_tile(const int rows, const int two, const float *gradient, i64 pitch, const float *const *x,
-                       i64 x_step, i64 offset, const float *zeros, i64 count, float *to, i64 to_pitch, i64 n) {
+                       i64 x_step, i64 offset, i64 count, float *to, i64 to_pitch, i64 n) {
     V s0[TILE_ROWS], s1[TILE_ROWS];
     const int part = two ? n < 2 * LANES : n < LANES;
     const i64 n0 = two ? LANES : n, n1 = n - LANES;
@@ -121,9 +125,9 @@ INLINE void outer_tile(const int rows, const int two, const float *gradient, i64
         s0[i] = part ? v_load_part(to + i * to_pitch, n0) : v_load(to + i * to_pitch);
         s1[i] = !two ? v_all(0) : part ? v_load_part(to + i * to_pitch + LANES, n1) : v_load(to + i * to_pitch + LANES);
     }
-    for (i64 r = 0; r < count; r++, gradient += pitch) {
-        const float *p = x[r / TILE_ROWS * x_step + r % TILE_ROWS];
-        if (p != zeros) p += offset;
+    for (i64 r = 0, i = 0; r < count; r++, gradient += pitch) {
+        const float *p = x[i] + offset;
+        i += r % TILE_ROWS == TILE_ROWS - 1 ? x_step - TILE_ROWS + 1 : 1;
         const V b0 = part ? v_load_part(p, n0) : v_load(p);
         const V b1 = !two ? v_all(0) : part ? v_load_part(p + LANES, n1) : v_load(p + LANES);
 #pragma GCC unroll 16
@@ -144,12 +148,12 @@ INLINE void outer_tile(const int rows, const int two, const float *gradient, i64
 
 /* to[i][j] += sum over pixels of gradient[pixel][i] * x[pixel][offset + j], for i < rows and j < columns. */
 static void outer_product(const float *gradient, i64 pitch, i64 rows, const float *const *x, i64 x_step, i64 offset,
-                          const float *zeros, i64 count, float *to, i64 to_pitch, i64 columns) {
+                          i64 count, float *to, i64 to_pitch, i64 columns) {
     for (i64 j = 0; j < columns; j += TILE_COLUMNS) {
         const i64 n = min_of(TILE_COLUMNS, columns - j);
         i64 i = 0;
 #define OUTER(ROWS, TWO)                                                                                               \
-    outer_tile(ROWS, TWO, gradient + i, pitch, x, x_step, offset + j, zeros, count, to + i * to_pitch + j, to_pitch, n)
+    outer_tile(ROWS, TWO, gradient + i, pitch, x, x_step, offset + j, count, to + i * to_pitch + j, to_pitch, n)
         for (; i + TILE_ROWS <= rows; i += TILE_ROWS) {
             if (n > LANES) OUTER(TILE_ROWS, 1);
             else OUTER(TILE_ROWS, 0);
@@ -173,9 +177,9 @@ static void add_statistics(const float *maps, i64 rows, i64 channels, const floa
         const i64 n = min_of(LANES, channels - c);
         float room[2 * LANES];
         V s = v_all(0), q = v_all(0);
-        const V centre = v_load_part(at + c, n);
+        const V centre = v_get(at + c, n);
         for (i64 r = 0; r < rows; r++) {
-            const V d = v_sub(v_load_part(maps + r * channels + c, n), centre);
+            const V d = v_sub(v_get(maps + r * channels + c, n), centre);
             s = v_add(s, d);
             q = v_fma(d, d, q);
         }
@@ -193,24 +197,24 @@ static void affine(const float *from, float *to, i64 rows, i64 channels, const f
     const V low = v_all(relu ? 0 : -INFINITY), high = v_all(INFINITY);
     for (i64 c = 0; c < channels; c += LANES) {
         const i64 n = min_of(LANES, channels - c);
-        const V scale = v_load_part(norm + c, n), shift = v_load_part(norm + channels + c, n);
+        const V scale = v_get(norm + c, n), shift = v_get(norm + channels + c, n);
         for (i64 r = 0; r < rows; r++) {
             const i64 at = r * channels + c;
-            v_store_part(to + at, v_clamp(v_fma(v_load_part(from + at, n), scale, shift), low, high), n);
+            v_put(to + at, v_clamp(v_fma(v_get(from + at, n), scale, shift), low, high), n);
         }
     }
 }
 
-/* gradient = a * gradient + b * maps + d, of `norm`. */
+/* to = a * gradient + b * (maps - mean) + d, of `norm`. */
 static void norm_backward(const float *maps, const float *gradient, float *to, i64 rows, i64 channels, const float *norm) {
     for (i64 c = 0; c < channels; c += LANES) {
         const i64 n = min_of(LANES, channels - c);
-        const V a = v_load_part(norm + c, n), b = v_load_part(norm + channels + c, n);
-        const V d = v_load_part(norm + 2 * channels + c, n);
+        const V a = v_get(norm + c, n), b = v_get(norm + channels + c, n);
+        const V d = v_get(norm + 2 * channels + c, n), mean = v_get(norm + 3 * channels + c, n);
         for (i64 r = 0; r < rows; r++) {
             const i64 at = r * channels + c;
-            const V v = v_fma(v_load_part(maps + at, n), b, d);
-            v_store_part(to + at, v_fma(v_load_part(gradient + at, n), a, v), n);
+            const V v = v_fma(v_sub(v_get(maps + at, n), mean), b, d);
+            v_put(to + at, v_fma(v_get(gradient + at, n), a, v), n);
         }
     }
 }
@@ -223,19 +227,19 @@ static void add_norm_sums(const float *maps, const float *gradient, float *to, c
         const i64 n = min_of(LANES, channels - c);
         float room[2 * LANES];
         V s = v_all(0), q = v_all(0);
-        const V m = v_load_part(mean + c, n);
+        const V m = v_get(mean + c, n);
         for (i64 r = 0; r < rows; r++) {
             const i64 at = r * channels + c;
-            V v = v_load_part(gradient + at, n);
+            V v = v_get(gradient + at, n);
             if (act) {
-                v = v_keep(v, v_inside(v_load_part(act + at, n), v_all(0), v_all(INFINITY)));
-                v_store_part(to + at, v, n);
+                v = v_keep(v, v_inside(v_get(act + at, n), v_all(0), v_all(INFINITY)));
+                v_put(to + at, v, n);
             }
             s = v_add(s, v);
-            q = v_fma(v, v_sub(v_load_part(maps + at, n), m), q);
+            q = v_fma(v, v_sub(v_get(maps + at, n), m), q);
         }
         v_store(room, s);
-        v_store(room + LANES, v_mul(q, v_load_part(inverse + c, n)));
+        v_store(room + LANES, v_mul(q, v_get(inverse + c, n)));
         for (i64 i = 0; i < n; i++) {
             sums[c + i] += room[i];
             sums[channels + c + i] += room[LANES + i];
@@ -375,7 +379,7 @@ static double *outer_sums(const Branch *b, const float *norm1) {
     return merge_sums(b, &room, n);
 }
 
-/* The 1x1 weight's gradient, and the flow before the ReLU with its two sums; `norm2`: a, b and d of norm_backward. */
+/* The 1x1 weight's gradient, and the flow before the ReLU with its two sums; `norm2`: that of norm_backward. */
 static double *inner(const Branch *b, const float *norm1, const float *norm2) {
     const Room room = branch_room(b);
     const i64 n = b->out_channels, m = b->middle;
@@ -395,7 +399,7 @@ static double *inner(const Branch *b, const float *norm1, const float *norm2) {
             outer_rows(b, first, count, norm1, packed, act, outer);
             const float *gradient = read_values(b->grad_output, first * n, count * n, own + room.rows);
             norm_backward(outer, gradient, outer, count, n, norm2);
-            outer_product(outer, n, n, x, TILE_ROWS, 0, 0, count, weight, m, m);
+            outer_product(outer, n, n, x, TILE_ROWS, 0, count, weight, m, m);
             const Finish f = {.kind = AS_IT_IS, .out = flow, .pitch = m};
             pointwise(outer, n, count, n, packed_backward, m, &f);
             add_norm_sums(b->maps + first * m, flow, flow, act, count, m, b->norm1.mean, b->norm1.inverse, sums);
@@ -416,7 +420,7 @@ static void add_weight1(const Branch *b, const Grid *grid, i64 first, i64 count,
     for (i64 g = 0; g < b->groups; g++)
         for (i64 t = 0; t < grid->taps; t++)
             outer_product(b->flow + first * b->middle + g * out, b->middle, out, table + t * TILE_ROWS,
-                          grid->taps * TILE_ROWS, g * in, grid->zeros, count,
+                          grid->taps * TILE_ROWS, g * in, count,
                           weight + (g * out * grid->taps + t) * in, grid->taps * in, in);
 }
 
@@ -430,7 +434,7 @@ static void write_grad_input(const Branch *b, i64 top, i64 left, const Grid *gri
     }
 }
 
-/* The flow before the first norm (`norm1`: a, b and d), and the gradients of the grouped convolution. */
+/* The flow before the first norm (`norm1`: that of norm_backward), and the gradients of the grouped convolution. */
 static void convolve_backward(const Branch *b, const float *norm1) {
     const Room room = branch_room(b);
     const i64 in = b->in_channels / b->groups, out = b->middle / b->groups, taps = b->kernel * b->kernel;
@@ -505,7 +509,7 @@ static void set_affine(const Norm *norm, i64 channels, float *to) {
     }
 }
 
-/* The norm's own gradients, of this process; to: a, b and d of norm_backward, by the sums of all processes. */
+/* The norm's own gradients, of this process; to: what norm_backward takes, by the sums of all processes. */
 static void set_backward(const Branch *b, const Norm *norm, double *sums, i64 channels, float *to) {
     for (i64 i = 0; i < channels; i++) {
         norm->grad_beta[i] = (float)sums[i];
@@ -517,7 +521,8 @@ static void set_backward(const Branch *b, const Norm *norm, double *sums, i64 ch
         const float of_maps = -a * norm->inverse[i] * (float)(sums[channels + i] / b->values);
         to[i] = a;
         to[channels + i] = of_maps;
-        to[2 * channels + i] = -a * (float)(sums[i] / b->values) - of_maps * norm->mean[i];
+        to[2 * channels + i] = -a * (float)(sums[i] / b->values);
+        to[3 * channels + i] = norm->mean[i];
     }
 }
 

@@ -267,7 +267,7 @@ static void convolve_rows(const Pass *pass, i64 step, i64 a, i64 b, Finish f) {
                 else forward_line(pass, step, image, r, &line);
                 if (s->depthwise) depthwise_line(&line, packed, columns, &g);
                 else
-                    dense_line(&line, depth, 0, depth, s->kernel * s->kernel, packed, columns, &g,
+                    dense_line(&line, depth, s->kernel * s->kernel, packed, columns, &g,
                                pass->shared + p->zeros, (const float **)(pass->own + p->table));
             }
 }

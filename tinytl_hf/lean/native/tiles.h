@@ -35,11 +35,10 @@ INLINE unsigned mask_read(const uint8_t *mask, i64 n) {
 
 /* Finish `rows` vectors of the channels from c on, n of them (n < LANES in the last vector only). */
 INLINE void finish(const int kind, const int rows, const Finish *f, i64 row, i64 row_step, i64 c, i64 n, V *v) {
-    const int full = n >= LANES;
     V scale = v_all(1), shift = v_all(0), sum = v_all(0);
     const V low = v_all(0), high = v_all(f->upper);
-    if (kind != AS_IT_IS) scale = full ? v_load(f->scale + c) : v_load_part(f->scale + c, n);
-    if (kind == SCALE || kind == SCALE_CLAMP) shift = full ? v_load(f->shift + c) : v_load_part(f->shift + c, n);
+    if (kind != AS_IT_IS) scale = v_get(f->scale + c, n);
+    if (kind == SCALE || kind == SCALE_CLAMP) shift = v_get(f->shift + c, n);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++, row += row_step) {
         V value = v[i];
@@ -53,12 +52,10 @@ INLINE void finish(const int kind, const int rows, const Finish *f, i64 row, i64
             sum = v_add(sum, value);
             value = v_mul(value, scale);
         }
-        if (full) v_store(f->out + row * f->pitch + c, value);
-        else v_store_part(f->out + row * f->pitch + c, value, n);
+        v_put(f->out + row * f->pitch + c, value, n);
     }
     if (kind == MASK_SUM_SCALE || kind == SUM_SCALE) {
-        if (full) v_store(f->sums + c, v_add(v_load(f->sums + c), sum));
-        else v_store_part(f->sums + c, v_add(v_load_part(f->sums + c, n), sum), n);
+        v_put(f->sums + c, v_add(v_get(f->sums + c, n), sum), n);
     }
 }
 
@@ -76,18 +73,25 @@ typedef struct {
 
 /* ---- dense convolutions: weights packed as [columns / TILE_COLUMNS][taps][depth][TILE_COLUMNS], padded with zeros */
 
-INLINE void dense_tile(const int kind, const int rows, const int two, const float *const *a, const float *packed,
-                       const i64 *at, i64 taps, i64 depth, const Finish *f, i64 row, i64 row_step, i64 c, i64 n) {
-    V s0[TILE_ROWS], s1[TILE_ROWS];
+/* `rows` pixels by one or two vectors; of one vector up to two tiles, so that enough sums are under way at a time. */
+INLINE void dense_tile(const int kind, const int rows, const int two, const float *const *a, i64 offset,
+                       const float *packed, const i64 *at, i64 taps, i64 depth, const Finish *f, i64 row, i64 row_step,
+                       i64 c, i64 n) {
+    V s0[2 * TILE_ROWS], s1[TILE_ROWS];
 #pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) s0[i] = s1[i] = v_all(0);
-    for (i64 t = 0; t < taps; t++, a += TILE_ROWS) {
-        const float *b = packed + at[t] * depth * TILE_COLUMNS;
+    for (int i = 0; i < rows; i++) s0[i] = v_all(0);
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE_ROWS; i++) s1[i] = v_all(0);
+    for (i64 t = 0; t < taps; t++) {
+        const float *b = packed + at[t] * depth * TILE_COLUMNS, *p[2 * TILE_ROWS];
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++)
+            p[i] = (i < TILE_ROWS ? a[t * TILE_ROWS + i] : a[(taps + t) * TILE_ROWS + i - TILE_ROWS]) + offset;
         for (i64 k = 0; k < depth; k++, b += TILE_COLUMNS) {
             const V b0 = v_load(b), b1 = two ? v_load(b + LANES) : v_all(0);
 #pragma GCC unroll 16
             for (int i = 0; i < rows; i++) {
-                const V x = v_all(a[i][k]);
+                const V x = v_all(p[i][k]);
                 s0[i] = v_fma(x, b0, s0[i]);
                 if (two) s1[i] = v_fma(x, b1, s1[i]);
             }
@@ -98,9 +102,9 @@ INLINE void dense_tile(const int kind, const int rows, const int two, const floa
 }
 
 #define DENSE_ARGUMENTS                                                                                            \
-    const float *const *a, const float *packed, const i64 *at, i64 taps, i64 depth, const Finish *f, i64 row,          \
-        i64 row_step, i64 c, i64 n
-#define DENSE_VALUES a, packed, at, taps, depth, f, row, row_step, c, n
+    const float *const *a, i64 offset, const float *packed, const i64 *at, i64 taps, i64 depth, const Finish *f,      \
+        i64 row, i64 row_step, i64 c, i64 n
+#define DENSE_VALUES a, offset, packed, at, taps, depth, f, row, row_step, c, n
 #define ONE_ROW_COUNT(KIND, ROWS)                                                                                      \
     case ROWS:                                                                                                         \
         if (n > LANES) dense_tile(KIND, ROWS, 1, DENSE_VALUES);                                                        \
@@ -119,6 +123,8 @@ INLINE void dense_tile(const int kind, const int rows, const int two, const floa
         switch (rows) {                                                                                                \
             ONE_ROW_COUNT(KIND, 1) ONE_ROW_COUNT(KIND, 2) ONE_ROW_COUNT(KIND, 3) OTHER_ROW_COUNTS(KIND)                \
             LAST_ROW_COUNT(KIND)                                                                                       \
+        default:                                                                                                       \
+            dense_tile(KIND, 2 * TILE_ROWS, 0, DENSE_VALUES);                                                          \
         }                                                                                                              \
     }
 #if TILE_ROWS == 4
@@ -142,35 +148,43 @@ static void dense_rows(i64 rows, DENSE_ARGUMENTS) {
     }
 }
 
+/* How many of `left` pixels are made at a time for `n` columns: one tile, or two of half the width. */
+INLINE i64 rows_at_a_time(i64 left, i64 n) {
+    return n <= LANES && left >= 2 * TILE_ROWS ? 2 * TILE_ROWS : min_of(left, TILE_ROWS);
+}
+
 /* A 1x1 convolution of `rows` rows of `depth` values, `lda` apart; `f` is of its row 0. */
 static void pointwise(const float *a, i64 lda, i64 rows, i64 depth, const float *packed, i64 columns, const Finish *f) {
     static const i64 at[1] = {0};
     for (i64 c = 0; c < columns; c += TILE_COLUMNS, packed += depth * TILE_COLUMNS)
-        for (i64 r = 0; r < rows; r += TILE_ROWS) {
-            const float *pointers[TILE_ROWS];
-            for (i64 i = 0; i < TILE_ROWS; i++) pointers[i] = a + min_of(r + i, rows - 1) * lda;
-            dense_rows(min_of(TILE_ROWS, rows - r), pointers, packed, at, 1, depth, f, r, 1, c, columns - c);
+        for (i64 r = 0, count; r < rows; r += count) {
+            const float *pointers[2 * TILE_ROWS];
+            count = rows_at_a_time(rows - r, columns - c);
+            for (i64 i = 0; i < 2 * TILE_ROWS; i++) pointers[i] = a + min_of(r + i, rows - 1) * lda;
+            dense_rows(count, pointers, 0, packed, at, 1, depth, f, r, 1, c, columns - c);
         }
 }
 
 /* The table of a line: for each tile of pixels, for each tap, the address of every pixel's input; zeros outside. */
-static void line_addresses(const Line *line, i64 channels, i64 offset, const float *zeros, const float **table) {
+static void line_addresses(const Line *line, i64 channels, const float *zeros, const float **table) {
     for (i64 r = 0; r < line->count; r += TILE_ROWS)
         for (i64 t = 0; t < line->taps; t++)
             for (i64 i = 0; i < TILE_ROWS; i++) {
                 const i64 x = line->x[t] + min_of(r + i, line->count - 1) * line->stride;
-                *table++ = x < 0 || x >= line->width ? zeros : line->row[t] + x * channels + offset;
+                *table++ = x < 0 || x >= line->width ? zeros : line->row[t] + x * channels;
             }
 }
 
-/* A dense convolution of a line; `channels` of an input pixel, of which `depth` from `offset` on count. */
-static void dense_line(const Line *line, i64 channels, i64 offset, i64 depth, i64 all_taps, const float *packed,
-                       i64 columns, const Finish *f, const float *zeros, const float **table) {
-    line_addresses(line, channels, offset, zeros, table);
+/* A dense convolution of a line; `depth` channels of an input pixel, `all_taps` in the packed weights. */
+static void dense_line(const Line *line, i64 depth, i64 all_taps, const float *packed, i64 columns, const Finish *f,
+                       const float *zeros, const float **table) {
+    line_addresses(line, depth, zeros, table);
     for (i64 c = 0; c < columns; c += TILE_COLUMNS, packed += all_taps * depth * TILE_COLUMNS)
-        for (i64 r = 0; r < line->count; r += TILE_ROWS)
-            dense_rows(min_of(TILE_ROWS, line->count - r), table + r * line->taps, packed, line->at, line->taps, depth,
-                       f, line->first + r * line->step, line->step, c, columns - c);
+        for (i64 r = 0, count; r < line->count; r += count) {
+            count = rows_at_a_time(line->count - r, columns - c);
+            dense_rows(count, table + r * line->taps, 0, packed, line->at, line->taps, depth, f,
+                       line->first + r * line->step, line->step, c, columns - c);
+        }
 }
 
 /* ---- depthwise convolutions: weights as [taps][channels] */
@@ -267,14 +281,11 @@ INLINE void rows_of_kind(const int kind, const float *from, i64 rows, i64 channe
         i64 r = 0;
         for (; r + 4 <= rows; r += 4) {
             V v[4];
-            for (int i = 0; i < 4; i++) {
-                const float *p = from + (r + i) * channels + c;
-                v[i] = n < LANES ? v_load_part(p, n) : v_load(p);
-            }
+            for (int i = 0; i < 4; i++) v[i] = v_get(from + (r + i) * channels + c, n);
             finish(kind, 4, f, r, 1, c, n, v);
         }
         for (; r < rows; r++) {
-            V v = n < LANES ? v_load_part(from + r * channels + c, n) : v_load(from + r * channels + c);
+            V v = v_get(from + r * channels + c, n);
             finish(kind, 1, f, r, 1, c, n, &v);
         }
     }

@@ -83,6 +83,13 @@ INLINE V v_keep(V v, unsigned mask) {
 
 #define TILE_COLUMNS (2 * LANES)
 
+/* The first n lanes; a whole vector is the usual case, and masked stores are slow. */
+INLINE V v_get(const float *p, i64 n) { return n >= LANES ? v_load(p) : v_load_part(p, n); }
+INLINE void v_put(float *p, V v, i64 n) {
+    if (n >= LANES) v_store(p, v);
+    else v_store_part(p, v, n);
+}
+
 INLINE i64 min_of(i64 a, i64 b) { return a < b ? a : b; }
 INLINE i64 max_of(i64 a, i64 b) { return a > b ? a : b; }
 INLINE i64 whole(i64 a, i64 step) { return (a + step - 1) / step * step; } /* rounded up to a multiple */

@@ -1,0 +1,289 @@
+"""The native back-end: every kernel of every instruction set that this processor has, against stock PyTorch."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tinytl_hf import TinyTLModel
+from tinytl_hf.config.run import LiteConfig
+from tinytl_hf.lean import backend, bits, eager_backend, native_backend, native_branch, native_library
+from tinytl_hf.lean.chain import Chain, Stage
+from tinytl_hf.lean.int8 import quantise
+from tinytl_hf.lean.lite_branch import branch
+from tinytl_hf.network.lite_residual import LiteResidual
+from tinytl_hf.network.norms import FrozenBatchNorm2d
+
+SETS = native_library.instruction_sets()
+pytestmark = pytest.mark.skipif(not SETS, reason="the package was installed without a C compiler")
+CL = torch.channels_last
+
+
+@pytest.fixture(params=list(SETS) or [None])
+def instruction_set(request, monkeypatch):
+    for module in (native_backend, native_branch):
+        monkeypatch.setattr(module, "kernels", lambda: SETS[request.param])
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def norm(channels):
+    layer = FrozenBatchNorm2d(channels)
+    with torch.no_grad():
+        for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+            tensor.copy_(torch.rand(channels) + 0.3)
+        layer.bias.sub_(0.5)
+    layer.weight.requires_grad_(False)
+    return layer
+
+
+def conv(inputs, outputs, kernel=1, stride=1, groups=1, bias=False):
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)
+    layer.weight.requires_grad_(False)
+    return layer
+
+
+def inverted_residual(inputs, outputs, middle, stride=1, kernel=3, activation="relu6"):
+    return (
+        Stage(conv(inputs, middle), norm(middle), activation),
+        Stage(conv(middle, middle, kernel, stride, middle), norm(middle), activation),
+        Stage(conv(middle, outputs), norm(outputs)),
+    )
+
+
+def stem():
+    depthwise = Stage(conv(32, 32, 3, 1, 32), norm(32), "relu6")
+    return Stage(conv(3, 32, 3, 2), norm(32), "relu6"), depthwise, Stage(conv(32, 20), norm(20))
+
+
+# Each: the chain, and the shape of its input. 40 and 24 channels leave tails in vectors of 16.
+CHAINS = {
+    "residual": lambda: (Chain(inverted_residual(16, 16, 40), True), (3, 16, 9, 7)),
+    "relu, 5x5": lambda: (Chain(inverted_residual(16, 16, 24, 1, 5, "relu"), True), (2, 16, 8, 11)),
+    "stride 2": lambda: (Chain(inverted_residual(16, 20, 96, 2)), (2, 16, 15, 14)),
+    "stride 2, 5x5": lambda: (Chain(inverted_residual(9, 24, 40, 2, 5)), (2, 9, 14, 15)),
+    "stem": lambda: (Chain(stem(), branch=1), (2, 3, 33, 31)),
+    "ResNet": lambda: (
+        Chain((Stage(conv(16, 24, 3, 2), norm(24), "relu"), Stage(conv(24, 18, 3), norm(18)))),
+        (2, 16, 13, 12),
+    ),
+    "without norms": lambda: (
+        Chain((Stage(conv(5, 16, bias=True), None, "relu"), Stage(conv(16, 3, 3, bias=True)))),
+        (2, 5, 6, 5),
+    ),
+    "one stage": lambda: (Chain((Stage(conv(16, 40), norm(40), "relu6"),)), (2, 16, 5, 5)),
+    "7x7 stride 2": lambda: (Chain((Stage(conv(3, 64, 7, 2), norm(64), "relu"),)), (2, 3, 33, 30)),
+    "one pixel": lambda: (Chain(inverted_residual(16, 16, 96), True), (1, 16, 1, 1)),
+}
+
+
+def make(name, **options):
+    torch.manual_seed(0)
+    chain, shape = CHAINS[name]()
+    x = torch.randn(shape).contiguous(memory_format=CL)
+    return replace(chain, backend="native", **options), x
+
+
+def stock(chain, x, dtype):
+    """Output and pooled input by stock layers, in ``dtype``."""
+    pooled = None
+    y = inputs = x.to(dtype)
+    for i, stage in enumerate(chain.stages):
+        if i == chain.branch:
+            inputs, pooled = y, F.avg_pool2d(y, 2) if min(y.shape[2:]) > 1 else None
+        y = copy.deepcopy(stage.conv).to(dtype)(y)
+        if stage.norm is not None:
+            y = copy.deepcopy(stage.norm).to(dtype)(y)
+        if stage.activation is not None:
+            y = y.clamp(0, 6.0 if stage.activation == "relu6" else float("inf"))
+    return (y + inputs if chain.residual else y), pooled
+
+
+def error(found, exact):
+    return ((found.double() - exact).norm() / exact.norm().clamp(min=1e-9)).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache_mb", [1e-6, 0.02, 10.0])
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_is_as_exact_as_stock_in_any_slices_and_threads(name, cache_mb, threads, instruction_set):
+    chain, x = make(name, slice_mb=cache_mb)
+    assert native_backend.fits(chain, x.dtype) is None
+    pools = min(chain.block_input_size(x.shape)) > 1
+    exact, exact_pooled = stock(chain, x, torch.float64)
+    output, pooled, masks = native_backend.chain_forward(chain, x, x.dtype, True, pools)
+    assert error(output, exact) <= 2 * error(stock(chain, x, torch.float32)[0], exact) + 1e-7
+    assert not pools or error(pooled, exact_pooled) < 1e-6
+    whole = replace(chain, slice_mb=1e3)
+    _, _, expected = eager_backend.chain_forward(whole, x, x.dtype, True, False)
+    for mask, packed in zip(masks, expected, strict=True):
+        assert (mask is None) == (packed is None)
+        assert mask is None or torch.equal(mask.view(-1), packed)  # the bits of the eager back-end, in its order
+    grad = torch.randn_like(output)
+    grad_pooled = torch.randn_like(pooled) if pools else None
+    for needs_input in (True, False):
+        wanted = [needs_input, [stage.bias is not None for stage in chain.stages]]
+        arguments = (x.shape, x.dtype, grad, grad_pooled, *wanted)
+        ours = native_backend.chain_backward(chain, masks, *arguments)
+        flat = [None if mask is None else mask.view(-1) for mask in masks]
+        double = replace(whole, stages=tuple(in_double(stage) for stage in chain.stages))
+        of_pooled = None if grad_pooled is None else grad_pooled.double()
+        theirs = eager_backend.chain_backward(double, flat, x.shape, torch.float64, grad.double(), of_pooled, *wanted)
+        for found, reference in zip([ours[0], *ours[1]], [theirs[0], *theirs[1]], strict=True):
+            assert (found is None) == (reference is None)
+            assert found is None or error(found, reference) < 2e-6
+
+
+def in_double(stage):
+    layers = [None if layer is None else copy.deepcopy(layer).double() for layer in (stage.conv, stage.norm)]
+    return Stage(*layers, stage.activation)
+
+
+@pytest.mark.parametrize("name", ["residual", "stride 2, 5x5", "stem", "one pixel"])
+def test_bf16_maps_give_gradients_no_further_off_than_stock(name, threads, instruction_set):
+    chain, x = make(name)
+    x = x.bfloat16()
+
+    def gradients(run, dtype):
+        maps = x.to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = run(maps)
+        grad = torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype)
+        return output, torch.autograd.grad(output, maps, grad)[0]
+
+    exact = gradients(lambda maps: stock(chain, maps, torch.float64)[0], torch.float64)
+    ours = gradients(chain, torch.bfloat16)
+    theirs = gradients(lambda maps: stock(chain, maps, torch.bfloat16)[0], torch.bfloat16)
+    assert ours[0].dtype == ours[1].dtype == torch.bfloat16
+    for found, other, reference in zip(ours, theirs, exact, strict=True):
+        assert error(found, reference) <= 1.1 * error(other, reference) + 2e-3
+
+
+def test_an_int8_weight_is_used_as_it_is(instruction_set):
+    chain, x = make("residual")
+    convs = nn.ModuleList(stage.conv for stage in chain.stages)
+    quantise(convs)
+    chain = replace(chain, stages=tuple(map(replace, chain.stages)))
+    eager = replace(chain, backend="eager")
+    torch.testing.assert_close(chain(x), eager(x), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_not_a_number_stays_one(instruction_set):
+    chain, x = make("residual")
+    x[0, 0, 4, 4] = float("nan")
+    assert chain(x)[0].isnan().any() and not chain(x)[1:].isnan().any()
+    assert chain(x.bfloat16())[0].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("channels", "stride", "kernel", "groups", "shape"),
+    [
+        ((16, 24), 2, 5, 2, (2, 16, 28, 27)),
+        ((24, 24), 1, 5, 2, (3, 24, 14, 13)),
+        ((40, 24), 1, 3, 1, (2, 40, 3, 3)),
+        ((16, 16), 1, 1, 1, (4, 16, 1, 1)),
+        ((48, 20), 2, 3, 2, (5, 48, 7, 7)),
+    ],
+)
+def test_a_lite_branch_is_as_exact_as_stock(channels, stride, kernel, groups, shape, dtype, threads, instruction_set):
+    torch.manual_seed(0)
+    size = 64 if kernel > 1 else 1
+    lite = LiteResidual(*channels, stride, size, LiteConfig(kernel_size=kernel, groups=groups)).train()
+    nn.init.uniform_(lite.norm2.weight, 0.5, 1.5)
+    nn.init.normal_(lite.norm1.bias)
+    pooled = torch.randn(shape).to(dtype)
+    reference, plain = copy.deepcopy(lite).double(), copy.deepcopy(lite)
+
+    def outcome(layers, run, dtype):
+        maps = pooled.to(dtype).contiguous(memory_format=CL).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = run(maps)
+        torch.manual_seed(1)
+        grad = torch.randn(output.shape).to(output.dtype)
+        return [output, *torch.autograd.grad(output, [maps, *layers.parameters()], grad), layers.norm2.running_var]
+
+    ours = outcome(lite, lambda maps: branch(lite, maps, None, "native"), dtype)
+    theirs = outcome(plain, plain.before_upsampling, dtype)
+    exact = outcome(reference, reference.before_upsampling, torch.float64)
+    largest = max(each.norm() for each in exact[1:-1])
+    for found, other, true in zip(ours, theirs, exact, strict=True):
+        if true.norm() > 1e-3 * largest:  # a gradient that is nothing but rounding says nothing
+            slack = 1e-6 if dtype == torch.float32 else 5e-3
+            assert error(found, true) <= 1.5 * error(other, true) + slack
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("size", "small"), [((14, 14), (7, 7)), ((28, 28), (7, 7)), ((7, 9), (2, 3)), ((3, 3), (1, 1)), ((4, 4), (7, 3))]
+)
+def test_up_sampling_is_that_of_pytorch(size, small, dtype, threads, instruction_set):
+    maps, source = (torch.randn(2, 12, *each).contiguous(memory_format=CL).to(dtype) for each in (size, small))
+    expected = maps.double() + F.interpolate(source.double(), size=size, mode="bilinear")
+    of_small = torch.ops.aten.upsample_bilinear2d_backward(maps.double(), list(size), list(source.shape), False)
+    limit = 1e-6 if dtype == torch.float32 else 4e-3
+    assert error(native_backend.upsample_backward(maps, source.shape, dtype), of_small) < limit
+    native_backend.upsample_add(maps, source)
+    assert error(maps, expected) < limit
+
+
+def test_the_same_threads_give_the_same_bits_each_time(make_model, threads):
+    model = make_model("TinyTL-L+B", backend="native").train()
+    images = torch.randn(5, 3, 40, 40)
+
+    def gradients():
+        same = copy.deepcopy(model)  # with the same running statistics
+        same(images).sum().backward()
+        return [parameter.grad for parameter in same.trainable_parameters()]
+
+    first = gradients()
+    assert all(torch.equal(a, b) for _ in range(3) for a, b in zip(first, gradients(), strict=True))
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "resnet18", "mnasnet1_0"])
+def test_a_whole_model_has_the_gradients_of_stock(backbone, make_model):
+    lean = make_model("TinyTL-L+B", backbone, backend="native").train()
+    plain = make_model("TinyTL-L+B", backbone, lean=False).train()
+    plain.load_state_dict(lean.state_dict())
+    images = torch.randn(4, 3, 64, 64)
+    found = []
+    for model in (lean, plain.double()):
+        model(images.to(next(model.parameters()).dtype)).square().sum().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    scale = max(grad.abs().max() for grad in found[1].values())
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[1].items():
+        assert (found[0][name] - grad).abs().max() < 2e-3 * scale, name  # a value at 0 or 6 may fall to either side
+
+
+def test_what_the_kernels_cannot_run_is_named_and_runs_on_eager():
+    odd = Chain((Stage(conv(8, 12), norm(12), "relu"),), backend="native")
+    assert "multiple of 8" in native_backend.fits(odd, torch.float32)
+    assert "only fp32" in native_backend.fits(make("residual")[0], torch.float16)
+    grouped = Chain((Stage(conv(8, 16, 3, groups=2), norm(16), "relu"),), backend="native")
+    assert "grouped" in native_backend.fits(grouped, torch.float32)
+    for chain in (odd, grouped):
+        assert backend.of_chain(chain, torch.device("cpu"), torch.float32) == "eager"
+        x = torch.randn(2, 8, 6, 6)
+        torch.testing.assert_close(chain(x), stock(chain, x, torch.float32)[0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_masks_are_read_as_eager_packs_them():
+    chain, x = make("one stage")
+    output, _, (mask,) = native_backend.chain_forward(chain, x, x.dtype, True, False)
+    assert torch.equal(bits.pack(output.permute(0, 2, 3, 1), 6.0), mask.view(-1))
+
+
+def test_a_model_says_who_runs_it():
+    assert backend.describe("native", torch.device("cpu")).startswith(f"native ({next(iter(SETS))}")
+    assert TinyTLModel.from_backbone("mobilenet_v2", num_classes=2, weights="none").engine.backend == "auto"
