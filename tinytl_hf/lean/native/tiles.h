@@ -209,32 +209,30 @@ INLINE void depthwise_tile(const int kind, const int rows, const int two, const 
     if (two) finish(kind, rows, f, row, row_step, c + LANES, LANES, s1);
 }
 
+/* A few pixels, all of their channels: so that memory is read in its order. */
+INLINE void depthwise_pixels(const int kind, const int rows, const float *const *x, i64 x_step, const float *weights,
+                             const i64 *at, i64 taps, i64 channels, const Finish *f, i64 row, i64 row_step) {
+    i64 c = 0;
+    for (; c + 2 * LANES <= channels; c += 2 * LANES)
+        depthwise_tile(kind, rows, 1, x, x_step, weights, at, taps, channels, f, row, row_step, c, 2 * LANES);
+    for (; c < channels; c += LANES)
+        depthwise_tile(kind, rows, 0, x, x_step, weights, at, taps, channels, f, row, row_step, c,
+                       min_of(LANES, channels - c));
+}
+
 /* `count` pixels that have all of `taps`. */
-INLINE void depthwise_run(const int kind, const float *const *x, i64 x_step, const float *weights, const i64 *at,
-                          i64 taps, i64 channels, const Finish *f, i64 row, i64 row_step, i64 count) {
-    for (i64 c = 0; c < channels;) {
-        const int two = c + 2 * LANES <= channels;
-        const i64 n = two ? 2 * LANES : min_of(LANES, channels - c);
-        const float *p[MOST_TAPS];
-        for (i64 t = 0; t < taps; t++) p[t] = x[t];
-        i64 i = 0;
-        for (; i + TILE_ROWS <= count; i += TILE_ROWS) {
-            if (two)
-                depthwise_tile(kind, TILE_ROWS, 1, p, x_step, weights, at, taps, channels, f, row + i * row_step,
-                               row_step, c, n);
-            else
-                depthwise_tile(kind, TILE_ROWS, 0, p, x_step, weights, at, taps, channels, f, row + i * row_step,
-                               row_step, c, n);
-            for (i64 t = 0; t < taps; t++) p[t] += TILE_ROWS * x_step;
-        }
-        for (; i < count; i++) {
-            if (two)
-                depthwise_tile(kind, 1, 1, p, x_step, weights, at, taps, channels, f, row + i * row_step, row_step, c, n);
-            else
-                depthwise_tile(kind, 1, 0, p, x_step, weights, at, taps, channels, f, row + i * row_step, row_step, c, n);
-            for (i64 t = 0; t < taps; t++) p[t] += x_step;
-        }
-        c += n;
+INLINE void depthwise_run(const int kind, const float **x, i64 x_step, const float *weights, const i64 *at, i64 taps,
+                          i64 channels, const Finish *f, i64 row, i64 row_step, i64 count) {
+    while (count > 0) {
+        const i64 rows = count >= TILE_ROWS ? TILE_ROWS : count >= TILE_ROWS / 2 ? TILE_ROWS / 2 : 1;
+        if (rows == TILE_ROWS)
+            depthwise_pixels(kind, TILE_ROWS, x, x_step, weights, at, taps, channels, f, row, row_step);
+        else if (rows == TILE_ROWS / 2)
+            depthwise_pixels(kind, TILE_ROWS / 2, x, x_step, weights, at, taps, channels, f, row, row_step);
+        else depthwise_pixels(kind, 1, x, x_step, weights, at, taps, channels, f, row, row_step);
+        for (i64 t = 0; t < taps; t++) x[t] += rows * x_step;
+        row += rows * row_step;
+        count -= rows;
     }
 }
 
