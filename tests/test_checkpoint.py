@@ -12,9 +12,9 @@ from started_runs import checkpoints, delta, metrics, run
 
 from tinytl_hf.config.run import Config
 from tinytl_hf.device import make_accelerator
+from tinytl_hf.step import make_optimizer
 from tinytl_hf.train import checkpoint
 from tinytl_hf.train.checkpoint import Progress
-from tinytl_hf.train.optim import make_optimizer
 
 OPTIONS = ["--method", "FT-Last", "--train.threads", "1"]
 

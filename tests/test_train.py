@@ -16,7 +16,7 @@ from tinytl_hf import TinyTLModel
 from tinytl_hf.config.run import TrainConfig
 from tinytl_hf.train import loop as train
 from tinytl_hf.train.checkpoint import find_damage
-from tinytl_hf.train.optim import lr_factor
+from tinytl_hf.train.schedule import lr_factor
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,12 @@ def device_name(accelerator: Accelerator) -> str:
     return f"{accelerator.device.type} ({platform.machine()})"
 
 
+def wait_for_device(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was given: a clock that is read before that tells nothing."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def check_divides(batch_size: int, key: str, processes: int, accumulation_steps: int = 1) -> None:
     """Raise unless a global batch splits evenly over processes and accumulation steps."""
     parts = processes * accumulation_steps

@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from tinytl_hf.adapter.format import TENSORS_FILE, read_tensors
 from tinytl_hf.config.run import Config, flat
-from tinytl_hf.data.augment import resample
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.measure.accuracy import compute_logits
 from tinytl_hf.measure.metrics import compute_metrics
 from tinytl_hf.measure.mistakes import save_mistakes
 from tinytl_hf.measure.results import save_results
 from tinytl_hf.reports import run_folder
+from tinytl_hf.step import training_view
 from tinytl_hf.train import checkpoint, epoch_sums
 from tinytl_hf.train.cached_features import drawn_view
 from tinytl_hf.train.epoch_sums import EpochSums
@@ -133,10 +133,7 @@ def augmented(run: Run, batch: dict[str, Tensor]) -> Tensor:
     """A batch of pixels, cropped, flipped, resized and normalised, or the features of one of its views."""
     if "features" in batch:
         return drawn_view(batch, run.augment)
-    boxes, flips = run.augment(batch["sizes"], batch["index"])
-    size = run.config.train_size_in(run.progress.epoch)
-    options = run.model.config.preprocessing
-    return resample(batch["pixels"], batch["sizes"], boxes, size, options.mean, options.std, flips)
+    return training_view(run.model, batch, run.augment, run.config.train_size_in(run.progress.epoch))
 
 
 def evaluate(run: Run, after_batch: Callable[[], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
