@@ -140,7 +140,7 @@ def conditions(config: Config, **sizes: int | str) -> dict[str, Any]:
         **sizes,
         "optimizer": config.train.optimizer,
         "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
-        "max_grad_norm": config.train.max_grad_norm,
+        **({} if config.train.max_grad_norm is None else {"max_grad_norm": config.train.max_grad_norm}),
         "frozen_weights": config.backbone.frozen_weights,
         "precision": config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

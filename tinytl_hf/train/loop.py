@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from tinytl_hf.adapter.format import TENSORS_FILE, read_tensors
 from tinytl_hf.config.run import Config, flat
+from tinytl_hf.device import seconds_since
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.measure.accuracy import compute_logits
 from tinytl_hf.measure.metrics import compute_metrics
@@ -104,22 +106,27 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
             if accelerator.sync_gradients:
                 progress.step += 1
                 progress.overflows += run.optimizer.step_was_skipped
-                progress.seconds = seconds_before + time.perf_counter() - start
                 if progress.step % LOOK_EVERY == 0:
                     show_progress(run, bar, loss.item(), sums)
                 due = options.checkpoint_every > 0 and progress.step % options.checkpoint_every == 0
                 if due or (looks_for_signals(run) and stop.received(accelerator)):
                     progress.sums = accelerator.gather(sums.parts[None]).tolist()
+                    progress.seconds = seconds_before + seconds_since(start, accelerator.device)
                     stop_if_asked(run, stop, save_checkpoint(run))
     progress.sums = accelerator.gather(sums.parts[None]).tolist()
+    progress.seconds = seconds_before + seconds_since(start, accelerator.device)
 
 
 def save_checkpoint(run: Run) -> Path:
     """Write a checkpoint, unless this run has gone wrong: then the last good one stays."""
-    finite = np.isfinite(run.progress.sums).all()
-    if not finite or not all(tensor.isfinite().all() for tensor in run.model.adapter_tensors().values()):
+    if not np.isfinite(run.progress.sums).all() or not all_finite(run.model.adapter_tensors().values()):
         raise_not_finite(run)
     return checkpoint.save(run.accelerator, run.config, run.progress, run.hashes)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values are numbers and not infinite; waits for the device once."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 def looks_for_signals(run: Run) -> bool:

@@ -17,7 +17,7 @@ from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.config.run import Config, flat
 from tinytl_hf.data import batches, sets
 from tinytl_hf.data.augment import RandomCropFlip
-from tinytl_hf.device import check_divides, device_name, make_accelerator
+from tinytl_hf.device import check_divides, device_name, make_accelerator, seconds_since
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.memory import DataMemory
 from tinytl_hf.measure.metrics import load_metrics
@@ -68,7 +68,7 @@ def set_up(config: Config) -> Run:
         eval_set = compute_features(accelerator, model, eval_images, config)
         # The training images go when the features are there.
         in_memory = {"features": train_set.in_memory + eval_set.in_memory, "eval": eval_images.in_memory}
-    feature_seconds = time.perf_counter() - start
+    feature_seconds = seconds_since(start, accelerator.device)
     shuffled = batches.ShuffledBatches(
         len(train_images), options.global_batch_size, options.gradient_accumulation_steps, config.seed
     )
