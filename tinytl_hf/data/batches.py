@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tinytl_hf.config.run import DataConfig
 from tinytl_hf.data.images import UnreadableImageError, decode, decoded_photo_size, pad_images
 from tinytl_hf.data.sets import Split, sample_rows
+from tinytl_hf.data.shared import can_share, decode_in_shares
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
@@ -67,9 +68,15 @@ def read_images(split: Split, config: DataConfig, size: int) -> DecodedImages | 
         if config.skip_corrupt:
             split = _drop_corrupt(split, _readable(split, config, size))
         return StreamedImages(split, config, size, found.photo_size)
-    decoded = [image for _, image in _decode_rows(split, np.arange(len(split.labels)), config, size)]
+
+    def decode_some(index: np.ndarray) -> Iterator[Tensor | None]:
+        return (image for _, image in _decode_rows(split, index, config, size))
+
+    count, shared = len(split.labels), can_share()
+    decoded = decode_in_shares(count, decode_some) if shared else list(decode_some(np.arange(count)))
     good = np.array([image is not None for image in decoded])
-    return DecodedImages([image for image in decoded if image is not None], _drop_corrupt(split, good))
+    images = [image for image in decoded if image is not None]
+    return DecodedImages(images, _drop_corrupt(split, good), shared)
 
 
 def _largest(images: Sequence[Tensor]) -> tuple[int, int]:
@@ -80,18 +87,23 @@ def _largest(images: Sequence[Tensor]) -> tuple[int, int]:
 class DecodedImages(Dataset):
     """Images decoded once, in memory.
 
+    Args:
+        images: ``uint8`` ``[3, H, W]``.
+        split: Their split.
+        shared: Whether the memory is that of other processes, too: then they stay where they are.
+
     Attributes:
         in_memory: What they take, in bytes.
         photo_size: Greatest height and greatest width in px: what a batch is padded to at most.
     """
 
-    def __init__(self, images: list[Tensor], split: Split) -> None:
+    def __init__(self, images: list[Tensor], split: Split, shared: bool = False) -> None:
         self.split = split
         self.labels = torch.from_numpy(split.labels)
         self.in_memory = sum(image.numel() for image in images)
         self.photo_size = _largest(images)
         same_size = len({image.shape for image in images}) == 1
-        self.images = torch.stack(images) if same_size else images
+        self.images = torch.stack(images) if same_size and not shared else images
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -170,7 +182,7 @@ def _decode_rows(
     split: Split, index: np.ndarray, config: DataConfig, size: int
 ) -> Iterator[tuple[int, Tensor | None]]:
     """Decode images in turn; None for one that cannot be read, if those are to be skipped."""
-    for chunk in np.array_split(index, -(-len(index) // CHUNK)):
+    for chunk in (index[start : start + CHUNK] for start in range(0, len(index), CHUNK)):
         for i, encoded in zip(chunk.tolist(), split.rows[chunk]["image"], strict=True):
             try:
                 yield i, decode(encoded, size)
