@@ -38,7 +38,7 @@ class Peak:
         optimizer_state: Such as AdamW's moments.
         kept_activations: What the forward pass keeps for the backward pass, by the ledger.
         transient: The rest: temporaries of whatever runs at the peak, resampling included.
-        photos: The batch of decoded pixels that the step starts from.
+        photos: The batch of decoded pixels that the step starts from; the loader has the next one ready besides.
         gradient_buckets: Of several processes: the gradients once more, where DDP adds them up.
     """
 

@@ -44,7 +44,7 @@ def write_memory(run: Run) -> None:
     """Measure a training step of this run, and write what it takes into the run's folder.
 
     Its photos have the greatest height and the greatest width of the training images, as a batch is padded to those.
-    With cached features it is the step that they stand in for.
+    With cached features it is the step that they stand in for, and says so.
     """
     config, output, is_main = run.config, Path(run.config.output_dir), run.accelerator.is_main_process
     batch = config.train.global_batch_size // run.accelerator.num_processes // config.train.gradient_accumulation_steps
@@ -62,6 +62,7 @@ def write_memory(run: Run) -> None:
             photo_size="{}x{}".format(*run.data_memory.photo_size),
             batch_size=batch,
             processes=run.accelerator.num_processes,
+            **({"cache_features": "measured without"} if config.train.cache_features else {}),
         )
         run_folder.write(output / run_folder.MEMORY_FILE, memory.to_json([row], conditions, run.data_memory))
 
