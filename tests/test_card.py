@@ -35,7 +35,8 @@ FACTS = RunFacts(
     memory={
         "unit": "bytes",
         "labels": {"paper": "paper rule (analytic)", "kept": "kept (ledger)", "peak": "peak (measured)"},
-        "conditions": {"batch_size": 8, "device": "cpu"},
+        "conditions": {"photo_size": "448x672", "device": "cpu"},
+        "decoded_images": {"train": 153_600_000, "eval": "streams"},
         "rows": [
             {
                 **{"method": "TinyTL-L+B", "engine": "lean", "paper": 63_900_000, "kept": 19_500_000},
@@ -73,6 +74,7 @@ def test_metadata_of_a_run_passes_the_hubs_rules_with_numpy_scalars_and_no_subse
 
 def test_the_text_gives_the_figures_with_their_conditions():
     card = render_card(config(data=DataRecord("digits")), METRICS, facts=FACTS)
+    assert "The decoded images keep, once a machine: train 153.6 MB, eval streams." in card
     for line in (
         "| metric, on the evaluation set (n = 1,234) | value |",
         "| accuracy | 0.5000 |",
@@ -80,7 +82,7 @@ def test_the_text_gives_the_figures_with_their_conditions():
         "| epochs | 2 |",
         "Training took 3 s.",
         "| TinyTL-L+B, lean | 63.9 | 19.5 | 65.6 | 27.0 |",
-        "MB of 1e6 bytes, one training step, batch_size 8, device cpu.",
+        "MB of 1e6 bytes, one training step from decoded photos to the optimizer, photo_size 448x672, device cpu.",
         "![confusion matrix](confusion_matrix.png)",
         "Trained on scikit-learn's digits, split `train`; evaluated on split `validation`.",
         "cat, dog",

@@ -1,8 +1,10 @@
 """Checkpoints: what is in them, damage that is found, and runs that may not go on from them."""
 
+import hashlib
 import json
 import shutil
 import subprocess
+import tracemalloc
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ from started_runs import checkpoints, delta, metrics, run
 
 from tinytl_hf.config.run import Config
 from tinytl_hf.device import make_accelerator
+from tinytl_hf.step import make_optimizer
 from tinytl_hf.train import checkpoint
 from tinytl_hf.train.checkpoint import Progress
-from tinytl_hf.train.optim import make_optimizer
 
 OPTIONS = ["--method", "FT-Last", "--train.threads", "1"]
 
@@ -59,6 +61,16 @@ def test_a_checkpoint_of_the_largest_delta_with_adamw_is_small_and_without_backb
 def test_checksums_are_those_of_sha256sum(finished):
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=checkpoints(finished)[-1], capture_output=True)
     assert done.returncode == 0 and done.stdout.count(b": OK") == 5
+
+
+def test_a_file_is_hashed_piece_by_piece(tmp_path):
+    content = b"delta" * 4_000_000
+    (tmp_path / "file").write_bytes(content)
+    tracemalloc.start()
+    digest = checkpoint._sha256(tmp_path / "file")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert digest == hashlib.sha256(content).hexdigest() and peak < len(content) / 5
 
 
 def truncate(path):

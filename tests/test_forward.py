@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tinytl_hf.config.run import Config
 from tinytl_hf.device import forward_in_parts
+from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
 
 
 @pytest.mark.parametrize(("train_size", "images"), [(32, 70), (112, 8), (224, 2), (640, 1)])
@@ -30,3 +33,30 @@ def test_a_gpu_works_on_the_whole_batch():
     layer.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     forward_in_parts(layer, torch.rand(9, 3, 224, 224, device="cuda"))
     assert seen == [9]
+
+
+class Copies(TorchDispatchMode):
+    """The storages of all results that have the shape of a batch of the network's input."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.storages = shape, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape == self.shape:
+            storage = result.untyped_storage()
+            self.storages[storage.data_ptr()] = storage  # held, so that no address comes a second time
+        return result
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_the_network_reads_the_resampled_batch_itself(lean, make_model):
+    model = make_model(lean=lean).train()
+    images = MeasuredStep(model, *random_batch(model, 3, (80, 96)), Config()).view()
+    with Copies(images.shape) as copies:
+        model(images).sum().backward()
+    assert copies.storages.keys() <= {images.untyped_storage().data_ptr()}
+    with Copies(images.shape) as copies:
+        model(images.contiguous())  # a batch in another layout is brought to the network's
+    assert len(copies.storages.keys() - {images.untyped_storage().data_ptr()}) == 2

@@ -8,7 +8,7 @@ from torch import nn
 
 from tinytl_hf import TinyTLModel
 from tinytl_hf.lean.int8 import Int8Conv2d, dequantise, quantise
-from tinytl_hf.measure.memory import random_batch
+from tinytl_hf.measure.measured_step import random_batch
 from tinytl_hf.measure.peak import measure_peak
 from tinytl_hf.network.lite_residual import LiteResidual
 

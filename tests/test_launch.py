@@ -57,12 +57,20 @@ def check_same_run(method, first, other, images):
 
 def test_two_launched_processes_train_the_adapter_that_one_does(colour_folder, tmp_path):
     options = [*options_of("TinyTL-L+B"), "--data.max_eval_samples", "9", "--train.epochs", "1"]
+    options += ["--memory.report", "true"]
     one, two = (list(map(str, small_run(colour_folder, tmp_path / name, *options))) for name in ("one", "two"))
     done = run(one, tmp_path / "log")
     assert done.returncode == 0, done.stderr
     done = subprocess.run([*launcher(2), *two], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
     assert done.returncode == 0 and "on 2 process(es), cpu" in done.stderr, done.stderr
     check_same_run("TinyTL-L+B", tmp_path / "one", tmp_path / "two", 9)
+    one, two = (json.loads((tmp_path / name / "memory.json").read_text()) for name in ("one", "two"))
+    assert one["decoded_images"] == two["decoded_images"] and one["conditions"]["photo_size"] == "47x40"
+    assert (one["conditions"]["processes"], two["conditions"]["processes"]) == (1, 2)
+    peaks = [report["rows"][0]["peak"] for report in (one, two)]
+    # DDP has the gradients once more; each process has half of the photos.
+    assert (peaks[0]["gradient_buckets"], peaks[1]["gradient_buckets"]) == (0, peaks[0]["gradients"])
+    assert peaks[1]["photos"] == peaks[0]["photos"] / 2
 
 
 @pytest.mark.slow

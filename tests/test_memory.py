@@ -9,9 +9,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.models._api import BUILTIN_MODELS
 
-from tinytl_hf.config.run import HeadConfig, LiteConfig
+from tinytl_hf.config.run import Config, DataConfig, HeadConfig, LiteConfig, TrainConfig
+from tinytl_hf.config.verbs import MemoryTableConfig
+from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.ledger import kept_by_layer, kept_for_backward
-from tinytl_hf.measure.memory import MemoryRow, memory_table, random_batch, to_json
+from tinytl_hf.measure.measured_step import random_batch
+from tinytl_hf.measure.memory import DataMemory, MemoryRow, memory_table, photo_size_of, to_json
 from tinytl_hf.measure.paper_rule import paper_rule
 from tinytl_hf.measure.peak import Peak, measure_peak, measure_speed, process_high_water
 from tinytl_hf.measure.speed import BenchRow, bench_table
@@ -221,7 +224,8 @@ def test_parts_of_the_peak_are_what_they_are(make_model):
     assert peak.frozen_weights + peak.trained_weights == everything
     assert peak.kept_activations == kept_for_backward(model, *batch)
     assert peak.dynamic == peak.kept_activations + peak.transient
-    assert peak.total == everything + peak.gradients + peak.optimizer_state + peak.dynamic
+    assert peak.photos == batch[0].nbytes and peak.gradient_buckets == 0
+    assert peak.total == everything + peak.gradients + peak.optimizer_state + peak.photos + peak.dynamic
 
 
 def test_peak_of_full_training_adds_up_to_no_more_than_was_measured(make_model):
@@ -229,6 +233,53 @@ def test_peak_of_full_training_adds_up_to_no_more_than_was_measured(make_model):
     peak = measure_peak(make_model("FT-Full"), *make_batch(8))
     assert peak.gradients < peak.trained_weights
     assert peak.kept_activations > 50e6
+
+
+def photos(height, width, count=2):
+    return torch.zeros(count, 3, height, width, dtype=torch.uint8), torch.arange(count) % 4
+
+
+def test_the_step_starts_from_photos_and_large_ones_cost_a_bounded_amount(make_model):
+    # At 64 px nearly all of a small step's peak is resampling, which takes a photo or a few at a time.
+    sizes, whole = ((32, 32), (448, 672), (448, 1792)), Config(data=DataConfig(crop_scale=(1.0, 1.0)))
+    peaks = {size: measure_peak(make_model("TinyTL-B"), *photos(*size), whole) for size in sizes}
+    small, middle, large = peaks.values()
+    assert [peak.photos for peak in peaks.values()] == [2 * 3 * height * width for height, width in peaks]
+    assert small.dynamic < middle.dynamic < large.dynamic < small.dynamic + 12e6  # a photo as floats takes 9.6 MB
+    assert small.kept_activations == large.kept_activations
+    # It is over when the forward pass starts, so a step that needs more takes no more of large photos.
+    full = [measure_peak(make_model("FT-Full"), *photos(*size, 8), whole).dynamic for size in (sizes[0], sizes[2])]
+    assert full[0] == full[1] > large.dynamic
+
+
+def test_the_step_has_the_optimizer_and_the_accumulation_of_the_run(make_model):
+    once, twice = (
+        measure_peak(make_model("FT-Full"), *make_batch(4), Config(train=TrainConfig(**options)))
+        for options in ({"optimizer": "sgd"}, {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0})
+    )
+    trained = sum(p.nbytes for p in make_model("FT-Full").parameters())
+    assert once.optimizer_state == trained < twice.optimizer_state / 2  # one moment; two and a step count
+    # The first pass's gradients are there when the second pass takes most.
+    assert once.gradients < trained == twice.gradients
+    assert twice.total > once.total + trained
+
+
+def test_images_that_a_layer_keeps_count(make_model):
+    model, (images, labels) = make_model("FT-Full", lean=False), make_batch(2)
+    assert kept_by_layer(model, images, labels)["features.0.0"] >= images.nbytes
+
+
+def test_photos_are_of_the_size_that_is_named_or_of_the_data_or_those_that_decoding_makes():
+    config, data = (
+        Config(data=DataConfig(train_size=224)),
+        DataMemory({"train": 10_000_000, "eval": "streams"}, (47, 40)),
+    )
+    assert photo_size_of(config, MemoryTableConfig(photo_size="32x64"), data) == (32, 64)
+    assert photo_size_of(config, MemoryTableConfig(), data) == (47, 40)
+    assert photo_size_of(config, MemoryTableConfig(), None) == (448, 672)
+    assert "once a machine: train 10.0 MB, eval streams" in memory_table(make_rows(), data)
+    with pytest.raises(TinyTLError, match="photo_size=448: use height x width in px, such as 448x672"):
+        MemoryTableConfig(photo_size="448")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -248,7 +299,7 @@ def test_high_water_is_the_most_that_was_resident():
 
 
 def make_rows():
-    peak = Peak(1_000_000, 2_000_000, 3_000_000, 4_000_000, 5_000_000, 6_000_000)
+    peak = Peak(1_000_000, 2_000_000, 3_000_000, 4_000_000, 5_000_000, 6_000_000, photos=500_000)
     layers = {f"features.{i} (Conv2d)": 9_000_000 - 1_000_000 * i for i in range(9)}
     return [
         MemoryRow("TinyTL-L+B", "lean", 63.9e6, 5_000_000, peak, 12.34, 456_000_000, {}),
@@ -261,9 +312,9 @@ def test_table_has_every_row_and_says_what_kind_each_figure_is():
     for label in ("paper rule (analytic)", "kept for backward (ledger)", "peak (measured)"):
         assert label in table
     lines = [line.split() for line in table.splitlines()]
-    parts = ["1.0", "2.0", "3.0", "4.0", "5.0", "6.0"]
-    assert ["TinyTL-L+B", "lean", "63.9", "5.0", "21.0", *parts, "11.0", "456.0", "12.3"] in lines
-    assert ["FT-Full", "stock", "447.2", "5.0", "21.0", *parts, "11.0", "0.0", "7.0"] in lines
+    parts = ["1.0", "2.0", "3.0", "4.0", "0.5", "5.0", "6.0"]
+    assert ["TinyTL-L+B", "lean", "63.9", "5.0", "21.5", *parts, "11.0", "456.0", "12.3"] in lines
+    assert ["FT-Full", "stock", "447.2", "5.0", "21.5", *parts, "11.0", "0.0", "7.0"] in lines
     assert "FT-Full, stock: 9 layers stay stock: features.0 (Conv2d)" in table
     assert "features.0 (Conv2d) 9.0, features.1 (Conv2d) 8.0, " in table and "keep 45.0 MB for backward" in table
 
@@ -273,18 +324,27 @@ def test_json_has_every_row_its_labels_and_the_conditions():
     assert report["unit"] == "bytes" and report["conditions"] == {"device": "cpu", "threads": 1}
     assert report["labels"]["peak"] == "peak (measured)"
     assert [row["method"] for row in report["rows"]] == ["TinyTL-L+B", "FT-Full"]
-    assert report["rows"][0]["peak"]["total"] == 21_000_000 and report["rows"][0]["peak"]["dynamic"] == 11_000_000
+    assert report["rows"][0]["peak"]["total"] == 21_500_000 and report["rows"][0]["peak"]["dynamic"] == 11_000_000
     assert len(report["rows"][1]["stock_layers"]) == 9
 
 
-def test_the_verb_measures_each_engine_in_a_process_of_its_own(tmp_path, ready_processes):
+COLOURS_DECODED = {  # two classes of images 40 px wide and 36 px high, 37 px, ...
+    "train": sum(2 * 3 * 40 * (36 + i) for i in range(12)),
+    "eval": sum(2 * 3 * 40 * (36 + i) for i in range(5)),
+}
+
+
+def test_the_verb_measures_each_engine_in_a_process_of_its_own(colour_folder, tmp_path, ready_processes):
     arguments = ["memory", "--methods", "[TinyTL-B]", "--backbone.weights", "none", "--data.train_size", "64"]
-    done = run_cli(*arguments, "--batch_size", "4", "--repeats", "1", "--json", "--plot", tmp_path / "bars.png")
+    data = ["--data.dataset", colour_folder, "--with_data"]
+    done = run_cli(*arguments, "--batch_size", "4", "--repeats", "1", "--json", "--plot", tmp_path / "bars.png", *data)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     plain, lean = report["rows"]
     assert (plain["engine"], lean["engine"]) == ("stock", "lean")
     assert report["conditions"]["batch_size"] == 4 and plain["paper"] == lean["paper"]
+    assert report["decoded_images"] == COLOURS_DECODED and plain["peak"]["photos"] == 4 * 3 * 47 * 40
+    assert [report["conditions"][name] for name in ("photo_size", "optimizer")] == ["47x40", "adamw"]
     assert plain["kept"] > 50 * lean["kept"] and plain["peak"]["dynamic"] > 4 * lean["peak"]["dynamic"]
     assert plain["high_water"] > 100e6 and plain["images_per_second"] > 0
     with Image.open(tmp_path / "bars.png") as picture:
@@ -292,16 +352,23 @@ def test_the_verb_measures_each_engine_in_a_process_of_its_own(tmp_path, ready_p
 
 
 def test_a_run_leaves_what_its_training_step_takes(colour_folder, tmp_path):
-    done = run_cli(*small_run(colour_folder, tmp_path, "--train.epochs", "1", "--memory.report", "true"))
+    options = ["--train.epochs", "1", "--memory.report", "true", "--train.optimizer", "sgd"]
+    options += ["--train.gradient_accumulation_steps", "2", "--train.max_grad_norm", "1"]
+    done = run_cli(*small_run(colour_folder, tmp_path, *options))
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "memory.json").read_text())
     (row,) = report["rows"]
     assert (row["method"], row["engine"]) == ("TinyTL-L+B", "lean")
-    assert report["conditions"]["batch_size"] == 8 and report["conditions"]["train_size"] == 32
+    expected = {"batch_size": 4, "train_size": 32, "photo_size": "47x40", "optimizer": "sgd", "processes": 1}
+    expected |= {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0}
+    assert expected.items() <= report["conditions"].items()
+    assert report["decoded_images"] == COLOURS_DECODED
     (line,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert row["images_per_second"] == line["train"]["images_per_second"]
-    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()
-    assert row["peak"]["trained_weights"] == sum(t.numel() * t.element_size() for t in tensors)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert row["peak"]["trained_weights"] == sum(tensor.nbytes for tensor in tensors.values())
+    trained = sum(tensor.nbytes for name, tensor in tensors.items() if "running" not in name and "num_" not in name)
+    assert row["peak"]["optimizer_state"] == row["peak"]["gradients"] == trained
     assert row["kept"] == row["peak"]["kept_activations"] > 0 and row["high_water"] > 100e6
 
 

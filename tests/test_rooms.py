@@ -18,6 +18,7 @@ ORDER = (
     ("lean", "adapter"),
     ("hub",),
     ("model",),
+    ("step",),
     ("measure", "deploy"),
     ("train",),
     ("cli",),

@@ -11,12 +11,13 @@ import yaml
 from conftest import run_cli, small_run
 from safetensors.torch import load_file
 from started_runs import HANG, Run, checkpoints, delta, metrics, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinytl_hf import TinyTLModel
+from tinytl_hf import TinyTLModel, device, step
 from tinytl_hf.config.run import TrainConfig
-from tinytl_hf.train import loop as train
 from tinytl_hf.train.checkpoint import find_damage
-from tinytl_hf.train.optim import lr_factor
+from tinytl_hf.train.loop import all_finite
+from tinytl_hf.train.schedule import lr_factor
 
 
 @pytest.fixture(scope="module")
@@ -151,15 +152,44 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_hint_and_the_last_good_ch
     assert all(tensor.isfinite().all() for tensor in load_file(last / "delta.safetensors").values())
 
 
+class Waits(TorchDispatchMode):
+    """Counts how often a value is fetched from the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("-inf")])
+def test_a_delta_is_found_not_to_be_finite_with_one_wait_for_the_device(bad):
+    tensors = [torch.zeros(3, 2), torch.tensor(5), torch.zeros(4)]
+    if bad is not None:
+        tensors[2][1] = bad
+    with Waits() as waits:
+        assert all_finite(tensors) == (bad is None)
+    assert waits.count == 1
+
+
+def test_the_time_of_an_epoch_includes_what_the_device_still_has_to_do(colour_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "wait_for_device", lambda _: time.sleep(1))  # as of a GPU with work in its queue
+    options = ["--method", "FT-Last", "--train.epochs", "1"]
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", *options))
+    assert done.returncode == 0, done.stderr
+    (line,) = metrics(tmp_path / "run")
+    assert line["seconds"] > 1 and line["train"]["images_per_second"] == 24 / line["seconds"]
+
+
 def test_images_grow_by_epoch_to_their_full_size(colour_folder, tmp_path, monkeypatch):
-    seen, resample = [], train.resample
+    seen, resample = [], step.resample
 
     def watched(*arguments, **options):
         images = resample(*arguments, **options)
         seen.append(images.shape[-1])
         return images
 
-    monkeypatch.setattr(train, "resample", watched)
+    monkeypatch.setattr(step, "resample", watched)
     options = ["--data.start_size", "32", "--data.train_size", "65", "--train.epochs", "3"]
     done = run_cli(*small_run(colour_folder, tmp_path / "run", *options))
     assert done.returncode == 0, done.stderr

@@ -210,6 +210,7 @@ def _merge(values: Namespace) -> None:
 def _memory(values: Namespace) -> None:
     from tinytl_hf.device import set_threads
     from tinytl_hf.measure import memory
+    from tinytl_hf.measure.data_memory import survey_data
     from tinytl_hf.measure.results import make_folder_of
     from tinytl_hf.reports.plots import save_memory_bars
 
@@ -217,10 +218,17 @@ def _memory(values: Namespace) -> None:
     set_threads(config.train.threads)
     if options.plot is not None:
         make_folder_of("plot", Path(options.plot))
-    rows = list(memory.measure_rows(config, options))
-    conditions = memory.conditions(config, train_size=config.data.train_size, batch_size=options.batch_size)
-    content = memory.to_json(rows, conditions)
-    _print_measured(conditions, memory.memory_table(rows), content if options.json else None)
+    data = survey_data(config) if options.with_data else None
+    photo_size = memory.photo_size_of(config, options, data)
+    rows = list(memory.measure_rows(config, options, photo_size))
+    conditions = memory.conditions(
+        config,
+        train_size=config.data.train_size,
+        photo_size="{}x{}".format(*photo_size),
+        batch_size=options.batch_size,
+    )
+    content = memory.to_json(rows, conditions, data)
+    _print_measured(conditions, memory.memory_table(rows, data), content if options.json else None)
     if options.plot is not None:
         save_memory_bars(Path(options.plot), json.loads(content)["rows"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from typing import Any
 
 import joblib
@@ -57,6 +58,18 @@ def device_name(accelerator: Accelerator) -> str:
     if accelerator.device.type == "cuda":
         return torch.cuda.get_device_name(accelerator.device)
     return f"{accelerator.device.type} ({platform.machine()})"
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was given: a clock that is read before that tells nothing of its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def seconds_since(start: float, device: torch.device) -> float:
+    """Seconds from ``start`` (of ``time.perf_counter``) until the device has done all that it was given."""
+    wait_for_device(device)
+    return time.perf_counter() - start
 
 
 def check_divides(batch_size: int, key: str, processes: int, accumulation_steps: int = 1) -> None:

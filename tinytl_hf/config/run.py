@@ -136,8 +136,8 @@ class DataConfig:
     skip_corrupt: bool = False
     """Leave out images that cannot be read and report how many (true), or stop at the first (false)."""
     memory_limit_mb: int = 2048
-    """Decoded images of a split stay in memory up to this many MB a process; larger ones stream through
-    workers."""
+    """Decoded images of a split stay in memory up to this many MB, once for all processes of a machine; larger ones
+    stream through workers."""
     workers: int = 2
     """Worker processes that decode the images of a set that streams; 0: the training process does."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -90,7 +91,12 @@ class MemoryTableConfig:
     methods: list[MethodName] | None = None
     """Methods to measure; null: all."""
     batch_size: int = 8
-    """Images a forward and backward pass."""
+    """Images a forward and backward pass; train.gradient_accumulation_steps of those make up a step."""
+    photo_size: str | None = None
+    """Height and width of the decoded photos that a step starts from, in px, such as 448x672; null: the largest of the
+    data set with with_data, else those of a large photo of 3:2 (decoding reduces it to twice data.train_size)."""
+    with_data: bool = False
+    """Open the data set, and say what its decoded images keep in memory."""
     num_classes: int = 10
     """Outputs of the head."""
     repeats: int = 5
@@ -103,7 +109,17 @@ class MemoryTableConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_classes", "repeats"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
+        is_size = self.photo_size is None or re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.photo_size) is not None
+        check(is_size, "photo_size", self.photo_size, "use height x width in px, such as 448x672")
         check(self.plot is None or self.plot.endswith(".png"), "plot", self.plot, "name a file that ends in .png")
+
+    @property
+    def height_and_width(self) -> tuple[int, int] | None:
+        """``photo_size`` in px."""
+        if self.photo_size is None:
+            return None
+        height, width = map(int, self.photo_size.split("x"))
+        return height, width
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ happen on the training device (``augment.py``).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,38 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tinytl_hf.config.run import DataConfig
-from tinytl_hf.data.images import UnreadableImageError, decode, pad_images
+from tinytl_hf.data.images import UnreadableImageError, decode, decoded_photo_size, pad_images
 from tinytl_hf.data.sets import Split, sample_rows
+from tinytl_hf.data.shared import can_share, decode_in_shares
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 256  # rows read from a data set at a time
+
+
+STREAMS = "streams"  # in place of a number of bytes
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the images of a split take once they are decoded, by a sample of them.
+
+    Attributes:
+        in_memory: About what all images take in bytes, or ``STREAMS``.
+        photo_size: Greatest height and greatest width in px: what a batch is padded to at most.
+    """
+
+    in_memory: int | str
+    photo_size: tuple[int, int]
+
+
+def survey(split: Split, config: DataConfig, size: int) -> Survey:
+    """Decode a sample of a split. Arguments and errors are those of :func:`read_images`."""
+    sample = [image for _, image in _decode_rows(split, sample_rows(split), config, size) if image is not None]
+    in_memory = round(np.mean([image.numel() for image in sample] or [0]) * len(split.labels))
+    streams = in_memory > config.memory_limit_mb * 1e6
+    return Survey(STREAMS if streams else in_memory, _largest(sample) if sample else decoded_photo_size(size))
 
 
 def read_images(split: Split, config: DataConfig, size: int) -> DecodedImages | StreamedImages:
@@ -37,26 +63,47 @@ def read_images(split: Split, config: DataConfig, size: int) -> DecodedImages | 
     Raises:
         TinyTLError: An image cannot be read and ``config.skip_corrupt`` is false; names its index.
     """
-    sizes = [image.numel() for _, image in _decode_rows(split, sample_rows(split), config, size) if image is not None]
-    streams = np.mean(sizes or [0]) * len(split.labels) > config.memory_limit_mb * 1e6
-    if streams and not config.skip_corrupt:
-        return StreamedImages(split, config, size)
-    if streams:
-        good = _readable(split, config, size)
-        return StreamedImages(_drop_corrupt(split, good), config, size)
-    decoded = [image for _, image in _decode_rows(split, np.arange(len(split.labels)), config, size)]
+    found = survey(split, config, size)
+    if found.in_memory == STREAMS:
+        if config.skip_corrupt:
+            split = _drop_corrupt(split, _readable(split, config, size))
+        return StreamedImages(split, config, size, found.photo_size)
+
+    def decode_some(index: np.ndarray) -> Iterator[Tensor | None]:
+        return (image for _, image in _decode_rows(split, index, config, size))
+
+    count, shared = len(split.labels), can_share()
+    decoded = decode_in_shares(count, decode_some) if shared else list(decode_some(np.arange(count)))
     good = np.array([image is not None for image in decoded])
-    return DecodedImages([image for image in decoded if image is not None], _drop_corrupt(split, good))
+    images = [image for image in decoded if image is not None]
+    return DecodedImages(images, _drop_corrupt(split, good), shared)
+
+
+def _largest(images: Sequence[Tensor]) -> tuple[int, int]:
+    heights, widths = zip(*(image.shape[-2:] for image in images), strict=True)
+    return max(heights), max(widths)
 
 
 class DecodedImages(Dataset):
-    """Images decoded once, in memory."""
+    """Images decoded once, in memory.
 
-    def __init__(self, images: list[Tensor], split: Split) -> None:
+    Args:
+        images: ``uint8`` ``[3, H, W]``.
+        split: Their split.
+        shared: Whether the memory is that of other processes, too: then they stay where they are.
+
+    Attributes:
+        in_memory: What they take, in bytes.
+        photo_size: Greatest height and greatest width in px: what a batch is padded to at most.
+    """
+
+    def __init__(self, images: list[Tensor], split: Split, shared: bool = False) -> None:
         self.split = split
         self.labels = torch.from_numpy(split.labels)
+        self.in_memory = sum(image.numel() for image in images)
+        self.photo_size = _largest(images)
         same_size = len({image.shape for image in images}) == 1
-        self.images = torch.stack(images) if same_size else images
+        self.images = torch.stack(images) if same_size and not shared else images
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,10 +118,17 @@ class DecodedImages(Dataset):
 
 
 class StreamedImages(Dataset):
-    """Images that are decoded each time they are used, by the loader's worker processes."""
+    """Images that are decoded each time they are used, by the loader's worker processes.
 
-    def __init__(self, split: Split, config: DataConfig, size: int) -> None:
-        self.split, self.config, self.size = split, config, size
+    Attributes:
+        in_memory: ``STREAMS``.
+        photo_size: As of :class:`DecodedImages`, but of a sample.
+    """
+
+    in_memory = STREAMS
+
+    def __init__(self, split: Split, config: DataConfig, size: int, photo_size: tuple[int, int]) -> None:
+        self.split, self.config, self.size, self.photo_size = split, config, size, photo_size
         self.labels = torch.from_numpy(split.labels)
 
     def __len__(self) -> int:
@@ -128,7 +182,7 @@ def _decode_rows(
     split: Split, index: np.ndarray, config: DataConfig, size: int
 ) -> Iterator[tuple[int, Tensor | None]]:
     """Decode images in turn; None for one that cannot be read, if those are to be skipped."""
-    for chunk in np.array_split(index, -(-len(index) // CHUNK)):
+    for chunk in (index[start : start + CHUNK] for start in range(0, len(index), CHUNK)):
         for i, encoded in zip(chunk.tolist(), split.rows[chunk]["image"], strict=True):
             try:
                 yield i, decode(encoded, size)

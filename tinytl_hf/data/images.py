@@ -72,6 +72,11 @@ def to_rgb(image: Image.Image, input_size: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+def decoded_photo_size(input_size: int) -> tuple[int, int]:
+    """Height and width in px of a large photo of 3:2, across, once it is decoded for an input of that side."""
+    return REDUCE_ABOVE * input_size, 3 * REDUCE_ABOVE * input_size // 2
+
+
 def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Stack images of any sizes, padded at the bottom right.
 

@@ -22,7 +22,7 @@ from tinytl_hf.config.verbs import EvalConfig
 from tinytl_hf.data import sets
 from tinytl_hf.data.batches import make_loader, read_images
 from tinytl_hf.data.sets import Split
-from tinytl_hf.device import check_divides, forward_in_parts, make_accelerator
+from tinytl_hf.device import check_divides, forward_in_parts, make_accelerator, seconds_since
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.metrics import compute_metrics, load_metrics
 from tinytl_hf.measure.results import Evaluated, make_folder_of, save_results
@@ -57,7 +57,7 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     prepared, loader = accelerator.prepare(model, make_loader(images, data_config, batch_size=config.batch_size))
     start = time.perf_counter()
     figures = compute_metrics(*compute_logits(accelerator, prepared, loader, model), extra=extra, tables=True)
-    figures["seconds"] = time.perf_counter() - start
+    figures["seconds"] = seconds_since(start, accelerator.device)
     if config.output is not None and accelerator.is_main_process:
         save_results(Path(config.output), figures, model, evaluated, accelerator)
     return {**figures, "n": len(images), "method": model.config.method}

@@ -15,21 +15,23 @@ from torch.autograd.graph import saved_tensors_hooks
 from tinytl_hf.model import TinyTLModel
 
 
-def kept_for_backward(model: TinyTLModel, images: Tensor, labels: Tensor) -> int:
+def kept_for_backward(model: TinyTLModel, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> int:
     """Bytes that one training forward pass and its loss keep for the backward pass: an exact ledger.
 
-    Every distinct storage counts once and whole, unless it is the batch itself, a parameter or a buffer. The model
-    stays as it was, running statistics included.
+    Every distinct storage counts once and whole, unless it is the labels, a parameter or a buffer: the images, too,
+    where a layer keeps them, since a step makes them of its photos. The model stays as it was, running statistics
+    included.
 
     Args:
         model: The model, lean or stock.
         images: Normalised images ``[N, 3, H, W]`` on the model's device.
         labels: Their labels ``[N]``.
+        label_smoothing: Of the loss.
     """
-    return sum(kept_by_layer(model, images, labels).values())
+    return sum(kept_by_layer(model, images, labels, label_smoothing).values())
 
 
-def kept_by_layer(model: TinyTLModel, images: Tensor, labels: Tensor) -> Counter[str]:
+def kept_by_layer(model: TinyTLModel, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Counter[str]:
     """The ledger of :func:`kept_for_backward` by the backbone's layer that keeps a storage first, or ``""``."""
     storages: dict[int, tuple[UntypedStorage, str]] = {}  # by address; held, so that no address comes a second time
     running = [""]
@@ -53,8 +55,8 @@ def kept_by_layer(model: TinyTLModel, images: Tensor, labels: Tensor) -> Counter
                 stack.callback(after.remove)
         stack.enter_context(left_as_found(model))
         stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
-        F.cross_entropy(model(images), labels)
-    for tensor in (images, labels, *model.parameters(), *model.buffers()):
+        F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
+    for tensor in (labels, *model.parameters(), *model.buffers()):
         storages.pop(tensor.untyped_storage().data_ptr(), None)
     kept: Counter[str] = Counter()
     for storage, name in storages.values():

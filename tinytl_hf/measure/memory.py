@@ -21,8 +21,10 @@ from torch import Tensor
 
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import MemoryTableConfig
+from tinytl_hf.data.images import decoded_photo_size
 from tinytl_hf.device import make_accelerator
 from tinytl_hf.measure.ledger import kept_by_layer
+from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
 from tinytl_hf.measure.paper_rule import paper_rule
 from tinytl_hf.measure.peak import Peak, measure_peak, measure_speed, process_high_water
 from tinytl_hf.model import TinyTLModel
@@ -50,38 +52,68 @@ class MemoryRow:
     stock_layers: dict[str, int]
 
 
-def measure_rows(config: Config, options: MemoryTableConfig) -> Iterator[MemoryRow]:
+@dataclass(frozen=True)
+class DataMemory:
+    """What the decoded images of a run keep in memory, once a machine.
+
+    Attributes:
+        parts: Bytes by split, or that it streams.
+        photo_size: Greatest height and width of the training images in px: what a batch is padded to at most.
+    """
+
+    parts: dict[str, int | str]
+    photo_size: tuple[int, int]
+
+    def __str__(self) -> str:
+        """The parts in words."""
+        kept = {name: part if isinstance(part, str) else f"{part / MB:.1f} MB" for name, part in self.parts.items()}
+        return ", ".join(f"{name} {part}" for name, part in kept.items())
+
+
+def photo_size_of(config: Config, options: MemoryTableConfig, data: DataMemory | None) -> tuple[int, int]:
+    """Height and width in px of the photos that the step is measured on."""
+    return options.height_and_width or (data.photo_size if data else decoded_photo_size(config.data.train_size))
+
+
+def measure_rows(config: Config, options: MemoryTableConfig, photo_size: tuple[int, int]) -> Iterator[MemoryRow]:
     """Measure methods on both engines, each in a process of its own, so that none inherits another's memory.
 
     Args:
-        config: The run: backbone, image size, precision, lite residual and head; its method and data do not matter.
+        config: The run: backbone, image size, precision, lite residual, head, optimizer; its method does not matter.
         options: Methods, batch, classes and repeats.
+        photo_size: Height and width of the photos in px.
     """
     for method in options.methods or METHODS:
         for lean in (False, True):
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                yield pool.submit(_measure_alone, config, options, method, lean).result()
+                yield pool.submit(_measure_alone, config, options, photo_size, method, lean).result()
 
 
-def _measure_alone(config: Config, options: MemoryTableConfig, method: str, lean: bool) -> MemoryRow:
+def _measure_alone(
+    config: Config, options: MemoryTableConfig, photo_size: tuple[int, int], method: str, lean: bool
+) -> MemoryRow:
     model = build(config, method, options.num_classes, lean)
-    images, labels = random_batch(model, options.batch_size)
-    speed = measure_speed(model, images, labels, options.repeats)
+    pixels, labels = random_batch(model, options.batch_size, photo_size)
+    speed = measure_speed(model, pixels, labels, config, options.repeats)
     high_water = process_high_water()  # before the profiler takes memory of its own
-    return measure(model, images, labels, lean, speed, high_water)
+    return measure(model, pixels, labels, config, speed, high_water)
 
 
 def measure(
-    model: TinyTLModel, images: Tensor, labels: Tensor, lean: bool, images_per_second: float, high_water: int
+    model: TinyTLModel, pixels: Tensor, labels: Tensor, config: Config, images_per_second: float, high_water: int
 ) -> MemoryRow:
-    """All figures of a model; speed and the process's high-water mark are measured by the caller."""
-    kept = kept_by_layer(model, images, labels)
+    """All figures of a run's step, with arguments as of :func:`~tinytl_hf.measure.peak.measure_peak`.
+
+    Speed and the process's high-water mark are measured by the caller.
+    """
+    step = MeasuredStep(model, pixels, labels, config)
+    kept = kept_by_layer(model, step.view(), labels, config.train.label_smoothing)
     return MemoryRow(
         method=model.config.method,
-        engine="lean" if lean else "stock",
-        paper=paper_rule(model, len(images)),
+        engine="lean" if model.engine.lean else "stock",
+        paper=paper_rule(model, len(labels)),
         kept=sum(kept.values()),
-        peak=measure_peak(model, images, labels),
+        peak=measure_peak(model, pixels, labels, config),
         images_per_second=images_per_second,
         high_water=high_water,
         stock_layers={label: kept[label.partition(" ")[0]] for label in model.stock_layers},
@@ -101,19 +133,14 @@ def build(config: Config, method: str, num_classes: int, lean: bool) -> TinyTLMo
     return make_accelerator(config.train.mixed_precision, config.train.threads, cpu=no_cuda).prepare(model)
 
 
-def random_batch(model: TinyTLModel, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Images and labels that a model can be trained on, on its device."""
-    size, device = model.config.preprocessing.train_size, next(model.parameters()).device
-    images = torch.randn(batch_size, 3, size, size, device=device)
-    labels = torch.randint(len(model.label_names), (batch_size,), device=device)
-    return images.contiguous(memory_format=torch.channels_last), labels
-
-
-def conditions(config: Config, **sizes: int) -> dict[str, Any]:
+def conditions(config: Config, **sizes: int | str) -> dict[str, Any]:
     """What figures hold under; ``sizes`` are those that they have in common."""
     return {
         "backbone": config.backbone.name,
         **sizes,
+        "optimizer": config.train.optimizer,
+        "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
+        **({} if config.train.max_grad_norm is None else {"max_grad_norm": config.train.max_grad_norm}),
         "frozen_weights": config.backbone.frozen_weights,
         "precision": config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -126,18 +153,23 @@ LABELS = {"paper": "paper rule (analytic)", "kept": "kept for backward (ledger)"
 LEGEND = f"""\
 A  {LABELS["paper"]}: computed as in the TinyTL paper, with 8-bit frozen weights
 B  {LABELS["kept"]}: what one forward pass really keeps
-C  {LABELS["peak"]}: of one training step, the sum of the six columns after it; dynamic = kept + transient
+C  {LABELS["peak"]}: of one training step from decoded photos to the optimizer, the sum of the seven columns after it;
+   dynamic = kept + transient, resampling included. Of several processes, DDP's buckets take the gradients once more
 process: the most that a process running this alone had resident. All in MB of 1e6 bytes.
 """
-COLUMNS = ["A", "B", "C", "frozen", "trained", "gradients", "optimizer", "kept", "transient", "dynamic", "process"]
+COLUMNS = ["A", "B", "C", "frozen", "trained", "gradients", "optimizer", "photos", "kept", "transient"]
+COLUMNS += ["dynamic", "process"]
 
 
-def memory_table(rows: Sequence[MemoryRow]) -> str:
+def memory_table(rows: Sequence[MemoryRow], data: DataMemory | None = None) -> str:
     """The rows as plain text, with a legend that says which figure is computed and which is measured."""
     table = [["method", "engine", *COLUMNS, "images/s"]]
     notes = []
     for row in rows:
-        figures = [row.paper, row.kept, row.peak.total, *asdict(row.peak).values(), row.peak.dynamic, row.high_water]
+        peak = row.peak
+        parts = [peak.frozen_weights, peak.trained_weights, peak.gradients, peak.optimizer_state, peak.photos]
+        parts += [peak.kept_activations, peak.transient]
+        figures = [row.paper, row.kept, peak.total, *parts, peak.dynamic, row.high_water]
         in_mb = [f"{figure / MB:.1f}" for figure in figures]
         table.append([row.method, row.engine, *in_mb, f"{row.images_per_second:.1f}"])
         if row.stock_layers:
@@ -147,13 +179,17 @@ def memory_table(rows: Sequence[MemoryRow]) -> str:
             total = sum(row.stock_layers.values()) / MB
             count = f"{len(row.stock_layers)} layers stay stock"
             notes.append(f"{row.method}, {row.engine}: {count}: {names}; in all they keep {total:.1f} MB for backward")
+    if data is not None:
+        notes.append(f"besides, the decoded images of the data set, once a machine: {data} (by a sample)")
     return "\n".join([LEGEND, *aligned(table, left=2), *notes]) + "\n"
 
 
-def to_json(rows: Sequence[MemoryRow], conditions: Mapping[str, Any]) -> str:
+def to_json(rows: Sequence[MemoryRow], conditions: Mapping[str, Any], data: DataMemory | None = None) -> str:
     """The rows in bytes, with the conditions they hold under: device, threads, batch size and the like."""
     plain = [asdict(row) for row in rows]
     for row, values in zip(rows, plain, strict=True):
         values["peak"] |= {"dynamic": row.peak.dynamic, "total": row.peak.total}
-    content = {"unit": "bytes", "labels": LABELS, "conditions": dict(conditions), "rows": plain}
+    content: dict[str, Any] = {"unit": "bytes", "labels": LABELS, "conditions": dict(conditions), "rows": plain}
+    if data is not None:
+        content["decoded_images"] = data.parts
     return json.dumps(content, indent=2) + "\n"

@@ -1,4 +1,7 @@
-"""The allocator's peak and the time of one real training step. Figures are bytes; MB are 1e6 bytes."""
+"""The allocator's peak and the time of one real training step, from decoded photos on.
+
+Figures are bytes; MB are 1e6 bytes.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor
-from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
 
+from tinytl_hf.config.run import Config
 from tinytl_hf.measure.ledger import kept_for_backward, left_as_found
+from tinytl_hf.measure.measured_step import MeasuredStep
 from tinytl_hf.model import TinyTLModel
 
 
@@ -31,9 +35,11 @@ class Peak:
         frozen_weights: Parameters and buffers that do not change.
         trained_weights: Parameters that train and running statistics that change.
         gradients: Of the parameters that train; less where the peak comes before they can all be there.
-        optimizer_state: AdamW's moments.
+        optimizer_state: Such as AdamW's moments.
         kept_activations: What the forward pass keeps for the backward pass, by the ledger.
-        transient: The rest: temporaries of whatever runs at the peak.
+        transient: The rest: temporaries of whatever runs at the peak, resampling included.
+        photos: The batch of decoded pixels that the step starts from; the loader has the next one ready besides.
+        gradient_buckets: Of several processes: the gradients once more, where DDP adds them up.
     """
 
     frozen_weights: int
@@ -42,33 +48,42 @@ class Peak:
     optimizer_state: int
     kept_activations: int
     transient: int
+    photos: int = 0
+    gradient_buckets: int = 0
 
     @property
     def dynamic(self) -> int:
-        """Kept activations and temporaries: what grows with the batch."""
+        """Kept activations and temporaries: what grows with the batch, but for the photos themselves."""
         return self.kept_activations + self.transient
 
     @property
     def total(self) -> int:
         """Everything."""
-        return self.frozen_weights + self.trained_weights + self.gradients + self.optimizer_state + self.dynamic
+        of_weights = self.frozen_weights + self.trained_weights + self.gradients + self.optimizer_state
+        return of_weights + self.gradient_buckets + self.photos + self.dynamic
 
 
-def measure_peak(model: TinyTLModel, images: Tensor, labels: Tensor) -> Peak:
-    """Measure the allocator's peak in one training step: forward, loss, backward, AdamW.
+def measure_peak(model: TinyTLModel, pixels: Tensor, labels: Tensor, config: Config | None = None) -> Peak:
+    """Measure the allocator's peak in one training step: crop and resize, forward, loss, backward, optimizer.
 
-    Weights and optimizer state are there before; the batch does not count. Scratch memory of oneDNN's, BLAS's and
-    NumPy's kernels on a CPU is out of sight. Arguments are those of :func:`kept_for_backward`, and again the model
-    stays as it was.
+    Weights, optimizer state and the batch of photos are there before. Scratch memory of oneDNN's, BLAS's and NumPy's
+    kernels on a CPU is out of sight. The model stays as it was.
+
+    Args:
+        model: The model, lean or stock.
+        pixels: Decoded photos ``[N, 3, H, W]`` on the model's device.
+        labels: Their labels ``[N]``.
+        config: The run: its optimizer, accumulation, clipping, label smoothing and crops; None: the default one.
     """
-    kept = kept_for_backward(model, images, labels)
-    trained = _bytes(model.adapter_tensors().values())
+    trained, trainable = _bytes(model.adapter_tensors().values()), _bytes(model.trainable_parameters())
     with left_as_found(model):
-        optimizer, step = warmed_up_step(model, images, labels)
-        measured = (_cuda_peak if images.is_cuda else cpu_peak)(step)
-        state = _bytes(value for values in optimizer.state.values() for value in values.values())
+        step = MeasuredStep(model, pixels, labels, config or Config())
+        kept = kept_for_backward(model, step.view(), labels, step.options.label_smoothing)
+        step()
+        measured = (_cuda_peak if pixels.is_cuda else cpu_peak)(step)
+        state = _bytes(value for values in step.optimizer.state.values() for value in values.values())
     # All that is kept is there when the forward pass ends, so the peak is no less.
-    gradients = min(_bytes(model.trainable_parameters()), max(0, measured - kept))
+    gradients = min(trainable, max(0, measured - kept))
     return Peak(
         frozen_weights=_bytes(model.parameters()) + _bytes(model.buffers()) - trained,
         trained_weights=trained,
@@ -76,19 +91,24 @@ def measure_peak(model: TinyTLModel, images: Tensor, labels: Tensor) -> Peak:
         optimizer_state=state,
         kept_activations=kept,
         transient=max(0, measured - kept - gradients),
+        photos=_bytes([pixels]),
+        gradient_buckets=trainable if dist.is_initialized() and dist.get_world_size() > 1 else 0,
     )
 
 
-def measure_speed(model: TinyTLModel, images: Tensor, labels: Tensor, repeats: int = 5) -> float:
+def measure_speed(
+    model: TinyTLModel, pixels: Tensor, labels: Tensor, config: Config | None = None, repeats: int = 5
+) -> float:
     """Images a second in the step of :func:`measure_peak`: the median of ``repeats`` steps, after a warm-up."""
     seconds = []
     with left_as_found(model):
-        _, step = warmed_up_step(model, images, labels)
+        step = MeasuredStep(model, pixels, labels, config or Config())
+        step()
         for _ in range(repeats):
             start = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - start)
-    return len(images) / statistics.median(seconds)
+    return step.images / statistics.median(seconds)
 
 
 def process_high_water() -> int:
@@ -104,21 +124,6 @@ def process_high_water() -> int:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def warmed_up_step(model: TinyTLModel, images: Tensor, labels: Tensor) -> tuple[AdamW, Callable[[], None]]:
-    """An optimizer, and a function that runs a training step; it ran once. At rate 0 the weights do not change."""
-    optimizer = AdamW(model.trainable_parameters(), lr=0.0)
-
-    def step() -> None:
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if images.is_cuda:
-            torch.cuda.synchronize()
-
-    step()
-    return optimizer, step
 
 
 def cpu_peak(step: Callable[[], object]) -> int:

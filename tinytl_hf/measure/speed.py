@@ -1,5 +1,6 @@
 """Speed of training steps: the contenders take turns in one process, and medians and ratios count.
 
+A step is that of :mod:`~tinytl_hf.measure.measured_step`, of large photos of 3:2.
 Machines are noisy, so a speed says little by itself and nothing next to one of another run.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -18,9 +19,10 @@ from typing import Any
 
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import BenchConfig
+from tinytl_hf.data.images import decoded_photo_size
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.measure.memory import build, random_batch
-from tinytl_hf.measure.peak import warmed_up_step
+from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
+from tinytl_hf.measure.memory import build
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports.table import aligned
 
@@ -62,19 +64,22 @@ def _time_in_turns(config: Config, train_size: int, batch_size: int, repeats: in
             start = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - start)
-    speeds = {name: batch_size / statistics.median(values) for name, values in seconds.items()}
+    speeds = {name: steps[name].images / statistics.median(values) for name, values in seconds.items()}
     return BenchRow(train_size, batch_size, speeds)
 
 
-def _steps(config: Config, batch_size: int) -> dict[str, Callable[[], None]]:
+def _steps(config: Config, batch_size: int) -> dict[str, MeasuredStep]:
     """The contenders, each warmed up by one step."""
     method = config.method
     contenders = {FULL: ("FT-Full", False), f"{method} stock": (method, False), f"{method} lean": (method, True)}
     models = {name: build(config, each, 10, lean) for name, (each, lean) in contenders.items()}
     if find_spec(MEMSAVE) is not None:
         models[f"{method} {MEMSAVE}"] = _memsave(build(config, method, 10, lean=False))
-    batch = random_batch(models[FULL], batch_size)
-    return {name: warmed_up_step(model.train(), *batch)[1] for name, model in models.items()}
+    batch = random_batch(models[FULL], batch_size, decoded_photo_size(config.data.train_size))
+    steps = {name: MeasuredStep(model.train(), *batch, config) for name, model in models.items()}
+    for step in steps.values():
+        step()
+    return steps
 
 
 def _memsave(model: TinyTLModel) -> TinyTLModel:

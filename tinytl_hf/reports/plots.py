@@ -27,10 +27,13 @@ MEMORY_PARTS = {
     "frozen_weights": "frozen weights",
     "trained_weights": "trained weights",
     "gradients": "gradients",
+    "gradient_buckets": "gradient buckets",
     "optimizer_state": "optimizer state",
+    "photos": "decoded photos",
     "kept_activations": "kept activations",
     "transient": "transient",
 }
+MEMORY_COLOURS = (*COLOURS[:-1], "#F0E442", "#999999")  # black is for the text
 
 
 @dataclass(frozen=True)
@@ -144,8 +147,10 @@ def save_memory_bars(path: Path | BinaryIO, rows: Sequence[Mapping[str, Any]]) -
     with _figure(path, 9.6, 1.8 + 0.34 * len(rows)) as figure:
         axis = figure.subplots()
         left = [0.0] * len(rows)
-        for (part, label), colour in zip(MEMORY_PARTS.items(), COLOURS, strict=False):
-            widths = [row["peak"][part] / MB for row in rows]
+        for (part, label), colour in zip(MEMORY_PARTS.items(), MEMORY_COLOURS, strict=True):
+            widths = [row["peak"].get(part, 0) / MB for row in rows]  # version 0.1 had fewer parts
+            if not any(widths):
+                continue
             axis.barh(range(len(rows)), widths, 0.7, left=left, label=label, color=colour)
             left = [start + width for start, width in zip(left, widths, strict=True)]
         for i, total in enumerate(left):

@@ -20,10 +20,14 @@ class CachedFeatures(Dataset):
     Args:
         views: ``[N, features]`` by name: ``features``, and ``mirrored`` those of the mirrored images.
         labels: ``[N]`` class numbers.
+
+    Attributes:
+        in_memory: What the features take, in bytes.
     """
 
     def __init__(self, views: dict[str, Tensor], labels: Tensor) -> None:
         self.views, self.labels = views, labels
+        self.in_memory = sum(features.numel() * features.element_size() for features in views.values())
 
     def __len__(self) -> int:
         return len(self.labels)

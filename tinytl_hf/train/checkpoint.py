@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 DELTA_FILE = "delta.safetensors"
 PROGRESS_FILE = "progress.json"
 SUMS_FILE = "SHA256SUMS"
+HASHED_AT_ONCE = 2**20  # bytes
 NAME = re.compile(r"step_\d{8,}_epoch_\d{4,}")
 MAY_DIFFER = {
     *("output_dir", "overwrite", "tracker", "metrics", "adapter.dtype", "data.workers", "data.memory_limit_mb"),
@@ -245,7 +246,11 @@ def _file_names(folder: Path) -> list[str]:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(HASHED_AT_ONCE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _record(path: Path) -> dict[str, Any]:

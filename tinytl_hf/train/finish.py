@@ -15,6 +15,7 @@ from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import PICTURES, RunFacts, dataset_name, read_card, render_card
 from tinytl_hf.measure import memory
+from tinytl_hf.measure.measured_step import random_batch
 from tinytl_hf.measure.peak import process_high_water
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports import run_folder
@@ -40,7 +41,11 @@ def save_adapters(
 
 
 def write_memory(run: Run) -> None:
-    """Measure a training step of this run and write what it takes into the run's folder."""
+    """Measure a training step of this run, and write what it takes into the run's folder.
+
+    Its photos have the greatest height and the greatest width of the training images, as a batch is padded to those.
+    With cached features it is the step that they stand in for, and says so.
+    """
     config, output, is_main = run.config, Path(run.config.output_dir), run.accelerator.is_main_process
     batch = config.train.global_batch_size // run.accelerator.num_processes // config.train.gradient_accumulation_steps
     lines = run_folder.read_metrics(output) if is_main else []
@@ -48,10 +53,18 @@ def write_memory(run: Run) -> None:
     speed = lines[-1]["train"]["images_per_second"] if lines else 0.0
     high_water = process_high_water()
     # On every process, as norms see the batch of all.
-    row = memory.measure(run.model, *memory.random_batch(run.model, batch), config.memory.lean, speed, high_water)
+    photos = random_batch(run.model, batch, run.data_memory.photo_size)
+    row = memory.measure(run.model, *photos, config, speed, high_water)
     if is_main:
-        conditions = memory.conditions(config, train_size=config.data.train_size, batch_size=batch)
-        run_folder.write(output / run_folder.MEMORY_FILE, memory.to_json([row], conditions))
+        conditions = memory.conditions(
+            config,
+            train_size=config.data.train_size,
+            photo_size="{}x{}".format(*run.data_memory.photo_size),
+            batch_size=batch,
+            processes=run.accelerator.num_processes,
+            **({"cache_features": "measured without"} if config.train.cache_features else {}),
+        )
+        run_folder.write(output / run_folder.MEMORY_FILE, memory.to_json([row], conditions, run.data_memory))
 
 
 def write_card(output: Path, config: Config) -> None:

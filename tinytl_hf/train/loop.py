@@ -5,25 +5,27 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from tinytl_hf.adapter.format import TENSORS_FILE, read_tensors
 from tinytl_hf.config.run import Config, flat
-from tinytl_hf.data.augment import resample
+from tinytl_hf.device import seconds_since
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.measure.accuracy import compute_logits
 from tinytl_hf.measure.metrics import compute_metrics
 from tinytl_hf.measure.mistakes import save_mistakes
 from tinytl_hf.measure.results import save_results
 from tinytl_hf.reports import run_folder
+from tinytl_hf.step import training_view
 from tinytl_hf.train import checkpoint, epoch_sums
 from tinytl_hf.train.cached_features import drawn_view
 from tinytl_hf.train.epoch_sums import EpochSums
@@ -104,22 +106,27 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
             if accelerator.sync_gradients:
                 progress.step += 1
                 progress.overflows += run.optimizer.step_was_skipped
-                progress.seconds = seconds_before + time.perf_counter() - start
                 if progress.step % LOOK_EVERY == 0:
                     show_progress(run, bar, loss.item(), sums)
                 due = options.checkpoint_every > 0 and progress.step % options.checkpoint_every == 0
                 if due or (looks_for_signals(run) and stop.received(accelerator)):
                     progress.sums = accelerator.gather(sums.parts[None]).tolist()
+                    progress.seconds = seconds_before + seconds_since(start, accelerator.device)
                     stop_if_asked(run, stop, save_checkpoint(run))
     progress.sums = accelerator.gather(sums.parts[None]).tolist()
+    progress.seconds = seconds_before + seconds_since(start, accelerator.device)
 
 
 def save_checkpoint(run: Run) -> Path:
     """Write a checkpoint, unless this run has gone wrong: then the last good one stays."""
-    finite = np.isfinite(run.progress.sums).all()
-    if not finite or not all(tensor.isfinite().all() for tensor in run.model.adapter_tensors().values()):
+    if not np.isfinite(run.progress.sums).all() or not all_finite(run.model.adapter_tensors().values()):
         raise_not_finite(run)
     return checkpoint.save(run.accelerator, run.config, run.progress, run.hashes)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values are numbers and not infinite; waits for the device once."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 def looks_for_signals(run: Run) -> bool:
@@ -133,10 +140,7 @@ def augmented(run: Run, batch: dict[str, Tensor]) -> Tensor:
     """A batch of pixels, cropped, flipped, resized and normalised, or the features of one of its views."""
     if "features" in batch:
         return drawn_view(batch, run.augment)
-    boxes, flips = run.augment(batch["sizes"], batch["index"])
-    size = run.config.train_size_in(run.progress.epoch)
-    options = run.model.config.preprocessing
-    return resample(batch["pixels"], batch["sizes"], boxes, size, options.mean, options.std, flips)
+    return training_view(run.model, batch, run.augment, run.config.train_size_in(run.progress.epoch))
 
 
 def evaluate(run: Run, after_batch: Callable[[], None] | None = None) -> tuple[np.ndarray, np.ndarray]:

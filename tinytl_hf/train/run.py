@@ -14,6 +14,7 @@ from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import RandomCropFlip
 from tinytl_hf.data.batches import DecodedImages, ShuffledBatches, StreamedImages
+from tinytl_hf.measure.memory import DataMemory
 from tinytl_hf.measure.results import Evaluated
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.train.checkpoint import Progress
@@ -33,6 +34,7 @@ class Run:
     eval_loader: DataLoader
     eval_images: DecodedImages | StreamedImages
     evaluated: Evaluated
+    data_memory: DataMemory
     record: DataRecord
     batches: ShuffledBatches
     augment: RandomCropFlip

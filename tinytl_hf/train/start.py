@@ -17,19 +17,21 @@ from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.config.run import Config, flat
 from tinytl_hf.data import batches, sets
 from tinytl_hf.data.augment import RandomCropFlip
-from tinytl_hf.device import check_divides, device_name, make_accelerator
+from tinytl_hf.device import check_divides, device_name, make_accelerator, seconds_since
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.measure.memory import DataMemory
 from tinytl_hf.measure.metrics import load_metrics
 from tinytl_hf.measure.results import Evaluated
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports.run_folder import ADAPTER
+from tinytl_hf.step import make_optimizer
 from tinytl_hf.train import checkpoint
 from tinytl_hf.train.cached_features import compute_features
 from tinytl_hf.train.checkpoint import Progress
 from tinytl_hf.train.finish import save_adapters
-from tinytl_hf.train.optim import make_optimizer, make_scheduler
 from tinytl_hf.train.output_dir import check_free, make_ready
 from tinytl_hf.train.run import Run
+from tinytl_hf.train.schedule import make_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +61,14 @@ def set_up(config: Config) -> Run:
     eval_images = batches.read_images(eval_split, config.data, model.config.preprocessing.eval_size)
     train_set: Any = train_images
     eval_set: Any = eval_images
+    in_memory = {"train": train_images.in_memory, "eval": eval_images.in_memory}
     start = time.perf_counter()
     if options.cache_features:
         train_set = compute_features(accelerator, model, train_images, config, mirrored=config.data.flip)
         eval_set = compute_features(accelerator, model, eval_images, config)
-    feature_seconds = time.perf_counter() - start
+        # The training images go when the features are there.
+        in_memory = {"features": train_set.in_memory + eval_set.in_memory, "eval": eval_images.in_memory}
+    feature_seconds = seconds_since(start, accelerator.device)
     shuffled = batches.ShuffledBatches(
         len(train_images), options.global_batch_size, options.gradient_accumulation_steps, config.seed
     )
@@ -110,6 +115,7 @@ def set_up(config: Config) -> Run:
         eval_loader=eval_loader,
         eval_images=eval_images,
         evaluated=evaluated,
+        data_memory=DataMemory(in_memory, train_images.photo_size),
         record=record,
         batches=shuffled,
         augment=augment,

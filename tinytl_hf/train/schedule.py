@@ -1,23 +1,14 @@
-"""Optimizer and learning-rate schedule of a run."""
+"""Learning-rate schedule of a run."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from tinytl_hf.config.run import TrainConfig
-from tinytl_hf.model import TinyTLModel
-
-
-def make_optimizer(model: TinyTLModel, options: TrainConfig) -> Optimizer:
-    """An optimizer over the parameters that train, and no others."""
-    groups = model.parameter_groups(options.lr, options.weight_decay, options.decay_norms_and_biases)
-    if options.optimizer == "sgd":
-        return SGD(groups, lr=options.lr, momentum=options.momentum)
-    return (AdamW if options.optimizer == "adamw" else Adam)(groups, lr=options.lr)
 
 
 def make_scheduler(optimizer: Optimizer, options: TrainConfig, steps_per_epoch: int) -> LambdaLR:
