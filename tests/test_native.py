@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tinytl_hf import TinyTLModel
+from tinytl_hf.config.engine import Engine
 from tinytl_hf.config.run import LiteConfig
 from tinytl_hf.lean import backend, bits, eager_backend, native_backend, native_branch, native_library
 from tinytl_hf.lean.chain import Chain, Stage
@@ -285,5 +286,6 @@ def test_masks_are_read_as_eager_packs_them():
 
 
 def test_a_model_says_who_runs_it():
-    assert backend.describe("native", torch.device("cpu")).startswith(f"native ({next(iter(SETS))}")
+    assert backend.describe(Engine(), torch.device("cpu")).startswith(f"lean, native {next(iter(SETS))}")
+    assert backend.describe(Engine(lean=False), torch.device("cpu")) == "stock"
     assert TinyTLModel.from_backbone("mobilenet_v2", num_classes=2, weights="none").engine.backend == "auto"

@@ -15,9 +15,11 @@ from tinytl_hf.model import TinyTLModel
 def make_optimizer(model: TinyTLModel, options: TrainConfig) -> Optimizer:
     """An optimizer over the parameters that train, and no others."""
     groups = model.parameter_groups(options.lr, options.weight_decay, options.decay_norms_and_biases)
+    # One kernel for all of the many small tensors, where there is one.
+    fused = next(model.trainable_parameters()).device.type in {"cpu", "cuda"}
     if options.optimizer == "sgd":
-        return SGD(groups, lr=options.lr, momentum=options.momentum)
-    return (AdamW if options.optimizer == "adamw" else Adam)(groups, lr=options.lr)
+        return SGD(groups, lr=options.lr, momentum=options.momentum, fused=fused)
+    return (AdamW if options.optimizer == "adamw" else Adam)(groups, lr=options.lr, fused=fused)
 
 
 def training_view(model: TinyTLModel, batch: Mapping[str, Tensor], augment: RandomCropFlip, size: int) -> Tensor:

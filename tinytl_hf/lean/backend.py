@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from tinytl_hf.config.engine import BackendName
+from tinytl_hf.config.engine import BackendName, Engine
 from tinytl_hf.lean.native_library import HOW_TO_BUILD, instruction_sets
 
 if TYPE_CHECKING:
@@ -118,13 +118,15 @@ def of_upsampling(name: BackendName, maps: Tensor, small: Tensor) -> BackendName
     return name if ordered and maps.dtype in LOW_TYPES else "eager"
 
 
-def describe(name: BackendName, device: torch.device) -> str:
-    """Who runs and, if it is not the fastest, why."""
-    name = chosen(name, device)
+def describe(engine: Engine, device: torch.device) -> str:
+    """How training passes run, who computes them and, if it is not the fastest back-end, why."""
+    if not engine.lean:
+        return "stock"
+    name = chosen(engine.backend, device)
     if name == "native":
         sets = list(instruction_sets())
-        missing = "" if sets[0] == FASTEST else f"; this processor has no {FASTEST}"
-        return f"native ({sets[0]}{missing})"
-    if name == "eager" and device.type == "cpu" and not instruction_sets():
-        return f"eager (native {HOW_TO_BUILD})"
-    return name
+        missing = "" if sets[0] == FASTEST else f", as this processor has no {FASTEST}"
+        return f"lean, native {sets[0]}{missing}"
+    if device.type == "cpu" and engine.backend == "auto":
+        return f"lean, eager (native {HOW_TO_BUILD})"
+    return f"lean, {name}"

@@ -8,7 +8,7 @@ whole blocks).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Chain:
         slice_mb: About how much of the widest map exists at a time, in MB, or None for the back-end's own.
         branch: The stage whose input is the block's; what comes before it is a stem.
         backend: Who computes it.
+        facts: What a back-end works out once.
     """
 
     stages: tuple[Stage, ...]
@@ -39,6 +40,7 @@ class Chain:
     slice_mb: float | None = None
     branch: int = 0
     backend: BackendName = "auto"
+    facts: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the last stage's output, keeping only what the gradients need."""
@@ -50,7 +52,7 @@ class Chain:
 
     def block_input_size(self, shape: torch.Size) -> tuple[int, int]:
         """Height and width of the block's input for a chain's input of ``shape``."""
-        return self.input_sizes(shape)[self.branch][1:]
+        return self.map_sizes(shape)[self.branch][1:]
 
     def slices(self, x: Tensor, dtype: torch.dtype) -> Iterator[slice]:
         """Ranges of the batch ``x`` whose widest map, of ``dtype``, takes about ``slice_mb``."""
@@ -75,9 +77,10 @@ class Chain:
 
     def map_sizes(self, shape: torch.Size) -> list[tuple[int, int, int]]:
         """Channels, height and width of the input and of each stage's output."""
-        last = self.stages[-1]
-        sizes = self.input_sizes(shape)
-        return [*sizes, (last.conv.out_channels, *last.output_size(*sizes[-1][1:]))]
+        if shape[2:] not in self.facts:
+            last, sizes = self.stages[-1], self.input_sizes(shape)
+            self.facts[shape[2:]] = [*sizes, (last.conv.out_channels, *last.output_size(*sizes[-1][1:]))]
+        return self.facts[shape[2:]]
 
     def _biases(self) -> list[Tensor | None]:
         return [stage.bias for stage in self.stages]

@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinytl_hf.lean.int8 import Int8Conv2d
 from tinytl_hf.lean.native_branch import branch_backward as branch_backward
@@ -50,30 +50,57 @@ def fits(chain: Chain, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run a chain; None if they can."""
     if dtype not in DTYPES:
         return f"{str(dtype).removeprefix('torch.')} (only fp32 and bf16)"
+    if any(
+        t.dtype not in (torch.float32, torch.int8)
+        for s in chain.stages
+        for t in (s.conv.weight, s.bias)
+        if t is not None
+    ):
+        return "parameters that are not fp32"
+    if "unfit" not in chain.facts:
+        chain.facts["unfit"] = _geometry_fits(chain)
+    return chain.facts["unfit"]
+
+
+def _geometry_fits(chain: Chain) -> str | None:
     if len(chain.stages) > MOST_STAGES or (chain.residual and chain.branch):
         return "an unusual order of layers"
-    return next((reason for stage in chain.stages if (reason := _stage_fits(stage)) is not None), None)
-
-
-def _stage_fits(stage: Stage) -> str | None:
-    conv, tensors = stage.conv, [stage.conv.weight, stage.bias]
-    depthwise = conv.groups == conv.in_channels == conv.out_channels > 1
-    one_size = len({*conv.kernel_size}) == len({*conv.stride}) == len({*conv.padding}) == 1
-    if (conv.groups > 1 and not depthwise) or conv.dilation != (1, 1) or not one_size:
-        return "a grouped, dilated or oblong convolution"
-    if not conv.stride[0] <= conv.kernel_size[0] <= LARGEST_KERNEL or int(conv.padding[0]) >= conv.kernel_size[0]:
-        return "a convolution that skips pixels, or a large kernel"
-    if stage.activation is not None and conv.out_channels % 8:
-        return "a number of channels that is no multiple of 8"
-    if any(t is not None and t.dtype not in (torch.float32, torch.int8) for t in tensors):
-        return "parameters that are not fp32"
+    for stage in chain.stages:
+        conv = stage.conv
+        depthwise = conv.groups == conv.in_channels == conv.out_channels > 1
+        one_size = len({*conv.kernel_size}) == len({*conv.stride}) == len({*conv.padding}) == 1
+        if (conv.groups > 1 and not depthwise) or conv.dilation != (1, 1) or not one_size:
+            return "a grouped, dilated or oblong convolution"
+        if not conv.stride[0] <= conv.kernel_size[0] <= LARGEST_KERNEL or int(conv.padding[0]) >= conv.kernel_size[0]:
+            return "a convolution that skips pixels, or a large kernel"
+        if stage.activation is not None and conv.out_channels % 8:
+            return "a number of channels that is no multiple of 8"
     return None
 
 
-def _stage_arguments(stage: Stage, mask: Tensor | None, grad_bias: Tensor | None) -> StageArguments:
-    conv, norm = stage.conv, stage.norm
-    int8 = isinstance(conv, Int8Conv2d)
-    weight = conv.weight.data_ptr()
+def _stages(chain: Chain, masks: list[Tensor | None], grads: list[Tensor | None]) -> Any:
+    """The chain's stages as an array; what never changes is worked out once, pointers each time."""
+    if "stages" not in chain.facts:
+        chain.facts["stages"] = (StageArguments * len(chain.stages))(*map(_geometry, chain.stages))
+    array = type(chain.facts["stages"]).from_buffer_copy(chain.facts["stages"])
+    for to, stage, mask, grad in zip(array, chain.stages, masks, grads, strict=True):
+        conv, norm, bias = stage.conv, stage.norm, stage.bias
+        weight = conv.weight
+        to.weight_strides[:] = weight.stride()
+        if isinstance(conv, Int8Conv2d):
+            to.int8_weight, to.int8_scale = weight.data_ptr(), conv.weight_scale.data_ptr()
+        else:
+            to.weight = weight.data_ptr()
+        if norm is not None:
+            assert norm.running_mean is not None and norm.running_var is not None
+            to.gamma = norm.weight.data_ptr()
+            to.mean, to.var = norm.running_mean.data_ptr(), norm.running_var.data_ptr()
+        to.bias, to.mask, to.grad_bias = _pointer(bias), _pointer(mask), _pointer(grad)
+    return array
+
+
+def _geometry(stage: Stage) -> StageArguments:
+    conv = stage.conv
     return StageArguments(
         conv.in_channels,
         conv.out_channels,
@@ -81,22 +108,10 @@ def _stage_arguments(stage: Stage, mask: Tensor | None, grad_bias: Tensor | None
         conv.stride[0],
         int(conv.padding[0]),
         conv.groups > 1,
-        conv.weight.stride(),
-        None if int8 else weight,
-        weight if int8 else None,
-        conv.weight_scale.data_ptr() if isinstance(conv, Int8Conv2d) else None,
-        *(None if norm is None else _pointer(t) for t in _norm_tensors(norm)),
-        _pointer(stage.bias),
-        0.0 if norm is None else norm.eps,
-        stage.activation is not None,
-        0.0 if stage.activation is None else UPPER[stage.activation],
-        _pointer(mask),
-        _pointer(grad_bias),
+        eps=0.0 if stage.norm is None else stage.norm.eps,
+        activated=stage.activation is not None,
+        upper=0.0 if stage.activation is None else UPPER[stage.activation],
     )
-
-
-def _norm_tensors(norm: nn.BatchNorm2d | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return (None, None, None) if norm is None else (norm.weight, norm.running_mean, norm.running_var)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -112,9 +127,8 @@ class _Call:
 
     @classmethod
     def of(cls, chain: Chain, shape: torch.Size, masks: list[Tensor | None], grads: list[Tensor | None]) -> _Call:
-        stages = [_stage_arguments(*each) for each in zip(chain.stages, masks, grads, strict=True)]
-        array = (StageArguments * len(stages))(*stages)
-        arguments = ChainArguments(shape[0], shape[2], shape[3], len(stages), array, chain.branch, chain.residual)
+        stages = _stages(chain, masks, grads)
+        arguments = ChainArguments(shape[0], shape[2], shape[3], len(stages), stages, chain.branch, chain.residual)
         arguments.threads = torch.get_num_threads()
         arguments.cache = cache_bytes() if chain.slice_mb is None else int(chain.slice_mb * 1e6)
         return cls(arguments, [*masks, *grads])

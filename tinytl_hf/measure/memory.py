@@ -23,6 +23,7 @@ from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import MemoryTableConfig
 from tinytl_hf.data.images import decoded_photo_size
 from tinytl_hf.device import make_accelerator
+from tinytl_hf.lean.backend import describe
 from tinytl_hf.measure.ledger import kept_by_layer
 from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
 from tinytl_hf.measure.paper_rule import paper_rule
@@ -135,6 +136,7 @@ def build(config: Config, method: str, num_classes: int, lean: bool) -> TinyTLMo
 
 def conditions(config: Config, **sizes: int | str) -> dict[str, Any]:
     """What figures hold under; ``sizes`` are those that they have in common."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "backbone": config.backbone.name,
         **sizes,
@@ -144,6 +146,7 @@ def conditions(config: Config, **sizes: int | str) -> dict[str, Any]:
         "frozen_weights": config.backbone.frozen_weights,
         "precision": config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "engine": describe(config.engine, device),
         "threads": torch.get_num_threads(),
         "torch_version": torch.__version__,
     }

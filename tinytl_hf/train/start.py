@@ -19,6 +19,7 @@ from tinytl_hf.data import batches, sets
 from tinytl_hf.data.augment import RandomCropFlip
 from tinytl_hf.device import check_divides, device_name, make_accelerator, seconds_since
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.lean.backend import describe
 from tinytl_hf.measure.memory import DataMemory
 from tinytl_hf.measure.metrics import load_metrics
 from tinytl_hf.measure.results import Evaluated
@@ -131,12 +132,14 @@ def log_conditions(accelerator: Accelerator, config: Config) -> None:
     processes = accelerator.num_processes
     check_divides(batch, "train.global_batch_size", processes, steps)
     logger.info(
-        "%s on %d process(es), %s, %d threads, precision %s, global batch %d (%d images x %d processes x %d steps)",
+        "%s on %d process(es), %s, %d threads, precision %s, engine %s, "
+        "global batch %d (%d images x %d processes x %d steps)",
         config.method,
         processes,
         device_name(accelerator),
         torch.get_num_threads(),
         "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
+        describe(config.engine, accelerator.device),
         batch,
         batch // processes // steps,
         processes,
