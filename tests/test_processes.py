@@ -1,4 +1,6 @@
-"""Two processes add up to the gradients and statistics of one, in float64 and so without tolerance for rounding."""
+"""Two processes add up to the gradients and statistics of one: in float64 on the eager back-end without tolerance for
+rounding, in fp32 on the fastest there is within it.
+"""
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ def _gradients(method, images, labels):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = TinyTLModel.from_backbone("mobilenet_v2", method=method, num_classes=4, weights="none", train_size=64)
-    model.double().train()
+    model.to(images.dtype).train()
     for module in model.modules():
         if isinstance(module, LiteResidual):
             nn.init.ones_(module.norm2.weight)  # so that the whole branch gets a gradient
@@ -34,15 +36,19 @@ def _gradients_of_a_part(rank, port, method, images, labels, path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", ["TinyTL-L+B", "FT-Full"])
-def test_gradients_and_statistics_over_two_processes_are_exact(method, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "dtype", "limit"),
+    [("TinyTL-L+B", torch.float64, 1e-10), ("FT-Full", torch.float64, 1e-10), ("TinyTL-L+B", torch.float32, 2e-4)],
+)
+def test_gradients_and_statistics_over_two_processes_are_those_of_one(method, dtype, limit, tmp_path):
     generator = torch.Generator().manual_seed(0)
-    images, labels = torch.randn(8, 3, 64, 64, dtype=torch.float64, generator=generator), torch.arange(8) % 4
+    images, labels = torch.randn(8, 3, 64, 64, dtype=dtype, generator=generator), torch.arange(8) % 4
     whole, whole_tensors = _gradients(method, images, labels)
     arguments = (free_port(), method, images, labels, tmp_path / "gradients.pt")
     mp.start_processes(_gradients_of_a_part, args=arguments, nprocs=2, start_method="forkserver")
     parts, part_tensors = torch.load(tmp_path / "gradients.pt")
+    largest = max(gradient.abs().max() for gradient in whole.values())
     for name, gradient in whole.items():
-        torch.testing.assert_close(parts[name], gradient, atol=1e-10, rtol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+        assert (parts[name] - gradient).abs().max() <= limit * largest, name
     for name, tensor in whole_tensors.items():
-        torch.testing.assert_close(part_tensors[name], tensor, atol=1e-10, rtol=1e-8)
+        torch.testing.assert_close(part_tensors[name], tensor, atol=limit, rtol=limit)
