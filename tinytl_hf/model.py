@@ -60,7 +60,8 @@ class TinyTLModel(nn.Module):
         self.config = replace(config, backbone=replace(config.backbone, sha256=sha256(frozen_tensors(self.backbone))))
         if config.backbone.frozen_weights == "int8":
             quantise(self.backbone)
-        self.stock_layers = convert(self.backbone, self._blocks, self.engine) if self.engine.lean else []
+        size = config.preprocessing.train_size
+        self.stock_layers = convert(self.backbone, self._blocks, self.engine, size) if self.engine.lean else []
         # One layout always, so that a saved and a loaded model run the same kernels on the same numbers.
         self.backbone.to(memory_format=torch.channels_last)
         self._adapters = Adapters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,6 +59,26 @@ class LeanBlockPath:
         if not isinstance(self.main, (Chain, LeanResNetPath, Recomputed)):
             output = output.clone()  # a stock layer may have kept its output, which is not to be written over
         return upsample_add(output, small)
+
+
+class LeanPart(nn.Module):
+    """Mixed in before the class of a part of an unknown kind.
+
+    Attributes:
+        path: Its training pass.
+    """
+
+    path: Recomputed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the part's own class."""
+        return self.path(x) if self.training else super().forward(x)
+
+
+@functools.cache
+def lean_part(part: type[nn.Module]) -> type[LeanPart]:
+    """A class of parts, made lean; it goes by the same name in messages."""
+    return type(part.__name__, (LeanPart, part), {"__module__": __name__})
 
 
 class LeanOpening(nn.Sequential):

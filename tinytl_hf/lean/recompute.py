@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tinytl_hf.lean.chain import Gathered, even_slices
-from tinytl_hf.network.blocks import own_layers
+from tinytl_hf.network.blocks import own_layers, own_parameters
 
 SHARE_OF_CHAIN = 0.4  # of the slices of a chain, as autograd keeps several maps of a slice at a time
 
@@ -41,7 +41,7 @@ class Recomputed:
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the module."""
-        trained = [p for layer in own_layers(self.module) for p in layer.parameters() if p.requires_grad]
+        trained = [parameter for parameter in own_parameters(self.module) if parameter.requires_grad]
         return _RecomputeFunction.apply(x, self, *trained)
 
     def slices(self, x: Tensor) -> Iterator[slice]:
