@@ -5,11 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
+from tinytl_hf.lean import bits
 from tinytl_hf.lean.chain import Chain
-from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
+from tinytl_hf.lean.layers import average_pool, upsample_add
 from tinytl_hf.lean.lite_branch import branch
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.network.lite_residual import LiteResidual
@@ -31,7 +36,30 @@ class LeanResNetPath:
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the block."""
-        return masked_relu(self.main(x) + (x if self.shortcut is None else self.shortcut(x)), self.upper)
+        return _AddReLU.apply(self.main(x), x if self.shortcut is None else self.shortcut(x), self.upper)
+
+
+class _AddReLU(Function):
+    """Adds to the first maps, in their place, and activates; keeps one bit a value.
+
+    In place, a block has two maps of a batch at a time, where a sum and an activation of their own would be two more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, added: Tensor, upper: float) -> Tensor:
+        ctx.mark_dirty(maps)
+        maps.add_(added).clamp_(0, upper)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(bits.pack(maps.permute(0, 2, 3, 1), upper))
+        return maps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        rows = grad.clone(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        masked = bits.mask_(rows, mask).permute(0, 3, 1, 2)
+        return masked, masked, None
 
 
 @dataclass(frozen=True)
