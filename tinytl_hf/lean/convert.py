@@ -33,10 +33,11 @@ from tinytl_hf.lean.layers import (
     LeanReLU6,
 )
 from tinytl_hf.lean.max_pool import LeanMaxPool2d, is_plain
-from tinytl_hf.lean.paths import LeanBlockPath, LeanOpening, LeanResNetPath, lean_part
+from tinytl_hf.lean.paths import Activated, LeanBlockPath, LeanOpening, LeanResNetPath, lean_part
 from tinytl_hf.lean.recompute import Recomputed
+from tinytl_hf.lean.runs import join_recomputed
 from tinytl_hf.lean.stage import UPPER, Stage
-from tinytl_hf.network.blocks import TinyTLBlock, leaves, own_layers, unknown_blocks
+from tinytl_hf.network.blocks import TinyTLBlock, leaves, own_layers, own_modules, unknown_blocks
 from tinytl_hf.network.head import Head
 from tinytl_hf.network.norms import FrozenBatchNorm2d
 
@@ -71,27 +72,34 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine,
     Args:
         backbone: A network that a method has been applied to.
         blocks: Its residual blocks by name.
-        engine: Its slices.
+        engine: Whether to, and its slices.
         train_size: Side of the training images in px, at which parts with layers of unknown types are tried out.
 
     Returns:
         Names of the layers that stay stock and keep full-size tensors, each with its type.
     """
+    if not engine.lean:
+        return []
     done: set[nn.Module] = set()
+    again: set[nn.Module] = set()  # modules of what is computed again
     independent = _independent_parts(backbone, blocks, train_size)
     for block in blocks.values():
         path: Callable[[Tensor], Tensor] | None = _block_path(block, engine.slice_mb)
         if path is None and block in independent:
             path = Recomputed(block, block.stock_forward, engine.slice_mb)
+            again.update(own_modules(block))
         if path is not None:
             done.update(block.modules())
         if block.lite_residual is not None:
             done.update(block.lite_residual.modules())
             path = LeanBlockPath(block.stock_forward if path is None else path, block.lite_residual, engine.slice_mb)
         block.lean_path = path
+    for module in backbone.modules():
+        if type(module) is nn.Sequential and module not in done:
+            again.update(join_recomputed(module, engine.slice_mb))
     frozen = any(isinstance(m, nn.Conv2d) and not m.weight.requires_grad for m in backbone.modules())
     for module in backbone.modules():
-        if module in done or not frozen:
+        if module in done | again or not frozen:
             continue
         if type(module) is Conv2dNormActivation and (stage := _single_stage(module)) is not None:
             module.__class__ = LeanConvNormActivation
@@ -101,20 +109,36 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine,
             stock_forward = partial(type(module).forward, module)
             module.__class__ = lean_part(type(module))  # type: ignore[arg-type]
             module.path = Recomputed(module, stock_forward, engine.slice_mb)  # type: ignore[assignment]
-            done.update(module.modules())
+            again.update(module.modules())
         elif _becomes_lean(module):
             module.__class__ = LAYERS[type(module)]
             if isinstance(module, LeanMaxPool2d):
                 module.slice_mb = engine.slice_mb
             done.add(module)
     for module in backbone.modules():
+        if module in again:
+            _fold_norm(module)
+    for module in backbone.modules():
         if type(module) is nn.Sequential and len(module) > 1:
             _join_opening(module)
     return [
         f"{name} ({type(module).__name__})"
         for name, module in backbone.named_modules()
-        if module not in done and not list(module.children()) and _may_keep_maps(module)
+        if module not in done | again and not list(module.children()) and may_keep_maps(module)
     ]
+
+
+def _fold_norm(module: nn.Module) -> None:
+    """Let a convolution in what is computed again do its norm's work and keep nothing, which takes less time too."""
+    if type(module) is Conv2dNormActivation:
+        conv_and_norm, activation = leaves(module)[:2], leaves(module)[2:]
+        stages = _as_stages(conv_and_norm)
+        if stages is not None and len(stages) == 1 and len(activation) <= 1:
+            chain = Chain(stages)
+            module.__class__ = LeanConvNormActivation
+            module.chain = Activated(chain, *activation) if activation else chain  # type: ignore[assignment]
+    elif _is_frozen_convolution(module):
+        module.__class__ = LAYERS[type(module)]
 
 
 def _independent_parts(backbone: nn.Module, blocks: dict[str, TinyTLBlock], train_size: int) -> set[nn.Module]:
@@ -139,7 +163,7 @@ def _single_stage(layers: Conv2dNormActivation) -> Stage | None:
 
 def _keeps_little(layer: nn.Module) -> bool:
     """Whether a layer keeps masks or nothing by itself, once it is lean."""
-    return _becomes_lean(layer) or not _may_keep_maps(layer)
+    return _becomes_lean(layer) or not may_keep_maps(layer)
 
 
 def _join_opening(layers: nn.Sequential) -> None:
@@ -210,7 +234,7 @@ def _becomes_lean(layer: nn.Module) -> bool:
     return type(layer) in LAYERS and not (type(layer) is FrozenBatchNorm2d and layer.weight.requires_grad)
 
 
-def _may_keep_maps(layer: nn.Module) -> bool:
+def may_keep_maps(layer: nn.Module) -> bool:
     """Whether a stock layer can keep tensors of the size of its maps for the backward pass."""
     if type(layer) is nn.AdaptiveAvgPool2d:
         return layer.output_size not in (1, (1, 1))

@@ -89,6 +89,23 @@ class LeanBlockPath:
         return upsample_add(output, small)
 
 
+@dataclass(frozen=True)
+class Activated:
+    """A chain, and an activation that is computed again with it.
+
+    Attributes:
+        chain: The chain.
+        activation: What follows it.
+    """
+
+    chain: Chain
+    activation: nn.Module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As the layers of both."""
+        return self.activation(self.chain(x))
+
+
 class LeanPart(nn.Module):
     """Mixed in before the class of a part of an unknown kind.
 

@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tinytl_hf.lean.chain import Gathered, even_slices
-from tinytl_hf.network.blocks import own_layers, own_parameters
+from tinytl_hf.network.blocks import own_modules, own_parameters
 
 SHARE_OF_CHAIN = 0.4  # of the slices of a chain, as autograd keeps several maps of a slice at a time
 
@@ -56,8 +56,10 @@ class Recomputed:
         """Values of the largest map inside the module, for one image."""
         found = [image.numel()]
         hooks = [
-            layer.register_forward_hook(lambda _, __, maps: found.append(maps.numel()))
-            for layer in own_layers(self.module)
+            part.register_forward_hook(
+                lambda _, __, maps: found.append(maps.numel() if isinstance(maps, Tensor) else 0)
+            )
+            for part in own_modules(self.module)
         ]
         try:
             self.run(image)

@@ -37,6 +37,7 @@ class BlockKind:
         adds_input: Whether the input, or its shortcut, is added to what they give.
         shortcut: What the input passes through before it is added; None where it is added as it is.
         last: The activation after the addition; None where there is none.
+        wide: Whether the block's input is a large share of all that stock PyTorch keeps of it.
     """
 
     block_class: type[nn.Module]
@@ -44,6 +45,7 @@ class BlockKind:
     adds_input: Callable[[Any], bool]
     shortcut: Callable[[Any], nn.Module | None] = lambda block: None
     last: Callable[[Any], nn.Module | None] = lambda block: None
+    wide: bool = False
 
 
 def leaves(module: nn.Module) -> list[nn.Module]:
@@ -74,7 +76,7 @@ BLOCK_KINDS = (
     BlockKind(efficientnet.MBConv, lambda b: leaves(b.block), lambda b: b.use_res_connect),
     BlockKind(efficientnet.FusedMBConv, lambda b: leaves(b.block), lambda b: b.use_res_connect),
     BlockKind(mnasnet._InvertedResidual, lambda b: leaves(b.layers), lambda b: b.apply_residual),
-    BlockKind(convnext.CNBlock, lambda b: leaves(b.block), lambda b: True),
+    BlockKind(convnext.CNBlock, lambda b: leaves(b.block), lambda b: True, wide=True),
     BlockKind(
         resnet.BasicBlock,
         lambda b: [b.conv1, b.bn1, b.relu, b.conv2, b.bn2],
