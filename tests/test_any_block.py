@@ -9,6 +9,7 @@ from tinytl_hf.config.engine import Engine
 from tinytl_hf.lean import recompute
 from tinytl_hf.lean.convert import convert
 from tinytl_hf.lean.max_pool import LeanMaxPool2d
+from tinytl_hf.lean.sliced import in_slices
 from tinytl_hf.measure.ledger import kept_for_backward
 
 KEPT_BY_STOCK = {"mobilenet_v3_small": 10, "mobilenet_v3_large": 20, "efficientnet_b0": 17, "resnet18": 20}
@@ -177,3 +178,31 @@ def test_blocks_of_an_unknown_kind_keep_a_sixth_of_stock_and_have_its_gradients(
     assert kept[1] > 6 * kept[0]
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-8)
+
+
+def test_slices_with_a_graph_each_are_counted_freed_and_used_again_as_one_graph_is():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 3, 1).double()
+    layer.weight.requires_grad_(False)
+    x = torch.randn(5, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    def run(part):
+        return layer(part).sigmoid() + part
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = in_slices(run, x, [slice(0, 2), slice(2, 4), slice(4, 5)], [layer.bias])
+    assert torch.equal(output, run(x))
+    assert sum(kept) >= x.numel()  # what sigmoid keeps of each slice
+    inputs = [x, layer.bias]
+    expected = torch.autograd.grad(run(x).square().sum(), inputs)
+    for last in (False, True):
+        found = torch.autograd.grad(output.square().sum(), inputs, retain_graph=not last)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(output.square().sum(), inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tinytl_hf.lean import bits
-from tinytl_hf.lean.chain import Chain
+from tinytl_hf.lean.chain import Chain, even_slices
 from tinytl_hf.lean.layers import average_pool, upsample_add
 from tinytl_hf.lean.lite_branch import branch
 from tinytl_hf.lean.recompute import Recomputed
+from tinytl_hf.lean.sliced import in_slices
 from tinytl_hf.network.lite_residual import LiteResidual
 
 
@@ -36,6 +38,15 @@ class LeanResNetPath:
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the block."""
+        last, sizes = self.main.stages[-1], self.main.input_sizes(x.shape)
+        sizes.append((last.conv.out_channels, *last.output_size(*sizes[-1][1:])))
+        image_bytes = max(map(math.prod, sizes)) * x.element_size()
+        slices = list(even_slices(len(x), image_bytes, self.main.slice_mb))
+        chains = (self.main,) if self.shortcut is None else (self.main, self.shortcut)
+        biases = [stage.bias for chain in chains for stage in chain.stages]
+        return in_slices(self._run, x, slices, [b for b in biases if b is not None and b.requires_grad])
+
+    def _run(self, x: Tensor) -> Tensor:
         return _AddReLU.apply(self.main(x), x if self.shortcut is None else self.shortcut(x), self.upper)
 
 
