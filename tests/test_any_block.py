@@ -206,3 +206,22 @@ def test_slices_with_a_graph_each_are_counted_freed_and_used_again_as_one_graph_
             torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(output.square().sum(), inputs)
+
+
+@pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L+B", "FT-Norm+Last"])
+def test_convnext_keeps_an_eighth_of_stock_or_less_and_has_its_gradients(method, make_model):
+    images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    results, kept = [], []
+    for lean in (False, True):
+        model = make_model(method, "convnext_tiny", lean=lean)
+        for name, parameter in model.backbone.named_parameters():
+            if name.endswith(("layer_scale", "norm2.weight")):
+                nn.init.constant_(parameter, 0.3)  # so that blocks and lite residuals matter
+        kept.append(kept_for_backward(model, images, torch.arange(8) % 4))
+        small = images[:2].double()
+        model.double().train()(small).square().mean().backward()
+        results.append({n: p.grad for n, p in model.backbone.named_parameters() if p.requires_grad})
+    assert kept[0] > 8 * kept[1]
+    largest = max(gradient.abs().max() for gradient in results[0].values())
+    for name, gradient in results[0].items():
+        assert (results[1][name] - gradient).abs().max() <= 1e-10 * largest, name
