@@ -16,7 +16,7 @@ from tinytl_hf.lean.convert import LAYERS, may_keep_maps
 from tinytl_hf.lean.layers import LeanConvNormActivation
 from tinytl_hf.lean.paths import LeanBlockPath, LeanPart, LeanResNetPath
 from tinytl_hf.lean.recompute import Recomputed
-from tinytl_hf.lean.runs import Checkpointed, LeanSequence
+from tinytl_hf.lean.runs import LeanSequence
 from tinytl_hf.network.blocks import TinyTLBlock, own_modules
 
 MASKS, RECOMPUTE, BY_LAYER, STOCK = "masks", "recompute", "layer by layer", "stock"
@@ -24,11 +24,14 @@ MASKS, RECOMPUTE, BY_LAYER, STOCK = "masks", "recompute", "layer by layer", "sto
 
 def training_paths(backbone: nn.Module) -> dict[str, str]:
     """How each block trains, and each other layer that can keep maps, by name, in the order of the modules."""
-    in_runs: set[nn.Module] = set()
-    for layers in backbone.modules():
-        for run in layers.passes if isinstance(layers, LeanSequence) else ():
-            if isinstance(run, (Recomputed, Checkpointed)):
-                in_runs.update(run.layers.children() if isinstance(run, Checkpointed) else run.module.children())
+    in_runs = {
+        unit
+        for layers in backbone.modules()
+        if isinstance(layers, LeanSequence)
+        for run in layers.passes
+        if isinstance(run, Recomputed)
+        for unit in run.module.children()
+    }
     return dict(_paths("", backbone, in_runs))
 
 

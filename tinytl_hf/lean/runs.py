@@ -63,7 +63,7 @@ def join_recomputed(layers: nn.Sequential, slice_mb: float) -> set[nn.Module]:
     """Let neighbours among ``layers`` that would be computed again one by one be so as one, where they allow it.
 
     Returns:
-        The modules that have become part of a run.
+        The modules that no longer train by themselves, but as part of what is computed again.
     """
     passes: list[Callable[[Tensor], Tensor]] = []
     joined: set[nn.Module] = set()
@@ -72,15 +72,15 @@ def join_recomputed(layers: nn.Sequential, slice_mb: float) -> set[nn.Module]:
         if len(run) == 1 or not blocks:
             passes.extend(run)
             continue
-        joined.update(part for unit in run for part in own_modules(unit))
         whole = nn.Sequential(*run)
         if any(block.lite_residual is not None for block in blocks):
             passes.append(Checkpointed(whole))
             continue
+        joined.update(part for unit in run for part in own_modules(unit))
         for block in blocks:
             block.lean_path = None
         passes.append(Recomputed(whole, whole.forward, slice_mb))
-    if joined:
+    if any(isinstance(each, (Checkpointed, Recomputed)) for each in passes):
         layers.__class__ = LeanSequence
         layers.passes = tuple(passes)  # type: ignore[assignment]
     return joined
