@@ -32,6 +32,7 @@ BACKBONES = (
     "mnasnet1_0",
     "resnet18",
     "resnet50",
+    "convnext_tiny",
 )
 
 

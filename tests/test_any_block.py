@@ -5,8 +5,11 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
+from tinytl_hf.config.engine import Engine
 from tinytl_hf.lean import recompute
+from tinytl_hf.lean.convert import convert
 from tinytl_hf.lean.max_pool import LeanMaxPool2d
+from tinytl_hf.lean.sliced import in_slices
 from tinytl_hf.measure.ledger import kept_for_backward
 
 KEPT_BY_STOCK = {"mobilenet_v3_small": 8, "mobilenet_v3_large": 20, "efficientnet_b0": 17, "resnet18": 20}
@@ -81,3 +84,144 @@ def test_lean_max_pooling_is_that_of_pytorch_and_keeps_a_byte_a_value(options, l
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = lean(x.clone().requires_grad_())
     assert kept == output.numel()
+
+
+class Sharpen(nn.Module):
+    """Unknown, and of one image: its mean is that of the image."""
+
+    def forward(self, x):
+        return x * torch.tanh(x - x.mean((1, 2, 3), keepdim=True))
+
+
+class Mix(nn.Module):
+    """Looks at the whole batch."""
+
+    def forward(self, x):
+        return x - 0.1 * x.mean((0, 2, 3), keepdim=True)
+
+
+class Numbered(nn.Module):
+    """Treats the images of a batch by their number."""
+
+    def forward(self, x):
+        return x * torch.arange(1, len(x) + 1).to(x)[:, None, None, None]
+
+
+class Noise(nn.Module):
+    """Draws in training mode alone."""
+
+    def forward(self, x):
+        return x + 1e-12 * torch.randn_like(x) if self.training else x * 1.0
+
+
+class Counter(nn.Module):
+    """Remembers how often it ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x):
+        self.runs += 1
+        return x * 1.5
+
+
+class OverItsInput(nn.Module):
+    """Writes over what it is given, which is the block's own input where it comes first."""
+
+    def forward(self, x):
+        return x.mul_(0.5)
+
+
+def small_v3(make_model, layer, first=False):
+    """MobileNetV3 with one more layer in its second block, lean and stock, and the layers that stay stock."""
+    models = []
+    for lean in (True, False):
+        model = make_model("TinyTL-B", "mobilenet_v3_small", lean=False).double()
+        block = list(model._blocks.values())[1]
+        block.block.insert(0, layer()) if first else block.block.append(layer())
+        models.append(model.train())
+        if lean:
+            model.stock_layers = convert(model.backbone, model._blocks, Engine(), 64)
+    return models
+
+
+def test_an_unknown_layer_of_one_image_is_found_by_trial_and_runs_again_slice_by_slice(make_model):
+    lean, stock = small_v3(make_model, Sharpen)
+    assert not [name for name in lean.stock_layers if "block" in name]
+    assert isinstance(list(lean._blocks.values())[1].lean_path, recompute.Recomputed)
+    images = torch.randn(3, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for model in (lean, stock):
+        model(images).square().sum().backward()
+    for ours, theirs in zip(lean.trainable_parameters(), stock.trainable_parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("layer", [Mix, Numbered, Noise, Counter, OverItsInput])
+def test_an_unknown_layer_that_mixes_draws_or_remembers_stays_stock_and_is_named(layer, make_model):
+    lean, _ = small_v3(make_model, layer, first=layer is OverItsInput)
+    assert [name for name in lean.stock_layers if layer.__name__ in name]
+    block = list(lean._blocks.values())[1]
+    assert block.lean_path is None
+    assert layer is not Counter or block.block[-1].runs == 0  # a copy was tried
+
+
+def test_blocks_of_an_unknown_kind_keep_a_sixth_of_stock_and_have_its_gradients(make_model):
+    """RegNet's blocks: squeeze-and-excitation between ReLUs, in a class that no row of the table describes."""
+    images, results, kept = torch.randn(2, 3, 64, 64, dtype=torch.float64), [], []
+    for lean in (True, False):
+        model = make_model("TinyTL-B", "regnet_y_400mf", lean=lean).double()
+        assert model.stock_layers == []
+        kept.append(kept_for_backward(model, images, torch.tensor([0, 1])))
+        model.train()(images).square().sum().backward()
+        results.append([parameter.grad for parameter in model.trainable_parameters()])
+    assert kept[1] > 6 * kept[0]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-8)
+
+
+def test_slices_with_a_graph_each_are_counted_freed_and_used_again_as_one_graph_is():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 3, 1).double()
+    layer.weight.requires_grad_(False)
+    x = torch.randn(5, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    def run(part):
+        return layer(part).sigmoid() + part
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = in_slices(run, x, [slice(0, 2), slice(2, 4), slice(4, 5)], [layer.bias])
+    assert torch.equal(output, run(x))
+    assert sum(kept) >= x.numel()  # what sigmoid keeps of each slice
+    inputs = [x, layer.bias]
+    expected = torch.autograd.grad(run(x).square().sum(), inputs)
+    for last in (False, True):
+        found = torch.autograd.grad(output.square().sum(), inputs, retain_graph=not last)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(output.square().sum(), inputs)
+
+
+@pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L+B", "FT-Norm+Last"])
+def test_convnext_keeps_an_eighth_of_stock_or_less_and_has_its_gradients(method, make_model):
+    images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    results, kept = [], []
+    for lean in (False, True):
+        model = make_model(method, "convnext_tiny", lean=lean)
+        for name, parameter in model.backbone.named_parameters():
+            if name.endswith(("layer_scale", "norm2.weight")):
+                nn.init.constant_(parameter, 0.3)  # so that blocks and lite residuals matter
+        kept.append(kept_for_backward(model, images, torch.arange(8) % 4))
+        small = images[:2].double()
+        model.double().train()(small).square().mean().backward()
+        results.append({n: p.grad for n, p in model.backbone.named_parameters() if p.requires_grad})
+    assert kept[0] > 8 * kept[1]
+    largest = max(gradient.abs().max() for gradient in results[0].values())
+    for name, gradient in results[0].items():
+        assert (results[1][name] - gradient).abs().max() <= 1e-10 * largest, name

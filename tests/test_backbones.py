@@ -20,6 +20,7 @@ BLOCKS = {
     "mnasnet1_0": 16,
     "resnet18": 8,
     "resnet50": 16,
+    "convnext_tiny": 18,
 }
 
 

@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torchvision.models._api import BUILTIN_MODELS
 from tinytl_hf.config.run import Config, DataConfig, HeadConfig, LiteConfig, TrainConfig
 from tinytl_hf.config.verbs import MemoryTableConfig
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.lean.notes import grouped
 from tinytl_hf.measure.ledger import kept_by_layer, kept_for_backward
 from tinytl_hf.measure.measured_step import random_batch
 from tinytl_hf.measure.memory import DataMemory, MemoryRow, memory_table, photo_size_of, to_json
@@ -319,6 +321,50 @@ def test_table_has_every_row_and_says_what_kind_each_figure_is():
     assert "features.0 (Conv2d) 9.0, features.1 (Conv2d) 8.0, " in table and "keep 45.0 MB for backward" in table
 
 
+def test_the_table_says_which_part_trains_how_where_it_is_not_stock():
+    paths = {"conv1": "masks", **{f"layer1.{i}": "masks" for i in range(3)}, "layer2.0": "recompute", "fc": "stock"}
+    lean, stock = make_rows()
+    table = memory_table([replace(lean, training_paths=paths), replace(stock, training_paths={"conv1": "stock"})])
+    assert "TinyTL-L+B, lean: masks: conv1, layer1.0-2; recompute: layer2.0; stock: fc\n" in table
+    assert "FT-Full, stock: stock" not in table
+
+
+@pytest.mark.parametrize(
+    ("backbone", "method", "expected"),
+    [
+        ("mobilenet_v2", "TinyTL-L+B", {"masks": ["features.0-18"]}),
+        (
+            "mobilenet_v3_large",
+            "TinyTL-B",
+            {"recompute": ["features.0", "features.4-16"], "masks": ["features.1-3"], "stock": ["classifier.1"]},
+        ),
+        (
+            "resnet18",
+            "FT-Norm+Last",
+            {
+                "masks": ["conv1", "relu", "maxpool"],
+                "stock": ["bn1"],
+                "layer by layer": ["layer1.0-1", "layer2.0-1", "layer3.0-1", "layer4.0-1"],
+            },
+        ),
+        (
+            "convnext_tiny",
+            "TinyTL-B",
+            {
+                "recompute": [
+                    *("features.0", "features.1.0-2", "features.2", "features.3.0-2"),
+                    *("features.4", "features.5.0-8", "features.6", "features.7.0-2"),
+                ],
+                "stock": ["classifier.0"],
+            },
+        ),
+    ],
+)
+def test_a_model_knows_which_part_trains_how(backbone, method, expected, make_model):
+    assert grouped(make_model(method, backbone).training_paths) == expected
+    assert set(make_model(method, backbone, lean=False).training_paths.values()) == {"stock"}
+
+
 def test_json_has_every_row_its_labels_and_the_conditions():
     report = json.loads(to_json(make_rows(), {"device": "cpu", "threads": 1}))
     assert report["unit"] == "bytes" and report["conditions"] == {"device": "cpu", "threads": 1}
@@ -346,6 +392,7 @@ def test_the_verb_measures_each_engine_in_a_process_of_its_own(colour_folder, tm
     assert report["decoded_images"] == COLOURS_DECODED and plain["peak"]["photos"] == 4 * 3 * 47 * 40
     assert [report["conditions"][name] for name in ("photo_size", "optimizer")] == ["47x40", "adamw"]
     assert plain["kept"] > 50 * lean["kept"] and plain["peak"]["dynamic"] > 4 * lean["peak"]["dynamic"]
+    assert set(lean["training_paths"].values()) == {"masks"} and set(plain["training_paths"].values()) == {"stock"}
     assert plain["high_water"] > 100e6 and plain["images_per_second"] > 0
     with Image.open(tmp_path / "bars.png") as picture:
         assert picture.format == "PNG" and min(picture.size) > 200

@@ -30,7 +30,8 @@ def expected_trainable(model, method):
     for name, _ in backbone.named_parameters():
         owner = backbone.get_submodule(name.rpartition(".")[0])
         in_lite, in_head = ".lite_residual." in name, name.rpartition(".")[0] == head
-        is_norm, is_bias = isinstance(owner, nn.BatchNorm2d), name.endswith(".bias")
+        is_norm = isinstance(owner, (nn.BatchNorm2d, nn.LayerNorm)) or name.endswith(".layer_scale")
+        is_bias = name.endswith(".bias")
         wanted = {
             "FT-Last": in_head,
             "TinyTL-B": in_head or is_bias,
@@ -93,6 +94,15 @@ def test_an_optimizer_gets_each_trained_parameter_once_and_no_decay_on_biases_an
     for group in groups:
         assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] == 0.1}
     assert {group["weight_decay"] for group in model.parameter_groups(1.0, 0.1, decay_all=True)} == {0.1}
+
+
+def test_layer_scales_are_scales_of_norms_which_never_decay(make_model):
+    model = make_model("FT-Norm+Last", "convnext_tiny")
+    scales = [p for name, p in model.backbone.named_parameters() if name.endswith("layer_scale")]
+    assert len(scales) == 18 and all(p.requires_grad and p.ndim == 3 for p in scales)
+    (decays,) = (group for group in model.parameter_groups(1.0, 0.1) if group["weight_decay"])
+    assert [tuple(p.shape) for p in decays["params"]] == [(4, 768)]
+    assert not any(p.ndim == 3 and p.requires_grad for p in make_model("TinyTL-B", "convnext_tiny").parameters())
 
 
 def test_layerwise_rates_are_1_and_06_and_04(make_model):

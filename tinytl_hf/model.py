@@ -29,6 +29,7 @@ from tinytl_hf.hub.card import read_card, render_card
 from tinytl_hf.hub.transfer import find_adapter, push
 from tinytl_hf.lean.convert import convert
 from tinytl_hf.lean.int8 import quantise
+from tinytl_hf.lean.notes import training_paths
 from tinytl_hf.network import methods
 from tinytl_hf.network.blocks import name_unknown_blocks
 from tinytl_hf.network.head import Head
@@ -60,7 +61,7 @@ class TinyTLModel(nn.Module):
         self.config = replace(config, backbone=replace(config.backbone, sha256=sha256(frozen_tensors(self.backbone))))
         if config.backbone.frozen_weights == "int8":
             quantise(self.backbone)
-        self.stock_layers = convert(self.backbone, self._blocks, self.engine) if self.engine.lean else []
+        self.stock_layers = convert(self.backbone, self._blocks, self.engine, config.preprocessing.train_size)
         # One layout always, so that a saved and a loaded model run the same kernels on the same numbers.
         self.backbone.to(memory_format=torch.channels_last)
         self._adapters = Adapters()
@@ -280,6 +281,11 @@ class TinyTLModel(nn.Module):
         """Names of the classes, in the order of the logits."""
         return self.config.label_names
 
+    @property
+    def training_paths(self) -> dict[str, str]:
+        """How each part of the backbone trains, by name: see :mod:`tinytl_hf.lean.notes`."""
+        return training_paths(self.backbone)
+
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that train, in the backbone's order: what an optimizer should get."""
         return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
@@ -301,9 +307,7 @@ class TinyTLModel(nn.Module):
     def load_adapter(
         self, path: str | Path, name: str, *, weights: str | None = None, revision: str | None = None
     ) -> None:
-        """Load another adapter beside the active one, which stays active, over the same frozen weights.
-
-        It may have another method, label set and image size.
+        """Load another adapter, of any method, labels and image size, beside the active one, over the same weights.
 
         Args:
             path: Its folder, or its name on the Hub.
@@ -367,14 +371,11 @@ class TinyTLModel(nn.Module):
         return self.normalise(pixels, sizes)
 
     def normalise(self, pixels: Tensor, sizes: Tensor) -> Tensor:
-        """The evaluation view of decoded images: resized, cropped at the centre, normalised.
+        """The evaluation view of decoded images, ``[N, 3, eval_size, eval_size]`` on the model's device.
 
         Args:
             pixels: ``uint8`` ``[N, 3, H, W]``, padded at the bottom right.
             sizes: ``[N, 2]`` true height and width in px.
-
-        Returns:
-            ``[N, 3, eval_size, eval_size]``, on the model's device.
         """
         options, pixels = self.config.preprocessing, pixels.to(next(self.parameters()).device)
         boxes = centre_boxes(sizes, options.crop_pct)

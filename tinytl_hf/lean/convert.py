@@ -11,11 +11,18 @@ from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
+from torchvision.ops import Permute, StochasticDepth
 from torchvision.ops.misc import Conv2dNormActivation
 
 from tinytl_hf.config.engine import Engine
 from tinytl_hf.lean.chain import Chain
+from tinytl_hf.lean.independence import (
+    heavy_weights_are_frozen,
+    independent_by_trial,
+    independent_by_type,
+    inputs_of,
+    may_be_independent,
+)
 from tinytl_hf.lean.int8 import Int8Conv2d
 from tinytl_hf.lean.layers import (
     LeanConv2d,
@@ -26,10 +33,11 @@ from tinytl_hf.lean.layers import (
     LeanReLU6,
 )
 from tinytl_hf.lean.max_pool import LeanMaxPool2d, is_plain
-from tinytl_hf.lean.paths import LeanBlockPath, LeanOpening, LeanResNetPath
+from tinytl_hf.lean.paths import Activated, LeanBlockPath, LeanOpening, LeanResNetPath, lean_part
 from tinytl_hf.lean.recompute import Recomputed
+from tinytl_hf.lean.runs import join_recomputed
 from tinytl_hf.lean.stage import UPPER, Stage
-from tinytl_hf.network.blocks import TinyTLBlock, leaves, own_layers
+from tinytl_hf.network.blocks import TinyTLBlock, leaves, own_layers, own_modules, unknown_blocks
 from tinytl_hf.network.head import Head
 from tinytl_hf.network.norms import FrozenBatchNorm2d
 
@@ -42,12 +50,6 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.ReLU6: LeanReLU6,
     nn.MaxPool2d: LeanMaxPool2d,
 }
-# Layers that compute of an image what depends on that image alone, and the same each time (dropout is off).
-OF_ONE_IMAGE = {
-    *(nn.Conv2d, Int8Conv2d, FrozenBatchNorm2d, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d),
-    *(nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU, nn.Hardsigmoid, nn.Sigmoid),
-    *(nn.Identity, nn.Sequential, nn.Dropout, StochasticDepth),
-}
 # Layers that add no full-size map. A stock ReLU saves its output, which the next layer saves anyway; dropout is off;
 # linear layers see vectors only.
 KEEP_NOTHING = {
@@ -56,6 +58,7 @@ KEEP_NOTHING = {
     nn.Dropout,
     nn.Flatten,
     StochasticDepth,
+    Permute,
     nn.Linear,
     Head,
     nn.ReLU,
@@ -63,59 +66,104 @@ KEEP_NOTHING = {
 }
 
 
-def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine) -> list[str]:
+def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine, train_size: int) -> list[str]:
     """Make the training pass of ``backbone`` lean wherever its layers allow it.
 
     Args:
         backbone: A network that a method has been applied to.
         blocks: Its residual blocks by name.
-        engine: Its slices.
+        engine: Whether to, and its slices.
+        train_size: Side of the training images in px, at which parts with layers of unknown types are tried out.
 
     Returns:
         Names of the layers that stay stock and keep full-size tensors, each with its type.
     """
+    if not engine.lean:
+        return []
     done: set[nn.Module] = set()
+    again: set[nn.Module] = set()  # modules of what is computed again
+    independent = _independent_parts(backbone, blocks, train_size)
     for block in blocks.values():
         path: Callable[[Tensor], Tensor] | None = _block_path(block, engine)
-        if path is None and _images_are_independent(block):
+        if path is None and block in independent:
             path = Recomputed(block, block.stock_forward, engine.slice_mb)
+            again.update(own_modules(block))
         if path is not None:
             done.update(block.modules())
         if block.lite_residual is not None:
             done.update(block.lite_residual.modules())
             path = LeanBlockPath(block.stock_forward if path is None else path, block.lite_residual, engine)
         block.lean_path = path
+    for module in backbone.modules():
+        if type(module) is nn.Sequential and module not in done:
+            again.update(join_recomputed(module, engine.slice_mb))
     frozen = any(isinstance(m, nn.Conv2d) and not m.weight.requires_grad for m in backbone.modules())
     for module in backbone.modules():
-        if module in done or not frozen:
+        if module in done | again or not frozen:
             continue
-        if type(module) is Conv2dNormActivation and (path := _layers_path(module, engine)) is not None:
+        if type(module) is Conv2dNormActivation and (stage := _single_stage(module)) is not None:
             module.__class__ = LeanConvNormActivation
-            module.chain = path  # type: ignore[assignment]
+            module.chain = _chain((stage,), engine)  # type: ignore[assignment]
             done.update(module.modules())
+        elif module in independent and not isinstance(module, TinyTLBlock):
+            stock_forward = partial(type(module).forward, module)
+            module.__class__ = lean_part(type(module))  # type: ignore[arg-type]
+            module.path = Recomputed(module, stock_forward, engine.slice_mb)  # type: ignore[assignment]
+            again.update(module.modules())
         elif _becomes_lean(module):
             module.__class__ = LAYERS[type(module)]
             if isinstance(module, LeanMaxPool2d):
                 module.slice_mb = engine.slice_mb
             done.add(module)
     for module in backbone.modules():
+        if module in again:
+            _fold_norm(module)
+    for module in backbone.modules():
         if type(module) is nn.Sequential and len(module) > 1:
             _join_opening(module)
     return [
         f"{name} ({type(module).__name__})"
         for name, module in backbone.named_modules()
-        if module not in done and not list(module.children()) and _may_keep_maps(module)
+        if module not in done | again and not list(module.children()) and may_keep_maps(module)
     ]
 
 
-def _layers_path(layers: Conv2dNormActivation, engine: Engine) -> Chain | Recomputed | None:
-    """The training pass of a convolution with norm and activation, or None if one of them trains or is unknown."""
+def _fold_norm(module: nn.Module) -> None:
+    """Let a convolution in what is computed again do its norm's work and keep nothing, which takes less time too."""
+    if type(module) is Conv2dNormActivation:
+        conv_and_norm, activation = leaves(module)[:2], leaves(module)[2:]
+        stages = _as_stages(conv_and_norm)
+        if stages is not None and len(stages) == 1 and len(activation) <= 1:
+            chain = Chain(stages)
+            module.__class__ = LeanConvNormActivation
+            module.chain = Activated(chain, *activation) if activation else chain  # type: ignore[assignment]
+    elif _is_frozen_convolution(module):
+        module.__class__ = LAYERS[type(module)]
+
+
+def _independent_parts(backbone: nn.Module, blocks: dict[str, TinyTLBlock], train_size: int) -> set[nn.Module]:
+    """Blocks and the like that masks do not serve, frozen, whose images do not depend on one another."""
+    stems = [module for module in backbone.modules() if type(module) is Conv2dNormActivation]
+    parts = {
+        part
+        for part in (*blocks.values(), *stems, *unknown_blocks(backbone, blocks).values())
+        if heavy_weights_are_frozen(part) and not all(map(_keeps_little, own_layers(part)))
+    }
+    known = {part for part in parts if independent_by_type(part)}
+    unknown = {part for part in parts - known if may_be_independent(part)}
+    inputs = inputs_of(backbone, unknown, train_size) if unknown else {}
+    return known | {part for part, images in inputs.items() if independent_by_trial(part, images)}
+
+
+def _single_stage(layers: Conv2dNormActivation) -> Stage | None:
+    """The one frozen convolution with its norm and activation that ``layers`` are, or None if they are not."""
     stages = _as_stages(leaves(layers))
-    if stages is not None:
-        return _chain(stages, engine) if len(stages) == 1 else None
-    if _images_are_independent(layers):
-        return Recomputed(layers, partial(nn.Sequential.forward, layers), engine.slice_mb)
-    return None
+    return stages[0] if stages is not None and len(stages) == 1 else None
+
+
+def _keeps_little(layer: nn.Module) -> bool:
+    """Whether a layer keeps masks or nothing by itself, once it is lean."""
+    return _becomes_lean(layer) or not may_keep_maps(layer)
 
 
 def _join_opening(layers: nn.Sequential) -> None:
@@ -149,14 +197,6 @@ def _block_path(block: TinyTLBlock, engine: Engine) -> Chain | LeanResNetPath | 
 
 def _chain(stages: tuple[Stage, ...], engine: Engine, residual: bool = False) -> Chain:
     return Chain(stages, residual, engine.slice_mb, backend=engine.backend)
-
-
-def _images_are_independent(module: nn.Module) -> bool:
-    """Whether what a frozen module computes of an image depends on that image alone, by the types of its layers."""
-    layers = own_layers(module)
-    if any(type(layer) not in OF_ONE_IMAGE for layer in layers):
-        return False
-    return not any(m.weight.requires_grad for m in layers if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)))
 
 
 def _as_stages(layers: Iterable[nn.Module]) -> tuple[Stage, ...] | None:
@@ -198,7 +238,7 @@ def _becomes_lean(layer: nn.Module) -> bool:
     return type(layer) in LAYERS and not (type(layer) is FrozenBatchNorm2d and layer.weight.requires_grad)
 
 
-def _may_keep_maps(layer: nn.Module) -> bool:
+def may_keep_maps(layer: nn.Module) -> bool:
     """Whether a stock layer can keep tensors of the size of its maps for the backward pass."""
     if type(layer) is nn.AdaptiveAvgPool2d:
         return layer.output_size not in (1, (1, 1))

@@ -5,6 +5,7 @@ Stock PyTorch keeps the input and an index of eight bytes for each value of the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.utils import _pair
 
-from tinytl_hf.lean.slices import slice_mb_on
+from tinytl_hf.lean.slices import Gathered, even_slices, slice_mb_on
 
 LARGEST_WINDOW = 256  # places that a byte can tell apart
 
@@ -42,43 +43,42 @@ def is_plain(pool: nn.MaxPool2d) -> bool:
 
 class _MaxPool(Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, pool: LeanMaxPool2d) -> Tensor:
+    def forward(ctx: Any, input: Tensor, pool: LeanMaxPool2d) -> Tensor | None:
         geometry = (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), (1, 1), pool.ceil_mode)
         ctx.geometry, ctx.shape = geometry, input.shape
-        outputs, places = [], []
-        for part in input.split(_images_at_a_time(input, pool.slice_mb)):
-            output, indices = torch.ops.aten.max_pool2d_with_indices(part, *geometry)
-            outputs.append(output)
+        outputs, places = Gathered(len(input)), []
+        for part in _slices(input, pool.slice_mb):
+            output, indices = torch.ops.aten.max_pool2d_with_indices(input[part], *geometry)
+            outputs.put(part, output)
             if ctx.needs_input_grad[0]:
                 rows, columns = _corners(indices, geometry)
                 in_window = (indices // input.shape[3] - rows) * geometry[0][1] + indices % input.shape[3] - columns
                 places.append(in_window.to(torch.uint8))
         ctx.save_for_backward(*places)
-        return torch.cat(outputs)
+        return outputs.whole
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         width, kernel_width = ctx.shape[3], ctx.geometry[0][1]
-        grads, start = [], 0
+        grads, start = Gathered(len(grad)), 0
         for places in ctx.saved_tensors:
-            part = grad[start : start + len(places)]
+            part = slice(start, start + len(places))
             rows, columns = _corners(places, ctx.geometry)
             in_window = places.to(torch.int64)
             indices = (in_window // kernel_width + rows) * width + in_window % kernel_width + columns
             unread = grad.new_empty((len(places), *ctx.shape[1:]))  # the kernel wants its shape
-            grads.append(
-                torch.ops.aten.max_pool2d_with_indices_backward(part.contiguous(), unread, *ctx.geometry, indices)
-            )
-            start += len(places)
-        return torch.cat(grads), None
+            backward = torch.ops.aten.max_pool2d_with_indices_backward
+            grads.put(part, backward(grad[part].contiguous(), unread, *ctx.geometry, indices))
+            start = part.stop
+        return grads.whole, None
 
 
-def _images_at_a_time(input: Tensor, slice_mb: float | None) -> int:
+def _slices(input: Tensor, slice_mb: float | None) -> Iterator[slice]:
     if input.device.type != "cpu":
-        return len(input)
+        return iter([slice(0, len(input))])
     a_quarter_of_eight_bytes = 2 * input[0].numel()
-    return max(1, int(slice_mb_on(input.device, slice_mb) * 1e6) // a_quarter_of_eight_bytes)
+    return even_slices(len(input), a_quarter_of_eight_bytes, slice_mb_on(input.device, slice_mb))
 
 
 def _corners(maps: Tensor, geometry: Any) -> tuple[Tensor, Tensor]:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from tinytl_hf.config.engine import Engine
+from tinytl_hf.lean import bits
 from tinytl_hf.lean.chain import Chain
-from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
+from tinytl_hf.lean.layers import average_pool, upsample_add
 from tinytl_hf.lean.lite_branch import branch
 from tinytl_hf.lean.recompute import Recomputed
+from tinytl_hf.lean.sliced import in_slices
+from tinytl_hf.lean.slices import even_slices, slice_mb_on
 from tinytl_hf.network.lite_residual import LiteResidual
 
 
@@ -31,7 +40,37 @@ class LeanResNetPath:
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the block."""
-        return masked_relu(self.main(x) + (x if self.shortcut is None else self.shortcut(x)), self.upper)
+        image_bytes = max(map(math.prod, self.main.map_sizes(x.shape))) * x.element_size()
+        slices = list(even_slices(len(x), image_bytes, slice_mb_on(x.device, self.main.slice_mb)))
+        chains = (self.main,) if self.shortcut is None else (self.main, self.shortcut)
+        biases = [stage.bias for chain in chains for stage in chain.stages]
+        return in_slices(self._run, x, slices, [b for b in biases if b is not None and b.requires_grad])
+
+    def _run(self, x: Tensor) -> Tensor:
+        return _AddReLU.apply(self.main(x), x if self.shortcut is None else self.shortcut(x), self.upper)
+
+
+class _AddReLU(Function):
+    """Adds to the first maps, in their place, and activates; keeps one bit a value.
+
+    In place, a block has two maps of a batch at a time, where a sum and an activation of their own would be two more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, added: Tensor, upper: float) -> Tensor:
+        ctx.mark_dirty(maps)
+        maps.add_(added).clamp_(0, upper)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(bits.pack(maps.permute(0, 2, 3, 1), upper))
+        return maps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        rows = grad.clone(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        masked = bits.mask_(rows, mask).permute(0, 3, 1, 2)
+        return masked, masked, None
 
 
 @dataclass(frozen=True)
@@ -59,6 +98,43 @@ class LeanBlockPath:
         if not isinstance(self.main, (Chain, LeanResNetPath, Recomputed)):
             output = output.clone()  # a stock layer may have kept its output, which is not to be written over
         return upsample_add(output, small, self.engine.backend)
+
+
+@dataclass(frozen=True)
+class Activated:
+    """A chain, and an activation that is computed again with it.
+
+    Attributes:
+        chain: The chain.
+        activation: What follows it.
+    """
+
+    chain: Chain
+    activation: nn.Module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As the layers of both."""
+        return self.activation(self.chain(x))
+
+
+class LeanPart(nn.Module):
+    """Mixed in before the class of a part of an unknown kind.
+
+    Attributes:
+        path: Its training pass.
+    """
+
+    path: Recomputed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the part's own class."""
+        return self.path(x) if self.training else super().forward(x)
+
+
+@functools.cache
+def lean_part(part: type[nn.Module]) -> type[LeanPart]:
+    """A class of parts, made lean; it goes by the same name in messages."""
+    return type(part.__name__, (LeanPart, part), {"__module__": __name__})
 
 
 class LeanOpening(nn.Sequential):

@@ -8,7 +8,7 @@ exist for those images only. The gradients are exact; the price is one more forw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tinytl_hf.lean.slices import Gathered, even_slices, slice_mb_on
-from tinytl_hf.network.blocks import own_layers
+from tinytl_hf.network.blocks import own_modules, own_parameters
 
 SHARE_OF_CHAIN = 0.4  # of the slices of a chain, as autograd keeps several maps of a slice at a time
 
@@ -41,7 +41,7 @@ class Recomputed:
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the module."""
-        trained = [p for layer in own_layers(self.module) for p in layer.parameters() if p.requires_grad]
+        trained = [parameter for parameter in own_parameters(self.module) if parameter.requires_grad]
         return _RecomputeFunction.apply(x, self, *trained)
 
     def slices(self, x: Tensor) -> Iterator[slice]:
@@ -56,8 +56,10 @@ class Recomputed:
         """Values of the largest map inside the module, for one image."""
         found = [image.numel()]
         hooks = [
-            layer.register_forward_hook(lambda _, __, maps: found.append(maps.numel()))
-            for layer in own_layers(self.module)
+            part.register_forward_hook(
+                lambda _, __, maps: found.append(maps.numel() if isinstance(maps, Tensor) else 0)
+            )
+            for part in own_modules(self.module)
         ]
         try:
             self.run(image)
@@ -86,17 +88,25 @@ class _RecomputeFunction(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        enabled, dtype = ctx.autocast
-        needs_input, wanted = ctx.needs_input_grad[0], list(ctx.trained)
-        grad_input, totals = Gathered(len(x)), [torch.zeros_like(parameter) for parameter in wanted]
+        needs_input = ctx.needs_input_grad[0]
+        grad_input, totals = Gathered(len(x)), [torch.zeros_like(parameter) for parameter in ctx.trained]
         for part in ctx.path.slices(x):
-            with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled):
-                inputs = x[part].detach().requires_grad_(needs_input)
-                maps = ctx.path.run(inputs)
-            of_input = [inputs] if needs_input else []
-            found = torch.autograd.grad(maps, [*of_input, *wanted], grad[part])
-            if needs_input:
-                grad_input.put(part, found[0].contiguous(memory_format=torch.channels_last))
-            for total, gradient in zip(totals, found[len(of_input) :], strict=True):
-                total += gradient
+            of_input = _slice_backward(ctx, x[part], grad[part], needs_input, totals)
+            if of_input is not None:
+                grad_input.put(part, of_input)
+            del of_input  # so that it is gone while the next slice runs
         return grad_input.whole, None, *totals
+
+
+def _slice_backward(ctx: Any, x: Tensor, grad: Tensor, needs_input: bool, totals: Sequence[Tensor]) -> Tensor | None:
+    """The gradient of a slice's input, if needed; those of the trained parameters are added to ``totals``."""
+    enabled, dtype = ctx.autocast
+    with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled):
+        inputs = x.detach().requires_grad_(needs_input)
+        maps = ctx.path.run(inputs)
+    wanted = [*([inputs] if needs_input else []), *ctx.trained]
+    found = list(torch.autograd.grad(maps, wanted, grad))
+    of_input = found.pop(0).contiguous(memory_format=torch.channels_last) if needs_input else None
+    for total, gradient in zip(totals, found, strict=True):
+        total += gradient
+    return of_input

@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -24,6 +24,7 @@ from tinytl_hf.config.verbs import MemoryTableConfig
 from tinytl_hf.data.images import decoded_photo_size
 from tinytl_hf.device import make_accelerator
 from tinytl_hf.lean.backend import describe
+from tinytl_hf.lean.notes import STOCK, grouped
 from tinytl_hf.measure.ledger import kept_by_layer
 from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
 from tinytl_hf.measure.paper_rule import paper_rule
@@ -40,7 +41,8 @@ NAMED_LAYERS = 4  # how many of a row's stock layers the table names
 class MemoryRow:
     """One method's figures on one engine, ``lean`` or ``stock``.
 
-    ``high_water`` is of the whole process. ``stock_layers`` says what each layer that stays stock keeps for backward.
+    ``high_water`` is of the whole process. ``stock_layers`` says what each layer that stays stock keeps for backward,
+    ``training_paths`` how each part trains.
     """
 
     method: str
@@ -51,6 +53,7 @@ class MemoryRow:
     images_per_second: float
     high_water: int
     stock_layers: dict[str, int]
+    training_paths: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def measure(
         images_per_second=images_per_second,
         high_water=high_water,
         stock_layers={label: kept[label.partition(" ")[0]] for label in model.stock_layers},
+        training_paths=model.training_paths,
     )
 
 
@@ -175,6 +179,7 @@ def memory_table(rows: Sequence[MemoryRow], data: DataMemory | None = None) -> s
         figures = [row.paper, row.kept, peak.total, *parts, peak.dynamic, row.high_water]
         in_mb = [f"{figure / MB:.1f}" for figure in figures]
         table.append([row.method, row.engine, *in_mb, f"{row.images_per_second:.1f}"])
+        notes.extend(_path_notes(row))
         if row.stock_layers:
             largest = Counter(row.stock_layers).most_common(NAMED_LAYERS)
             names = ", ".join(f"{label} {kept / MB:.1f}" for label, kept in largest)
@@ -185,6 +190,14 @@ def memory_table(rows: Sequence[MemoryRow], data: DataMemory | None = None) -> s
     if data is not None:
         notes.append(f"besides, the decoded images of the data set, once a machine: {data} (by a sample)")
     return "\n".join([LEGEND, *aligned(table, left=2), *notes]) + "\n"
+
+
+def _path_notes(row: MemoryRow) -> list[str]:
+    """One line on how the parts train, where any is not stock."""
+    groups = grouped(row.training_paths)
+    if not groups.keys() - {STOCK}:
+        return []
+    return [f"{row.method}, {row.engine}: " + "; ".join(f"{path}: {', '.join(n)}" for path, n in groups.items())]
 
 
 def to_json(rows: Sequence[MemoryRow], conditions: Mapping[str, Any], data: DataMemory | None = None) -> str:

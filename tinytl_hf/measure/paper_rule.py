@@ -13,7 +13,7 @@ from tinytl_hf.network.lite_residual import LiteResidual
 
 FLOAT_BYTES = 4
 MASKED = (nn.ReLU, nn.ReLU6)
-SMOOTH = (nn.Hardswish, nn.SiLU, nn.Hardsigmoid, nn.Sigmoid)
+SMOOTH = (nn.Hardswish, nn.SiLU, nn.GELU, nn.Hardsigmoid, nn.Sigmoid, nn.LayerNorm)  # need their input whatever trains
 
 
 def paper_rule(model: TinyTLModel, batch_size: int, frozen_bits: int = 8) -> float:
@@ -21,12 +21,13 @@ def paper_rule(model: TinyTLModel, batch_size: int, frozen_bits: int = 8) -> flo
 
     One image at the model's resolution walks through the stock network. A convolution, linear layer or norm keeps
     its fp32 input if its own weight trains; if anything but the head trains, a ReLU keeps one bit a value and a
-    smooth activation its fp32 input. While a layer runs it takes its input and, if it is a convolution or linear
-    layer, its output too (one group's share of it); a block that adds its input back holds that as well. The
-    highest sum, times ``batch_size``, and the parameters make up the figure.
+    smooth activation or a layer norm its fp32 input. While a layer runs it takes its input and, if it is a
+    convolution or linear layer, its output too (one group's share of it); a block that adds its input back holds that
+    as well. The highest sum, times ``batch_size``, and the parameters make up the figure.
 
-    Not counted, as in the paper: gradients, optimizer state, running statistics, temporaries of the backward pass, a
-    lite residual's pooled and up-sampled maps and, where a block has one but adds nothing back itself, its input.
+    Not counted, as in the paper: gradients, optimizer state, running statistics, temporaries of the backward pass,
+    what ConvNeXt's layer scales keep where they train, a lite residual's pooled and up-sampled maps and, where a block
+    has one but adds nothing back itself, its input.
 
     MobileNetV2 of torchvision, 10 classes, 224 px, batch 8: FT-Full 447.2 MB, FT-Norm+Last 224.1, TinyTL-L+B 63.9,
     TinyTL-L 63.9, TinyTL-B 48.1, FT-Last 47.2 MB. Of the paper's own figures only FT-Full's can be compared (447.8 MB

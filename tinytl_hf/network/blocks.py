@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
+from torchvision.models import convnext, efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
 
 from tinytl_hf.config.run import LiteConfig
 from tinytl_hf.network.lite_residual import LiteResidual
@@ -28,12 +28,16 @@ logger = logging.getLogger(__name__)
 class BlockKind:
     """What a class of residual blocks computes: its layers, then the input added, then an activation.
 
+    Two kinds multiply by more than their layers: squeeze-and-excitation, and ConvNeXt's ``layer_scale``, a factor for
+    each channel before the addition.
+
     Attributes:
         block_class: The exact class. Subclasses do not match, as their forward pass may differ.
         layers: Its layers without children, in forward order, up to the addition.
         adds_input: Whether the input, or its shortcut, is added to what they give.
         shortcut: What the input passes through before it is added; None where it is added as it is.
         last: The activation after the addition; None where there is none.
+        wide: Whether the block's input is a large share of all that stock PyTorch keeps of it.
     """
 
     block_class: type[nn.Module]
@@ -41,6 +45,7 @@ class BlockKind:
     adds_input: Callable[[Any], bool]
     shortcut: Callable[[Any], nn.Module | None] = lambda block: None
     last: Callable[[Any], nn.Module | None] = lambda block: None
+    wide: bool = False
 
 
 def leaves(module: nn.Module) -> list[nn.Module]:
@@ -48,11 +53,21 @@ def leaves(module: nn.Module) -> list[nn.Module]:
     return [layer for layer in module.modules() if not list(layer.children())]
 
 
-def own_layers(module: nn.Module) -> list[nn.Module]:
-    """The leaves of ``module`` without those of its lite residual, if it is a block that has one."""
+def own_modules(module: nn.Module) -> list[nn.Module]:
+    """``module`` and all that is in it, without its lite residual, if it is a block that has one."""
     lite = module.lite_residual if isinstance(module, TinyTLBlock) else None
-    left_out = set() if lite is None else set(leaves(lite))
-    return [layer for layer in leaves(module) if layer not in left_out]
+    left_out = set() if lite is None else set(lite.modules())
+    return [part for part in module.modules() if part not in left_out]
+
+
+def own_layers(module: nn.Module) -> list[nn.Module]:
+    """Those of :func:`own_modules` that have no children."""
+    return [part for part in own_modules(module) if not list(part.children())]
+
+
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of ``module`` and all that is in it, without those of its lite residual."""
+    return [parameter for part in own_modules(module) for parameter in part.parameters(recurse=False)]
 
 
 BLOCK_KINDS = (
@@ -61,6 +76,7 @@ BLOCK_KINDS = (
     BlockKind(efficientnet.MBConv, lambda b: leaves(b.block), lambda b: b.use_res_connect),
     BlockKind(efficientnet.FusedMBConv, lambda b: leaves(b.block), lambda b: b.use_res_connect),
     BlockKind(mnasnet._InvertedResidual, lambda b: leaves(b.layers), lambda b: b.apply_residual),
+    BlockKind(convnext.CNBlock, lambda b: leaves(b.block), lambda b: True, wide=True),
     BlockKind(
         resnet.BasicBlock,
         lambda b: [b.conv1, b.bn1, b.relu, b.conv2, b.bn2],
@@ -145,25 +161,31 @@ def convert_blocks(backbone: nn.Module, gradient_checkpointing: bool = False) ->
     return blocks
 
 
-def name_unknown_blocks(backbone: nn.Module, blocks: dict[str, TinyTLBlock]) -> None:
-    """Warn of parts that look like blocks, as they hold convolutions, but get no lite residual: their kind is unknown.
+def unknown_blocks(backbone: nn.Module, blocks: dict[str, TinyTLBlock]) -> dict[str, nn.Module]:
+    """Parts that look like blocks, as they hold convolutions, but are of no known kind.
 
     Plain sequences of layers, such as a stem or the last layers before the head, are no blocks.
     """
     plain = (nn.Sequential, nn.ModuleList, nn.ModuleDict, type(backbone))
-    found: dict[str, str] = {}
+    found: dict[str, nn.Module] = {}
     for name, module in backbone.named_modules():
         inside = any(name == outer or name.startswith(f"{outer}.") for outer in (*blocks, *found))
         around = any(isinstance(part, TinyTLBlock) for part in module.modules())
         convolves = list(module.children()) and any(isinstance(part, nn.Conv2d) for part in module.modules())
         if convolves and not inside and not around and not isinstance(module, plain):
-            found[name] = f"{name} ({type(module).__name__})"
+            found[name] = module
+    return found
+
+
+def name_unknown_blocks(backbone: nn.Module, blocks: dict[str, TinyTLBlock]) -> None:
+    """Warn of parts that look like blocks but get no lite residual, as their kind is unknown."""
+    found = unknown_blocks(backbone, blocks)
     if found:
         logger.warning(
             "%d of %d blocks get a lite residual; of an unknown kind and left alone: %s",
             len(blocks),
             len(blocks) + len(found),
-            ", ".join(found.values()),
+            ", ".join(f"{name} ({type(module).__name__})" for name, module in found.items()),
         )
 
 

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any
 
 from torch import nn
+from torchvision.models.convnext import CNBlock
 
 from tinytl_hf.config.run import LiteConfig, MethodName
 from tinytl_hf.errors import TinyTLError
@@ -21,7 +22,11 @@ from tinytl_hf.network.norms import AlwaysEvaluates, FrozenBatchNorm2d, GlobalBa
 
 
 class Role(Enum):
-    """What a parameter is, as far as the methods care."""
+    """What a parameter is, as far as the methods care.
+
+    ConvNeXt's layer scales, a factor for each channel of what a block adds to its input, have the role of a norm's
+    scale: in other networks the last norm of a block does their work.
+    """
 
     HEAD = "head"
     LITE = "lite residual"
@@ -136,10 +141,12 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups of the parameters that train, with their learning rate and weight decay."""
     scales = _layerwise_scales(backbone, blocks) if method == "FT-Layerwise" else {}
+    roles = parameter_roles(backbone)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in backbone.named_parameters():
         if parameter.requires_grad:
-            decays = decay_norms_and_biases or parameter.ndim > 1
+            is_weight = parameter.ndim > 1 and roles[name] is not Role.NORM_SCALE  # layer scales have three dimensions
+            decays = decay_norms_and_biases or is_weight
             key = (lr * scales.get(name, 1.0), weight_decay if decays else 0.0)
             groups.setdefault(key, []).append(parameter)
     return [
@@ -154,10 +161,12 @@ def _role(module: nn.Module, name: str) -> Role:
     if isinstance(module, Head):
         return Role.HEAD
     if own_name in ("weight", "bias"):
-        if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+        if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
             return Role.NORM_BIAS if is_bias else Role.NORM_SCALE
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             return Role.BIAS if is_bias else Role.WEIGHT
+    if isinstance(module, CNBlock) and own_name == "layer_scale":
+        return Role.NORM_SCALE
     raise TinyTLError(
         f"parameter {name} belongs to a {type(module).__name__}, which no method knows how to train; "
         "use a convolutional backbone"

@@ -1,0 +1,125 @@
+"""Runs of wide blocks that are computed again as one, so that of several blocks one input is kept.
+
+A block of ConvNeXt has an input that is a sixth of all that stock PyTorch keeps of it. What stands between such
+blocks, stem and down-sampling, joins the run before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tinytl_hf.lean.independence import heavy_weights_are_frozen, independent_by_type
+from tinytl_hf.lean.paths import LeanBlockPath
+from tinytl_hf.lean.recompute import Recomputed
+from tinytl_hf.network.blocks import TinyTLBlock, own_modules
+from tinytl_hf.network.norms import recompute_contexts
+
+# More would keep less, and have more maps at a time when they are computed again: of a slice, or, where lite residuals
+# need the statistics of the batch, of the batch.
+BLOCKS_OF_A_RUN = 3
+BLOCKS_OF_A_RUN_WITH_LITE_RESIDUALS = 2
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    """The training pass of a run of blocks with lite residuals, each of which trains as it would alone.
+
+    The batch goes through the run a second time before its backward pass.
+
+    Attributes:
+        layers: The run.
+    """
+
+    layers: nn.Sequential
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As the layers."""
+        return checkpoint(self.layers, x, use_reentrant=False, context_fn=recompute_contexts, preserve_rng_state=False)
+
+
+class LeanSequence(nn.Sequential):
+    """A network's layers, some of which train as one.
+
+    Attributes:
+        passes: The training passes, in forward order: of single layers, and of runs of them.
+    """
+
+    passes: tuple[Callable[[Tensor], Tensor], ...]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Sequential``."""
+        if not self.training:
+            return super().forward(input)
+        for run in self.passes:
+            input = run(input)
+        return input
+
+
+def join_recomputed(layers: nn.Sequential, slice_mb: float | None) -> set[nn.Module]:
+    """Let neighbours among ``layers`` that would be computed again one by one be so as one, where they allow it.
+
+    Returns:
+        The modules that no longer train by themselves, but as part of what is computed again.
+    """
+    passes: list[Callable[[Tensor], Tensor]] = []
+    joined: set[nn.Module] = set()
+    for run in _runs(list(_units(layers))):
+        blocks = [unit for unit in run if isinstance(unit, TinyTLBlock)]
+        if len(run) == 1 or not blocks:
+            passes.extend(run)
+            continue
+        whole = nn.Sequential(*run)
+        if any(block.lite_residual is not None for block in blocks):
+            passes.append(Checkpointed(whole))
+            continue
+        joined.update(part for unit in run for part in own_modules(unit))
+        for block in blocks:
+            block.lean_path = None
+        passes.append(Recomputed(whole, whole.forward, slice_mb))
+    if any(isinstance(each, (Checkpointed, Recomputed)) for each in passes):
+        layers.__class__ = LeanSequence
+        layers.passes = tuple(passes)  # type: ignore[assignment]
+    return joined
+
+
+def _units(layers: nn.Sequential) -> Iterator[nn.Module]:
+    """Blocks and single layers, those of sequences of blocks one by one."""
+    for layer in layers:
+        if type(layer) is nn.Sequential and any(isinstance(part, TinyTLBlock) for part in layer):
+            yield from _units(layer)
+        else:
+            yield layer
+
+
+def _runs(units: list[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Neighbours that may be joined, with at most so many blocks; what may not be stands alone."""
+    run: list[nn.Module] = []
+    for unit in units:
+        if run and (not _may_join(unit) or _is_full(run, unit)):
+            yield run
+            run = []
+        if _may_join(unit):
+            run.append(unit)
+        else:
+            yield [unit]
+    if run:
+        yield run
+
+
+def _is_full(run: list[nn.Module], unit: nn.Module) -> bool:
+    """Whether a run has all the blocks that it may have, so that ``unit``, a block too, begins the next."""
+    if not isinstance(unit, TinyTLBlock):
+        return False
+    most = BLOCKS_OF_A_RUN if unit.lite_residual is None else BLOCKS_OF_A_RUN_WITH_LITE_RESIDUALS
+    return sum(isinstance(other, TinyTLBlock) for other in run) == most
+
+
+def _may_join(unit: nn.Module) -> bool:
+    if isinstance(unit, TinyTLBlock):
+        path = unit.lean_path.main if isinstance(unit.lean_path, LeanBlockPath) else unit.lean_path
+        return unit.kind.wide and isinstance(path, Recomputed) and not unit.gradient_checkpointing
+    return heavy_weights_are_frozen(unit) and independent_by_type(unit)
