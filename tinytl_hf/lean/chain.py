@@ -42,6 +42,10 @@ class Chain:
     backend: BackendName = "auto"
     facts: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies work their facts out for themselves: those can hold addresses."""
+        return {**self.__dict__, "facts": {}}
+
     def __call__(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the last stage's output, keeping only what the gradients need."""
         return _ChainFunction.apply(x, self, False, *self._biases())[0]

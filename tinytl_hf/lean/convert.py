@@ -111,13 +111,11 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine,
             module.path = Recomputed(module, stock_forward, engine.slice_mb)  # type: ignore[assignment]
             again.update(module.modules())
         elif _becomes_lean(module):
-            module.__class__ = LAYERS[type(module)]
-            if isinstance(module, LeanMaxPool2d):
-                module.slice_mb = engine.slice_mb
+            _make_lean(module, engine)
             done.add(module)
     for module in backbone.modules():
         if module in again:
-            _fold_norm(module)
+            _fold_norm(module, engine)
     for module in backbone.modules():
         if type(module) is nn.Sequential and len(module) > 1:
             _join_opening(module)
@@ -128,17 +126,26 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine,
     ]
 
 
-def _fold_norm(module: nn.Module) -> None:
+def _make_lean(layer: nn.Module, engine: Engine) -> None:
+    """Let a single layer keep less."""
+    layer.__class__ = LAYERS[type(layer)]
+    if isinstance(layer, LeanConv2d):
+        layer.chain = _chain((Stage(layer),), engine)
+    elif isinstance(layer, LeanMaxPool2d):
+        layer.slice_mb = engine.slice_mb
+
+
+def _fold_norm(module: nn.Module, engine: Engine) -> None:
     """Let a convolution in what is computed again do its norm's work and keep nothing, which takes less time too."""
     if type(module) is Conv2dNormActivation:
         conv_and_norm, activation = leaves(module)[:2], leaves(module)[2:]
         stages = _as_stages(conv_and_norm)
         if stages is not None and len(stages) == 1 and len(activation) <= 1:
-            chain = Chain(stages)
+            chain = _chain(stages, engine)
             module.__class__ = LeanConvNormActivation
             module.chain = Activated(chain, *activation) if activation else chain  # type: ignore[assignment]
     elif _is_frozen_convolution(module):
-        module.__class__ = LAYERS[type(module)]
+        _make_lean(module, engine)
 
 
 def _independent_parts(backbone: nn.Module, blocks: dict[str, TinyTLBlock], train_size: int) -> set[nn.Module]:

@@ -16,18 +16,24 @@ from tinytl_hf.lean import backend, bits
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.int8 import Int8Conv2d
 from tinytl_hf.lean.recompute import Recomputed
-from tinytl_hf.lean.stage import UPPER, Stage
+from tinytl_hf.lean.stage import UPPER
 from tinytl_hf.network.norms import FrozenBatchNorm2d
 
 
 class LeanConv2d(nn.Conv2d):
-    """A convolution with a frozen weight: keeps nothing."""
+    """A convolution with a frozen weight: keeps nothing.
+
+    Attributes:
+        chain: Its training pass.
+    """
+
+    chain: Chain
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Conv2d``."""
         if not self.training:
             return super().forward(input)
-        return Chain((Stage(self),))(input)
+        return self.chain(input)
 
 
 class LeanInt8Conv2d(LeanConv2d, Int8Conv2d):
