@@ -1,0 +1,286 @@
+"""Frozen chains and lite branches on CUDA: cuBLAS and cuDNN for the products, Triton kernels for all between them.
+
+A frozen norm's scale is part of the kernel that follows the convolution, so nothing is folded and no weight is kept
+twice. The order of every sum is fixed: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinytl_hf.lean import triton_launch as launch
+from tinytl_hf.lean.chain import Chain
+from tinytl_hf.lean.int8 import weight_of
+from tinytl_hf.lean.stage import Stage, convolution_backward, convolve
+from tinytl_hf.lean.triton_branch import branch_backward, branch_forward
+from tinytl_hf.lean.triton_maps import as_given, empty_maps, matrix, nchw, nhwc, rows_of
+
+__all__ = [
+    "SLICE_MB",
+    "branch_backward",
+    "branch_forward",
+    "chain_backward",
+    "chain_forward",
+    "fits",
+    "upsample_add_",
+    "upsample_backward",
+]
+
+SLICE_MB = 200.0  # at least: with fewer slices the GPU waits less for the next kernel
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fits(chain: Chain, dtype: torch.dtype) -> str | None:
+    """None if this back-end can run the chain, else the reason in a few words."""
+    if dtype not in DTYPES:
+        return f"{dtype} maps"
+    for stage in chain.stages:
+        if stage.activation is not None and stage.conv.out_channels % 8:
+            return f"{stage.conv.out_channels} channels before an activation, not a multiple of 8"
+    return None
+
+
+@as_given
+def chain_forward(
+    chain: Chain, x: Tensor, dtype: torch.dtype, keeps: bool, pools: bool
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """Run a chain.
+
+    Args:
+        chain: One that :func:`fits`.
+        x: ``[N, C, H, W]`` of any type and layout.
+        dtype: What is computed in.
+        keeps: Whether masks are kept for the backward pass.
+        pools: Whether the mean of 2x2 px of the block's input is wanted.
+
+    Returns:
+        The output; the pooled input or None; for each stage a mask, ``uint8 [N, H, W, C / 8]``, or None.
+    """
+    first = chain.stages[0]
+    if len(chain.stages) == 1 and _kind(first.conv) == "other" and not (pools or chain.residual or _adds(first)):
+        return convolve(first.conv, x.to(dtype), weight_of(first.conv).to(dtype)), None, [None]
+    sizes = _sizes(chain, x.shape)
+    output = empty_maps(x, dtype, (len(x), *sizes[-1]))
+    channels, height, width = sizes[chain.branch]
+    pooled = empty_maps(x, dtype, (len(x), channels, height // 2, width // 2)) if pools else None
+    kept = [
+        _empty_mask(x, size) if keeps and stage.activation is not None else None
+        for stage, size in zip(chain.stages, sizes[1:], strict=True)
+    ]
+    weights = _weights(chain, dtype)
+    last = len(chain.stages) - 1
+    for part in _slices(chain, x.shape, dtype):
+        maps = inputs = rows_of(x[part], dtype)
+        for i, stage in enumerate(chain.stages):
+            if i == chain.branch:
+                inputs = maps
+                if pooled is not None:
+                    launch.pool(maps, nhwc(pooled)[part])
+            y = nhwc(output)[part] if i == last else nhwc(empty_maps(x, dtype, (len(maps), *sizes[i + 1])))
+            adds = chain.residual and i == last and stage.activation is None
+            mask = kept[i]
+            _stage(stage, weights[i], maps, y, inputs if adds else None, None if mask is None else mask[part])
+            maps = y
+        if chain.residual and chain.stages[last].activation is not None:
+            maps.add_(inputs)
+    return output, pooled, kept
+
+
+@as_given
+def chain_backward(
+    chain: Chain,
+    kept: list[Tensor | None],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    grad: Tensor,
+    grad_pooled: Tensor | None,
+    needs_input: bool,
+    needs_bias: list[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Go back through a chain.
+
+    Args:
+        chain: The chain.
+        kept: What the forward pass kept.
+        shape: That of its input.
+        dtype: What was computed in.
+        grad: The gradient of the output.
+        grad_pooled: That of the pooled input, if any.
+        needs_input: Whether the input's gradient is wanted.
+        needs_bias: Of which stages the bias's gradient is wanted.
+
+    Returns:
+        The gradient of the input, in ``dtype``, and of each stage's bias, fp32 (float64 for float64).
+    """
+    sizes = _sizes(chain, shape)
+    slices = list(_slices(chain, shape, dtype))
+    images = slices[0].stop
+    programs = launch.programs_of(max(images * height * width for _, height, width in sizes[1:]))
+    counts = [stage.conv.out_channels if wanted else 0 for stage, wanted in zip(chain.stages, needs_bias, strict=True)]
+    sums = grad.new_empty((len(slices), programs, sum(counts)), dtype=launch.accumulator(dtype))
+    # Parts stay in order even where a stage's map is small: programs without pixels write zeros.
+    grad_input = empty_maps(grad, dtype, shape) if needs_input else None
+    weights = _weights(chain, dtype)
+    for part, partial in zip(slices, sums, strict=True):
+        run = _SliceBackward(
+            chain,
+            sizes,
+            weights,
+            [None if mask is None else mask[part] for mask in kept],
+            [part if wanted else None for part, wanted in zip(partial.split(counts, 1), needs_bias, strict=True)],
+            None if grad_input is None else nhwc(grad_input)[part],
+        )
+        run(rows_of(grad[part], dtype), None if grad_pooled is None else rows_of(grad_pooled[part], dtype))
+    totals = sums.sum((0, 1)).split(counts) if any(needs_bias) else counts
+    return grad_input, [
+        total if isinstance(total, Tensor) and wanted else None
+        for total, wanted in zip(totals, needs_bias, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _SliceBackward:
+    """A backward pass of a slice through a chain.
+
+    Attributes:
+        chain: The chain.
+        sizes: Channels, height and width of each map.
+        weights: Of each stage that is not depthwise.
+        masks: Of each stage, if any.
+        sums: Room for partial sums of each bias's gradient, ``[programs, C]``, or None where it is not wanted.
+        grad_input: Room for the input's gradient, or None.
+    """
+
+    chain: Chain
+    sizes: list[tuple[int, int, int]]
+    weights: list[Tensor | None]
+    masks: list[Tensor | None]
+    sums: list[Tensor | None]
+    grad_input: Tensor | None
+
+    def __call__(self, outer: Tensor, grad_pooled: Tensor | None) -> None:
+        """Fill the room for sums and for the input's gradient, from those of the output and of the pooled input."""
+        chain = self.chain
+        first = 0 if self.grad_input is not None else next(i for i, s in enumerate(self.sums) if s is not None)
+        flowing, is_through = outer, False  # whether what follows the convolution is done already
+        for i in reversed(range(first, len(chain.stages))):
+            goes_on = i > first or self.grad_input is not None
+            if not is_through:
+                flowing = self._epilogue(i, flowing, outer, goes_on)
+            if not goes_on:
+                return
+            grad = self.grad_input if i == 0 else None
+            joins = i == chain.branch and (chain.residual or grad_pooled is not None)
+            before = i - 1 if i > first and not joins and _kind(chain.stages[i].conv) == "depthwise" else None
+            stores = before is None or before > first or self.grad_input is not None
+            flowing = self._convolution(i, flowing, grad, before, stores)
+            is_through = before is not None
+            if joins:
+                launch.spread(flowing, grad_pooled, outer if chain.residual else None)
+
+    def _epilogue(self, i: int, grad: Tensor, outer: Tensor, goes_on: bool) -> Tensor:
+        stage = self.chain.stages[i]
+        if self.masks[i] is None and self.sums[i] is None and stage.norm is None:
+            return grad
+        out = None if not goes_on else torch.empty_like(grad) if grad is outer else grad
+        launch.epilogue_backward(stage, grad, out, self.masks[i], self.sums[i])
+        return grad if out is None else out
+
+    def _convolution(self, i: int, grad: Tensor, out: Tensor | None, before: int | None, stores: bool) -> Tensor:
+        """The gradient of the input, into ``out`` if given; with all that follows the convolution ``before``."""
+        conv, weight = self.chain.stages[i].conv, self.weights[i]
+        channels, height, width = self.sizes[i]
+        shape = (len(grad), height, width, channels)
+        if weight is None:
+            made = out if out is not None else grad.new_empty(shape) if stores else None
+            if before is None:
+                launch.depthwise_backward(conv, grad, shape, made, None, None, None)
+            else:
+                stage, mask, sums = self.chain.stages[before], self.masks[before], self.sums[before]
+                launch.depthwise_backward(conv, grad, shape, made, stage, mask, sums)
+            return grad if made is None else made
+        made = grad.new_empty(shape) if out is None else out
+        if _kind(conv) == "pointwise":
+            torch.mm(matrix(grad), weight, out=matrix(made))
+            return made
+        # The kernel wants a tensor of the input's shape and layout, and does not read it.
+        found = convolution_backward(conv, nchw(grad), nchw(made), weight, [True, False])[0]
+        found = nhwc(found.contiguous(memory_format=torch.channels_last))
+        return found if out is None else out.copy_(found)
+
+
+@as_given
+def upsample_add_(maps: Tensor, small: Tensor) -> None:
+    """Add ``small``, bilinearly resized, to ``maps`` in place."""
+    if maps.is_contiguous(memory_format=torch.channels_last):
+        launch.upsample_add(nhwc(maps), rows_of(small, small.dtype))
+    else:
+        maps.add_(F.interpolate(small, size=maps.shape[-2:], mode="bilinear", align_corners=False))
+
+
+@as_given
+def upsample_backward(grad: Tensor, small_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The gradient of what :func:`upsample_add_` resized, of ``small_shape``, in ``dtype``."""
+    small = empty_maps(grad, dtype, small_shape)
+    launch.upsample_backward(rows_of(grad, grad.dtype), nhwc(small))
+    return small
+
+
+def _stage(
+    stage: Stage, weight: Tensor | None, maps: Tensor, y: Tensor, residual: Tensor | None, mask: Tensor | None
+) -> None:
+    """A stage's output into ``y``, with the residual where there is one to add."""
+    if weight is None:
+        launch.depthwise(stage, maps, y, residual, mask)
+        return
+    if _kind(stage.conv) == "pointwise":
+        torch.mm(matrix(maps), weight.t(), out=matrix(y))
+        found = y
+    else:
+        found = nhwc(convolve(stage.conv, nchw(maps), weight))
+    if found is not y or residual is not None or _adds(stage):
+        launch.epilogue(stage, found, y, residual, mask)
+
+
+def _adds(stage: Stage) -> bool:
+    """Whether anything follows the convolution."""
+    return stage.bias is not None or stage.norm is not None or stage.activation is not None
+
+
+def _kind(conv: nn.Conv2d) -> str:
+    """``pointwise``: a matrix product; ``depthwise``: a kernel of ours; ``other``: PyTorch's."""
+    square = all(len(set(pair)) == 1 for pair in (conv.kernel_size, conv.stride, conv.padding, conv.dilation))
+    if conv.kernel_size == (1, 1) and conv.groups == 1 and conv.stride == (1, 1) and conv.padding == (0, 0):
+        return "pointwise"
+    return "depthwise" if square and conv.groups == conv.in_channels == conv.out_channels > 1 else "other"
+
+
+def _weights(chain: Chain, dtype: torch.dtype) -> list[Tensor | None]:
+    """Each stage's weight; None for a depthwise one, whose kernel reads it as it is."""
+    weights: list[Tensor | None] = []
+    for stage in chain.stages:
+        kind = _kind(stage.conv)
+        weight = None if kind == "depthwise" else weight_of(stage.conv).to(dtype)
+        weights.append(weight.flatten(1) if weight is not None and kind == "pointwise" else weight)
+    return weights
+
+
+def _sizes(chain: Chain, shape: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Channels, height and width of each stage's input, and of the output."""
+    sizes = chain.input_sizes(torch.Size(shape))
+    last = chain.stages[-1]
+    return [*sizes, (last.conv.out_channels, *last.output_size(*sizes[-1][1:]))]
+
+
+def _slices(chain: Chain, shape: Sequence[int], dtype: torch.dtype) -> Iterator[slice]:
+    return replace(chain, slice_mb=max(chain.slice_mb, SLICE_MB)).slices(torch.Size(shape), dtype.itemsize)
+
+
+def _empty_mask(like: Tensor, size: tuple[int, int, int]) -> Tensor:
+    channels, height, width = size
+    return torch.empty((len(like), height, width, channels // 8), dtype=torch.uint8, device=like.device)

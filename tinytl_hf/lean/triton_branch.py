@@ -1,0 +1,114 @@
+"""The training pass of a lite residual's branch by Triton kernels, as in :mod:`tinytl_hf.lean.lite_branch`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tinytl_hf.lean import triton_launch as launch
+from tinytl_hf.lean.stage import convolution_backward, convolve
+from tinytl_hf.lean.triton_launch import Affine, Parts
+from tinytl_hf.lean.triton_maps import as_given, empty_maps, matrix, nchw, nhwc, rows_of
+from tinytl_hf.network.norms import GlobalBatchNorm2d, sum_over_processes
+
+
+@as_given
+def branch_forward(
+    conv1: nn.Conv2d,
+    norm1: GlobalBatchNorm2d,
+    norm2: GlobalBatchNorm2d,
+    pooled: Tensor,
+    parameters: tuple[Tensor, ...],
+    dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Grouped convolution, norm, ReLU, 1x1 convolution, norm, on batch statistics.
+
+    Args:
+        conv1: The grouped convolution, for its geometry.
+        norm1: The norm after it, whose running statistics take in the batch's.
+        norm2: The norm after the 1x1 convolution, the same.
+        pooled: ``[N, C, h, w]``.
+        parameters: Weights of ``conv1``, ``norm1`` and its bias, the 1x1 convolution, ``norm2`` and its bias.
+        dtype: What is computed in.
+
+    Returns:
+        What is to be up-sampled, and what the backward pass needs.
+    """
+    weight1, _, _, weight2, _, _ = parameters
+    pooled = pooled.to(dtype)
+    maps = nhwc(convolve(conv1, pooled, weight1.to(dtype)))
+    mean1, inverse1 = _normalise(norm1, maps, relu=True)
+    output = empty_maps(maps, dtype, (len(maps), len(weight2), *maps.shape[1:3]))
+    torch.mm(matrix(maps), weight2.flatten(1).t().to(dtype), out=matrix(nhwc(output)))
+    mean2, inverse2 = _normalise(norm2, nhwc(output), relu=False)
+    return output, (pooled, mean1, inverse1, mean2, inverse2)
+
+
+@as_given
+def branch_backward(
+    conv1: nn.Conv2d,
+    norm1: GlobalBatchNorm2d,
+    norm2: GlobalBatchNorm2d,
+    parameters: tuple[Tensor, ...],
+    kept: tuple[Tensor, ...],
+    dtype: torch.dtype,
+    grad: Tensor,
+    needs_input: bool,
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """The gradients of the pooled input, in ``dtype``, and of the six ``parameters``, in their types.
+
+    All maps are computed again from the pooled input and the statistics that were ``kept``.
+    """
+    pooled, mean1, inverse1, mean2, inverse2 = kept
+    weight1, scale1, shift1, weight2, scale2, shift2 = parameters
+    first, second = Affine(mean1, inverse1, scale1, shift1), Affine(mean2, inverse2, scale2, shift2)
+    kernel1, kernel2 = weight1.to(dtype), weight2.flatten(1).to(dtype)
+    maps = nhwc(convolve(conv1, pooled, kernel1))
+    activated = torch.empty_like(maps)
+    launch.normalise_again(first, maps, activated)
+    outer = maps.new_empty((*maps.shape[:3], len(kernel2)))
+    torch.mm(matrix(activated), kernel2.t(), out=matrix(outer))
+    sums2 = _norm_backward(norm2, second, outer, rows_of(grad, dtype), relu=False)
+    grad_weight2 = torch.mm(matrix(outer).t(), matrix(activated))
+    flowing = torch.mm(matrix(outer), kernel2, out=matrix(activated)).view(maps.shape)
+    sums1 = _norm_backward(norm1, first, maps, flowing, relu=True)
+    del activated, outer, flowing
+    grad_pooled, grad_weight1 = convolution_backward(conv1, nchw(maps), pooled, kernel1, [needs_input, True])
+    grads = (grad_weight1, sums1[1], sums1[0], grad_weight2.view(weight2.shape), sums2[1], sums2[0])
+    return grad_pooled, tuple(found.to(each.dtype) for found, each in zip(grads, parameters, strict=True))
+
+
+def _normalise(norm: GlobalBatchNorm2d, maps: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    """The norm, in place, and its statistics: those of all processes."""
+    values = norm.values_of_a_channel(nchw(maps))
+    parts = launch.statistics(maps)
+    if norm.spans_processes:
+        parts = _over_processes(parts, maps.numel() // maps.shape[-1], values)
+    return launch.normalise(norm, norm.count_batch(), parts, values, maps, relu)
+
+
+def _over_processes(parts: Parts, pixels: int, values: int) -> Parts:
+    """The statistics of all processes as one part; in float64, as squares are taken from squares."""
+    starts = torch.arange(0, pixels, parts.rows, device=parts.partial.device)
+    counts = (pixels - starts).clamp(max=parts.rows).double()[:, None]
+    mean, squares = parts.partial.double().unbind(1)
+    moments = torch.stack([(counts * mean).sum(0), (squares + counts * mean.square()).sum(0)])
+    total, total_squares = sum_over_processes(moments)
+    mean = total / values
+    merged = torch.stack([mean, (total_squares - values * mean.square()).clamp(min=0)])
+    return Parts(merged.to(parts.partial.dtype)[None], values)
+
+
+def _norm_backward(norm: GlobalBatchNorm2d, affine: Affine, x: Tensor, grad: Tensor, relu: bool) -> Tensor:
+    """The gradient of a norm's input, written over that input ``x``.
+
+    Returns:
+        The gradients of its bias and weight by this process's images, ``[2, C]``.
+    """
+    values = norm.values_of_a_channel(nchw(x))
+    partial = launch.norm_sums(affine, x, grad, relu)
+    if not norm.spans_processes:
+        return launch.norm_backward(affine, partial, values, x, grad, relu)
+    own = partial.sum(0)
+    launch.norm_backward(affine, sum_over_processes(own)[None], values, x, grad, relu)
+    return own
