@@ -13,6 +13,10 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 import numpy as np
 import pytest
 import torch
+
+# Where there is no GPU, Triton's kernels run in its interpreter: it is to be chosen before Triton is imported.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from accelerate.state import AcceleratorState, GradientState
 from hub_server import WRITER, HubServer
 from huggingface_hub import constants

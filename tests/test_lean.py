@@ -64,6 +64,20 @@ def test_masks_take_one_bit_a_value_and_are_exact_at_the_bounds(values, upper, d
     assert torch.equal(bits.unpack(packed, (values,)), ((x > 0) & (x < upper)).to(torch.uint8))
 
 
+def test_on_devices_other_than_a_cpu_masks_are_applied_whole(monkeypatch):
+    values = torch.randn(1001)
+    expected = values * ((values > 0) & (values < 1))
+    packed = bits.pack(values.clamp(0, 1), 1.0)
+    sizes = []
+    monkeypatch.setattr(
+        bits, "unpack", lambda mask, shape, unpack=bits.unpack: sizes.append(shape) or unpack(mask, shape)
+    )
+    monkeypatch.setattr(bits, "CHUNK", 8)
+    assert torch.equal(bits.mask_(values.clone(), packed), expected) and len(sizes) == 126
+    other = torch.empty(1001, device="meta")
+    assert bits.mask_(other, packed.to("meta")).shape == (1001,) and sizes[126:] == [(1001,)]
+
+
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("trains_input", "trains_bias"), [(True, True), (True, False), (False, True)])

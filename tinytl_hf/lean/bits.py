@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PACK_EIGHT = 0x0102040810204080  # gathers the lowest bits of eight bytes in the highest byte
-CHUNK = 1 << 18  # values that are compared or multiplied at a time: few enough to stay in the cache
+CHUNK = 1 << 18  # values that a CPU compares or multiplies at a time: few enough to stay in the cache
 
 
 def pack(activated: Tensor, upper: float) -> Tensor:
@@ -40,6 +40,9 @@ def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
 def mask_(values: Tensor, bits: Tensor) -> Tensor:
     """Multiply ``values``, contiguous, by the mask that :func:`pack` gave, in place."""
     flat = values.view(-1)
+    if flat.device.type != "cpu":  # where each launch costs more than a cache saves
+        flat.mul_(unpack(bits, flat.shape))
+        return values
     factors = torch.empty(min(CHUNK, flat.numel()), dtype=flat.dtype, device=flat.device)
     for start in range(0, flat.numel(), CHUNK):
         chunk = flat[start : start + CHUNK]

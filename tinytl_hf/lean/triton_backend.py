@@ -1,7 +1,7 @@
 """Frozen chains and lite branches on CUDA: cuBLAS and cuDNN for the products, Triton kernels for all between them.
 
 A frozen norm's scale is part of the kernel that follows the convolution, so nothing is folded and no weight is kept
-twice. The order of every sum is fixed: the same input gives the same bits.
+twice. These kernels add up in a fixed order, so that the same input gives them the same bits.
 """
 
 from __future__ import annotations

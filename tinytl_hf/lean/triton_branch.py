@@ -84,7 +84,7 @@ def _normalise(norm: GlobalBatchNorm2d, maps: Tensor, relu: bool) -> tuple[Tenso
     parts = launch.statistics(maps)
     if norm.spans_processes:
         parts = _over_processes(parts, maps.numel() // maps.shape[-1], values)
-    return launch.normalise(norm, norm.count_batch(), parts, values, maps, relu)
+    return launch.normalise(norm, parts, values, maps, relu)
 
 
 def _over_processes(parts: Parts, pixels: int, values: int) -> Parts:

@@ -16,6 +16,7 @@ from tinytl_hf.lean import triton_kernels as kernels
 from tinytl_hf.lean import triton_norms as norms
 from tinytl_hf.lean.int8 import weight_of
 from tinytl_hf.lean.stage import UPPER, Stage
+from tinytl_hf.network.norms import GlobalBatchNorm2d
 
 TILE = 2048  # values that a program holds at a time
 WIDEST_BLOCK = 64  # channels that a program works on
@@ -72,7 +73,7 @@ def depthwise_backward(
     (weight, _, _, var), eps = ((None,) * 4, 0.0) if before is None else _vectors(before)
     programs, stride = _of_sums(sums)
     _launch(
-        kernels.depthwise_backward_kernel, g.new_empty(0).expand(*shape) if out is None else out, programs,
+        kernels.depthwise_backward_kernel, g.new_empty(()).expand(*shape) if out is None else out, programs,
         g, _taps(conv), out, bits, weight, var, sums, stride, *shape[1:3], *g.shape[1:3], **_geometry(conv), EPS=eps,
     )  # fmt: skip
 
@@ -121,18 +122,16 @@ def statistics(x: Tensor) -> Parts:
     return parts
 
 
-def normalise(
-    norm: nn.BatchNorm2d, rate: float, parts: Parts, values: int, maps: Tensor, relu: bool
-) -> tuple[Tensor, Tensor]:
+def normalise(norm: GlobalBatchNorm2d, parts: Parts, values: int, maps: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
     """Normalise ``maps`` in place, perhaps with ReLU; returns the mean and the inverse deviation of the batch.
 
-    The running statistics take in those of the batch at ``rate``.
+    The norm counts the batch, and its running statistics take in those of the batch.
     """
     mean, inverse = parts.partial.new_empty(2, maps.shape[-1])
     _launch(
         norms.normalise_kernel, maps, None, maps, maps, parts.partial, mean, inverse, norm.running_mean,
-        norm.running_var, norm.weight, norm.bias, len(parts.partial), parts.rows, values,
-        EPS=norm.eps, RATE=rate, RELU=relu, AT_ONCE=MERGED_AT_ONCE,
+        norm.running_var, norm.num_batches_tracked, norm.weight, norm.bias, len(parts.partial), parts.rows, values,
+        EPS=norm.eps, RATE=norm.share_of_a_batch, RELU=relu, AT_ONCE=MERGED_AT_ONCE,
     )  # fmt: skip
     return mean, inverse
 

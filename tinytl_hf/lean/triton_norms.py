@@ -75,12 +75,15 @@ def merge_statistics(
 
 @triton.jit(do_not_specialize=SIZES)
 def normalise_kernel(
-    x, y, partial, mean_out, inverse_out, running_mean, running_var, weight, bias,
+    x, y, partial, mean_out, inverse_out, running_mean, running_var, batches, weight, bias,
     parts, part_rows, values, rows, units, chunk,
     EPS: tl.constexpr, RATE: tl.constexpr, RELU: tl.constexpr, AT_ONCE: tl.constexpr,
     UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Normalise by the statistics of ``partial``, which are kept and which the running ones take in; perhaps ReLU."""
+    """Normalise by the statistics of ``partial``, which are kept and which the running ones take in; perhaps ReLU.
+
+    A batch is counted unless it is computed for a second time, whose ``RATE`` is 0.
+    """
     channels = units * UNIT
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     start = tl.program_id(0) * chunk
@@ -91,6 +94,8 @@ def normalise_kernel(
     if tl.program_id(0) == 0:
         tl.store(mean_out + c, mean, c < channels)
         tl.store(inverse_out + c, inverse, c < channels)
+        if batches is not None and RATE > 0:
+            tl.store(batches + c, tl.load(batches + c, c == 0, other=0) + 1, c == 0)
         if running_mean is not None:
             old = tl.load(running_mean + c, c < channels, other=0.0).to(ACC)
             tl.store(running_mean + c, old + RATE * (mean - old), c < channels)

@@ -75,12 +75,15 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
     def count_batch(self) -> float:
         """Count a batch, unless it is computed for a second time; the share of its statistics in the running ones."""
-        if _is_recomputing():
-            return 0.0
-        if self.num_batches_tracked is not None:
+        if not _is_recomputing() and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+        return self.share_of_a_batch
+
+    @property
+    def share_of_a_batch(self) -> float:
+        """The share of a batch's statistics in the running ones: none where it is computed for a second time."""
         assert self.momentum is not None  # None (a plain mean) does not occur in torchvision
-        return self.momentum
+        return 0.0 if _is_recomputing() else self.momentum
 
     def values_of_a_channel(self, shape: Sequence[int]) -> int:
         """How many values the statistics of a channel are of, on all processes, for maps of ``shape``.

@@ -1,0 +1,68 @@
+"""Compiles the Triton kernels of a block with its lite residual for a GPU that need not be there.
+
+The interpreter accepts much that the compiler does not. ``python compile_triton.py 80 float32`` prints a line for each
+kernel that was compiled for compute capability 8.0.
+"""
+
+import sys
+
+import torch
+import triton
+from test_triton import inverted_residual, lite_residual, parameters_of, with_tensors_of
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tinytl_hf.lean import triton_backend as backend
+from tinytl_hf.lean import triton_launch
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+TYPES |= {torch.uint8: "u8", torch.int64: "i64"}
+
+
+class Compiled:
+    """Stands for a kernel; compiles it where it would be launched."""
+
+    def __init__(self, kernel, capability):
+        self.kernel, self.capability = kernel, capability
+
+    def __getitem__(self, grid):
+        return self._compile
+
+    def _compile(self, *arguments, **constants):
+        names = self.kernel.arg_names
+        constants |= {name: None for name, value in zip(names, arguments, strict=False) if value is None}
+        types = {name: _type(value) for name, value in zip(names, arguments, strict=False)}
+        signature = {name: "constexpr" if name in constants else types[name] for name in names}
+        source = ASTSource(
+            fn=self.kernel,
+            signature=signature,
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"},
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32))
+        sys.stdout.write(f"{self.kernel.__name__} {len(compiled.asm['cubin'])}\n")
+
+
+def _type(value):
+    if isinstance(value, torch.Tensor):
+        return f"*{TYPES[value.dtype]}"
+    return "i32" if isinstance(value, int) else "fp32"
+
+
+def main(capability, dtype):
+    launch = triton_launch._launch
+    triton_launch._launch = lambda kernel, *a, **k: launch(Compiled(kernel, capability), *a, **k)
+    chain = with_tensors_of(inverted_residual(24, 72, residual=True), torch.promote_types(dtype, torch.float32), "cpu")
+    x = torch.randn(2, 24, 12, 12)
+    y, pooled, kept = backend.chain_forward(chain, x, dtype, True, True)
+    backend.chain_backward(chain, kept, x.shape, dtype, y, pooled, True, [True] * 3)
+    lite = lite_residual(torch.float32, 24, 24)
+    layers = (lite.conv1, lite.norm1, lite.norm2)
+    small, state = backend.branch_forward(*layers, pooled, parameters_of(lite), dtype)
+    backend.branch_backward(*layers, parameters_of(lite), state, dtype, small, True)
+    backend.upsample_add_(y, small)
+    backend.upsample_backward(y, small.shape, dtype)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), getattr(torch, sys.argv[2]))

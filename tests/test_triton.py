@@ -1,0 +1,442 @@
+"""The Triton back-end against stock PyTorch and the eager engine: on a GPU, or by Triton's interpreter on a CPU."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_lean import CONVOLUTIONS, norm, stock
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tinytl_hf.config.run import LiteConfig
+from tinytl_hf.lean import bits, int8
+from tinytl_hf.lean.chain import Chain, Stage
+from tinytl_hf.lean.lite_branch import branch
+from tinytl_hf.network.lite_residual import LiteResidual
+from tinytl_hf.network.norms import GlobalBatchNorm2d, keep_running_statistics
+
+pytest.importorskip("triton")
+backend = pytest.importorskip("tinytl_hf.lean.triton_backend")
+from tinytl_hf.lean import triton_branch, triton_launch  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def stage(convolution, activation, channels=(8, 8), trains_bias=True):
+    options = dict(CONVOLUTIONS[convolution])
+    if options.get("groups") == 8:
+        options["groups"] = channels[0]
+    conv = nn.Conv2d(*channels, bias=False, **options).double().requires_grad_(False)
+    return Stage(conv, norm(channels[1], trains_bias), activation)
+
+
+def inverted_residual(channels=16, middle=24, activation="relu6", stride="", **options):
+    stages = (
+        stage("pointwise", activation, (channels, middle)),
+        stage(f"depthwise{stride}", activation, (middle, middle)),
+        stage("pointwise", None, (middle, channels)),
+    )
+    return Chain(stages, **options)
+
+
+def with_tensors_of(chain, dtype, device=DEVICE):
+    """The same chain with parameters of another type."""
+    return replace(chain, stages=tuple(_stage_of(each, dtype, device) for each in chain.stages))
+
+
+def _stage_of(each, dtype, device):
+    layers = nn.ModuleList([each.conv, each.norm] if each.norm is not None else [each.conv])
+    copies = [type(layer).__new__(type(layer)) for layer in layers]
+    for copy, layer in zip(copies, layers, strict=True):
+        copy.__dict__.update(layer.__dict__)
+        copy._parameters = {
+            n: None if p is None else nn.Parameter(p.detach().to(device, dtype), p.requires_grad)
+            for n, p in layer._parameters.items()
+        }
+        copy._buffers = {
+            n: b.to(device, dtype) if b is not None and b.is_floating_point() else b for n, b in layer._buffers.items()
+        }
+    return Stage(copies[0], copies[1] if len(copies) > 1 else None, each.activation)
+
+
+def run(chain, x, dtype, grad, grad_pooled=None, needs_input=True, needs_bias=None):
+    """Outputs, masks and gradients by the back-end."""
+    needs_bias = [True] * len(chain.stages) if needs_bias is None else needs_bias
+    y, pooled, kept = backend.chain_forward(chain, x, dtype, True, grad_pooled is not None)
+    grads = backend.chain_backward(chain, kept, x.shape, dtype, grad, grad_pooled, needs_input, needs_bias)
+    return y, pooled, kept, grads
+
+
+def errors(found, exact):
+    """The largest error of each tensor, as a share of its largest value."""
+    return [
+        ((f.double().cpu() - e.cpu()).abs().max() / e.abs().max()).item() for f, e in zip(found, exact, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("convolution", "activation"),
+    [*((convolution, "relu6") for convolution in CONVOLUTIONS), ("depthwise", None), ("full stride 2", "relu")],
+)
+def test_a_stage_has_the_outputs_gradients_and_masks_of_the_eager_engine(convolution, activation):
+    torch.manual_seed(0)
+    chain = with_tensors_of(Chain((stage(convolution, activation),)), torch.float64)
+    x = torch.randn(3, 8, 7, 6, dtype=torch.float64, device=DEVICE).mul_(3).requires_grad_()
+    expected = chain(x)
+    grad = torch.randn_like(expected)
+    saved = expected.grad_fn.saved_tensors
+    grads = torch.autograd.grad(expected, [x, chain.stages[0].bias], grad)
+    y, _, (mask,), (grad_input, (grad_bias,)) = run(chain, x, torch.float64, grad)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    for ours, theirs in zip((y, grad_input, grad_bias), (expected, *grads), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-11)
+    if activation is None:
+        assert mask is None
+    else:
+        assert torch.equal(mask.flatten(), saved[0])
+    alone, biases = backend.chain_backward(chain, [mask], x.shape, torch.float64, grad, None, False, [True])
+    assert alone is None and torch.equal(biases[0], grad_bias)
+    assert backend.chain_backward(chain, [mask], x.shape, torch.float64, grad, None, True, [False])[1] == [None]
+
+
+@pytest.mark.parametrize(
+    ("layout", "slice_mb", "stride"),
+    [
+        (torch.contiguous_format, 2.0, ""),
+        (torch.channels_last, 1e-6, ""),
+        (torch.channels_last, 0.05, " 5x5 stride 2"),
+    ],
+)
+def test_a_chain_is_the_same_in_any_slices_and_layout(layout, slice_mb, stride, monkeypatch):
+    torch.manual_seed(1)
+    monkeypatch.setattr(backend, "SLICE_MB", slice_mb)
+    chain = inverted_residual(middle=24, stride=stride, residual=not stride, slice_mb=slice_mb)
+    chain = with_tensors_of(chain, torch.float64)
+    x = torch.randn(3, 16, 9, 7, dtype=torch.float64, device=DEVICE).contiguous(memory_format=layout).requires_grad_()
+    expected = chain.with_pooled_input(x)
+    grads = [torch.randn_like(each) for each in expected]
+    wanted = torch.autograd.grad(expected, [x, *(each.bias for each in chain.stages)], grads)
+    y, pooled, _, (grad_input, biases) = run(chain, x, torch.float64, *grads)
+    for ours, theirs in zip((y, pooled, grad_input, *biases), (*expected, *wanted), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+
+
+def test_a_stem_before_the_block_and_frozen_biases_change_nothing_else():
+    torch.manual_seed(2)
+    stem = stage("full stride 2", "relu", (3, 16))
+    block = inverted_residual(residual=True)
+    chain = with_tensors_of(replace(block, stages=(stem, *block.stages), branch=1), torch.float64)
+    x = torch.randn(2, 3, 11, 8, dtype=torch.float64, device=DEVICE)
+    expected = chain.with_pooled_input(x)
+    grads = [torch.randn_like(each) for each in expected]
+    wanted = torch.autograd.grad(expected, [each.bias for each in chain.stages], grads)
+    for needs_bias in ([True] * 4, [False, True, False, True], [False, False, True, False]):
+        found, biases = run(chain, x, torch.float64, *grads, needs_input=False, needs_bias=needs_bias)[3]
+        assert found is None
+        for ours, theirs, needed in zip(biases, wanted, needs_bias, strict=True):
+            assert (ours is not None) == needed
+            if needed:
+                torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+
+
+def stock_run(chain, x, dtype, grad):
+    """Outputs and gradients of the stock layers, all in one type."""
+    chain = with_tensors_of(chain, dtype)
+    x = x.to(DEVICE, dtype).requires_grad_()
+    y = stock(chain.stages, chain.residual, x)
+    return [y.detach(), *torch.autograd.grad(y, [x, *(each.bias for each in chain.stages)], grad.to(y))]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activation"), [(torch.float32, "relu6"), (torch.bfloat16, "relu6"), (torch.float16, "relu")]
+)
+def test_rounding_errors_are_no_larger_than_those_of_stock_layers(dtype, activation):
+    torch.manual_seed(3)
+    chain = inverted_residual(24, 40, activation, residual=True)
+    x, grad = torch.randn(2, 24, 7, 6).to(dtype).double(), torch.randn(2, 24, 7, 6).to(dtype).double()
+    for each in chain.stages:  # so that all contenders have the same weights
+        each.conv.weight.copy_(each.conv.weight.to(dtype))
+    exact = stock_run(chain, x, torch.float64, grad)
+    plain = errors(stock_run(chain, x, dtype, grad), exact)
+    parameters = with_tensors_of(chain, torch.float32)  # as under autocast
+    y, _, kept, (grad_input, biases) = run(parameters, x.to(DEVICE, dtype), dtype, grad.to(DEVICE, dtype))
+    assert y.dtype == grad_input.dtype == dtype and {each.dtype for each in biases} == {torch.float32}
+    step = torch.finfo(dtype).eps
+    assert errors([y], exact[:1])[0] < 1.5 * plain[0] + step / 10
+    # Gradients depend on each bit of the masks, so those of the same masks are compared.
+    wide = with_tensors_of(chain, torch.float64)
+    given = (torch.float64, grad.to(DEVICE), None, True, [True] * 3)
+    exact_input, exact_biases = backend.chain_backward(wide, kept, x.shape, *given)
+    found = errors([grad_input, *biases], [exact_input, *exact_biases])
+    assert max(found) < (2 * step if dtype != torch.float32 else 4 * step)
+    if dtype == torch.float32:
+        assert max(errors([grad_input, *biases], exact[1:])) < 4 * max(plain[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("convolution", ["pointwise", "depthwise", "full stride 2"])
+def test_masks_tell_which_stored_values_lie_inside(dtype, convolution):
+    torch.manual_seed(4)
+    chain = with_tensors_of(Chain((stage(convolution, "relu6", (24, 24)),)), torch.float32)
+    x = torch.randn(2, 24, 8, 7, device=DEVICE) * 8
+    x[0, 0, 0, 0] = float("nan")
+    y, _, (mask,) = backend.chain_forward(chain, x, dtype, True, False)
+    assert y.isnan().any() and (y == 6).any() and (y == 0).any()  # as with stock layers, NaN is not hidden
+    assert mask.shape == (2, *y.shape[2:], 3) and torch.equal(mask.flatten(), bits.pack(y.permute(0, 2, 3, 1), 6.0))
+
+
+def test_int8_weights_and_convolutions_without_norm_run_too():
+    torch.manual_seed(5)
+    layers = nn.Sequential(
+        nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.Conv2d(16, 8, 3)
+    )
+    layers.requires_grad_(False)
+    int8.quantise(layers)
+    layers[0].bias.requires_grad_()
+    chain = Chain((Stage(layers[0], None, "relu"), Stage(layers[1], None, "relu6"), Stage(layers[2])))
+    layers.to(DEVICE)
+    x = torch.randn(2, 8, 6, 5, device=DEVICE)
+    expected = chain(x)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), [layers[0].bias])
+    y, _, _, (_, biases) = run(chain, x, torch.float32, 2 * expected.detach(), None, False, [True, False, False])
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(biases[0], wanted)
+    single = Chain((Stage(layers[2]),))
+    torch.testing.assert_close(
+        backend.chain_forward(single, x.repeat(1, 2, 1, 1), torch.float32, False, False)[0],
+        single(x.repeat(1, 2, 1, 1)),
+    )
+
+
+def test_it_says_which_chains_it_cannot_run():
+    odd = Chain((stage("pointwise", "relu", (8, 12)),))
+    assert backend.fits(odd, torch.float32) == "12 channels before an activation, not a multiple of 8"
+    assert backend.fits(Chain((stage("pointwise", None, (8, 12)),)), torch.float32) is None
+    assert backend.fits(inverted_residual(), torch.complex64) == "torch.complex64 maps"
+    assert all(backend.fits(Chain((stage(each, "relu"),)), torch.bfloat16) is None for each in CONVOLUTIONS)
+
+
+def lite_residual(dtype, in_channels=16, out_channels=24, stride=1):
+    torch.manual_seed(6)
+    lite = LiteResidual(in_channels, out_channels, stride, 12, LiteConfig(kernel_size=3)).to(DEVICE, dtype).train()
+    with torch.no_grad():
+        for each in (lite.norm1, lite.norm2):
+            each.weight.copy_(torch.rand(each.num_features) + 0.5)
+            each.bias.copy_(torch.randn(each.num_features))
+    return lite
+
+
+def parameters_of(lite):
+    return (
+        lite.conv1.weight,
+        lite.norm1.weight,
+        lite.norm1.bias,
+        lite.conv2.weight,
+        lite.norm2.weight,
+        lite.norm2.bias,
+    )
+
+
+def run_branch(lite, pooled, grad, dtype):
+    layers = (lite.conv1, lite.norm1, lite.norm2)
+    y, kept = backend.branch_forward(*layers, pooled, parameters_of(lite), dtype)
+    grad_pooled, grads = backend.branch_backward(*layers, parameters_of(lite), kept, dtype, grad, True)
+    return [y, grad_pooled, *grads]
+
+
+def eager_branch(lite, pooled, grad):
+    pooled = pooled.detach().requires_grad_()
+    y = branch(lite, pooled, 5.0)
+    return [y.detach(), *torch.autograd.grad(y, [pooled, *parameters_of(lite)], grad)]
+
+
+def vectors(lite):
+    return [tensor for name, tensor in lite.state_dict().items() if "running" in name or "num_batches" in name]
+
+
+@pytest.mark.parametrize(("size", "stride"), [((6, 5), 1), ((9, 8), 2), ((1, 1), 1)])
+def test_a_branch_has_the_gradients_and_statistics_of_the_eager_engine(size, stride):
+    lite, twin = (lite_residual(torch.float64, stride=stride) for _ in range(2))
+    pooled = torch.randn(3, 16, *size, dtype=torch.float64, device=DEVICE) * 3 + 2
+    grad = torch.randn(3, 24, *[(side + stride - 1) // stride for side in size], dtype=torch.float64, device=DEVICE)
+    for ours, theirs in zip(
+        run_branch(lite, pooled, grad, torch.float64), eager_branch(twin, pooled, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+    for ours, theirs in zip(vectors(lite), vectors(twin), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_branch_rounds_no_worse_than_stock_layers(dtype):
+    lite, plain, exact = (lite_residual(kind) for kind in (torch.float32, dtype, torch.float64))
+    for each in (lite, plain, exact):
+        each.load_state_dict({name: tensor.to(dtype) for name, tensor in lite.state_dict().items()})
+    pooled = (torch.randn(4, 16, 8, 7, device=DEVICE) + 3).to(dtype)
+    grad = torch.randn(4, 24, 8, 7, device=DEVICE).to(dtype)
+    wanted = eager_branch(exact, pooled.double(), grad.double())
+    for each in (plain.norm1, plain.norm2):
+        each.float()  # as under autocast
+    x = pooled.clone().requires_grad_()
+    y = plain.before_upsampling(x)
+    theirs = [y.detach(), *torch.autograd.grad(y, [x, *parameters_of(plain)], grad)]
+    found = run_branch(lite, pooled, grad, dtype)
+    assert found[0].dtype == dtype and {each.dtype for each in found[2:]} == {torch.float32}
+    for ours, stocks in zip(errors(found, wanted), errors(theirs, wanted), strict=True):
+        assert ours < 2 * stocks + 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_statistics_do_not_cancel_and_add_up_over_processes(offset, monkeypatch):
+    torch.manual_seed(7)
+    halves = [torch.randn(2, 9, 17, 12, device=DEVICE) * (i + 1) + offset + i for i in range(2)]
+    whole = torch.cat(halves).double().flatten(0, 2)
+    pixels, values = halves[0].numel() // 12, len(whole)
+    seen = []
+    monkeypatch.setattr(triton_branch, "sum_over_processes", lambda moments: seen.append(moments) or moments)
+    for half in halves:
+        triton_branch._over_processes(triton_launch.statistics(half), pixels, values)
+    monkeypatch.setattr(triton_branch, "sum_over_processes", lambda _: sum(seen))
+    merged = triton_branch._over_processes(triton_launch.statistics(halves[0]), pixels, values)
+    both = torch.cat(halves)
+    layer = GlobalBatchNorm2d(12).to(DEVICE)
+    assert len(triton_launch.statistics(both).partial) > 2 and len(merged.partial) == 1
+    for parts, maps in ((triton_launch.statistics(both), both), (merged, both.clone())):
+        mean, inverse = triton_launch.normalise(layer, parts, values, maps, False)
+        torch.testing.assert_close(mean.double(), whole.mean(0), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(inverse.double(), (whole.var(0, False) + layer.eps).rsqrt(), atol=0, rtol=1e-5)
+
+
+def test_a_batch_that_is_computed_again_is_not_counted_again():
+    lite = lite_residual(torch.float32)
+    pooled = torch.randn(3, 16, 5, 5, device=DEVICE)
+    before = [each.clone() for each in vectors(lite)]
+    with keep_running_statistics():
+        run_branch(lite, pooled, torch.randn(3, 24, 5, 5, device=DEVICE), torch.float32)
+    assert all(map(torch.equal, before, vectors(lite)))
+
+
+def test_over_two_processes_with_the_same_images_a_branch_is_that_of_one(monkeypatch):
+    lite, twin = (lite_residual(torch.float64) for _ in range(2))
+    pooled = torch.randn(3, 16, 5, 5, dtype=torch.float64, device=DEVICE)
+    grad = torch.randn(3, 24, 5, 5, dtype=torch.float64, device=DEVICE)
+    alone = run_branch(twin, pooled, grad, torch.float64)
+    exchanged = []
+    monkeypatch.setattr("tinytl_hf.network.norms._world_size", lambda: 2)
+    monkeypatch.setattr(triton_branch, "sum_over_processes", lambda own: exchanged.append(own.shape) or own * 2)
+    for ours, theirs in zip(run_branch(lite, pooled, grad, torch.float64), alone, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+    assert len(exchanged) == 4  # one each way for each norm
+
+
+@pytest.mark.parametrize(
+    ("large", "size", "layout"),
+    [
+        ((8, 9), (4, 5), torch.channels_last),
+        ((5, 9), (1, 4), torch.channels_last),
+        ((5, 5), (5, 5), torch.contiguous_format),
+        ((4, 3), (7, 5), torch.channels_last),
+        ((3, 8), (2, 2), torch.channels_last),
+    ],
+)
+def test_up_sampling_is_pytorchs_and_its_gradient_the_adjoint(large, size, layout):
+    torch.manual_seed(8)
+    maps = torch.randn(2, 12, *large, dtype=torch.float64, device=DEVICE).contiguous(memory_format=layout)
+    small = torch.randn(2, 12, *size, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    expected = maps + F.interpolate(small, size=large, mode="bilinear", align_corners=False)
+    (wanted,) = torch.autograd.grad(expected, [small], maps)
+    grad = backend.upsample_backward(maps, small.shape, torch.float64)
+    torch.testing.assert_close(grad, wanted, atol=1e-12, rtol=1e-12)
+    backend.upsample_add_(maps, small)
+    torch.testing.assert_close(maps, expected.detach(), atol=1e-12, rtol=1e-12)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what PyTorch launches: operations that are neither views nor empty tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if not (operation.is_view or "empty" in str(operation)) and isinstance(result, (torch.Tensor, tuple)):
+            self.counts[str(operation)] += 1
+        return result
+
+
+def launches_of_stock(model, images):
+    with Launches() as stock:
+        F.cross_entropy(model(images), torch.arange(len(images), device=DEVICE)).backward()
+    return sum(stock.counts.values())
+
+
+def launches_of_triton(model, images, dtype, monkeypatch):
+    """Those of a forward and backward pass, whose kernels are counted and do not run."""
+    kernels = Counter()
+    monkeypatch.setattr(triton_launch, "_launch", lambda kernel, *_, **__: kernels.update([kernel.__name__]))
+    features = model.backbone.features
+    paths = [features.opening, *(block.lean_path for block in features[2:-1]), features[-1].chain]
+    backward = []
+    x = images
+    with Launches() as ours:
+        for path in paths:
+            chain = getattr(path, "main", path)
+            x, pooled, kept = backend.chain_forward(chain, x, dtype, True, chain is not path)
+            small = None
+            if chain is not path:
+                layers = (path.lite.conv1, path.lite.norm1, path.lite.norm2, parameters_of(path.lite))
+                small, state = backend.branch_forward(*layers[:3], pooled, layers[3], dtype)
+                backend.upsample_add_(x, small)
+            backward.append((chain, kept, images if path is paths[0] else None, layers, state, small))
+        maps = x.detach().float().requires_grad_()
+        loss = F.cross_entropy(model.backbone.classifier(maps.mean((2, 3))), torch.arange(len(images), device=DEVICE))
+        loss.backward()
+        grad = maps.grad
+        shapes = [images.shape]
+        for path in paths[:-1]:
+            chain = getattr(path, "main", path)
+            height, width = chain.stages[-1].output_size(*chain.input_sizes(shapes[-1])[-1][1:])
+            shapes.append((len(images), chain.stages[-1].conv.out_channels, height, width))
+        for (chain, kept, start, layers, state, small), shape in zip(
+            reversed(backward), reversed(shapes), strict=True
+        ):
+            grad_pooled = None
+            if small is not None:
+                grad_small = backend.upsample_backward(grad, small.shape, dtype)
+                grad_pooled = backend.branch_backward(*layers, state, dtype, grad_small, True)[0]
+            needed = [True] * len(chain.stages)
+            grad = backend.chain_backward(chain, kept, shape, dtype, grad, grad_pooled, start is None, needed)[0]
+    return sum(kernels.values()) + sum(ours.counts.values()), kernels, ours.counts
+
+
+def test_a_step_launches_hardly_more_kernels_than_stock_layers(make_model, monkeypatch, figure):
+    images = torch.randn(2, 3, 64, 64, device=DEVICE)
+    stock = {
+        method: launches_of_stock(make_model(method, lean=False, train_size=224).to(DEVICE).train(), images)
+        for method in ("TinyTL-L+B", "FT-Full")
+    }
+    lean = make_model("TinyTL-L+B", train_size=224).to(DEVICE).train()
+    total, kernels, others = launches_of_triton(lean, images, torch.float32, monkeypatch)
+    figure(f"launches of a step of MobileNetV2: TinyTL-L+B by Triton {total}, stock {stock}")
+    assert total < 0.9 * stock["TinyTL-L+B"] and total < 1.4 * stock["FT-Full"], (total, stock, kernels, others)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_compile_for_gpus_that_are_not_there(dtype, capability):
+    script = Path(__file__).with_name("compile_triton.py")
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, script, str(capability), dtype], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len({line.split()[0] for line in done.stdout.splitlines()}) == 13
