@@ -12,9 +12,9 @@ from torch.autograd import gradcheck
 
 from tinytl_hf.config.run import LiteConfig
 from tinytl_hf.lean import bits
-from tinytl_hf.lean import lite_branch as lite
 from tinytl_hf.lean.chain import Chain, Stage
 from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
+from tinytl_hf.lean.lite_branch import Branch
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.norms import FrozenBatchNorm2d
 
@@ -214,9 +214,9 @@ def test_a_lite_residual_has_exact_gradients(slice_mb, trains_input):
     pooled = torch.randn(3, 8, 6, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     inputs = [*residual.parameters(), *([pooled.requires_grad_()] if trains_input else [])]
     torch.testing.assert_close(
-        lite.branch(residual, pooled, slice_mb), residual.before_upsampling(pooled), atol=1e-12, rtol=0
+        Branch(residual, slice_mb)(pooled), residual.before_upsampling(pooled), atol=1e-12, rtol=0
     )
-    assert gradcheck(lambda *_: lite.branch(residual, pooled, slice_mb), inputs, fast_mode=True)
+    assert gradcheck(lambda *_: Branch(residual, slice_mb)(pooled), inputs, fast_mode=True)
 
 
 def test_slices_of_a_few_kb_reach_chains_and_lite_residuals_and_change_no_gradient(make_model):

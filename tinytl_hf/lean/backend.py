@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tinytl_hf.config.engine import BackendName, Engine
+from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.native_library import HOW_TO_BUILD, instruction_sets
 
 if TYPE_CHECKING:
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from tinytl_hf.lean.lite_branch import Branch
 
 FASTEST = "AVX-512"  # of the instruction sets that there are kernels for
-LOW_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the back-ends other than eager
+LEAST_CAPABILITY = (8, 0)  # of the GPUs that the Triton kernels are compiled for in the tests
 
 
 class Backend(Protocol):
@@ -35,7 +38,7 @@ class Backend(Protocol):
         """A chain's output and, if ``pools``, the means of 2x2 px of its block's input, both of ``dtype``.
 
         Returns:
-            The two, and what the backward pass needs, if ``keeps``: masks, in an order of the back-end's own.
+            The two, and what the backward pass needs, if ``keeps``: the masks of ``chain.empty_masks``.
         """
 
     def chain_backward(
@@ -72,6 +75,9 @@ class Backend(Protocol):
     ) -> tuple[Tensor | None, list[Tensor]]:
         """The gradients of a lite branch's input, where it is needed, and of its parameters in their order."""
 
+    def upsampling_fits(self, dtype: torch.dtype) -> bool:
+        """Whether it can run an up-sampling of channels-last maps of ``dtype``."""
+
     def upsample_add(self, maps: Tensor, small: Tensor) -> None:
         """Add ``small``, bilinearly resized, to ``maps`` in place."""
 
@@ -85,18 +91,57 @@ def named(name: BackendName) -> Backend:
         from tinytl_hf.lean import native_backend
 
         return native_backend
+    if name == "triton":
+        from tinytl_hf.lean import triton_backend
+
+        return triton_backend
     from tinytl_hf.lean import eager_backend
 
     return eager_backend
 
 
 def chosen(name: BackendName, device: torch.device) -> BackendName:
-    """The back-end that ``name`` stands for on a device: ``auto`` is the fastest that is there."""
-    if name != "auto":
-        return name
-    if device.type == "cpu" and instruction_sets():
-        return "native"
-    return "triton" if device.type == "cuda" and find_spec("triton") is not None else "eager"
+    """The back-end that ``name`` stands for on a device: ``auto`` is the fastest that is there.
+
+    Raises:
+        TinyTLError: It is named and cannot run there.
+    """
+    if name == "auto":
+        return next(each for each in ("native", "triton", "eager") if why_not(each, device) is None)
+    check(name, device)
+    return name
+
+
+def check(name: BackendName, device: torch.device) -> None:
+    """Raise if a back-end that is named cannot run on a device.
+
+    Raises:
+        TinyTLError: Why, and what to do.
+    """
+    if name != "auto" and (reason := why_not(name, device)) is not None:
+        raise TinyTLError(f"memory.backend={name}: {reason}; or use auto")
+
+
+@functools.cache
+def why_not(name: BackendName, device: torch.device) -> str | None:
+    """Why a back-end does not run on a device; None if it does.
+
+    Triton runs on NVIDIA GPUs from compute capability 8.0 on, and on a CPU by its interpreter, which is for tests.
+    """
+    if name == "native":
+        if device.type != "cpu":
+            return f"runs on CPUs, not on {device.type}"
+        return None if instruction_sets() else HOW_TO_BUILD
+    if name == "triton":
+        interprets = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        if not interprets and (device.type != "cuda" or torch.version.hip is not None):
+            return f"runs on NVIDIA GPUs, not on {'AMD' if device.type == 'cuda' else device.type}"
+        if find_spec("triton") is None:
+            return "needs the package triton: pip install triton"
+        if not interprets and (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+            least, found = (".".join(map(str, each)) for each in (LEAST_CAPABILITY, capability))
+            return f"needs a GPU of compute capability {least} or more, and this one has {found}"
+    return None
 
 
 def of_chain(chain: Chain, device: torch.device, dtype: torch.dtype) -> BackendName:
@@ -112,10 +157,10 @@ def of_branch(branch: Branch, device: torch.device, dtype: torch.dtype) -> Backe
 
 
 def of_upsampling(name: BackendName, maps: Tensor, small: Tensor) -> BackendName:
-    """Who adds ``small`` to ``maps``: the others want channels-last maps of one type."""
+    """Who adds ``small`` to ``maps``: the others than eager want channels-last maps of one type."""
     name = chosen(name, maps.device)
     ordered = maps.is_contiguous(memory_format=torch.channels_last) and maps.dtype == small.dtype
-    return name if ordered and maps.dtype in LOW_TYPES else "eager"
+    return name if ordered and named(name).upsampling_fits(maps.dtype) else "eager"
 
 
 def describe(engine: Engine, device: torch.device) -> str:
@@ -127,6 +172,8 @@ def describe(engine: Engine, device: torch.device) -> str:
         sets = list(instruction_sets())
         missing = "" if sets[0] == FASTEST else f", as this processor has no {FASTEST}"
         return f"lean, native {sets[0]}{missing}"
-    if device.type == "cpu" and engine.backend == "auto":
-        return f"lean, eager (native {HOW_TO_BUILD})"
+    faster: dict[str, BackendName] = {"cpu": "native", "cuda": "triton"}
+    if device.type in faster and engine.backend == "auto" and name == "eager":
+        best = faster[device.type]
+        return f"lean, eager ({best} {why_not(best, device)})"
     return f"lean, {name}"

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tinytl_hf.config.engine import BackendName
-from tinytl_hf.lean import backend
+from tinytl_hf.lean import backend, operators
 from tinytl_hf.lean.slices import compute_dtype, even_slices, slice_mb_on
 from tinytl_hf.lean.stage import Stage
 
@@ -33,6 +33,7 @@ class Chain:
         branch: The stage whose input is the block's; what comes before it is a stem.
         backend: Who computes it.
         facts: What a back-end works out once.
+        handle: The number by which operators of a compiled graph find it; a copy has one of its own.
     """
 
     stages: tuple[Stage, ...]
@@ -41,6 +42,13 @@ class Chain:
     branch: int = 0
     backend: BackendName = "auto"
     facts: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    handle: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", operators.new_handle(self))
+
+    def __reduce__(self) -> tuple[type[Chain], tuple[Any, ...]]:
+        return Chain, (self.stages, self.residual, self.slice_mb, self.branch, self.backend)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies work their facts out for themselves: those can hold addresses."""
@@ -48,11 +56,13 @@ class Chain:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the last stage's output, keeping only what the gradients need."""
-        return _ChainFunction.apply(x, self, False, *self._biases())[0]
+        return self._run(x, False)[0]
 
     def with_pooled_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output, and the mean of 2x2 px of the block's input, whose gradient then needs no tensor of its own."""
-        return _ChainFunction.apply(x, self, True, *self._biases())
+        output, pooled = self._run(x, True)
+        assert pooled is not None
+        return output, pooled
 
     def block_input_size(self, shape: torch.Size) -> tuple[int, int]:
         """Height and width of the block's input for a chain's input of ``shape``."""
@@ -86,8 +96,21 @@ class Chain:
             self.facts[shape[2:]] = [*sizes, (last.conv.out_channels, *last.output_size(*sizes[-1][1:]))]
         return self.facts[shape[2:]]
 
-    def _biases(self) -> list[Tensor | None]:
-        return [stage.bias for stage in self.stages]
+    def empty_masks(self, x: Tensor, keeps: bool) -> list[Tensor | None]:
+        """Room, if ``keeps``, for one bit a value of each stage with an activation: whether it is inside its bounds.
+
+        Bits are in the order of channels-last maps, and each image's begin with a byte: ``uint8 [N, bytes]``.
+        """
+        sizes = [channels * height * width for channels, height, width in self.map_sizes(x.shape)[1:]]
+        return [
+            x.new_empty((x.shape[0], -(-size // 8)), dtype=torch.uint8) if keeps and stage.activation else None
+            for stage, size in zip(self.stages, sizes, strict=True)
+        ]
+
+    def _run(self, x: Tensor, pools: bool) -> tuple[Tensor, Tensor | None]:
+        if torch.compiler.is_compiling():
+            return operators.run_chain(self, x, compute_dtype(x), pools)
+        return _ChainFunction.apply(x, self, pools, *(stage.bias for stage in self.stages))
 
 
 class _ChainFunction(Function):

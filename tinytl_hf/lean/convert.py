@@ -32,6 +32,7 @@ from tinytl_hf.lean.layers import (
     LeanReLU,
     LeanReLU6,
 )
+from tinytl_hf.lean.lite_branch import Branch
 from tinytl_hf.lean.max_pool import LeanMaxPool2d, is_plain
 from tinytl_hf.lean.paths import Activated, LeanBlockPath, LeanOpening, LeanResNetPath, lean_part
 from tinytl_hf.lean.recompute import Recomputed
@@ -92,7 +93,8 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine,
             done.update(block.modules())
         if block.lite_residual is not None:
             done.update(block.lite_residual.modules())
-            path = LeanBlockPath(block.stock_forward if path is None else path, block.lite_residual, engine)
+            branch = Branch(block.lite_residual, engine.slice_mb, engine.backend)
+            path = LeanBlockPath(block.stock_forward if path is None else path, branch)
         block.lean_path = path
     for module in backbone.modules():
         if type(module) is nn.Sequential and module not in done:

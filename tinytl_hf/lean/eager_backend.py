@@ -35,20 +35,20 @@ def branch_fits(branch: Branch, dtype: torch.dtype) -> bool:
 def chain_forward(
     chain: Chain, x: Tensor, dtype: torch.dtype, keeps: bool, pools: bool
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-    """See :class:`~tinytl_hf.lean.backend.Backend`; keeps the masks of the first slice's stages, then the second's."""
+    """See :class:`~tinytl_hf.lean.backend.Backend`; norms are folded once for all slices."""
     folded = [(stage.folded_weight(dtype), stage.folded_bias(dtype)) for stage in chain.stages]
-    kept: list[Tensor | None] = []
+    kept = chain.empty_masks(x, keeps)
     outputs, pooled = Gathered(x.shape[0]), Gathered(x.shape[0])
     for part in chain.slices(x, dtype):
         maps = inputs = x[part].to(dtype)
         for i, (stage, (weight, bias)) in enumerate(zip(chain.stages, folded, strict=True)):
             if i == chain.branch:
                 inputs = maps
-            maps, needed = stage.activate(convolve(stage.conv, maps, weight, bias), keeps)
-            kept.append(needed)
+            mask = kept[i]
+            maps = stage.activate(convolve(stage.conv, maps, weight, bias), None if mask is None else mask[part])
         outputs.put(part, maps.add_(inputs) if chain.residual else maps)
         if pools:
-            pooled.put(part, F.avg_pool2d(inputs, 2))
+            pooled.put(part, F.avg_pool2d(inputs, 2).contiguous(memory_format=torch.channels_last))
     assert outputs.whole is not None
     return outputs.whole, pooled.whole, kept
 
@@ -65,15 +65,19 @@ def chain_backward(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """See :class:`~tinytl_hf.lean.backend.Backend`."""
     run = _BackwardRun(chain, shape, dtype, needs_input, needs_bias)
-    masks = iter(kept)
     grad_input = Gathered(shape[0])
     for part in chain.slices_of(shape, dtype, grad.device):
         outer = grad[part].contiguous(memory_format=torch.channels_last)
         pooled = None if grad_pooled is None else grad_pooled[part]
-        flowing = run.slice_backward(outer, pooled, [next(masks) for _ in chain.stages])
+        flowing = run.slice_backward(outer, pooled, [None if mask is None else mask[part] for mask in kept])
         if needs_input:
             grad_input.put(part, flowing)
     return grad_input.whole, run.bias_grads
+
+
+def upsampling_fits(dtype: torch.dtype) -> bool:
+    """Any up-sampling."""
+    return True
 
 
 def upsample_add(maps: Tensor, small: Tensor) -> None:

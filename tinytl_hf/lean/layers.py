@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torchvision.ops.misc import Conv2dNormActivation
 
 from tinytl_hf.config.engine import BackendName
-from tinytl_hf.lean import backend, bits
+from tinytl_hf.lean import backend, bits, operators
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.int8 import Int8Conv2d
 from tinytl_hf.lean.recompute import Recomputed
@@ -91,7 +91,9 @@ def masked_relu(input: Tensor, upper: float) -> Tensor:
 
 
 def upsample_add(maps: Tensor, small: Tensor, backend_name: BackendName = "auto") -> Tensor:
-    """Add ``small``, bilinearly resized, to ``maps`` in place; keeps nothing."""
+    """Add ``small``, bilinearly resized, to ``maps`` in place (but in a compiled graph); keeps nothing."""
+    if torch.compiler.is_compiling():
+        return operators.upsample_add(maps, small, backend_name)
     return _UpsampleAdd.apply(maps, small, backend_name)
 
 

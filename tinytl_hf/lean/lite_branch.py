@@ -6,7 +6,7 @@ exchange them once a pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,31 +16,72 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tinytl_hf.config.engine import BackendName
-from tinytl_hf.lean import backend
+from tinytl_hf.lean import backend, operators
 from tinytl_hf.lean.slices import compute_dtype
+from tinytl_hf.lean.stage import Stage
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.norms import GlobalBatchNorm2d, recompute_contexts
 
 
 @dataclass(frozen=True)
 class Branch:
-    """Grouped convolution, norm, ReLU, 1x1 convolution, norm, on batch statistics.
+    """What a lite residual does between pooling and up-sampling: convolution, norm, ReLU, 1x1 convolution, norm.
 
     Attributes:
-        conv1: The grouped convolution.
-        norm1: The norm after it.
-        conv2: The 1x1 convolution.
-        norm2: The norm after it.
+        lite: The lite residual.
         slice_mb: The engine's slices, in MB of a map, or None for the back-end's own.
         backend: Who computes it.
+        handle: The number by which operators of a compiled graph find it; a copy has one of its own.
     """
 
-    conv1: nn.Conv2d
-    norm1: GlobalBatchNorm2d
-    conv2: nn.Conv2d
-    norm2: GlobalBatchNorm2d
+    lite: LiteResidual
     slice_mb: float | None = None
     backend: BackendName = "auto"
+    handle: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", operators.new_handle(self))
+
+    def __reduce__(self) -> tuple[type[Branch], tuple[Any, ...]]:
+        return Branch, (self.lite, self.slice_mb, self.backend)
+
+    def __call__(self, pooled: Tensor) -> Tensor:
+        """``[N, in_channels, h, w]`` to what is to be up-sampled, ``[N, out_channels, h, w]``."""
+        dtype = compute_dtype(pooled)
+        if self._uses_batch_statistics() and (dtype == pooled.dtype or self._backend(pooled, dtype) != "eager"):
+            if torch.compiler.is_compiling():
+                return operators.run_branch(self, pooled, dtype)
+            return _BranchFunction.apply(pooled, self, *self.parameters)
+        # Group norms, and mixed precision on the eager back-end: stock layers, computed again for the backward pass.
+        return checkpoint(
+            self.lite.before_upsampling,
+            pooled,
+            use_reentrant=False,
+            context_fn=recompute_contexts,
+            preserve_rng_state=False,
+        )
+
+    @property
+    def conv1(self) -> nn.Conv2d:
+        """The grouped convolution."""
+        return self.lite.conv1
+
+    @property
+    def norm1(self) -> GlobalBatchNorm2d:
+        """The norm after it."""
+        assert isinstance(self.lite.norm1, GlobalBatchNorm2d)
+        return self.lite.norm1
+
+    @property
+    def conv2(self) -> nn.Conv2d:
+        """The 1x1 convolution."""
+        return self.lite.conv2
+
+    @property
+    def norm2(self) -> GlobalBatchNorm2d:
+        """The norm after it."""
+        assert isinstance(self.lite.norm2, GlobalBatchNorm2d)
+        return self.lite.norm2
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -48,32 +89,18 @@ class Branch:
         first = (self.conv1.weight, self.norm1.weight, self.norm1.bias)
         return (*first, self.conv2.weight, self.norm2.weight, self.norm2.bias)
 
+    def output_size(self, shape: torch.Size) -> tuple[int, int, int]:
+        """Channels, height and width of its maps for an input of ``shape``."""
+        return (self.conv2.out_channels, *Stage(self.conv1).output_size(*shape[2:]))
 
-def branch(
-    lite: LiteResidual, pooled: Tensor, slice_mb: float | None = None, backend_name: BackendName = "auto"
-) -> Tensor:
-    """``[N, in_channels, h, w]`` to what is to be up-sampled, ``[N, out_channels, h, w]``.
+    def _uses_batch_statistics(self) -> bool:
+        norms = (self.lite.norm1, self.lite.norm2)
+        return all(isinstance(norm, GlobalBatchNorm2d) and norm.training for norm in norms)
 
-    Args:
-        lite: The lite residual.
-        pooled: Its pooled input.
-        slice_mb: The engine's slices, in MB of a map.
-        backend_name: Who computes it.
-    """
-    norms = [norm for norm in (lite.norm1, lite.norm2) if isinstance(norm, GlobalBatchNorm2d) and norm.training]
-    dtype = compute_dtype(pooled)
-    if len(norms) == 2:
-        runs = Branch(lite.conv1, norms[0], lite.conv2, norms[1], slice_mb, backend_name)
-        if backend.of_branch(runs, pooled.device, dtype) != "eager" or dtype == pooled.dtype:
-            return _BranchFunction.apply(pooled, runs, *runs.parameters)
-    # Group norms, and mixed precision on the eager back-end: stock layers, computed again for the backward pass.
-    return checkpoint(
-        lite.before_upsampling,
-        pooled,
-        use_reentrant=False,
-        context_fn=recompute_contexts,
-        preserve_rng_state=False,
-    )
+    def _backend(self, pooled: Tensor, dtype: torch.dtype) -> BackendName:
+        if torch.compiler.is_compiling():
+            return operators.branch_backend(self.handle, str(pooled.device), dtype)
+        return backend.of_branch(self, pooled.device, dtype)
 
 
 class _BranchFunction(Function):

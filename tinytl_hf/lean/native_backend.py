@@ -152,10 +152,7 @@ def chain_forward(
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """See :class:`~tinytl_hf.lean.backend.Backend`."""
     images, sizes = x.shape[0], chain.map_sizes(x.shape)
-    masks = [
-        torch.empty((images, *size[1:], size[0] // 8), dtype=torch.uint8) if keeps and stage.activation else None
-        for stage, size in zip(chain.stages, sizes[1:], strict=True)
-    ]
+    masks = chain.empty_masks(x, keeps)
     call = _Call.of(chain, x.shape, masks, [None] * len(masks))
     output = empty_maps(images, sizes[-1], dtype)
     channels, height, width = sizes[chain.branch]
@@ -190,6 +187,11 @@ def chain_backward(
     call.arguments.first = 0 if needs_input else needs_bias.index(True)
     call.run("chain_backward")
     return grad_input, grads
+
+
+def upsampling_fits(dtype: torch.dtype) -> bool:
+    """Whether the kernels can run an up-sampling of maps of ``dtype``."""
+    return dtype in DTYPES
 
 
 def upsample_add(maps: Tensor, small: Tensor) -> None:

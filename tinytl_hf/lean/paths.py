@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from tinytl_hf.config.engine import Engine
 from tinytl_hf.lean import bits
 from tinytl_hf.lean.chain import Chain
-from tinytl_hf.lean.layers import average_pool, upsample_add
-from tinytl_hf.lean.lite_branch import branch
+from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
+from tinytl_hf.lean.lite_branch import Branch
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.sliced import in_slices
 from tinytl_hf.lean.slices import even_slices, slice_mb_on
-from tinytl_hf.network.lite_residual import LiteResidual
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,8 @@ class LeanResNetPath:
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the block."""
+        if torch.compiler.is_compiling():  # slices and what is done in place are no part of a graph
+            return masked_relu(self.main(x) + (x if self.shortcut is None else self.shortcut(x)), self.upper)
         image_bytes = max(map(math.prod, self.main.map_sizes(x.shape))) * x.element_size()
         slices = list(even_slices(len(x), image_bytes, slice_mb_on(x.device, self.main.slice_mb)))
         chains = (self.main,) if self.shortcut is None else (self.main, self.shortcut)
@@ -79,25 +79,24 @@ class LeanBlockPath:
 
     Attributes:
         main: The block itself, perhaps with a stem before it.
-        lite: Its lite residual.
-        engine: Who computes the lite residual, and in which slices.
+        branch: Its lite residual, but for pooling and up-sampling.
     """
 
     main: Callable[[Tensor], Tensor]
-    lite: LiteResidual
-    engine: Engine
+    branch: Branch
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the block with its lite residual."""
-        if isinstance(self.main, Chain) and self.lite.pools_maps_of(self.main.block_input_size(x.shape)):
+        lite = self.branch.lite
+        if isinstance(self.main, Chain) and lite.pools_maps_of(self.main.block_input_size(x.shape)):
             output, pooled = self.main.with_pooled_input(x)
         else:
             output = self.main(x)
-            pooled = average_pool(x) if self.lite.pools_maps_of(tuple(x.shape[-2:])) else x
-        small = branch(self.lite, pooled, self.engine.slice_mb, self.engine.backend)
+            pooled = average_pool(x) if lite.pools_maps_of(tuple(x.shape[-2:])) else x
+        small = self.branch(pooled)
         if not isinstance(self.main, (Chain, LeanResNetPath, Recomputed)):
             output = output.clone()  # a stock layer may have kept its output, which is not to be written over
-        return upsample_add(output, small, self.engine.backend)
+        return upsample_add(output, small, self.branch.backend)
 
 
 @dataclass(frozen=True)

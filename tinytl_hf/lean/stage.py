@@ -68,20 +68,22 @@ class Stage:
         ]
         return sizes[0], sizes[1]
 
-    def activate(self, maps: Tensor, keeps: bool) -> tuple[Tensor, Tensor | None]:
-        """The activation's output, and what its gradient needs if ``keeps``; ``maps`` is written over."""
+    def activate(self, maps: Tensor, mask: Tensor | None) -> Tensor:
+        """The activation's output, over ``maps``; what its gradient needs is written to ``mask``, if given."""
         if self.activation is None:
-            return maps, None
+            return maps
         upper = UPPER[self.activation]
         maps.clamp_(0, upper)
-        return maps, bits.pack(maps.permute(0, 2, 3, 1), upper) if keeps else None
+        if mask is not None:
+            mask.copy_(bits.pack_images(maps.permute(0, 2, 3, 1), upper))
+        return maps
 
     def activate_backward(self, grad: Tensor, kept: Tensor | None, in_place: bool) -> Tensor:
         """The gradient before the activation, of the one after it; ``grad`` is written over if ``in_place``."""
         if kept is None:
             return grad
         rows = (grad if in_place else grad.clone()).permute(0, 2, 3, 1)
-        return bits.mask_(rows, kept).permute(0, 3, 1, 2)
+        return bits.mask_images_(rows, kept).permute(0, 3, 1, 2)
 
     def convolve_backward(self, grad: Tensor, weight: Tensor, input_shape: tuple[int, ...]) -> Tensor:
         """The gradient of the convolution's input, for which that input itself is not needed."""

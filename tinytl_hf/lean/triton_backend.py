@@ -6,39 +6,28 @@ twice. These kernels add up in a fixed order, so that the same input gives them 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinytl_hf.lean import triton_launch as launch
-from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.int8 import weight_of
 from tinytl_hf.lean.stage import Stage, convolution_backward, convolve
-from tinytl_hf.lean.triton_branch import branch_backward, branch_forward
-from tinytl_hf.lean.triton_maps import as_given, empty_maps, matrix, nchw, nhwc, rows_of
+from tinytl_hf.lean.triton_branch import branch_backward as branch_backward
+from tinytl_hf.lean.triton_branch import branch_fits as branch_fits
+from tinytl_hf.lean.triton_branch import branch_forward as branch_forward
+from tinytl_hf.lean.triton_maps import DTYPES, as_given, empty_maps, matrix, nchw, nhwc, rows_of
 
-__all__ = [
-    "SLICE_MB",
-    "branch_backward",
-    "branch_forward",
-    "chain_backward",
-    "chain_forward",
-    "fits",
-    "upsample_add_",
-    "upsample_backward",
-]
-
-SLICE_MB = 200.0  # at least: with fewer slices the GPU waits less for the next kernel
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+if TYPE_CHECKING:
+    from tinytl_hf.lean.chain import Chain
 
 
 def fits(chain: Chain, dtype: torch.dtype) -> str | None:
-    """None if this back-end can run the chain, else the reason in a few words."""
+    """Why the kernels cannot run a chain; None if they can."""
     if dtype not in DTYPES:
-        return f"{dtype} maps"
+        return f"{str(dtype).removeprefix('torch.')} maps"
     for stage in chain.stages:
         if stage.activation is not None and stage.conv.out_channels % 8:
             return f"{stage.conv.out_channels} channels before an activation, not a multiple of 8"
@@ -49,32 +38,18 @@ def fits(chain: Chain, dtype: torch.dtype) -> str | None:
 def chain_forward(
     chain: Chain, x: Tensor, dtype: torch.dtype, keeps: bool, pools: bool
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-    """Run a chain.
-
-    Args:
-        chain: One that :func:`fits`.
-        x: ``[N, C, H, W]`` of any type and layout.
-        dtype: What is computed in.
-        keeps: Whether masks are kept for the backward pass.
-        pools: Whether the mean of 2x2 px of the block's input is wanted.
-
-    Returns:
-        The output; the pooled input or None; for each stage a mask, ``uint8 [N, H, W, C / 8]``, or None.
-    """
+    """See :class:`~tinytl_hf.lean.backend.Backend`."""
     first = chain.stages[0]
     if len(chain.stages) == 1 and _kind(first.conv) == "other" and not (pools or chain.residual or _adds(first)):
         return convolve(first.conv, x.to(dtype), weight_of(first.conv).to(dtype)), None, [None]
-    sizes = _sizes(chain, x.shape)
+    sizes = chain.map_sizes(x.shape)
     output = empty_maps(x, dtype, (len(x), *sizes[-1]))
     channels, height, width = sizes[chain.branch]
     pooled = empty_maps(x, dtype, (len(x), channels, height // 2, width // 2)) if pools else None
-    kept = [
-        _empty_mask(x, size) if keeps and stage.activation is not None else None
-        for stage, size in zip(chain.stages, sizes[1:], strict=True)
-    ]
+    kept = chain.empty_masks(x, keeps)
     weights = _weights(chain, dtype)
     last = len(chain.stages) - 1
-    for part in _slices(chain, x.shape, dtype):
+    for part in chain.slices(x, dtype):
         maps = inputs = rows_of(x[part], dtype)
         for i, stage in enumerate(chain.stages):
             if i == chain.branch:
@@ -95,30 +70,16 @@ def chain_forward(
 def chain_backward(
     chain: Chain,
     kept: list[Tensor | None],
-    shape: Sequence[int],
+    shape: torch.Size,
     dtype: torch.dtype,
     grad: Tensor,
     grad_pooled: Tensor | None,
     needs_input: bool,
     needs_bias: list[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Go back through a chain.
-
-    Args:
-        chain: The chain.
-        kept: What the forward pass kept.
-        shape: That of its input.
-        dtype: What was computed in.
-        grad: The gradient of the output.
-        grad_pooled: That of the pooled input, if any.
-        needs_input: Whether the input's gradient is wanted.
-        needs_bias: Of which stages the bias's gradient is wanted.
-
-    Returns:
-        The gradient of the input, in ``dtype``, and of each stage's bias, fp32 (float64 for float64).
-    """
-    sizes = _sizes(chain, shape)
-    slices = list(_slices(chain, shape, dtype))
+    """See :class:`~tinytl_hf.lean.backend.Backend`; gradients of biases are fp32, or float64 for float64."""
+    sizes = chain.map_sizes(shape)
+    slices = list(chain.slices_of(shape, dtype, grad.device))
     images = slices[0].stop
     programs = launch.programs_of(max(images * height * width for _, height, width in sizes[1:]))
     counts = [stage.conv.out_channels if wanted else 0 for stage, wanted in zip(chain.stages, needs_bias, strict=True)]
@@ -214,19 +175,21 @@ class _SliceBackward:
         return found if out is None else out.copy_(found)
 
 
-@as_given
-def upsample_add_(maps: Tensor, small: Tensor) -> None:
-    """Add ``small``, bilinearly resized, to ``maps`` in place."""
-    if maps.is_contiguous(memory_format=torch.channels_last):
-        launch.upsample_add(nhwc(maps), rows_of(small, small.dtype))
-    else:
-        maps.add_(F.interpolate(small, size=maps.shape[-2:], mode="bilinear", align_corners=False))
+def upsampling_fits(dtype: torch.dtype) -> bool:
+    """Whether the kernels can run an up-sampling of maps of ``dtype``."""
+    return dtype in DTYPES
 
 
 @as_given
-def upsample_backward(grad: Tensor, small_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The gradient of what :func:`upsample_add_` resized, of ``small_shape``, in ``dtype``."""
-    small = empty_maps(grad, dtype, small_shape)
+def upsample_add(maps: Tensor, small: Tensor) -> None:
+    """See :class:`~tinytl_hf.lean.backend.Backend`."""
+    launch.upsample_add(nhwc(maps), rows_of(small, small.dtype))
+
+
+@as_given
+def upsample_backward(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """See :class:`~tinytl_hf.lean.backend.Backend`."""
+    small = empty_maps(grad, dtype, shape)
     launch.upsample_backward(rows_of(grad, grad.dtype), nhwc(small))
     return small
 
@@ -268,19 +231,3 @@ def _weights(chain: Chain, dtype: torch.dtype) -> list[Tensor | None]:
         weight = None if kind == "depthwise" else weight_of(stage.conv).to(dtype)
         weights.append(weight.flatten(1) if weight is not None and kind == "pointwise" else weight)
     return weights
-
-
-def _sizes(chain: Chain, shape: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Channels, height and width of each stage's input, and of the output."""
-    sizes = chain.input_sizes(torch.Size(shape))
-    last = chain.stages[-1]
-    return [*sizes, (last.conv.out_channels, *last.output_size(*sizes[-1][1:]))]
-
-
-def _slices(chain: Chain, shape: Sequence[int], dtype: torch.dtype) -> Iterator[slice]:
-    return replace(chain, slice_mb=max(chain.slice_mb, SLICE_MB)).slices(torch.Size(shape), dtype.itemsize)
-
-
-def _empty_mask(like: Tensor, size: tuple[int, int, int]) -> Tensor:
-    channels, height, width = size
-    return torch.empty((len(like), height, width, channels // 8), dtype=torch.uint8, device=like.device)

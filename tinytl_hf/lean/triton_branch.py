@@ -1,86 +1,67 @@
-"""The training pass of a lite residual's branch by Triton kernels, as in :mod:`tinytl_hf.lean.lite_branch`."""
+"""A lite branch on the Triton back-end: cuBLAS and cuDNN for the convolutions, kernels for the norms."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinytl_hf.lean import triton_launch as launch
 from tinytl_hf.lean.stage import convolution_backward, convolve
 from tinytl_hf.lean.triton_launch import Affine, Parts
-from tinytl_hf.lean.triton_maps import as_given, empty_maps, matrix, nchw, nhwc, rows_of
+from tinytl_hf.lean.triton_maps import DTYPES, as_given, empty_maps, matrix, nchw, nhwc, rows_of
 from tinytl_hf.network.norms import GlobalBatchNorm2d, sum_over_processes
+
+if TYPE_CHECKING:
+    from tinytl_hf.lean.lite_branch import Branch
+
+
+def branch_fits(branch: Branch, dtype: torch.dtype) -> bool:
+    """Whether the kernels can run a branch with maps of ``dtype``."""
+    return dtype in DTYPES
 
 
 @as_given
-def branch_forward(
-    conv1: nn.Conv2d,
-    norm1: GlobalBatchNorm2d,
-    norm2: GlobalBatchNorm2d,
-    pooled: Tensor,
-    parameters: tuple[Tensor, ...],
-    dtype: torch.dtype,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Grouped convolution, norm, ReLU, 1x1 convolution, norm, on batch statistics.
-
-    Args:
-        conv1: The grouped convolution, for its geometry.
-        norm1: The norm after it, whose running statistics take in the batch's.
-        norm2: The norm after the 1x1 convolution, the same.
-        pooled: ``[N, C, h, w]``.
-        parameters: Weights of ``conv1``, ``norm1`` and its bias, the 1x1 convolution, ``norm2`` and its bias.
-        dtype: What is computed in.
-
-    Returns:
-        What is to be up-sampled, and what the backward pass needs.
-    """
-    weight1, _, _, weight2, _, _ = parameters
-    pooled = pooled.to(dtype)
-    maps = nhwc(convolve(conv1, pooled, weight1.to(dtype)))
-    mean1, inverse1 = _normalise(norm1, maps, relu=True)
+def branch_forward(branch: Branch, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """See :class:`~tinytl_hf.lean.backend.Backend`."""
+    weight1, weight2 = branch.conv1.weight.to(dtype), branch.conv2.weight.flatten(1).to(dtype)
+    maps = nhwc(convolve(branch.conv1, pooled.to(dtype), weight1))
+    first = _normalise(branch.norm1, maps, relu=True)
     output = empty_maps(maps, dtype, (len(maps), len(weight2), *maps.shape[1:3]))
-    torch.mm(matrix(maps), weight2.flatten(1).t().to(dtype), out=matrix(nhwc(output)))
-    mean2, inverse2 = _normalise(norm2, nhwc(output), relu=False)
-    return output, (pooled, mean1, inverse1, mean2, inverse2)
+    torch.mm(matrix(maps), weight2.t(), out=matrix(nhwc(output)))
+    second = _normalise(branch.norm2, nhwc(output), relu=False)
+    return output, [*first, *second]
 
 
 @as_given
 def branch_backward(
-    conv1: nn.Conv2d,
-    norm1: GlobalBatchNorm2d,
-    norm2: GlobalBatchNorm2d,
-    parameters: tuple[Tensor, ...],
-    kept: tuple[Tensor, ...],
-    dtype: torch.dtype,
-    grad: Tensor,
-    needs_input: bool,
-) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """The gradients of the pooled input, in ``dtype``, and of the six ``parameters``, in their types.
-
-    All maps are computed again from the pooled input and the statistics that were ``kept``.
-    """
-    pooled, mean1, inverse1, mean2, inverse2 = kept
-    weight1, scale1, shift1, weight2, scale2, shift2 = parameters
+    branch: Branch, pooled: Tensor, statistics: list[Tensor], dtype: torch.dtype, grad: Tensor, needs_input: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """See :class:`~tinytl_hf.lean.backend.Backend`; maps are computed again from the statistics."""
+    weight1, scale1, shift1, weight2, scale2, shift2 = branch.parameters
+    mean1, inverse1, mean2, inverse2 = statistics
     first, second = Affine(mean1, inverse1, scale1, shift1), Affine(mean2, inverse2, scale2, shift2)
-    kernel1, kernel2 = weight1.to(dtype), weight2.flatten(1).to(dtype)
+    conv1, kernel1, kernel2 = branch.conv1, weight1.to(dtype), weight2.flatten(1).to(dtype)
+    pooled = pooled.to(dtype)
     maps = nhwc(convolve(conv1, pooled, kernel1))
     activated = torch.empty_like(maps)
     launch.normalise_again(first, maps, activated)
     outer = maps.new_empty((*maps.shape[:3], len(kernel2)))
     torch.mm(matrix(activated), kernel2.t(), out=matrix(outer))
-    sums2 = _norm_backward(norm2, second, outer, rows_of(grad, dtype), relu=False)
+    sums2 = _norm_backward(branch.norm2, second, outer, rows_of(grad, dtype), relu=False)
     grad_weight2 = torch.mm(matrix(outer).t(), matrix(activated))
     flowing = torch.mm(matrix(outer), kernel2, out=matrix(activated)).view(maps.shape)
-    sums1 = _norm_backward(norm1, first, maps, flowing, relu=True)
+    sums1 = _norm_backward(branch.norm1, first, maps, flowing, relu=True)
     del activated, outer, flowing
     grad_pooled, grad_weight1 = convolution_backward(conv1, nchw(maps), pooled, kernel1, [needs_input, True])
-    grads = (grad_weight1, sums1[1], sums1[0], grad_weight2.view(weight2.shape), sums2[1], sums2[0])
-    return grad_pooled, tuple(found.to(each.dtype) for found, each in zip(grads, parameters, strict=True))
+    grads = [grad_weight1, sums1[1], sums1[0], grad_weight2.view(weight2.shape), sums2[1], sums2[0]]
+    return grad_pooled if needs_input else None, grads
 
 
 def _normalise(norm: GlobalBatchNorm2d, maps: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
     """The norm, in place, and its statistics: those of all processes."""
-    values = norm.values_of_a_channel(nchw(maps))
+    values = norm.values_of_a_channel(nchw(maps).shape)
     parts = launch.statistics(maps)
     if norm.spans_processes:
         parts = _over_processes(parts, maps.numel() // maps.shape[-1], values)
@@ -105,7 +86,7 @@ def _norm_backward(norm: GlobalBatchNorm2d, affine: Affine, x: Tensor, grad: Ten
     Returns:
         The gradients of its bias and weight by this process's images, ``[2, C]``.
     """
-    values = norm.values_of_a_channel(nchw(x))
+    values = norm.values_of_a_channel(nchw(x).shape)
     partial = launch.norm_sums(affine, x, grad, relu)
     if not norm.spans_processes:
         return launch.norm_backward(affine, partial, values, x, grad, relu)

@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 

@@ -1,0 +1,280 @@
+"""Chains, lite branches and up-samplings as PyTorch operators, which ``torch.compile`` takes whole.
+
+A compiled graph holds tensors and numbers only, so an operator gets a chain or branch by its handle. Outside of a
+compiled graph, the autograd functions beside the classes do the same with less overhead a call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from tinytl_hf.config.engine import BackendName
+from tinytl_hf.lean import backend
+from tinytl_hf.network.norms import keep_running_statistics
+
+if TYPE_CHECKING:
+    from tinytl_hf.lean.chain import Chain
+    from tinytl_hf.lean.lite_branch import Branch
+
+_held: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_counter = itertools.count()
+
+
+def new_handle(holder: Chain | Branch) -> int:
+    """A number by which the operators find ``holder`` as long as it lives.
+
+    It differs between what computes different things: PyTorch stores compiled graphs on disk and takes those of
+    another process for its own if all numbers in them are the same.
+    """
+    handle = zlib.crc32(repr(holder).encode()) << 24 | next(_counter)
+    _held[handle] = holder
+    return handle
+
+
+def run_chain(chain: Chain, x: Tensor, dtype: torch.dtype, pools: bool) -> tuple[Tensor, Tensor | None]:
+    """A chain's output and, if ``pools``, the pooled input of its block."""
+    biases = [stage.bias for stage in chain.stages if stage.bias is not None]
+    keeps = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *biases))
+    outputs = chain_forward(x, biases, chain.handle, dtype, keeps, pools)
+    return outputs[0], outputs[1] if pools else None
+
+
+def run_branch(branch: Branch, pooled: Tensor, dtype: torch.dtype) -> Tensor:
+    """A lite branch's output; the running statistics of its norms take in those of the batch."""
+    output, *statistics = branch_forward(pooled, list(branch.parameters), branch.handle, dtype)
+    values = branch.norm1.values_of_a_channel(output.shape)
+    for norm, mean, inverse in zip((branch.norm1, branch.norm2), statistics[::2], statistics[1::2], strict=True):
+        norm.take_in(mean, inverse**-2 - norm.eps, values)
+    return output
+
+
+@torch.compiler.assume_constant_result
+def branch_backend(handle: int, device: str, dtype: torch.dtype) -> BackendName:
+    """Who runs a lite branch; asked once, while a graph is compiled."""
+    return backend.of_branch(_held[handle], torch.device(device), dtype)
+
+
+@custom_op("tinytl::chain_forward", mutates_args=())
+def chain_forward(
+    x: Tensor, biases: list[Tensor], handle: int, dtype: torch.dtype, keeps: bool, pools: bool
+) -> list[Tensor]:
+    """A chain's output; if ``pools`` the pooled input of its block; if ``keeps`` the masks that there are."""
+    chain: Chain = _held[handle]
+    chosen = backend.named(backend.of_chain(chain, x.device, dtype))
+    with torch.autocast(x.device.type, enabled=False):
+        output, pooled, kept = chosen.chain_forward(chain, x, dtype, keeps, pools)
+    return [tensor for tensor in (output, pooled, *kept) if tensor is not None]
+
+
+@chain_forward.register_fake
+def _(x: Tensor, biases: list[Tensor], handle: int, dtype: torch.dtype, keeps: bool, pools: bool) -> list[Tensor]:
+    chain: Chain = _held[handle]
+    sizes = chain.map_sizes(x.shape)
+    channels, height, width = sizes[chain.branch]
+    pooled = [_empty_maps(x, dtype, (channels, height // 2, width // 2))] if pools else []
+    masks = [mask for mask in chain.empty_masks(x, keeps) if mask is not None]
+    return [_empty_maps(x, dtype, sizes[-1]), *pooled, *masks]
+
+
+@custom_op("tinytl::chain_backward", mutates_args=())
+def chain_backward(
+    grad: Tensor,
+    grad_pooled: Tensor | None,
+    masks: list[Tensor],
+    shape: list[int],
+    handle: int,
+    dtype: torch.dtype,
+    needs_input: bool,
+    needs_bias: list[bool],
+) -> list[Tensor]:
+    """The gradient of a chain's input, if needed, and those of the biases (of all stages) that need one."""
+    chain: Chain = _held[handle]
+    chosen = backend.named(backend.of_chain(chain, grad.device, dtype))
+    given = iter(masks)
+    kept = [next(given) if stage.activation else None for stage in chain.stages]
+    with torch.autocast(grad.device.type, enabled=False):
+        grad_input, of_biases = chosen.chain_backward(
+            chain, kept, torch.Size(shape), dtype, grad, grad_pooled, needs_input, needs_bias
+        )
+    found = [
+        total.to(stage.bias.dtype)
+        for total, stage in zip(of_biases, chain.stages, strict=True)
+        if total is not None and stage.bias is not None
+    ]
+    return found if grad_input is None else [grad_input, *found]
+
+
+@chain_backward.register_fake
+def _(
+    grad: Tensor,
+    grad_pooled: Tensor | None,
+    masks: list[Tensor],
+    shape: list[int],
+    handle: int,
+    dtype: torch.dtype,
+    needs_input: bool,
+    needs_bias: list[bool],
+) -> list[Tensor]:
+    chain: Chain = _held[handle]
+    found = [
+        grad.new_empty(stage.bias.shape, dtype=stage.bias.dtype)
+        for stage, needed in zip(chain.stages, needs_bias, strict=True)
+        if needed and stage.bias is not None
+    ]
+    return [_empty_maps(grad, dtype, shape[1:]), *found] if needs_input else found
+
+
+def _keep_of_chain(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, biases, ctx.handle, ctx.dtype, _, ctx.pools = inputs
+    ctx.shape, ctx.input_dtype, ctx.biases = x.shape, x.dtype, len(biases)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1 + ctx.pools :])
+
+
+def _backward_of_chain(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    chain: Chain = _held[ctx.handle]
+    needs_input, needed = ctx.needs_input_grad[0], iter(ctx.needs_input_grad[1])
+    needs_bias = [stage.bias is not None and next(needed) for stage in chain.stages]
+    grad, grad_pooled = grads[0], grads[1] if ctx.pools else None
+    if grad is None:
+        assert grad_pooled is not None
+        grad = _empty_maps(grad_pooled, ctx.dtype, chain.map_sizes(ctx.shape)[-1]).zero_()
+    found = iter(
+        chain_backward(
+            *(grad, grad_pooled, list(ctx.saved_tensors), list(ctx.shape)),
+            *(ctx.handle, ctx.dtype, needs_input, needs_bias),
+        )
+    )
+    grad_input = next(found).to(ctx.input_dtype) if needs_input else None
+    of_biases = [next(found) if wanted else None for wanted in ctx.needs_input_grad[1]]
+    return grad_input, of_biases, None, None, None, None
+
+
+chain_forward.register_autograd(_backward_of_chain, setup_context=_keep_of_chain)
+
+
+@custom_op("tinytl::branch_forward", mutates_args=())
+def branch_forward(pooled: Tensor, parameters: list[Tensor], handle: int, dtype: torch.dtype) -> list[Tensor]:
+    """A lite branch's output, then mean and inverse standard deviation of its first norm, and of its second.
+
+    Running statistics stay as they are: an operator with a gradient changes no tensor.
+    """
+    branch: Branch = _held[handle]
+    chosen = backend.named(backend.of_branch(branch, pooled.device, dtype))
+    with torch.autocast(pooled.device.type, enabled=False), keep_running_statistics():
+        output, statistics = chosen.branch_forward(branch, pooled, dtype)
+    return [output, *statistics]
+
+
+@branch_forward.register_fake
+def _(pooled: Tensor, parameters: list[Tensor], handle: int, dtype: torch.dtype) -> list[Tensor]:
+    branch: Branch = _held[handle]
+    name = backend.of_branch(branch, pooled.device, dtype)
+    of_vectors = parameters[1].dtype if name == "eager" else torch.promote_types(dtype, torch.float32)
+    channels = (branch.conv1.out_channels, branch.conv2.out_channels)
+    statistics = [pooled.new_empty(count, dtype=of_vectors) for count in channels for _ in range(2)]
+    return [_empty_maps(pooled, dtype, branch.output_size(pooled.shape)), *statistics]
+
+
+@custom_op("tinytl::branch_backward", mutates_args=())
+def branch_backward(
+    grad: Tensor,
+    pooled: Tensor,
+    parameters: list[Tensor],
+    statistics: list[Tensor],
+    handle: int,
+    dtype: torch.dtype,
+    needs_input: bool,
+) -> list[Tensor]:
+    """The gradient of a lite branch's input, if needed, and those of its parameters."""
+    branch: Branch = _held[handle]
+    chosen = backend.named(backend.of_branch(branch, pooled.device, dtype))
+    with torch.autocast(pooled.device.type, enabled=False):
+        grad_pooled, found = chosen.branch_backward(branch, pooled, statistics, dtype, grad, needs_input)
+    grads = [each.to(p.dtype).contiguous() for each, p in zip(found, parameters, strict=True)]
+    if grad_pooled is None:
+        return grads
+    return [grad_pooled.to(pooled.dtype).contiguous(memory_format=torch.channels_last), *grads]
+
+
+@branch_backward.register_fake
+def _(
+    grad: Tensor,
+    pooled: Tensor,
+    parameters: list[Tensor],
+    statistics: list[Tensor],
+    handle: int,
+    dtype: torch.dtype,
+    needs_input: bool,
+) -> list[Tensor]:
+    grads = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in parameters]
+    return [torch.empty_like(pooled, memory_format=torch.channels_last), *grads] if needs_input else grads
+
+
+def _keep_of_branch(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    pooled, parameters, ctx.handle, ctx.dtype = inputs
+    statistics = output[1:]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*statistics)
+    ctx.save_for_backward(pooled, *statistics, *parameters)
+
+
+def _backward_of_branch(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    pooled, *rest = ctx.saved_tensors
+    needs_input = ctx.needs_input_grad[0]
+    found = branch_backward(grads[0], pooled, rest[4:], rest[:4], ctx.handle, ctx.dtype, needs_input)
+    grad_pooled = found.pop(0) if needs_input else None
+    return grad_pooled, found, None, None
+
+
+branch_forward.register_autograd(_backward_of_branch, setup_context=_keep_of_branch)
+
+
+@custom_op("tinytl::upsample_add", mutates_args=())
+def upsample_add(maps: Tensor, small: Tensor, name: str) -> Tensor:
+    """The sum of ``maps`` and ``small``, bilinearly resized; an operator with a gradient changes no tensor."""
+    output = maps.clone()
+    backend.named(backend.of_upsampling(cast(BackendName, name), output, small)).upsample_add(output, small)
+    return output
+
+
+@upsample_add.register_fake
+def _(maps: Tensor, small: Tensor, name: str) -> Tensor:
+    return torch.empty_like(maps)
+
+
+@custom_op("tinytl::upsample_backward", mutates_args=())
+def upsample_backward(grad: Tensor, shape: list[int], dtype: torch.dtype, name: str) -> Tensor:
+    """The gradient of what was resized, by the back-end ``name``."""
+    small = backend.named(cast(BackendName, name)).upsample_backward(grad, torch.Size(shape), dtype)
+    return small.contiguous(memory_format=torch.channels_last)
+
+
+@upsample_backward.register_fake
+def _(grad: Tensor, shape: list[int], dtype: torch.dtype, name: str) -> Tensor:
+    return _empty_maps(grad, dtype, shape[1:])
+
+
+def _keep_of_upsampling(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    maps, small, name = inputs
+    ctx.shape, ctx.dtype, ctx.name = small.shape, small.dtype, backend.of_upsampling(name, maps, small)
+
+
+def _backward_of_upsampling(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    return grad, upsample_backward(grad, list(ctx.shape), ctx.dtype, ctx.name), None
+
+
+upsample_add.register_autograd(_backward_of_upsampling, setup_context=_keep_of_upsampling)
+
+
+def _empty_maps(like: Tensor, dtype: torch.dtype, size: Any) -> Tensor:
+    """Channels-last maps of ``size`` (channels, height, width), as many as ``like`` has."""
+    shape = (like.shape[0], *size)
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
