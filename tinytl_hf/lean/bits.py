@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 PACK_EIGHT = 0x0102040810204080  # gathers the lowest bits of eight bytes in the highest byte
@@ -24,7 +25,7 @@ def pack(activated: Tensor, upper: float) -> Tensor:
         ``uint8`` ``[ceil(values / 8)]``, in the order of the values.
     """
     flat = activated.reshape(-1)
-    if flat.device.type == "cpu" and flat.dtype in {torch.float32, torch.bfloat16}:
+    if flat.device.type == "cpu" and flat.dtype in {torch.float32, torch.bfloat16} and not is_compiling():
         return _pack_on_cpu(flat, upper)
     inside = (flat > 0) & (flat < upper)
     padded = F.pad(inside.view(torch.uint8), (0, -flat.numel() % 8))
@@ -40,7 +41,7 @@ def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
 def mask_(values: Tensor, bits: Tensor) -> Tensor:
     """Multiply ``values``, contiguous, by the mask that :func:`pack` gave, in place."""
     flat = values.view(-1)
-    if flat.device.type != "cpu":  # where each launch costs more than a cache saves
+    if flat.device.type != "cpu" or is_compiling():  # where each launch costs more than a cache saves
         flat.mul_(unpack(bits, flat.shape))
         return values
     factors = torch.empty(min(CHUNK, flat.numel()), dtype=flat.dtype, device=flat.device)

@@ -33,7 +33,7 @@ class Chain:
         branch: The stage whose input is the block's; what comes before it is a stem.
         backend: Who computes it.
         facts: What a back-end works out once.
-        handle: The number by which operators of a compiled graph find it; a copy has one of its own.
+        handle: The name by which operators of a compiled graph find it; a copy has one of its own.
     """
 
     stages: tuple[Stage, ...]
@@ -42,7 +42,7 @@ class Chain:
     branch: int = 0
     backend: BackendName = "auto"
     facts: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    handle: int = field(init=False, compare=False, repr=False)
+    handle: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "handle", operators.new_handle(self))

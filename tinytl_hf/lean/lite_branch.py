@@ -31,13 +31,13 @@ class Branch:
         lite: The lite residual.
         slice_mb: The engine's slices, in MB of a map, or None for the back-end's own.
         backend: Who computes it.
-        handle: The number by which operators of a compiled graph find it; a copy has one of its own.
+        handle: The name by which operators of a compiled graph find it; a copy has one of its own.
     """
 
     lite: LiteResidual
     slice_mb: float | None = None
     backend: BackendName = "auto"
-    handle: int = field(init=False, compare=False, repr=False)
+    handle: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "handle", operators.new_handle(self))

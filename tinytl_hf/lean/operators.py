@@ -1,13 +1,15 @@
 """Chains, lite branches and up-samplings as PyTorch operators, which ``torch.compile`` takes whole.
 
-A compiled graph holds tensors and numbers only, so an operator gets a chain or branch by its handle. Outside of a
-compiled graph, the autograd functions beside the classes do the same with less overhead a call.
+A compiled graph holds tensors, numbers and names only, so an operator gets a chain or branch by its handle: a name, as
+numbers that differ from call to call would become symbols. Outside of a compiled graph, the autograd functions beside
+the classes do the same with less overhead a call.
 """
 
 from __future__ import annotations
 
 import itertools
 import zlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from tinytl_hf.config.engine import BackendName
+from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean import backend
 from tinytl_hf.network.norms import keep_running_statistics
 
@@ -23,17 +26,17 @@ if TYPE_CHECKING:
     from tinytl_hf.lean.chain import Chain
     from tinytl_hf.lean.lite_branch import Branch
 
-_held: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_held: WeakValueDictionary[str, Any] = WeakValueDictionary()
 _counter = itertools.count()
 
 
-def new_handle(holder: Chain | Branch) -> int:
-    """A number by which the operators find ``holder`` as long as it lives.
+def new_handle(holder: Chain | Branch) -> str:
+    """A name by which the operators find ``holder`` as long as it lives.
 
-    It differs between what computes different things: PyTorch stores compiled graphs on disk and takes those of
-    another process for its own if all numbers in them are the same.
+    What computes different things has different names in any process: PyTorch stores compiled graphs on disk, and takes
+    for its own those of another process that have the same names and shapes in them.
     """
-    handle = zlib.crc32(repr(holder).encode()) << 24 | next(_counter)
+    handle = f"{next(_counter)}-{zlib.crc32(repr(holder).encode()):08x}"
     _held[handle] = holder
     return handle
 
@@ -56,17 +59,18 @@ def run_branch(branch: Branch, pooled: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.compiler.assume_constant_result
-def branch_backend(handle: int, device: str, dtype: torch.dtype) -> BackendName:
+def branch_backend(handle: str, device: str, dtype: torch.dtype) -> BackendName:
     """Who runs a lite branch; asked once, while a graph is compiled."""
     return backend.of_branch(_held[handle], torch.device(device), dtype)
 
 
 @custom_op("tinytl::chain_forward", mutates_args=())
 def chain_forward(
-    x: Tensor, biases: list[Tensor], handle: int, dtype: torch.dtype, keeps: bool, pools: bool
+    x: Tensor, biases: list[Tensor], handle: str, dtype: torch.dtype, keeps: bool, pools: bool
 ) -> list[Tensor]:
     """A chain's output; if ``pools`` the pooled input of its block; if ``keeps`` the masks that there are."""
     chain: Chain = _held[handle]
+    _check_own(biases, [stage.bias for stage in chain.stages if stage.bias is not None])
     chosen = backend.named(backend.of_chain(chain, x.device, dtype))
     with torch.autocast(x.device.type, enabled=False):
         output, pooled, kept = chosen.chain_forward(chain, x, dtype, keeps, pools)
@@ -74,7 +78,7 @@ def chain_forward(
 
 
 @chain_forward.register_fake
-def _(x: Tensor, biases: list[Tensor], handle: int, dtype: torch.dtype, keeps: bool, pools: bool) -> list[Tensor]:
+def _(x: Tensor, biases: list[Tensor], handle: str, dtype: torch.dtype, keeps: bool, pools: bool) -> list[Tensor]:
     chain: Chain = _held[handle]
     sizes = chain.map_sizes(x.shape)
     channels, height, width = sizes[chain.branch]
@@ -89,7 +93,7 @@ def chain_backward(
     grad_pooled: Tensor | None,
     masks: list[Tensor],
     shape: list[int],
-    handle: int,
+    handle: str,
     dtype: torch.dtype,
     needs_input: bool,
     needs_bias: list[bool],
@@ -117,7 +121,7 @@ def _(
     grad_pooled: Tensor | None,
     masks: list[Tensor],
     shape: list[int],
-    handle: int,
+    handle: str,
     dtype: torch.dtype,
     needs_input: bool,
     needs_bias: list[bool],
@@ -161,12 +165,13 @@ chain_forward.register_autograd(_backward_of_chain, setup_context=_keep_of_chain
 
 
 @custom_op("tinytl::branch_forward", mutates_args=())
-def branch_forward(pooled: Tensor, parameters: list[Tensor], handle: int, dtype: torch.dtype) -> list[Tensor]:
+def branch_forward(pooled: Tensor, parameters: list[Tensor], handle: str, dtype: torch.dtype) -> list[Tensor]:
     """A lite branch's output, then mean and inverse standard deviation of its first norm, and of its second.
 
     Running statistics stay as they are: an operator with a gradient changes no tensor.
     """
     branch: Branch = _held[handle]
+    _check_own(parameters, branch.parameters)
     chosen = backend.named(backend.of_branch(branch, pooled.device, dtype))
     with torch.autocast(pooled.device.type, enabled=False), keep_running_statistics():
         output, statistics = chosen.branch_forward(branch, pooled, dtype)
@@ -174,7 +179,7 @@ def branch_forward(pooled: Tensor, parameters: list[Tensor], handle: int, dtype:
 
 
 @branch_forward.register_fake
-def _(pooled: Tensor, parameters: list[Tensor], handle: int, dtype: torch.dtype) -> list[Tensor]:
+def _(pooled: Tensor, parameters: list[Tensor], handle: str, dtype: torch.dtype) -> list[Tensor]:
     branch: Branch = _held[handle]
     name = backend.of_branch(branch, pooled.device, dtype)
     of_vectors = parameters[1].dtype if name == "eager" else torch.promote_types(dtype, torch.float32)
@@ -189,7 +194,7 @@ def branch_backward(
     pooled: Tensor,
     parameters: list[Tensor],
     statistics: list[Tensor],
-    handle: int,
+    handle: str,
     dtype: torch.dtype,
     needs_input: bool,
 ) -> list[Tensor]:
@@ -210,7 +215,7 @@ def _(
     pooled: Tensor,
     parameters: list[Tensor],
     statistics: list[Tensor],
-    handle: int,
+    handle: str,
     dtype: torch.dtype,
     needs_input: bool,
 ) -> list[Tensor]:
@@ -272,6 +277,16 @@ def _backward_of_upsampling(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Non
 
 
 upsample_add.register_autograd(_backward_of_upsampling, setup_context=_keep_of_upsampling)
+
+
+def _check_own(given: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+    """Raise if a graph was given other parameters than those that the back-end will read."""
+    pairs = [pair for pair in zip(given, own, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]
+    if not all(torch.equal(one, other) for one, other in pairs):
+        raise TinyTLError(
+            "a compiled lean model computes with its own parameters, and was given others (by torch.func or by an "
+            "optimizer's step in the same graph): compile the model alone, or build it with lean=False"
+        )
 
 
 def _empty_maps(like: Tensor, dtype: torch.dtype, size: Any) -> Tensor:
