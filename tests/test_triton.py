@@ -10,20 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_lean import CONVOLUTIONS, norm, stock
+from test_lean import CONVOLUTIONS, gradients, norm, stock, whole_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinytl_hf.config.run import LiteConfig
 from tinytl_hf.lean import bits, int8
+from tinytl_hf.lean.backend import of_chain
 from tinytl_hf.lean.chain import Chain, Stage
-from tinytl_hf.lean.lite_branch import branch
+from tinytl_hf.lean.layers import upsample_add
+from tinytl_hf.lean.lite_branch import Branch
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.norms import GlobalBatchNorm2d, keep_running_statistics
 
 pytest.importorskip("triton")
-backend = pytest.importorskip("tinytl_hf.lean.triton_backend")
-from tinytl_hf.lean import triton_branch, triton_launch  # noqa: E402
+from tinytl_hf.lean import triton_backend, triton_branch, triton_launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = [torch.bfloat16, torch.float16]
@@ -66,12 +67,22 @@ def _stage_of(each, dtype, device):
     return Stage(copies[0], copies[1] if len(copies) > 1 else None, each.activation)
 
 
-def run(chain, x, dtype, grad, grad_pooled=None, needs_input=True, needs_bias=None):
-    """Outputs, masks and gradients by the back-end."""
-    needs_bias = [True] * len(chain.stages) if needs_bias is None else needs_bias
-    y, pooled, kept = backend.chain_forward(chain, x, dtype, True, grad_pooled is not None)
-    grads = backend.chain_backward(chain, kept, x.shape, dtype, grad, grad_pooled, needs_input, needs_bias)
-    return y, pooled, kept, grads
+def run(chain, x, *grads, backend="triton"):
+    """Outputs, masks, and the gradients of what trains: of ``x`` if it does, and of biases."""
+    chain, x = replace(chain, backend=backend), x.detach().requires_grad_(x.requires_grad)
+    outputs = chain.with_pooled_input(x) if len(grads) == 2 else (chain(x),)
+    trained = [tensor for tensor in (x, *(each.bias for each in chain.stages)) if tensor is not None]
+    trained = [tensor for tensor in trained if tensor.requires_grad]
+    masks = outputs[0].grad_fn.saved_tensors
+    return [y.detach() for y in outputs], masks, list(torch.autograd.grad(outputs, trained, grads))
+
+
+def assert_same_as_eager(chain, x, *grads, tolerance=1e-10):
+    assert of_chain(replace(chain, backend="triton"), x.device, x.dtype) == "triton"
+    ours, theirs = (run(chain, x, *grads, backend=name) for name in ("triton", "eager"))
+    for found, expected in zip((*ours[0], *ours[2]), (*theirs[0], *theirs[2]), strict=True):
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    return ours, theirs
 
 
 def errors(found, exact):
@@ -89,21 +100,18 @@ def test_a_stage_has_the_outputs_gradients_and_masks_of_the_eager_engine(convolu
     torch.manual_seed(0)
     chain = with_tensors_of(Chain((stage(convolution, activation),)), torch.float64)
     x = torch.randn(3, 8, 7, 6, dtype=torch.float64, device=DEVICE).mul_(3).requires_grad_()
-    expected = chain(x)
-    grad = torch.randn_like(expected)
-    saved = expected.grad_fn.saved_tensors
-    grads = torch.autograd.grad(expected, [x, chain.stages[0].bias], grad)
-    y, _, (mask,), (grad_input, (grad_bias,)) = run(chain, x, torch.float64, grad)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    for ours, theirs in zip((y, grad_input, grad_bias), (expected, *grads), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-11)
+    grad = torch.randn_like(chain(x).detach())
+    ours, theirs = assert_same_as_eager(chain, x, grad, tolerance=1e-11)
+    assert ours[0][0].is_contiguous(memory_format=torch.channels_last)
     if activation is None:
-        assert mask is None
+        assert ours[1] == theirs[1] == (None,)
     else:
-        assert torch.equal(mask.flatten(), saved[0])
-    alone, biases = backend.chain_backward(chain, [mask], x.shape, torch.float64, grad, None, False, [True])
-    assert alone is None and torch.equal(biases[0], grad_bias)
-    assert backend.chain_backward(chain, [mask], x.shape, torch.float64, grad, None, True, [False])[1] == [None]
+        assert torch.equal(*ours[1], *theirs[1])
+    (alone,) = run(chain, x.detach(), grad)[2]
+    assert torch.equal(alone, ours[2][1])
+    chain.stages[0].bias.requires_grad_(False)
+    (alone,) = run(chain, x, grad)[2]
+    assert torch.equal(alone, ours[2][0])
 
 
 @pytest.mark.parametrize(
@@ -114,18 +122,12 @@ def test_a_stage_has_the_outputs_gradients_and_masks_of_the_eager_engine(convolu
         (torch.channels_last, 0.05, " 5x5 stride 2"),
     ],
 )
-def test_a_chain_is_the_same_in_any_slices_and_layout(layout, slice_mb, stride, monkeypatch):
+def test_a_chain_is_the_same_in_any_slices_and_layout(layout, slice_mb, stride):
     torch.manual_seed(1)
-    monkeypatch.setattr(backend, "SLICE_MB", slice_mb)
     chain = inverted_residual(middle=24, stride=stride, residual=not stride, slice_mb=slice_mb)
     chain = with_tensors_of(chain, torch.float64)
     x = torch.randn(3, 16, 9, 7, dtype=torch.float64, device=DEVICE).contiguous(memory_format=layout).requires_grad_()
-    expected = chain.with_pooled_input(x)
-    grads = [torch.randn_like(each) for each in expected]
-    wanted = torch.autograd.grad(expected, [x, *(each.bias for each in chain.stages)], grads)
-    y, pooled, _, (grad_input, biases) = run(chain, x, torch.float64, *grads)
-    for ours, theirs in zip((y, pooled, grad_input, *biases), (*expected, *wanted), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+    assert_same_as_eager(chain, x, *(torch.randn_like(each) for each in chain.with_pooled_input(x)))
 
 
 def test_a_stem_before_the_block_and_frozen_biases_change_nothing_else():
@@ -134,16 +136,11 @@ def test_a_stem_before_the_block_and_frozen_biases_change_nothing_else():
     block = inverted_residual(residual=True)
     chain = with_tensors_of(replace(block, stages=(stem, *block.stages), branch=1), torch.float64)
     x = torch.randn(2, 3, 11, 8, dtype=torch.float64, device=DEVICE)
-    expected = chain.with_pooled_input(x)
-    grads = [torch.randn_like(each) for each in expected]
-    wanted = torch.autograd.grad(expected, [each.bias for each in chain.stages], grads)
+    grads = [torch.randn_like(each) for each in chain.with_pooled_input(x)]
     for needs_bias in ([True] * 4, [False, True, False, True], [False, False, True, False]):
-        found, biases = run(chain, x, torch.float64, *grads, needs_input=False, needs_bias=needs_bias)[3]
-        assert found is None
-        for ours, theirs, needed in zip(biases, wanted, needs_bias, strict=True):
-            assert (ours is not None) == needed
-            if needed:
-                torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+        for each, needed in zip(chain.stages, needs_bias, strict=True):
+            each.bias.requires_grad_(needed)
+        assert_same_as_eager(chain, x, *grads)
 
 
 def stock_run(chain, x, dtype, grad):
@@ -166,14 +163,15 @@ def test_rounding_errors_are_no_larger_than_those_of_stock_layers(dtype, activat
     exact = stock_run(chain, x, torch.float64, grad)
     plain = errors(stock_run(chain, x, dtype, grad), exact)
     parameters = with_tensors_of(chain, torch.float32)  # as under autocast
-    y, _, kept, (grad_input, biases) = run(parameters, x.to(DEVICE, dtype), dtype, grad.to(DEVICE, dtype))
+    given = x.to(DEVICE, dtype).requires_grad_()
+    (y,), kept, (grad_input, *biases) = run(parameters, given, grad.to(DEVICE, dtype))
     assert y.dtype == grad_input.dtype == dtype and {each.dtype for each in biases} == {torch.float32}
     step = torch.finfo(dtype).eps
     assert errors([y], exact[:1])[0] < 1.5 * plain[0] + step / 10
     # Gradients depend on each bit of the masks, so those of the same masks are compared.
     wide = with_tensors_of(chain, torch.float64)
     given = (torch.float64, grad.to(DEVICE), None, True, [True] * 3)
-    exact_input, exact_biases = backend.chain_backward(wide, kept, x.shape, *given)
+    exact_input, exact_biases = triton_backend.chain_backward(wide, list(kept), x.shape, *given)
     found = errors([grad_input, *biases], [exact_input, *exact_biases])
     assert max(found) < (2 * step if dtype != torch.float32 else 4 * step)
     if dtype == torch.float32:
@@ -185,11 +183,12 @@ def test_rounding_errors_are_no_larger_than_those_of_stock_layers(dtype, activat
 def test_masks_tell_which_stored_values_lie_inside(dtype, convolution):
     torch.manual_seed(4)
     chain = with_tensors_of(Chain((stage(convolution, "relu6", (24, 24)),)), torch.float32)
-    x = torch.randn(2, 24, 8, 7, device=DEVICE) * 8
+    x = (torch.randn(2, 24, 8, 7, device=DEVICE) * 8).to(dtype)
     x[0, 0, 0, 0] = float("nan")
-    y, _, (mask,) = backend.chain_forward(chain, x, dtype, True, False)
+    y = replace(chain, backend="triton")(x)
+    (mask,) = y.grad_fn.saved_tensors
     assert y.isnan().any() and (y == 6).any() and (y == 0).any()  # as with stock layers, NaN is not hidden
-    assert mask.shape == (2, *y.shape[2:], 3) and torch.equal(mask.flatten(), bits.pack(y.permute(0, 2, 3, 1), 6.0))
+    assert torch.equal(mask, bits.pack_images(y.detach().permute(0, 2, 3, 1), 6.0))
 
 
 def test_int8_weights_and_convolutions_without_norm_run_too():
@@ -203,24 +202,18 @@ def test_int8_weights_and_convolutions_without_norm_run_too():
     chain = Chain((Stage(layers[0], None, "relu"), Stage(layers[1], None, "relu6"), Stage(layers[2])))
     layers.to(DEVICE)
     x = torch.randn(2, 8, 6, 5, device=DEVICE)
-    expected = chain(x)
-    (wanted,) = torch.autograd.grad(expected.square().sum(), [layers[0].bias])
-    y, _, _, (_, biases) = run(chain, x, torch.float32, 2 * expected.detach(), None, False, [True, False, False])
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(biases[0], wanted)
+    assert_same_as_eager(chain, x, torch.randn(2, 8, 4, 3, device=DEVICE), tolerance=1e-4)
     single = Chain((Stage(layers[2]),))
-    torch.testing.assert_close(
-        backend.chain_forward(single, x.repeat(1, 2, 1, 1), torch.float32, False, False)[0],
-        single(x.repeat(1, 2, 1, 1)),
-    )
+    x = torch.randn(2, 16, 6, 5, device=DEVICE, requires_grad=True)
+    assert_same_as_eager(single, x, torch.randn(2, 8, 4, 3, device=DEVICE), tolerance=1e-4)
 
 
 def test_it_says_which_chains_it_cannot_run():
     odd = Chain((stage("pointwise", "relu", (8, 12)),))
-    assert backend.fits(odd, torch.float32) == "12 channels before an activation, not a multiple of 8"
-    assert backend.fits(Chain((stage("pointwise", None, (8, 12)),)), torch.float32) is None
-    assert backend.fits(inverted_residual(), torch.complex64) == "torch.complex64 maps"
-    assert all(backend.fits(Chain((stage(each, "relu"),)), torch.bfloat16) is None for each in CONVOLUTIONS)
+    assert triton_backend.fits(odd, torch.float32) == "12 channels before an activation, not a multiple of 8"
+    assert triton_backend.fits(Chain((stage("pointwise", None, (8, 12)),)), torch.float32) is None
+    assert triton_backend.fits(inverted_residual(), torch.complex64) == "complex64 maps"
+    assert all(triton_backend.fits(Chain((stage(each, "relu"),)), torch.bfloat16) is None for each in CONVOLUTIONS)
 
 
 def lite_residual(dtype, in_channels=16, out_channels=24, stride=1):
@@ -233,28 +226,11 @@ def lite_residual(dtype, in_channels=16, out_channels=24, stride=1):
     return lite
 
 
-def parameters_of(lite):
-    return (
-        lite.conv1.weight,
-        lite.norm1.weight,
-        lite.norm1.bias,
-        lite.conv2.weight,
-        lite.norm2.weight,
-        lite.norm2.bias,
-    )
-
-
-def run_branch(lite, pooled, grad, dtype):
-    layers = (lite.conv1, lite.norm1, lite.norm2)
-    y, kept = backend.branch_forward(*layers, pooled, parameters_of(lite), dtype)
-    grad_pooled, grads = backend.branch_backward(*layers, parameters_of(lite), kept, dtype, grad, True)
-    return [y, grad_pooled, *grads]
-
-
-def eager_branch(lite, pooled, grad):
-    pooled = pooled.detach().requires_grad_()
-    y = branch(lite, pooled, 5.0)
-    return [y.detach(), *torch.autograd.grad(y, [pooled, *parameters_of(lite)], grad)]
+def run_branch(lite, pooled, grad, backend="triton"):
+    """Output, and gradients of the input and of the parameters."""
+    pooled, branch = pooled.detach().requires_grad_(), Branch(lite, 5.0, backend)
+    y = branch(pooled)
+    return [y.detach(), *torch.autograd.grad(y, [pooled, *branch.parameters], grad)]
 
 
 def vectors(lite):
@@ -266,9 +242,7 @@ def test_a_branch_has_the_gradients_and_statistics_of_the_eager_engine(size, str
     lite, twin = (lite_residual(torch.float64, stride=stride) for _ in range(2))
     pooled = torch.randn(3, 16, *size, dtype=torch.float64, device=DEVICE) * 3 + 2
     grad = torch.randn(3, 24, *[(side + stride - 1) // stride for side in size], dtype=torch.float64, device=DEVICE)
-    for ours, theirs in zip(
-        run_branch(lite, pooled, grad, torch.float64), eager_branch(twin, pooled, grad), strict=True
-    ):
+    for ours, theirs in zip(run_branch(lite, pooled, grad), run_branch(twin, pooled, grad, "eager"), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
     for ours, theirs in zip(vectors(lite), vectors(twin), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
@@ -281,13 +255,13 @@ def test_a_branch_rounds_no_worse_than_stock_layers(dtype):
         each.load_state_dict({name: tensor.to(dtype) for name, tensor in lite.state_dict().items()})
     pooled = (torch.randn(4, 16, 8, 7, device=DEVICE) + 3).to(dtype)
     grad = torch.randn(4, 24, 8, 7, device=DEVICE).to(dtype)
-    wanted = eager_branch(exact, pooled.double(), grad.double())
+    wanted = run_branch(exact, pooled.double(), grad.double(), "eager")
     for each in (plain.norm1, plain.norm2):
         each.float()  # as under autocast
     x = pooled.clone().requires_grad_()
     y = plain.before_upsampling(x)
-    theirs = [y.detach(), *torch.autograd.grad(y, [x, *parameters_of(plain)], grad)]
-    found = run_branch(lite, pooled, grad, dtype)
+    theirs = [y.detach(), *torch.autograd.grad(y, [x, *Branch(plain).parameters], grad)]
+    found = run_branch(lite, pooled, grad)
     assert found[0].dtype == dtype and {each.dtype for each in found[2:]} == {torch.float32}
     for ours, stocks in zip(errors(found, wanted), errors(theirs, wanted), strict=True):
         assert ours < 2 * stocks + 2 * torch.finfo(dtype).eps
@@ -319,7 +293,7 @@ def test_a_batch_that_is_computed_again_is_not_counted_again():
     pooled = torch.randn(3, 16, 5, 5, device=DEVICE)
     before = [each.clone() for each in vectors(lite)]
     with keep_running_statistics():
-        run_branch(lite, pooled, torch.randn(3, 24, 5, 5, device=DEVICE), torch.float32)
+        run_branch(lite, pooled, torch.randn(3, 24, 5, 5, device=DEVICE))
     assert all(map(torch.equal, before, vectors(lite)))
 
 
@@ -327,11 +301,11 @@ def test_over_two_processes_with_the_same_images_a_branch_is_that_of_one(monkeyp
     lite, twin = (lite_residual(torch.float64) for _ in range(2))
     pooled = torch.randn(3, 16, 5, 5, dtype=torch.float64, device=DEVICE)
     grad = torch.randn(3, 24, 5, 5, dtype=torch.float64, device=DEVICE)
-    alone = run_branch(twin, pooled, grad, torch.float64)
+    alone = run_branch(twin, pooled, grad)
     exchanged = []
     monkeypatch.setattr("tinytl_hf.network.norms._world_size", lambda: 2)
     monkeypatch.setattr(triton_branch, "sum_over_processes", lambda own: exchanged.append(own.shape) or own * 2)
-    for ours, theirs in zip(run_branch(lite, pooled, grad, torch.float64), alone, strict=True):
+    for ours, theirs in zip(run_branch(lite, pooled, grad), alone, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
     assert len(exchanged) == 4  # one each way for each norm
 
@@ -341,7 +315,7 @@ def test_over_two_processes_with_the_same_images_a_branch_is_that_of_one(monkeyp
     [
         ((8, 9), (4, 5), torch.channels_last),
         ((5, 9), (1, 4), torch.channels_last),
-        ((5, 5), (5, 5), torch.contiguous_format),
+        ((5, 5), (5, 5), torch.contiguous_format),  # which eager adds to
         ((4, 3), (7, 5), torch.channels_last),
         ((3, 8), (2, 2), torch.channels_last),
     ],
@@ -351,11 +325,11 @@ def test_up_sampling_is_pytorchs_and_its_gradient_the_adjoint(large, size, layou
     maps = torch.randn(2, 12, *large, dtype=torch.float64, device=DEVICE).contiguous(memory_format=layout)
     small = torch.randn(2, 12, *size, dtype=torch.float64, device=DEVICE, requires_grad=True)
     expected = maps + F.interpolate(small, size=large, mode="bilinear", align_corners=False)
-    (wanted,) = torch.autograd.grad(expected, [small], maps)
-    grad = backend.upsample_backward(maps, small.shape, torch.float64)
-    torch.testing.assert_close(grad, wanted, atol=1e-12, rtol=1e-12)
-    backend.upsample_add_(maps, small)
-    torch.testing.assert_close(maps, expected.detach(), atol=1e-12, rtol=1e-12)
+    grad = torch.randn_like(maps)
+    (wanted,) = torch.autograd.grad(expected, [small], grad)
+    found = upsample_add(maps, small, "triton")
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(*torch.autograd.grad(found, [small], grad), wanted, atol=1e-12, rtol=1e-12)
 
 
 class Launches(TorchDispatchMode):
@@ -372,61 +346,39 @@ class Launches(TorchDispatchMode):
         return result
 
 
-def launches_of_stock(model, images):
-    with Launches() as stock:
+def launches_of_a_step(model, images):
+    with Launches() as launched:
         F.cross_entropy(model(images), torch.arange(len(images), device=DEVICE)).backward()
-    return sum(stock.counts.values())
-
-
-def launches_of_triton(model, images, dtype, monkeypatch):
-    """Those of a forward and backward pass, whose kernels are counted and do not run."""
-    kernels = Counter()
-    monkeypatch.setattr(triton_launch, "_launch", lambda kernel, *_, **__: kernels.update([kernel.__name__]))
-    features = model.backbone.features
-    paths = [features.opening, *(block.lean_path for block in features[2:-1]), features[-1].chain]
-    backward = []
-    x = images
-    with Launches() as ours:
-        for path in paths:
-            chain = getattr(path, "main", path)
-            x, pooled, kept = backend.chain_forward(chain, x, dtype, True, chain is not path)
-            small = None
-            if chain is not path:
-                layers = (path.lite.conv1, path.lite.norm1, path.lite.norm2, parameters_of(path.lite))
-                small, state = backend.branch_forward(*layers[:3], pooled, layers[3], dtype)
-                backend.upsample_add_(x, small)
-            backward.append((chain, kept, images if path is paths[0] else None, layers, state, small))
-        maps = x.detach().float().requires_grad_()
-        loss = F.cross_entropy(model.backbone.classifier(maps.mean((2, 3))), torch.arange(len(images), device=DEVICE))
-        loss.backward()
-        grad = maps.grad
-        shapes = [images.shape]
-        for path in paths[:-1]:
-            chain = getattr(path, "main", path)
-            height, width = chain.stages[-1].output_size(*chain.input_sizes(shapes[-1])[-1][1:])
-            shapes.append((len(images), chain.stages[-1].conv.out_channels, height, width))
-        for (chain, kept, start, layers, state, small), shape in zip(
-            reversed(backward), reversed(shapes), strict=True
-        ):
-            grad_pooled = None
-            if small is not None:
-                grad_small = backend.upsample_backward(grad, small.shape, dtype)
-                grad_pooled = backend.branch_backward(*layers, state, dtype, grad_small, True)[0]
-            needed = [True] * len(chain.stages)
-            grad = backend.chain_backward(chain, kept, shape, dtype, grad, grad_pooled, start is None, needed)[0]
-    return sum(kernels.values()) + sum(ours.counts.values()), kernels, ours.counts
+    return sum(launched.counts.values())
 
 
 def test_a_step_launches_hardly_more_kernels_than_stock_layers(make_model, monkeypatch, figure):
     images = torch.randn(2, 3, 64, 64, device=DEVICE)
     stock = {
-        method: launches_of_stock(make_model(method, lean=False, train_size=224).to(DEVICE).train(), images)
+        method: launches_of_a_step(make_model(method, lean=False, train_size=224).to(DEVICE).train(), images)
         for method in ("TinyTL-L+B", "FT-Full")
     }
-    lean = make_model("TinyTL-L+B", train_size=224).to(DEVICE).train()
-    total, kernels, others = launches_of_triton(lean, images, torch.float32, monkeypatch)
+    lean = make_model("TinyTL-L+B", train_size=224, backend="triton").to(DEVICE).train()
+    kernels = Counter()  # they are counted and do not run
+    monkeypatch.setattr(triton_launch, "_launch", lambda kernel, *_, **__: kernels.update([kernel.__name__]))
+    total = launches_of_a_step(lean, images) + sum(kernels.values())
     figure(f"launches of a step of MobileNetV2: TinyTL-L+B by Triton {total}, stock {stock}")
-    assert total < 0.9 * stock["TinyTL-L+B"] and total < 1.4 * stock["FT-Full"], (total, stock, kernels, others)
+    assert total < 0.9 * stock["TinyTL-L+B"] and total < 1.4 * stock["FT-Full"], (total, stock, kernels)
+
+
+@pytest.mark.slow
+def test_a_whole_model_has_the_gradients_and_statistics_of_the_stock_one(make_model):
+    images = torch.randn(2, 3, 40, 40, dtype=torch.float64, device=DEVICE)
+    lean, plain = (
+        whole_model(make_model, "TinyTL-L+B", "mobilenet_v2", lean, backend="triton", train_size=40).to(DEVICE)
+        for lean in (True, False)
+    )
+    ours, theirs = gradients(lean, images), gradients(plain, images)
+    scale = max(gradient.abs().max() for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).abs().max() <= 1e-9 * scale, name
+    for name, tensor in plain.adapter_tensors().items():
+        torch.testing.assert_close(lean.adapter_tensors()[name], tensor, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.slow

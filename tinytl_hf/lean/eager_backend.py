@@ -28,7 +28,7 @@ def fits(chain: Chain, dtype: torch.dtype) -> str | None:
 
 
 def branch_fits(branch: Branch, dtype: torch.dtype) -> bool:
-    """Any branch, in the type of its input."""
+    """Any branch, if its parameters and its input are of ``dtype``; else it is left to stock layers."""
     return True
 
 

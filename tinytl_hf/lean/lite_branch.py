@@ -48,18 +48,16 @@ class Branch:
     def __call__(self, pooled: Tensor) -> Tensor:
         """``[N, in_channels, h, w]`` to what is to be up-sampled, ``[N, out_channels, h, w]``."""
         dtype = compute_dtype(pooled)
-        if self._uses_batch_statistics() and (dtype == pooled.dtype or self._backend(pooled, dtype) != "eager"):
+        of_one_type = self.conv1.weight.dtype == pooled.dtype == dtype
+        if self._uses_batch_statistics() and (of_one_type or self._backend(pooled, dtype) != "eager"):
             if torch.compiler.is_compiling():
                 return operators.run_branch(self, pooled, dtype)
             return _BranchFunction.apply(pooled, self, *self.parameters)
         # Group norms, and mixed precision on the eager back-end: stock layers, computed again for the backward pass.
-        return checkpoint(
-            self.lite.before_upsampling,
-            pooled,
-            use_reentrant=False,
-            context_fn=recompute_contexts,
-            preserve_rng_state=False,
-        )
+        # A compiled graph takes no contexts and needs none: it repeats no change of a buffer.
+        contexts = {} if torch.compiler.is_compiling() else {"context_fn": recompute_contexts}
+        run = self.lite.before_upsampling
+        return checkpoint(run, pooled, use_reentrant=False, preserve_rng_state=False, **contexts)
 
     @property
     def conv1(self) -> nn.Conv2d:

@@ -33,8 +33,8 @@ _counter = itertools.count()
 def new_handle(holder: Chain | Branch) -> str:
     """A name by which the operators find ``holder`` as long as it lives.
 
-    What computes different things has different names in any process: PyTorch stores compiled graphs on disk, and takes
-    for its own those of another process that have the same names and shapes in them.
+    What computes different things has different names in any process: PyTorch stores compiled graphs on disk, and
+    takes those of another process for its own if they have the same names and shapes in them.
     """
     handle = f"{next(_counter)}-{zlib.crc32(repr(holder).encode()):08x}"
     _held[handle] = holder
