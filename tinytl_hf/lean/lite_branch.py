@@ -55,7 +55,7 @@ class Branch:
             return _BranchFunction.apply(pooled, self, *self.parameters)
         # Group norms, and mixed precision on the eager back-end: stock layers, computed again for the backward pass.
         # A compiled graph takes no contexts and needs none: it repeats no change of a buffer.
-        contexts = {} if torch.compiler.is_compiling() else {"context_fn": recompute_contexts}
+        contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": recompute_contexts}
         run = self.lite.before_upsampling
         return checkpoint(run, pooled, use_reentrant=False, preserve_rng_state=False, **contexts)
 
