@@ -59,9 +59,23 @@ def test_a_block_with_its_lite_residual_is_one_graph_with_the_same_gradients(bac
     compiled = torch.compile(blocks[0], backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16, autocast):
         found, expected = train_step(compiled, blocks[0], x), train_step(blocks[1], blocks[1], x)
+        copies = {name: tensor.clone() for name, tensor in found.items()}
+        train_step(compiled, blocks[0], x.flip(0))
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
-    assert_equal(found, expected, rtol=0.03 if autocast else 1e-4)
-    assert found["lite_residual.norm1.num_batches_tracked"] == 1
+    assert_equal(copies, expected, rtol=0.03 if autocast else 1e-4)
+    assert copies["lite_residual.norm1.num_batches_tracked"] == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_smaller_last_batch_a_larger_image_and_no_gradient_are_served_too(backend, make_model):
+    blocks = [model.backbone.features[3] for model in models(make_model, backend)]
+    compiled = torch.compile(blocks[0], backend="aot_eager", fullgraph=True)
+    for shape in ((4, 24, 12, 12), (3, 24, 12, 12), (2, 24, 17, 14), (5, 24, 10, 9)):
+        for block in blocks:
+            block.zero_grad()
+        x = torch.randn(*shape)
+        assert_equal(train_step(compiled, blocks[0], x), train_step(blocks[1], blocks[1], x))
+    assert counters["stats"]["unique_graphs"] == 3  # one of any size is compiled at the third size
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), blocks[1](x), rtol=1e-4, atol=1e-4)
 

@@ -91,10 +91,15 @@ class Chain:
 
     def map_sizes(self, shape: torch.Size) -> list[tuple[int, int, int]]:
         """Channels, height and width of the input and of each stage's output."""
+        if torch.compiler.is_compiling() or any(isinstance(side, torch.SymInt) for side in shape):
+            return self._map_sizes(shape)  # a graph is compiled: what is worked out once is not to be part of it
         if shape[2:] not in self.facts:
-            last, sizes = self.stages[-1], self.input_sizes(shape)
-            self.facts[shape[2:]] = [*sizes, (last.conv.out_channels, *last.output_size(*sizes[-1][1:]))]
+            self.facts[shape[2:]] = self._map_sizes(shape)
         return self.facts[shape[2:]]
+
+    def _map_sizes(self, shape: torch.Size) -> list[tuple[int, int, int]]:
+        last, sizes = self.stages[-1], self.input_sizes(shape)
+        return [*sizes, (last.conv.out_channels, *last.output_size(*sizes[-1][1:]))]
 
     def empty_masks(self, x: Tensor, keeps: bool) -> list[Tensor | None]:
         """Room, if ``keeps``, for one bit a value of each stage with an activation: whether it is inside its bounds.

@@ -20,7 +20,13 @@ from torch.autograd.function import FunctionCtx
 
 from tinytl_hf.errors import TinyTLError
 
-_recomputing = threading.local()
+
+class _Recomputing(threading.local):
+    def __init__(self) -> None:
+        self.active = False
+
+
+_recomputing = _Recomputing()
 
 
 @contextmanager
@@ -29,11 +35,11 @@ def keep_running_statistics() -> Iterator[None]:
 
     Gradient checkpointing runs a forward pass a second time, which must not count twice.
     """
-    _recomputing.active = True
+    before, _recomputing.active = _recomputing.active, True
     try:
         yield
     finally:
-        _recomputing.active = False
+        _recomputing.active = before
 
 
 def recompute_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -175,4 +181,4 @@ def _world_size() -> int:
 
 
 def _is_recomputing() -> bool:
-    return getattr(_recomputing, "active", False)
+    return _recomputing.active
