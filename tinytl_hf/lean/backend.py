@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tinytl_hf.lean.lite_branch import Branch
 
 FASTEST = "AVX-512"  # of the instruction sets that there are kernels for
+FASTEST_ON: dict[str, BackendName] = {"cpu": "native", "cuda": "triton"}
 LEAST_CAPABILITY = (8, 0)  # of the GPUs that the Triton kernels are compiled for in the tests
 
 
@@ -107,7 +108,8 @@ def chosen(name: BackendName, device: torch.device) -> BackendName:
         TinyTLError: It is named and cannot run there.
     """
     if name == "auto":
-        return next(each for each in ("native", "triton", "eager") if why_not(each, device) is None)
+        fastest = FASTEST_ON.get(device.type, "eager")
+        return fastest if why_not(fastest, device) is None else "eager"
     check(name, device)
     return name
 
@@ -172,8 +174,6 @@ def describe(engine: Engine, device: torch.device) -> str:
         sets = list(instruction_sets())
         missing = "" if sets[0] == FASTEST else f", as this processor has no {FASTEST}"
         return f"lean, native {sets[0]}{missing}"
-    faster: dict[str, BackendName] = {"cpu": "native", "cuda": "triton"}
-    if device.type in faster and engine.backend == "auto" and name == "eager":
-        best = faster[device.type]
-        return f"lean, eager ({best} {why_not(best, device)})"
+    if name == "eager" and engine.backend == "auto" and (fastest := FASTEST_ON.get(device.type)):
+        return f"lean, eager ({fastest} {why_not(fastest, device)})"
     return f"lean, {name}"
