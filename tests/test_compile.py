@@ -2,10 +2,11 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
-from test_lean import whole_model
+from test_lean import kept_bytes, whole_model
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.library import opcheck
@@ -28,14 +29,14 @@ def fresh_compiler():
     counters.clear()
 
 
-def models(make_model, backend, **options):
+def models(make_model, backend, backbone="mobilenet_v2"):
     """A lean model and its copy, in fp32."""
-    model = whole_model(make_model, "TinyTL-L+B", "mobilenet_v2", True, backend=backend, **options).float()
+    model = whole_model(make_model, "TinyTL-L+B", backbone, True, backend=backend).float()
     return model, copy.deepcopy(model)
 
 
 def train_step(run, module, x):
-    x = x.clone().requires_grad_()
+    x = x.detach().clone().requires_grad_()
     y = run(x)
     (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
     found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
@@ -80,10 +81,24 @@ def test_a_smaller_last_batch_a_larger_image_and_no_gradient_are_served_too(back
         torch.testing.assert_close(compiled(x), blocks[1](x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_whole_model_is_one_graph(backend, make_model, caplog):
-    model, plain = models(make_model, backend)
+def test_a_compiled_block_keeps_no_more(backend, make_model):
+    blocks = [model.backbone.features[3] for model in models(make_model, backend)]
+    compiled = torch.compile(blocks[0], backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 24, 16, 16, requires_grad=True)
+    train_step(compiled, blocks[0], x)  # which compiles it
+    ours, theirs = (kept_bytes(partial(run, x))[0] for run in (compiled, blocks[1]))
+    masks, pooled = 2 * (2 * 144 * 16 * 16) // 8, 2 * 24 * 8 * 8 * 4
+    statistics = 2 * (24 + 24) * 4
+    assert theirs == masks + pooled + statistics and ours <= theirs + 64
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error::UserWarning:torch._dynamo")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "resnet18"])
+def test_a_whole_model_is_one_graph(backbone, backend, make_model, caplog):
+    model, plain = models(make_model, backend, backbone)
     compiled = torch.compile(model, backend="aot_eager")
     x = torch.randn(4, 3, 64, 64)
     assert_equal(train_step(compiled, model, x), train_step(plain, plain, x), rtol=1e-3)

@@ -368,9 +368,9 @@ def test_a_step_launches_hardly_more_kernels_than_stock_layers(make_model, monke
 
 @pytest.mark.slow
 def test_a_whole_model_has_the_gradients_and_statistics_of_the_stock_one(make_model):
-    images = torch.randn(2, 3, 24, 24, dtype=torch.float64, device=DEVICE)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64, device=DEVICE)
     lean, plain = (
-        whole_model(make_model, "TinyTL-L+B", "mobilenet_v2", lean, backend="triton", train_size=24).to(DEVICE)
+        whole_model(make_model, "TinyTL-L+B", "mobilenet_v2", lean, backend="triton", train_size=32).to(DEVICE)
         for lean in (True, False)
     )
     ours, theirs = gradients(lean, images), gradients(plain, images)

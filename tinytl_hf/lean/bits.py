@@ -34,6 +34,9 @@ def pack(activated: Tensor, upper: float) -> Tensor:
 
 def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The mask that :func:`pack` gave as zeros and ones, ``uint8`` in ``shape``."""
+    if is_compiling():  # which fuses this, and would take no table from outside
+        of_bits = bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+        return of_bits.view(-1)[: torch.Size(shape).numel()].view(shape)
     eights = torch.index_select(_table(bits.device), 0, bits.int())
     return eights.view(torch.uint8)[: torch.Size(shape).numel()].view(shape)
 

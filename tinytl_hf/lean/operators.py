@@ -8,7 +8,7 @@ the classes do the same with less overhead a call.
 from __future__ import annotations
 
 import itertools
-import zlib
+import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
@@ -28,15 +28,16 @@ if TYPE_CHECKING:
 
 _held: WeakValueDictionary[str, Any] = WeakValueDictionary()
 _counter = itertools.count()
+_process = secrets.token_hex(8)
 
 
 def new_handle(holder: Chain | Branch) -> str:
     """A name by which the operators find ``holder`` as long as it lives.
 
-    What computes different things has different names in any process: PyTorch stores compiled graphs on disk, and
-    takes those of another process for its own if they have the same names and shapes in them.
+    No other process has it: PyTorch stores compiled graphs on disk, and takes those of another process for its own if
+    they have the same names and shapes in them, whatever these names stand for there.
     """
-    handle = f"{next(_counter)}-{zlib.crc32(repr(holder).encode()):08x}"
+    handle = f"{_process}-{next(_counter)}"
     _held[handle] = holder
     return handle
 
