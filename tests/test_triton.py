@@ -367,16 +367,21 @@ def test_a_step_launches_hardly_more_kernels_than_stock_layers(make_model, monke
 
 
 @pytest.mark.slow
-def test_a_whole_model_has_the_gradients_and_statistics_of_the_stock_one(make_model):
-    images = torch.randn(2, 3, 32, 32, dtype=torch.float64, device=DEVICE)
+def test_a_whole_model_has_the_gradients_and_statistics_of_the_stock_one(make_model, monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(
+            triton_launch, "TILE", 1 << 15
+        )  # fewer programs, as the interpreter's time is one for each
+    torch.manual_seed(9)
+    images = torch.randn(2, 3, 40, 40, dtype=torch.float64, device=DEVICE)
     lean, plain = (
-        whole_model(make_model, "TinyTL-L+B", "mobilenet_v2", lean, backend="triton", train_size=32).to(DEVICE)
+        whole_model(make_model, "TinyTL-L+B", "mobilenet_v2", lean, backend="triton", train_size=40).to(DEVICE)
         for lean in (True, False)
     )
     ours, theirs = gradients(lean, images), gradients(plain, images)
     scale = max(gradient.abs().max() for gradient in theirs.values())
     for name, gradient in theirs.items():
-        assert (ours[name] - gradient).abs().max() <= 1e-9 * scale, name
+        assert (ours[name] - gradient).abs().max() <= 1e-10 * scale, name
     for name, tensor in plain.adapter_tensors().items():
         torch.testing.assert_close(lean.adapter_tensors()[name], tensor, atol=1e-10, rtol=1e-10)
 
