@@ -48,11 +48,8 @@ class Chain:
         object.__setattr__(self, "handle", operators.new_handle(self))
 
     def __reduce__(self) -> tuple[type[Chain], tuple[Any, ...]]:
+        """A copy works its facts out for itself, as those can hold addresses, and has a handle of its own."""
         return Chain, (self.stages, self.residual, self.slice_mb, self.branch, self.backend)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies work their facts out for themselves: those can hold addresses."""
-        return {**self.__dict__, "facts": {}}
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the last stage's output, keeping only what the gradients need."""
