@@ -24,11 +24,14 @@ from tinytl_hf.network.norms import GlobalBatchNorm2d, sum_over_processes
 if TYPE_CHECKING:
     from tinytl_hf.lean.lite_branch import Branch
 
+MOST_WEIGHTS = 1 << 20  # of the grouped convolution, as the kernels take a second copy of them, in another order
+
 
 def branch_fits(branch: Branch, dtype: torch.dtype) -> bool:
     """Whether the kernels can run a branch with maps of ``dtype``."""
     fp32 = all(tensor.dtype == torch.float32 for tensor in branch.parameters)
-    return dtype in DTYPES and fp32 and branch.conv1.kernel_size[0] <= LARGEST_KERNEL
+    small = branch.conv1.weight.numel() <= MOST_WEIGHTS
+    return dtype in DTYPES and fp32 and small and branch.conv1.kernel_size[0] <= LARGEST_KERNEL
 
 
 def branch_forward(branch: Branch, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -51,6 +54,7 @@ def branch_backward(
     call = _Call(branch, pooled, statistics)
     grad_input = empty_maps(len(pooled), tuple(pooled.shape[1:]), pooled.dtype) if needs_input else None
     grads = [torch.empty(parameter.shape) for parameter in branch.parameters]
+    grads[0] = torch.empty_like(branch.conv1.weight, memory_format=torch.channels_last)
     call.set(grad_output=channels_last(grad), grad_input=grad_input)
     arguments = call.arguments
     arguments.grad_weight1, arguments.grad_weight2 = grads[0].data_ptr(), grads[3].data_ptr()
@@ -73,7 +77,9 @@ class _Call:
         images, channels, height, width = pooled.shape
         self.size = tuple((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
         pixels = images * self.size[0] * self.size[1]
-        weights = [conv.weight.detach().contiguous(), branch.conv2.weight.detach().contiguous()]
+        weights = [conv.weight.detach(), branch.conv2.weight.detach().contiguous()]
+        if weights[0].stride(2) != weights[0].stride(3) * kernel:  # taps that do not lie one after the other
+            weights[0] = weights[0].contiguous()
         maps = torch.empty(pixels * conv.out_channels)
         self.alive: list[Any] = [*weights, *statistics, maps]
         self.pixels = pixels
@@ -84,6 +90,8 @@ class _Call:
         )
         arguments = self.arguments
         arguments.weight1, arguments.weight2 = (weight.data_ptr() for weight in weights)
+        strides = weights[0].stride()
+        arguments.weight1_strides[:] = strides[0], strides[1], strides[3]
         arguments.norm1 = _norm_arguments(branch.norm1, statistics[:2])
         arguments.norm2 = _norm_arguments(branch.norm2, statistics[2:])
         arguments.values = branch.norm1.values_of_a_channel((images, 1, *self.size))

@@ -17,7 +17,7 @@ typedef struct {
 
 static Room branch_room(const Branch *b) {
     const i64 taps = b->kernel * b->kernel, widest = max_of(max_of(b->in_channels, b->middle), b->out_channels);
-    const i64 in_group = b->in_channels / b->groups, weight1 = b->middle * in_group * taps;
+    const i64 in_group = b->in_channels / b->groups;
     Room r = {0};
     r.zeros = b->input.is_bf16 ? whole(pixels_in(b) * b->in_channels, 16) : 0;
     r.vectors = r.zeros + whole(widest, 16); /* what a phase wants of the norms: four vectors of each */
@@ -31,7 +31,7 @@ static Room branch_room(const Branch *b) {
     r.rows = 2 * r.outer;
     r.sums = 3 * r.outer;
     r.weight = r.sums + 4 * whole(widest, 16);
-    r.table = r.weight + whole(max_of(weight1, b->out_channels * b->middle), 16);
+    r.table = r.weight + whole(b->out_channels * b->middle, 16);
     r.own_size = whole(r.table + 2 * taps * PIXELS, 16);
     return r;
 }
@@ -268,12 +268,12 @@ static double *merge_sums(const Branch *b, const Room *room, i64 channels) {
 static void pack_weight1(const Branch *b, int backward, float *packed) {
     const i64 taps = b->kernel * b->kernel, in = b->in_channels / b->groups, out = b->middle / b->groups;
     const i64 depth = backward ? out : in, columns = backward ? in : out;
-    const i64 panels = whole(columns, TILE_COLUMNS) / TILE_COLUMNS;
+    const i64 panels = whole(columns, TILE_COLUMNS) / TILE_COLUMNS, *strides = b->weight1_strides;
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
     for (i64 i = 0; i < b->groups * panels; i++)
         for (i64 t = 0; t < taps; t++)
-            pack_panel(b->weight1 + i / panels * out * in * taps + t, 0, 0, 0, backward ? taps : in * taps,
-                       backward ? in * taps : taps, i % panels * TILE_COLUMNS, columns, depth,
+            pack_panel(b->weight1 + i / panels * out * strides[0] + t * strides[2], 0, 0, 0,
+                       strides[backward ? 1 : 0], strides[backward ? 0 : 1], i % panels * TILE_COLUMNS, columns, depth,
                        packed + (i * taps + t) * depth * TILE_COLUMNS);
 }
 
@@ -413,15 +413,20 @@ static double *inner(const Branch *b, const float *norm1, const float *norm2) {
     return merge_sums(b, &room, m);
 }
 
-/* The gradient of the grouped convolution's weight, added up by each thread as [middle][taps][in_channels / groups]. */
-static void add_weight1(const Branch *b, const Grid *grid, i64 first, i64 count, const float *const *table,
-                        float *weight) {
-    const i64 in = b->in_channels / b->groups, out = b->middle / b->groups;
-    for (i64 g = 0; g < b->groups; g++)
-        for (i64 t = 0; t < grid->taps; t++)
-            outer_product(b->flow + first * b->middle + g * out, b->middle, out, table + t * TILE_ROWS,
-                          grid->taps * TILE_ROWS, g * in, count,
-                          weight + (g * out * grid->taps + t) * in, grid->taps * in, in);
+/* The gradient of the grouped convolution's weight for the output channels from `from` to before `to`. */
+static void weight1_backward(const Branch *b, const Grid *grid, i64 from, i64 to, const float **table) {
+    const i64 in = b->in_channels / b->groups, out = b->middle / b->groups, row = grid->taps * in;
+    memset(b->grad_weight1 + from * row, 0, (size_t)((to - from) * row) * sizeof(float));
+    for (i64 first = 0, count; first < pixels_out(b); first += count) {
+        count = min_of(PIXELS, pixels_out(b) - first);
+        grid_addresses(grid, first, count, table);
+        for (i64 g = from / out; g * out < to; g++) { /* groups that have some of these channels */
+            const i64 low = max_of(from, g * out), high = min_of(to, (g + 1) * out);
+            for (i64 t = 0; t < grid->taps; t++)
+                outer_product(b->flow + first * b->middle + low, b->middle, high - low, table + t * TILE_ROWS,
+                              grid->taps * TILE_ROWS, g * in, count, b->grad_weight1 + low * row + t * in, row, in);
+        }
+    }
 }
 
 static void write_grad_input(const Branch *b, i64 top, i64 left, const Grid *grid, i64 first, i64 count,
@@ -441,25 +446,18 @@ static void convolve_backward(const Branch *b, const float *norm1) {
     const float *zeros = b->scratch + room.zeros;
     const Grid forward = forward_grid(b, prepare(b, &room), zeros);
     float *packed = b->scratch + room.packed;
-#pragma omp parallel for schedule(static) num_threads((int)b->threads)
-    for (i64 t = 0; t < b->threads; t++) {
-        float *own = OWN(room), *weight = own + room.weight;
-        const float **table = (const float **)(own + room.table);
-        memset(weight, 0, (size_t)(b->middle * taps * in) * sizeof(float));
-        EACH_CHUNK(pixels_out(b)) {
+#pragma omp parallel num_threads((int)b->threads)
+    {
+#pragma omp for schedule(static)
+        for (i64 t = 0; t < b->threads; t++) EACH_CHUNK(pixels_out(b)) {
             float *flow = b->flow + first * b->middle;
             norm_backward(b->maps + first * b->middle, flow, flow, count, b->middle, norm1);
-            grid_addresses(&forward, first, count, table);
-            add_weight1(b, &forward, first, count, table, weight);
         }
+#pragma omp for schedule(static)
+        for (i64 t = 0; t < b->threads; t++)
+            weight1_backward(b, &forward, b->middle * t / b->threads, b->middle * (t + 1) / b->threads,
+                             (const float **)(OWN(room) + room.table));
     }
-    for (i64 i = 0; i < b->middle; i++)
-        for (i64 j = 0; j < in; j++)
-            for (i64 k = 0; k < taps; k++) {
-                float sum = 0;
-                for (i64 t = 0; t < b->threads; t++) sum += (OWN(room) + room.weight)[(i * taps + k) * in + j];
-                b->grad_weight1[(i * in + j) * taps + k] = sum;
-            }
     if (!b->grad_input.data) return;
     pack_weight1(b, 1, packed);
     for (i64 phase = 0; phase < b->stride * b->stride; phase++) {

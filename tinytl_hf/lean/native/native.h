@@ -61,8 +61,9 @@ typedef struct {
     i64 images, height, width;
     i64 in_channels, middle, out_channels, kernel, stride, padding, groups;
     Maps input, output, grad_output, grad_input;
-    const float *weight1, *weight2;    /* contiguous */
-    float *grad_weight1, *grad_weight2;
+    const float *weight1, *weight2;
+    i64 weight1_strides[3];            /* [middle, in_channels / groups, taps]; weight2 is contiguous */
+    float *grad_weight1, *grad_weight2; /* grad_weight1: [middle, taps, in_channels / groups] */
     Norm norm1, norm2;
     double values;                     /* of a channel, on all processes */
     void (*reduce)(double *, i64);     /* adds up over processes, in place; null where there is one */
