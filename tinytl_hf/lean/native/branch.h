@@ -205,10 +205,11 @@ static void affine(const float *from, float *to, i64 rows, i64 channels, const f
     }
 }
 
-/* to = a * gradient + b * (maps - mean) + d, of `norm`. */
-static void norm_backward(const float *maps, const float *gradient, float *to, i64 rows, i64 channels, const float *norm) {
-    for (i64 c = 0; c < channels; c += LANES) {
-        const i64 n = min_of(LANES, channels - c);
+/* to = a * gradient + b * (maps - mean) + d, of `norm`, for the channels from `from` to before `end`. */
+static void norm_backward(const float *maps, const float *gradient, float *to, i64 rows, i64 channels, const float *norm,
+                          i64 from, i64 end) {
+    for (i64 c = from; c < end; c += LANES) {
+        const i64 n = min_of(LANES, end - c);
         const V a = v_get(norm + c, n), b = v_get(norm + channels + c, n);
         const V d = v_get(norm + 2 * channels + c, n), mean = v_get(norm + 3 * channels + c, n);
         for (i64 r = 0; r < rows; r++) {
@@ -398,7 +399,7 @@ static double *inner(const Branch *b, const float *norm1, const float *norm2) {
             float *flow = b->flow + first * m;
             outer_rows(b, first, count, norm1, packed, act, outer);
             const float *gradient = read_values(b->grad_output, first * n, count * n, own + room.rows);
-            norm_backward(outer, gradient, outer, count, n, norm2);
+            norm_backward(outer, gradient, outer, count, n, norm2, 0, n);
             outer_product(outer, n, n, x, TILE_ROWS, 0, count, weight, m, m);
             const Finish f = {.kind = AS_IT_IS, .out = flow, .pitch = m};
             pointwise(outer, n, count, n, packed_backward, m, &f);
@@ -413,17 +414,21 @@ static double *inner(const Branch *b, const float *norm1, const float *norm2) {
     return merge_sums(b, &room, m);
 }
 
-/* The gradient of the grouped convolution's weight for the output channels from `from` to before `to`. */
-static void weight1_backward(const Branch *b, const Grid *grid, i64 from, i64 to, const float **table) {
+/* The flow before the first norm, and the gradient of the grouped convolution's weight, for the output channels from
+ * `from` to before `to`. */
+static void weight1_backward(const Branch *b, const float *norm1, const Grid *grid, i64 from, i64 to,
+                             const float **table) {
     const i64 in = b->in_channels / b->groups, out = b->middle / b->groups, row = grid->taps * in;
     memset(b->grad_weight1 + from * row, 0, (size_t)((to - from) * row) * sizeof(float));
     for (i64 first = 0, count; first < pixels_out(b); first += count) {
         count = min_of(PIXELS, pixels_out(b) - first);
+        float *flow = b->flow + first * b->middle;
+        norm_backward(b->maps + first * b->middle, flow, flow, count, b->middle, norm1, from, to);
         grid_addresses(grid, first, count, table);
         for (i64 g = from / out; g * out < to; g++) { /* groups that have some of these channels */
             const i64 low = max_of(from, g * out), high = min_of(to, (g + 1) * out);
             for (i64 t = 0; t < grid->taps; t++)
-                outer_product(b->flow + first * b->middle + low, b->middle, high - low, table + t * TILE_ROWS,
+                outer_product(flow + low, b->middle, high - low, table + t * TILE_ROWS,
                               grid->taps * TILE_ROWS, g * in, count, b->grad_weight1 + low * row + t * in, row, in);
         }
     }
@@ -446,18 +451,10 @@ static void convolve_backward(const Branch *b, const float *norm1) {
     const float *zeros = b->scratch + room.zeros;
     const Grid forward = forward_grid(b, prepare(b, &room), zeros);
     float *packed = b->scratch + room.packed;
-#pragma omp parallel num_threads((int)b->threads)
-    {
-#pragma omp for schedule(static)
-        for (i64 t = 0; t < b->threads; t++) EACH_CHUNK(pixels_out(b)) {
-            float *flow = b->flow + first * b->middle;
-            norm_backward(b->maps + first * b->middle, flow, flow, count, b->middle, norm1);
-        }
-#pragma omp for schedule(static)
-        for (i64 t = 0; t < b->threads; t++)
-            weight1_backward(b, &forward, b->middle * t / b->threads, b->middle * (t + 1) / b->threads,
-                             (const float **)(OWN(room) + room.table));
-    }
+#pragma omp parallel for schedule(static) num_threads((int)b->threads)
+    for (i64 t = 0; t < b->threads; t++)
+        weight1_backward(b, norm1, &forward, b->middle * t / b->threads, b->middle * (t + 1) / b->threads,
+                         (const float **)(OWN(room) + room.table));
     if (!b->grad_input.data) return;
     pack_weight1(b, 1, packed);
     for (i64 phase = 0; phase < b->stride * b->stride; phase++) {
