@@ -265,7 +265,9 @@ def test_a_whole_model_has_the_gradients_of_stock(backbone, make_model):
         assert (found[0][name] - grad).abs().max() < 2e-3 * scale, name  # a value at 0 or 6 may fall to either side
 
 
-def test_what_the_kernels_cannot_run_is_named_and_runs_on_eager():
+def test_what_the_kernels_cannot_run_is_named_and_runs_on_eager(caplog):
+    backend._say_once.cache_clear()
+    caplog.set_level("INFO", "tinytl_hf")
     odd = Chain((Stage(conv(8, 12), norm(12), "relu"),), backend="native")
     assert "multiple of 8" in native_backend.fits(odd, torch.float32)
     assert "only fp32" in native_backend.fits(make("residual")[0], torch.float16)
@@ -275,6 +277,13 @@ def test_what_the_kernels_cannot_run_is_named_and_runs_on_eager():
         assert backend.of_chain(chain, torch.device("cpu"), torch.float32) == "eager"
         x = torch.randn(2, 8, 6, 6)
         torch.testing.assert_close(chain(x), stock(chain, x, torch.float32)[0], atol=1e-5, rtol=1e-5)
+    wide = Branch(LiteResidual(2048, 64, 1, 4, LiteConfig()), backend="native")
+    assert backend.of_branch(wide, torch.device("cpu"), torch.float32) == "eager"
+    assert backend.of_branch(wide, torch.device("cpu"), torch.float32) == "eager"
+    said = [record.getMessage() for record in caplog.records if record.name == backend.__name__]
+    for words in ("multiple of 8", "grouped, dilated", "1,048,576 weights"):
+        assert any(words in line for line in said), words
+    assert len(said) == 3  # each once
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +22,8 @@ from tinytl_hf.lean.native_library import HOW_TO_BUILD, instruction_sets
 if TYPE_CHECKING:
     from tinytl_hf.lean.chain import Chain
     from tinytl_hf.lean.lite_branch import Branch
+
+logger = logging.getLogger(__name__)
 
 FASTEST = "AVX-512"  # of the instruction sets that there are kernels for
 FASTEST_ON: dict[str, BackendName] = {"cpu": "native", "cuda": "triton"}
@@ -55,8 +58,8 @@ class Backend(Protocol):
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradients of a chain's input, which had ``shape``, and of each stage's bias, where they are needed."""
 
-    def branch_fits(self, branch: Branch, dtype: torch.dtype) -> bool:
-        """Whether it can run a lite branch with maps of ``dtype``."""
+    def branch_fits(self, branch: Branch, dtype: torch.dtype) -> str | None:
+        """Why it cannot run a lite branch with maps of ``dtype``; None if it can."""
 
     def branch_forward(self, branch: Branch, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """A lite branch's output before the up-sampling, and the statistics of its norms, which follow the batch.
@@ -149,13 +152,25 @@ def why_not(name: BackendName, device: torch.device) -> str | None:
 def of_chain(chain: Chain, device: torch.device, dtype: torch.dtype) -> BackendName:
     """Who runs a chain with maps of ``dtype``."""
     name = chosen(chain.backend, device)
-    return name if named(name).fits(chain, dtype) is None else "eager"
+    return _or_eager(name, named(name).fits(chain, dtype))
 
 
 def of_branch(branch: Branch, device: torch.device, dtype: torch.dtype) -> BackendName:
     """Who runs a lite branch with maps of ``dtype``."""
     name = chosen(branch.backend, device)
-    return name if named(name).branch_fits(branch, dtype) else "eager"
+    return _or_eager(name, named(name).branch_fits(branch, dtype))
+
+
+def _or_eager(name: BackendName, reason: str | None) -> BackendName:
+    if reason is None:
+        return name
+    _say_once(name, reason)
+    return "eager"
+
+
+@functools.cache
+def _say_once(name: BackendName, reason: str) -> None:
+    logger.info("the %s back-end does not run %s: such parts run on eager", name, reason)
 
 
 def of_upsampling(name: BackendName, maps: Tensor, small: Tensor) -> BackendName:

@@ -1,8 +1,8 @@
-"""A chain of frozen convolutions, each with its norm and activation, as one autograd function over slices.
+"""A chain of frozen convolutions, each with its norm and activation, as one autograd function.
 
-The batch is worked through in slices, forward and backward, so that the wide maps inside an inverted residual
-exist for one slice at a time, and masks of one bit a value are all that is kept (TinyTL, section 3.1, applied to
-whole blocks).
+Back-ends work through the batch a few images or rows at a time, forward and backward, so that the wide maps inside an
+inverted residual never exist as a whole, and masks of one bit a value are all that is kept (TinyTL, section 3.1,
+applied to whole blocks).
 """
 
 from __future__ import annotations
@@ -65,12 +65,8 @@ class Chain:
         """Height and width of the block's input for a chain's input of ``shape``."""
         return self.map_sizes(shape)[self.branch][1:]
 
-    def slices(self, x: Tensor, dtype: torch.dtype) -> Iterator[slice]:
-        """Ranges of the batch ``x`` whose widest map, of ``dtype``, takes about ``slice_mb``."""
-        return self.slices_of(x.shape, dtype, x.device)
-
     def slices_of(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterator[slice]:
-        """As :meth:`slices`, by the shape of the input."""
+        """Ranges of a batch of ``shape`` whose widest map, of ``dtype``, takes about ``slice_mb``."""
         if len(self.stages) == 1:  # nothing between its input and its output
             yield slice(0, shape[0])
             return

@@ -27,9 +27,9 @@ def fits(chain: Chain, dtype: torch.dtype) -> str | None:
     return None
 
 
-def branch_fits(branch: Branch, dtype: torch.dtype) -> bool:
+def branch_fits(branch: Branch, dtype: torch.dtype) -> str | None:
     """Any branch, if its parameters and its input are of ``dtype``; else it is left to stock layers."""
-    return True
+    return None
 
 
 def chain_forward(
@@ -39,7 +39,7 @@ def chain_forward(
     folded = [(stage.folded_weight(dtype), stage.folded_bias(dtype)) for stage in chain.stages]
     kept = chain.empty_masks(x, keeps)
     outputs, pooled = Gathered(x.shape[0]), Gathered(x.shape[0])
-    for part in chain.slices(x, dtype):
+    for part in chain.slices_of(x.shape, dtype, x.device):
         maps = inputs = x[part].to(dtype)
         for i, (stage, (weight, bias)) in enumerate(zip(chain.stages, folded, strict=True)):
             if i == chain.branch:

@@ -28,6 +28,7 @@ from tinytl_hf.lean.native_library import (
     channels_last,
     empty_maps,
     kernels,
+    unfit_types,
 )
 from tinytl_hf.lean.stage import UPPER, Stage
 
@@ -48,15 +49,9 @@ def cache_bytes() -> int:
 
 def fits(chain: Chain, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run a chain; None if they can."""
-    if dtype not in DTYPES:
-        return f"{str(dtype).removeprefix('torch.')} (only fp32 and bf16)"
-    if any(
-        t.dtype not in (torch.float32, torch.int8)
-        for s in chain.stages
-        for t in (s.conv.weight, s.bias)
-        if t is not None
-    ):
-        return "parameters that are not fp32"
+    parameters = [tensor for stage in chain.stages for tensor in (stage.conv.weight, stage.bias)]
+    if (reason := unfit_types(dtype, parameters)) is not None:
+        return reason
     if "unfit" not in chain.facts:
         chain.facts["unfit"] = _geometry_fits(chain)
     return chain.facts["unfit"]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tinytl_hf.lean.native_library import (
-    DTYPES,
     LARGEST_KERNEL,
     BranchArguments,
     Maps,
@@ -18,6 +17,7 @@ from tinytl_hf.lean.native_library import (
     channels_last,
     empty_maps,
     kernels,
+    unfit_types,
 )
 from tinytl_hf.network.norms import GlobalBatchNorm2d, sum_over_processes
 
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 MOST_WEIGHTS = 1 << 20  # of the grouped convolution, as the kernels take a second copy of them, in another order
 
 
-def branch_fits(branch: Branch, dtype: torch.dtype) -> bool:
-    """Whether the kernels can run a branch with maps of ``dtype``."""
-    fp32 = all(tensor.dtype == torch.float32 for tensor in branch.parameters)
-    small = branch.conv1.weight.numel() <= MOST_WEIGHTS
-    return dtype in DTYPES and fp32 and small and branch.conv1.kernel_size[0] <= LARGEST_KERNEL
+def branch_fits(branch: Branch, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run a branch with maps of ``dtype``; None if they can."""
+    if branch.conv1.kernel_size[0] > LARGEST_KERNEL:
+        return f"lite residuals with a kernel of more than {LARGEST_KERNEL} px"
+    if branch.conv1.weight.numel() > MOST_WEIGHTS:
+        return f"lite residuals with more than {MOST_WEIGHTS:,} weights in the grouped convolution"
+    return unfit_types(dtype, branch.parameters)
 
 
 def branch_forward(branch: Branch, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -75,7 +77,7 @@ class _Call:
         conv = branch.conv1
         kernel, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
         images, channels, height, width = pooled.shape
-        self.size = tuple((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+        self.size = branch.output_size(pooled.shape)[1:]
         pixels = images * self.size[0] * self.size[1]
         weights = [conv.weight.detach(), branch.conv2.weight.detach().contiguous()]
         if weights[0].stride(2) != weights[0].stride(3) * kernel:  # taps that do not lie one after the other

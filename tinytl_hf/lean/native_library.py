@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterable
 from ctypes import c_double, c_float, c_int64, c_void_p
 from importlib.util import find_spec
 
@@ -144,6 +145,15 @@ def instruction_sets() -> dict[str, Kernels]:
 def kernels() -> Kernels | None:
     """Those of the best instruction set of this processor."""
     return next(iter(instruction_sets().values()), None)
+
+
+def unfit_types(dtype: torch.dtype, parameters: Iterable[Tensor | None]) -> str | None:
+    """Why maps of ``dtype`` or these parameters are of types that the kernels cannot read; None if they can."""
+    if dtype not in DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} maps (only fp32 and bf16)"
+    if any(tensor is not None and tensor.dtype not in (torch.float32, torch.int8) for tensor in parameters):
+        return "parameters that are not fp32"
+    return None
 
 
 def empty_maps(images: int, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:

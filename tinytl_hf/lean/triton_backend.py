@@ -49,7 +49,7 @@ def chain_forward(
     kept = chain.empty_masks(x, keeps)
     weights = _weights(chain, dtype)
     last = len(chain.stages) - 1
-    for part in chain.slices(x, dtype):
+    for part in chain.slices_of(x.shape, dtype, x.device):
         maps = inputs = rows_of(x[part], dtype)
         for i, stage in enumerate(chain.stages):
             if i == chain.branch:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from tinytl_hf.lean.lite_branch import Branch
 
 
-def branch_fits(branch: Branch, dtype: torch.dtype) -> bool:
-    """Whether the kernels can run a branch with maps of ``dtype``."""
-    return dtype in DTYPES
+def branch_fits(branch: Branch, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run a branch with maps of ``dtype``; None if they can."""
+    return None if dtype in DTYPES else f"{dtype} maps"
 
 
 @as_given
