@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchvision.models import efficientnet
 
 from tinytl_hf.config.engine import Engine
-from tinytl_hf.config.run import LiteConfig
+from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.lean.convert import convert
 from tinytl_hf.network import blocks as network_blocks
 from tinytl_hf.network.blocks import BLOCK_KINDS, convert_blocks

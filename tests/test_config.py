@@ -6,7 +6,10 @@ import yaml
 from conftest import ROOT
 
 from tinytl_hf import TinyTLError, cli
-from tinytl_hf.config.run import METHOD_ALIASES, Config, DataConfig, HeadConfig, LiteConfig, MethodAlias, TrainConfig
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.network import METHOD_ALIASES, HeadConfig, LiteConfig, MethodAlias
+from tinytl_hf.config.run import Config
+from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.config.yaml12 import Yaml12Loader
 from tinytl_hf.network.methods import METHODS
 

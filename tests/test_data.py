@@ -9,7 +9,7 @@ from conftest import write_image
 from PIL import Image
 
 from tinytl_hf import TinyTLError
-from tinytl_hf.config.run import DataConfig
+from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.batches import DecodedImages, ShuffledBatches, StreamedImages, make_loader, read_images
 from tinytl_hf.data.sets import open_splits, with_label_names
 

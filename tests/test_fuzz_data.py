@@ -15,7 +15,7 @@ from PIL import Image
 from test_fuzz import LONG, end_named, flipped
 from watch import fuzz
 
-from tinytl_hf.config.run import DataConfig
+from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.batches import read_images
 from tinytl_hf.data.images import MAX_ASPECT, REDUCE_ABOVE, UnreadableImageError, decode
 from tinytl_hf.data.sets import open_splits

@@ -10,7 +10,7 @@ from conftest import BACKBONES, METHODS
 from torch import nn
 from torch.autograd import gradcheck
 
-from tinytl_hf.config.run import LiteConfig
+from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.lean import bits
 from tinytl_hf.lean.chain import Chain, Stage
 from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add

@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.models._api import BUILTIN_MODELS
 
-from tinytl_hf.config.run import Config, DataConfig, HeadConfig, LiteConfig, TrainConfig
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.network import HeadConfig, LiteConfig
+from tinytl_hf.config.run import Config
+from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.config.verbs import MemoryTableConfig
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.notes import grouped

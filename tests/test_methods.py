@@ -6,7 +6,7 @@ from conftest import BACKBONES, METHODS
 from torch import nn
 
 from tinytl_hf import TinyTLError
-from tinytl_hf.config.run import LiteConfig
+from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.network.lite_residual import LiteResidual, fit_kernel
 from tinytl_hf.network.methods import METHODS as TABLE
 

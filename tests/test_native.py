@@ -10,7 +10,7 @@ from torch import nn
 
 from tinytl_hf import TinyTLModel
 from tinytl_hf.config.engine import Engine
-from tinytl_hf.config.run import LiteConfig
+from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.lean import backend, bits, eager_backend, native_backend, native_branch, native_library
 from tinytl_hf.lean.chain import Chain, Stage
 from tinytl_hf.lean.int8 import quantise

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from tinytl_hf import TinyTLModel
 from tinytl_hf.adapter.format import read_config
-from tinytl_hf.config.run import Config, DataConfig
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import RandomCropFlip
 from tinytl_hf.data.batches import read_images
 from tinytl_hf.data.sets import open_splits

@@ -21,6 +21,7 @@ ORDER = (
     ("step",),
     ("measure", "deploy"),
     ("train",),
+    ("commands",),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

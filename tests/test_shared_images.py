@@ -11,7 +11,7 @@ from accelerate import PartialState
 from conftest import write_image
 from started_runs import CONTEXT, free_port
 
-from tinytl_hf.config.run import DataConfig
+from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data import batches, shared
 from tinytl_hf.data.sets import open_splits
 from tinytl_hf.errors import TinyTLError

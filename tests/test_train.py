@@ -14,7 +14,7 @@ from started_runs import HANG, Run, checkpoints, delta, metrics, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinytl_hf import TinyTLModel, device, step
-from tinytl_hf.config.run import TrainConfig
+from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.train.checkpoint import find_damage
 from tinytl_hf.train.loop import all_finite
 from tinytl_hf.train.schedule import lr_factor

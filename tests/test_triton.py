@@ -14,7 +14,7 @@ from test_lean import CONVOLUTIONS, gradients, norm, stock, whole_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinytl_hf.config.run import LiteConfig
+from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.lean import bits, int8
 from tinytl_hf.lean.backend import of_chain
 from tinytl_hf.lean.chain import Chain, Stage

@@ -8,38 +8,26 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import logging
 import os
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
 
-from tinytl_hf.config.hub import HubConfig, PullConfig, PushConfig
-from tinytl_hf.config.run import RENAMED, Config, DataConfig, MemoryConfig, TrainConfig, flat
-from tinytl_hf.config.verbs import (
-    BenchConfig,
-    CompareConfig,
-    EvalConfig,
-    MemoryTableConfig,
-    MergeConfig,
-    PredictConfig,
-    ReportConfig,
-)
+from tinytl_hf.commands import PROG, VERBS, is_main_process
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.hub import HubConfig
+from tinytl_hf.config.run import RENAMED, Config, MemoryConfig, flat
+from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.config.yaml12 import load_yaml
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.version import __version__
-
-PROG = "tinytl-hf"
-T = TypeVar("T")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,13 +35,13 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
-    logging.getLogger("tinytl_hf").setLevel(logging.INFO if _is_main_process() else logging.ERROR)
+    logging.getLogger("tinytl_hf").setLevel(logging.INFO if is_main_process() else logging.ERROR)
     if not debug:
         warnings.filterwarnings("ignore")
     try:
         execute(_with_values([argument for argument in argv if argument != "--debug"] or ["--help"]))
     except Interrupted as stop:
-        if not _is_main_process():
+        if not is_main_process():
             sys.exit(stop.exit_code)  # the first process says it
         _end(str(stop), stop.exit_code)
     except KeyboardInterrupt:
@@ -155,186 +143,6 @@ def _with_values(argv: list[str]) -> list[str]:
     return result
 
 
-def _build(kind: type[T], values: Namespace) -> T:
-    return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
-
-
-def _train(values: Namespace) -> None:
-    """Train; then, with everything on the disk, push if that was asked for."""
-    from tinytl_hf.hub.transfer import check_can_push, push
-    from tinytl_hf.reports.run_folder import ADAPTER
-    from tinytl_hf.train.loop import train
-
-    config = _build(Config, values)
-    if config.hub.push:
-        try:
-            check_can_push()
-        except TinyTLError as error:
-            raise TinyTLError(f"hub.push: {error}, or train without --hub.push and push later") from error
-    _print_figures(train(config))
-    if config.hub.push and _is_main_process():
-        adapter, repo = str(Path(config.output_dir) / ADAPTER), config.hub.repo
-        print(push(PushConfig(adapter, str(repo), config.hub.private)))
-
-
-def _eval(values: Namespace) -> None:
-    from tinytl_hf.measure.accuracy import evaluate_adapter
-
-    _print_figures(evaluate_adapter(_build(EvalConfig, values), values.data))
-
-
-def _predict(values: Namespace) -> None:
-    from tinytl_hf.deploy.predict import predict
-
-    config = _build(PredictConfig, values)
-    failed = False
-    for result in predict(config, values.images):
-        failed |= "error" in result
-        if config.json:
-            print(json.dumps(result))
-        elif "error" in result:
-            print(f"{result['image']}: error: {result['error']}", file=sys.stderr)
-        else:
-            labels = ", ".join(f"{label['label']} {label['probability']:.1%}" for label in result["labels"])
-            print(f"{result['image']}: {labels}")
-    if failed:
-        sys.exit(1)
-
-
-def _merge(values: Namespace) -> None:
-    from tinytl_hf.deploy.merge import merge
-
-    print(merge(_build(MergeConfig, values)))
-
-
-def _memory(values: Namespace) -> None:
-    from tinytl_hf.device import set_threads
-    from tinytl_hf.measure import memory
-    from tinytl_hf.measure.data_memory import survey_data
-    from tinytl_hf.measure.results import make_folder_of
-    from tinytl_hf.reports.plots import save_memory_bars
-
-    config, options = _build(Config, values), _build(MemoryTableConfig, values)
-    set_threads(config.train.threads)
-    if options.plot is not None:
-        make_folder_of("plot", Path(options.plot))
-    data = survey_data(config) if options.with_data else None
-    photo_size = memory.photo_size_of(config, options, data)
-    rows = list(memory.measure_rows(config, options, photo_size))
-    conditions = memory.conditions(
-        config,
-        train_size=config.data.train_size,
-        photo_size="{}x{}".format(*photo_size),
-        batch_size=options.batch_size,
-    )
-    content = memory.to_json(rows, conditions, data)
-    _print_measured(conditions, memory.memory_table(rows, data), content if options.json else None)
-    if options.plot is not None:
-        save_memory_bars(Path(options.plot), json.loads(content)["rows"])
-
-
-def _bench(values: Namespace) -> None:
-    from tinytl_hf.device import set_threads
-    from tinytl_hf.measure import memory, speed
-
-    config, options = _build(Config, values), _build(BenchConfig, values)
-    set_threads(config.train.threads)
-    rows = list(speed.bench_rows(config, options))
-    conditions = memory.conditions(config)
-    content = speed.to_json(rows, conditions) if options.json else None
-    _print_measured(conditions, speed.bench_table(rows, config.method), content)
-
-
-def _compare(values: Namespace) -> None:
-    from tinytl_hf.reports.compare import compare
-
-    table, left_out = compare(_build(CompareConfig, values), values.runs)
-    for reason in left_out:
-        print(f"{PROG}: left out: {reason}", file=sys.stderr)
-    print(table)
-
-
-def _report(values: Namespace) -> None:
-    from tinytl_hf.reports.page import report
-
-    print(report(_build(ReportConfig, values), values.run))
-
-
-def _push(values: Namespace) -> None:
-    from tinytl_hf.hub.transfer import push
-
-    print(push(_build(PushConfig, values)))
-
-
-def _pull(values: Namespace) -> None:
-    from tinytl_hf.hub.transfer import pull
-
-    print(pull(_build(PullConfig, values)))
-
-
-@dataclass(frozen=True)
-class Argument:
-    """What a verb takes besides options."""
-
-    name: str
-    metavar: str
-    about: str
-    nargs: str | None = None
-
-
-@dataclass(frozen=True)
-class Verb:
-    """A verb of the command line.
-
-    Attributes:
-        does: The function that carries it out.
-        about: Its line of help.
-        options: Dataclasses whose fields are its options; those of a run can come from a file, too.
-        takes: What it takes besides options, or None.
-        has_data_options: Whether it has the options of a run's data, with what its adapter says as defaults.
-    """
-
-    does: Callable[[Namespace], None]
-    about: str
-    options: tuple[type, ...]
-    takes: Argument | None = None
-    has_data_options: bool = False
-
-
-IMAGES = Argument("images", "IMAGE", "Files, folders or patterns.", "+")
-RUNS = Argument("runs", "RUN", "Folders of finished runs.", "+")
-RUN = Argument("run", "RUN", "Folder of a finished run.")
-
-VERBS = {
-    "train": Verb(_train, "train an adapter", (Config,)),
-    "eval": Verb(_eval, "evaluate an adapter, by default on the data it names", (EvalConfig,), has_data_options=True),
-    "memory": Verb(
-        _memory, "measure the training memory of every method, lean and stock", (MemoryTableConfig, Config)
-    ),
-    "bench": Verb(_bench, "time training steps of lean and stock in alternation", (BenchConfig, Config)),
-    "predict": Verb(_predict, "label images with an adapter", (PredictConfig,), IMAGES),
-    "merge": Verb(_merge, "write backbone and adapter as one file of weights", (MergeConfig,)),
-    "push": Verb(_push, "push an adapter to the Hub", (PushConfig,)),
-    "pull": Verb(_pull, "download an adapter from the Hub", (PullConfig,)),
-    "compare": Verb(_compare, "put finished runs side by side", (CompareConfig,), RUNS),
-    "report": Verb(_report, "show one finished run", (ReportConfig,), RUN),
-}
-
-
-def _print_figures(figures: dict[str, Any]) -> None:
-    if _is_main_process():
-        extra = [name for name in figures if name.startswith("evaluate_")]
-        for name in ("accuracy", "top5", "f1", "loss", "ece", *extra):
-            print(f"{name:<8} {figures[name]:.4f}")
-
-
-def _print_measured(conditions: dict[str, Any], table: str, content: str | None) -> None:
-    """JSON if there is any, else the table under its conditions."""
-    if content is None:
-        content = ", ".join(f"{name} {value}" for name, value in conditions.items()) + "\n\n" + table
-    print(content, end="")
-
-
 def _one_line(error: Exception) -> str:
     """What went wrong and how to mend it, without the library's own layout."""
     text = "".join(c if c.isprintable() else " " for c in str(error))  # no escape sequences of a file's making
@@ -360,10 +168,6 @@ def _no_such_option(key: str) -> str:
     options += flat(Config().to_dict())
     close = difflib.get_close_matches(key, options, n=1)
     return f"{key}: no such option{f'; did you mean {close[0]}?' if close else '; see --help'}"
-
-
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _end(message: str, code: int) -> NoReturn:

@@ -21,7 +21,8 @@ from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, DataRecord, 
 from tinytl_hf.adapter.switching import Adapters, LoadedAdapter
 from tinytl_hf.config.engine import BackendName, Engine
 from tinytl_hf.config.hub import PushConfig
-from tinytl_hf.config.run import METHOD_ALIASES, Config, HeadConfig, LiteConfig
+from tinytl_hf.config.network import METHOD_ALIASES, HeadConfig, LiteConfig
+from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import centre_boxes, resample
 from tinytl_hf.data.images import pad_images, to_rgb
 from tinytl_hf.errors import TinyTLError

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from tinytl_hf.config.run import TrainConfig
+from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.data.augment import RandomCropFlip, resample
 from tinytl_hf.model import TinyTLModel
 

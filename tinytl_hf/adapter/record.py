@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from packaging.version import InvalidVersion, Version
 
-from tinytl_hf.config.run import DataConfig, HeadConfig, LiteConfig, MethodName
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.network import HeadConfig, LiteConfig, MethodName
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.torchvision_nets import IMAGENET_MEAN, IMAGENET_STD
 from tinytl_hf.version import __version__
@@ -76,7 +77,7 @@ class Preprocessing:
 class DataRecord:
     """The data an adapter was trained and evaluated on: what ``eval`` uses unless told otherwise.
 
-    The fields are those of :class:`~tinytl_hf.config.run.DataConfig`, and the hash of the images that it was trained
+    The fields are those of :class:`~tinytl_hf.config.data.DataConfig`, and the hash of the images that it was trained
     on, by which the same data are known under another name.
     """
 

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tinytl_hf.config.run import MethodName, check
+from tinytl_hf.config.check import check
+from tinytl_hf.config.network import MethodName
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from tinytl_hf.config.run import DataConfig
+from tinytl_hf.config.data import DataConfig
 from tinytl_hf.errors import TinyTLError
 
 EVAL_SPLITS = ("test", "validation")

@@ -17,7 +17,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE
 from tinytl_hf.adapter.record import AdapterConfig, DataRecord
-from tinytl_hf.config.run import MethodName
+from tinytl_hf.config.network import MethodName
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 BEGIN, END = "<!-- tinytl_hf: begin -->", "<!-- tinytl_hf: end -->"

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tinytl_hf.adapter.record import DataRecord
-from tinytl_hf.config.run import DataConfig
+from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.verbs import EvalConfig
 from tinytl_hf.data import sets
 from tinytl_hf.data.batches import make_loader, read_images

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import convnext, efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
 
-from tinytl_hf.config.run import LiteConfig
+from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.norms import recompute_contexts
 

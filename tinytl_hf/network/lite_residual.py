@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinytl_hf.config.run import LiteConfig
+from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.norms import GlobalBatchNorm2d
 

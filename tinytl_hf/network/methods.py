@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torchvision.models.convnext import CNBlock
 
-from tinytl_hf.config.run import LiteConfig, MethodName
+from tinytl_hf.config.network import LiteConfig, MethodName
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.blocks import TinyTLBlock, add_lite_residuals
 from tinytl_hf.network.head import Head

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from tinytl_hf.config.run import TOTAL_STRIDE
+from tinytl_hf.config.data import TOTAL_STRIDE
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.head import Head
 
@@ -37,7 +37,7 @@ def create_backbone(name: str, weights: str, num_classes: int, dropout: float = 
 
     Args:
         name: torchvision's name of the network.
-        weights: Source of the weights, see :class:`~tinytl_hf.config.run.BackboneConfig`.
+        weights: Source of the weights, see :class:`~tinytl_hf.config.network.BackboneConfig`.
         num_classes: Outputs of the new head.
         dropout: Dropout of the new head.
 

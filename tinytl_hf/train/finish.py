@@ -10,7 +10,8 @@ from accelerate import Accelerator
 
 from tinytl_hf.adapter.format import CARD_FILE, read_config
 from tinytl_hf.adapter.record import DataRecord
-from tinytl_hf.config.run import Config, DataConfig
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.run import Config
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import PICTURES, RunFacts, dataset_name, read_card, render_card

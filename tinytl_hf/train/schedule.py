@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from tinytl_hf.config.run import TrainConfig
+from tinytl_hf.config.train import TrainConfig
 
 
 def make_scheduler(optimizer: Optimizer, options: TrainConfig, steps_per_epoch: int) -> LambdaLR:

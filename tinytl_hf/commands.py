@@ -1,0 +1,214 @@
+"""What each verb of the command line does, and the table of them: a verb, its options, its function."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jsonargparse import Namespace
+
+from tinytl_hf.config.hub import PullConfig, PushConfig
+from tinytl_hf.config.run import Config
+from tinytl_hf.config.verbs import (
+    BenchConfig,
+    CompareConfig,
+    EvalConfig,
+    MemoryTableConfig,
+    MergeConfig,
+    PredictConfig,
+    ReportConfig,
+)
+from tinytl_hf.errors import TinyTLError
+
+PROG = "tinytl-hf"
+T = TypeVar("T")
+
+
+def _build(kind: type[T], values: Namespace) -> T:
+    return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def _train(values: Namespace) -> None:
+    """Train; then, with everything on the disk, push if that was asked for."""
+    from tinytl_hf.hub.transfer import check_can_push, push
+    from tinytl_hf.reports.run_folder import ADAPTER
+    from tinytl_hf.train.loop import train
+
+    config = _build(Config, values)
+    if config.hub.push:
+        try:
+            check_can_push()
+        except TinyTLError as error:
+            raise TinyTLError(f"hub.push: {error}, or train without --hub.push and push later") from error
+    _print_figures(train(config))
+    if config.hub.push and is_main_process():
+        adapter, repo = str(Path(config.output_dir) / ADAPTER), config.hub.repo
+        print(push(PushConfig(adapter, str(repo), config.hub.private)))
+
+
+def _eval(values: Namespace) -> None:
+    from tinytl_hf.measure.accuracy import evaluate_adapter
+
+    _print_figures(evaluate_adapter(_build(EvalConfig, values), values.data))
+
+
+def _predict(values: Namespace) -> None:
+    from tinytl_hf.deploy.predict import predict
+
+    config = _build(PredictConfig, values)
+    failed = False
+    for result in predict(config, values.images):
+        failed |= "error" in result
+        if config.json:
+            print(json.dumps(result))
+        elif "error" in result:
+            print(f"{result['image']}: error: {result['error']}", file=sys.stderr)
+        else:
+            labels = ", ".join(f"{label['label']} {label['probability']:.1%}" for label in result["labels"])
+            print(f"{result['image']}: {labels}")
+    if failed:
+        sys.exit(1)
+
+
+def _merge(values: Namespace) -> None:
+    from tinytl_hf.deploy.merge import merge
+
+    print(merge(_build(MergeConfig, values)))
+
+
+def _memory(values: Namespace) -> None:
+    from tinytl_hf.device import set_threads
+    from tinytl_hf.measure import memory
+    from tinytl_hf.measure.data_memory import survey_data
+    from tinytl_hf.measure.results import make_folder_of
+    from tinytl_hf.reports.plots import save_memory_bars
+
+    config, options = _build(Config, values), _build(MemoryTableConfig, values)
+    set_threads(config.train.threads)
+    if options.plot is not None:
+        make_folder_of("plot", Path(options.plot))
+    data = survey_data(config) if options.with_data else None
+    photo_size = memory.photo_size_of(config, options, data)
+    rows = list(memory.measure_rows(config, options, photo_size))
+    conditions = memory.conditions(
+        config,
+        train_size=config.data.train_size,
+        photo_size="{}x{}".format(*photo_size),
+        batch_size=options.batch_size,
+    )
+    content = memory.to_json(rows, conditions, data)
+    _print_measured(conditions, memory.memory_table(rows, data), content if options.json else None)
+    if options.plot is not None:
+        save_memory_bars(Path(options.plot), json.loads(content)["rows"])
+
+
+def _bench(values: Namespace) -> None:
+    from tinytl_hf.device import set_threads
+    from tinytl_hf.measure import memory, speed
+
+    config, options = _build(Config, values), _build(BenchConfig, values)
+    set_threads(config.train.threads)
+    rows = list(speed.bench_rows(config, options))
+    conditions = memory.conditions(config)
+    content = speed.to_json(rows, conditions) if options.json else None
+    _print_measured(conditions, speed.bench_table(rows, config.method), content)
+
+
+def _compare(values: Namespace) -> None:
+    from tinytl_hf.reports.compare import compare
+
+    table, left_out = compare(_build(CompareConfig, values), values.runs)
+    for reason in left_out:
+        print(f"{PROG}: left out: {reason}", file=sys.stderr)
+    print(table)
+
+
+def _report(values: Namespace) -> None:
+    from tinytl_hf.reports.page import report
+
+    print(report(_build(ReportConfig, values), values.run))
+
+
+def _push(values: Namespace) -> None:
+    from tinytl_hf.hub.transfer import push
+
+    print(push(_build(PushConfig, values)))
+
+
+def _pull(values: Namespace) -> None:
+    from tinytl_hf.hub.transfer import pull
+
+    print(pull(_build(PullConfig, values)))
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What a verb takes besides options."""
+
+    name: str
+    metavar: str
+    about: str
+    nargs: str | None = None
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line.
+
+    Attributes:
+        does: The function that carries it out.
+        about: Its line of help.
+        options: Dataclasses whose fields are its options; those of a run can come from a file, too.
+        takes: What it takes besides options, or None.
+        has_data_options: Whether it has the options of a run's data, with what its adapter says as defaults.
+    """
+
+    does: Callable[[Namespace], None]
+    about: str
+    options: tuple[type, ...]
+    takes: Argument | None = None
+    has_data_options: bool = False
+
+
+IMAGES = Argument("images", "IMAGE", "Files, folders or patterns.", "+")
+RUNS = Argument("runs", "RUN", "Folders of finished runs.", "+")
+RUN = Argument("run", "RUN", "Folder of a finished run.")
+
+VERBS = {
+    "train": Verb(_train, "train an adapter", (Config,)),
+    "eval": Verb(_eval, "evaluate an adapter, by default on the data it names", (EvalConfig,), has_data_options=True),
+    "memory": Verb(
+        _memory, "measure the training memory of every method, lean and stock", (MemoryTableConfig, Config)
+    ),
+    "bench": Verb(_bench, "time training steps of lean and stock in alternation", (BenchConfig, Config)),
+    "predict": Verb(_predict, "label images with an adapter", (PredictConfig,), IMAGES),
+    "merge": Verb(_merge, "write backbone and adapter as one file of weights", (MergeConfig,)),
+    "push": Verb(_push, "push an adapter to the Hub", (PushConfig,)),
+    "pull": Verb(_pull, "download an adapter from the Hub", (PullConfig,)),
+    "compare": Verb(_compare, "put finished runs side by side", (CompareConfig,), RUNS),
+    "report": Verb(_report, "show one finished run", (ReportConfig,), RUN),
+}
+
+
+def _print_figures(figures: dict[str, Any]) -> None:
+    if is_main_process():
+        extra = [name for name in figures if name.startswith("evaluate_")]
+        for name in ("accuracy", "top5", "f1", "loss", "ece", *extra):
+            print(f"{name:<8} {figures[name]:.4f}")
+
+
+def _print_measured(conditions: dict[str, Any], table: str, content: str | None) -> None:
+    """JSON if there is any, else the table under its conditions."""
+    if content is None:
+        content = ", ".join(f"{name} {value}" for name, value in conditions.items()) + "\n\n" + table
+    print(content, end="")
+
+
+def is_main_process() -> bool:
+    """Whether this is the first process of a launch, which alone prints."""
+    return os.environ.get("RANK", "0") == "0"

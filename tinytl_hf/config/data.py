@@ -1,0 +1,87 @@
+"""Where the images of a run come from, and how they become batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinytl_hf.config.check import check
+
+TOTAL_STRIDE = 32  # of the backbones, in px; at sizes in between, their maps have odd sides and shift
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images and labels come from, and how they become batches."""
+
+    dataset: str = "uoft-cs/cifar10"
+    """A Hub id, a local folder (a data set in the Hub's layout, an imagefolder, or a saved Dataset), a
+    .parquet file or pattern, or digits (scikit-learn's 1,797 handwritten digits)."""
+    subset: str | None = None
+    """Name of the data set's configuration, for data sets that have several."""
+    image_column: str | None = None
+    """Column that holds the images; null: the one column of type Image."""
+    label_column: str | None = None
+    """Column that holds the labels; null: the one ClassLabel column, else the one of strings."""
+    train_split: str = "train"
+    """Split to train on."""
+    eval_split: str | None = None
+    """Split to evaluate on; null: test, else validation, else a part held out of the train split;
+    holdout: always that part."""
+    eval_fraction: float = 0.1
+    """Share of the train split that is held out (stratified by label) where no other split is used."""
+    split_seed: int = 0
+    """Seed of the held-out part and of the subsets, apart from the run's seed so that runs can be compared."""
+    max_train_samples: int | None = None
+    """Train on a random subset of this many images; null: all."""
+    max_eval_samples: int | None = None
+    """Evaluate on a random subset of this many images; null: all."""
+    train_size: int = 224
+    """Side of the training images, in px."""
+    start_size: int | None = None
+    """Side in the first epoch, from which it grows by epoch, in multiples of 32 px, to data.train_size in the last:
+    smaller images train faster, and early epochs can do with them (Tan and Le 2021, section 4); null:
+    data.train_size."""
+    eval_size: int | None = None
+    """Side of the images at evaluation and in use, in px; null: data.train_size. Random crops enlarge what they
+    show, so a network that trained on them sees things at their usual size in somewhat larger images (Touvron et
+    al. 2019)."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Training: least and greatest share of an image's area in the random resized crop."""
+    flip: bool = True
+    """Training: mirror half of the images."""
+    crop_pct: float = 0.875
+    """Evaluation: side of the centre crop as a share of the image's shorter side."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be read and report how many (true), or stop at the first (false)."""
+    memory_limit_mb: int = 2048
+    """Decoded images of a split stay in memory up to this many MB, once for all processes of a machine; larger ones
+    stream through workers."""
+    workers: int = 2
+    """Worker processes that decode the images of a set that streams; 0: the training process does."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_size", "start_size", "eval_size"):
+            size = getattr(self, name)
+            check(size is None or size >= 1, f"data.{name}", size, "use a size in px, such as 224")
+        start, end = self.start_size, self.train_size
+        check(start is None or start <= end, "data.start_size", start, f"use at most data.train_size={end}")
+        steps = start is None or start % TOTAL_STRIDE == 0
+        check(steps, "data.start_size", start, f"use a multiple of {TOTAL_STRIDE}")
+        check(
+            0 < self.eval_fraction < 1,
+            "data.eval_fraction",
+            self.eval_fraction,
+            "use a share above 0 and below 1",
+        )
+        low, high = self.crop_scale
+        check(
+            0 < low <= high <= 1,
+            "data.crop_scale",
+            list(self.crop_scale),
+            "use two shares with 0 < least <= greatest <= 1",
+        )
+        check(0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "use a share above 0, at most 1")
+        check(self.workers >= 0, "data.workers", self.workers, "use 0 or more")
+        for name in ("max_train_samples", "max_eval_samples"):
+            count = getattr(self, name)
+            check(count is None or count >= 1, f"data.{name}", count, "use 1 or more, or null for all")
