@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import time
@@ -10,31 +11,97 @@ from typing import Any
 import joblib
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from tinytl_hf.errors import TinyTLError
 
+logger = logging.getLogger(__name__)
+
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # set by `accelerate launch` and `torchrun`
+# What `accelerate launch` sets for ways of training that runs do not have, and the values that stand for none of them.
+NOT_SUPPORTED = {
+    "ACCELERATE_DYNAMO_BACKEND": "torch.compile (--dynamo_backend)",
+    "ACCELERATE_USE_FSDP": "FSDP (--use_fsdp)",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (--use_deepspeed)",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM (--use_megatron_lm)",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config (--use_parallelism_config)",
+    "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": "SageMaker's distributed training",
+}
+NONE_OF_IT = {"", "no", "none", "false", "0", "off", "f", "n"}
+PRECISIONS = ("no", "bf16", "fp16")
 CPU_PIXELS = 2 * 224 * 224  # maps of so many pixels stay below 32 MB in the usual networks
 
 
-def make_accelerator(mixed_precision: str | None, threads: int | None = None, **options: Any) -> Accelerator:
+def make_accelerator(
+    mixed_precision: str | None, threads: int | None = None, accumulation_steps: int = 1, **options: Any
+) -> Accelerator:
     """An accelerator for loaders whose batch size counts over all processes.
 
     Args:
         mixed_precision: ``no``, ``bf16``, ``fp16`` or what the launcher was told.
         threads: CPU threads of this process, as for :func:`set_threads`.
+        accumulation_steps: Forward and backward passes an optimizer step, whatever the launcher was told.
         **options: More arguments of the accelerator.
 
     Raises:
-        TinyTLError: A precision that the device does not have.
+        TinyTLError: A precision that the device does not have, or a way of launching that runs do not have.
     """
+    check_launch()
+    # What an earlier run in this process left, whose precision would hold for this one too.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
     loader = DataLoaderConfiguration(split_batches=True)
-    accelerator = Accelerator(mixed_precision=mixed_precision, dataloader_config=loader, **options)
+    accumulation = GradientAccumulationPlugin(num_steps=accumulation_steps)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            dataloader_config=loader,
+            gradient_accumulation_plugin=accumulation,
+            **options,
+        )
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise TinyTLError(f"Accelerate cannot start ({error}); see what its ACCELERATE_ variables say") from error
     set_threads(threads)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise TinyTLError("train.mixed_precision=fp16: a CPU would train in fp32; use bf16 or no")
     return accelerator
+
+
+def check_launch() -> None:
+    """Raise if the launcher was told to train in a way that runs do not have.
+
+    Raises:
+        TinyTLError: It names the variable that `accelerate launch` set.
+    """
+    for name, what in NOT_SUPPORTED.items():
+        value = os.environ.get(name, "")
+        if value.lower() not in NONE_OF_IT:
+            raise TinyTLError(
+                f"{name}={value}: {what} is not supported; run `accelerate config` again without it, or unset {name}"
+            )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision.lower() not in PRECISIONS:
+        raise TinyTLError(f"ACCELERATE_MIXED_PRECISION={precision}: use {', '.join(PRECISIONS)}")
+
+
+def say_what_launch_settings_do(mixed_precision: str | None, accumulation_steps: int) -> None:
+    """Log which of the launcher's settings give way to options of the run."""
+    told = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulation_steps))
+    if told != str(accumulation_steps):
+        _say_not_used(
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", f"train.gradient_accumulation_steps={accumulation_steps}"
+        )
+    if "ACCELERATE_GRADIENT_CLIPPING" in os.environ:
+        _say_not_used("ACCELERATE_GRADIENT_CLIPPING", "train.max_grad_norm")
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if mixed_precision is not None and told not in ("no", mixed_precision):
+        _say_not_used("ACCELERATE_MIXED_PRECISION", f"train.mixed_precision={mixed_precision}")
+
+
+def _say_not_used(variable: str, option: str) -> None:
+    logger.info("%s=%s is not used: %s decides", variable, os.environ[variable], option)
 
 
 def set_threads(threads: int | None) -> None:

@@ -161,7 +161,7 @@ LEGEND = f"""\
 A  {LABELS["paper"]}: computed as in the TinyTL paper, with 8-bit frozen weights
 B  {LABELS["kept"]}: what one forward pass really keeps
 C  {LABELS["peak"]}: of one training step from decoded photos to the optimizer, the sum of the seven columns after it;
-   dynamic = kept + transient, resampling included. Of several processes, DDP's buckets take the gradients once more
+   dynamic = kept + transient, resampling included. Several processes that accumulate have gradients twice, in DDP
 process: the most that a process running this alone had resident. All in MB of 1e6 bytes.
 """
 COLUMNS = ["A", "B", "C", "frozen", "trained", "gradients", "optimizer", "photos", "kept", "transient"]

@@ -39,7 +39,8 @@ class Peak:
         kept_activations: What the forward pass keeps for the backward pass, by the ledger.
         transient: The rest: temporaries of whatever runs at the peak, resampling included.
         photos: The batch of decoded pixels that the step starts from; the loader has the next one ready besides.
-        gradient_buckets: Of several processes: the gradients once more, where DDP adds them up.
+        gradient_buckets: Of several processes that accumulate: the gradients once more, where DDP adds them up.
+            Without accumulation the gradients themselves lie there.
     """
 
     frozen_weights: int
@@ -92,7 +93,7 @@ def measure_peak(model: TinyTLModel, pixels: Tensor, labels: Tensor, config: Con
         kept_activations=kept,
         transient=max(0, measured - kept - gradients),
         photos=_bytes([pixels]),
-        gradient_buckets=trainable if dist.is_initialized() and dist.get_world_size() > 1 else 0,
+        gradient_buckets=trainable if step.options.gradient_accumulation_steps > 1 and _many_processes() else 0,
     )
 
 
@@ -120,6 +121,10 @@ def process_high_water() -> int:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _many_processes() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

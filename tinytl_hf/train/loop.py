@@ -42,6 +42,8 @@ LOOK_EVERY = 10  # optimizer steps between two looks at the loss, each of which 
 def train(config: Config) -> dict[str, Any]:
     """Train an adapter and leave everything about the run in ``config.output_dir``.
 
+    In a thread other than the main one, no signal stops it.
+
     Returns:
         The figures of the run's adapter on the evaluation set.
 

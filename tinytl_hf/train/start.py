@@ -17,7 +17,13 @@ from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.config.run import Config, flat
 from tinytl_hf.data import batches, sets
 from tinytl_hf.data.augment import RandomCropFlip
-from tinytl_hf.device import check_divides, device_name, make_accelerator, seconds_since
+from tinytl_hf.device import (
+    check_divides,
+    device_name,
+    make_accelerator,
+    say_what_launch_settings_do,
+    seconds_since,
+)
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.backend import describe
 from tinytl_hf.measure.memory import DataMemory
@@ -43,13 +49,14 @@ def set_up(config: Config) -> Run:
     accelerator = make_accelerator(
         options.mixed_precision,
         options.threads,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        options.gradient_accumulation_steps,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.output_dir,
         # Norms see the batch of all processes, so the buffers are the same everywhere.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     log_conditions(accelerator, config)
+    say_what_launch_settings_do(options.mixed_precision, options.gradient_accumulation_steps)
     check_tracker(config.tracker)
     metrics = load_metrics(config.metrics)
     check_free(config)

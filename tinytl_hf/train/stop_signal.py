@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType, TracebackType
 
 import torch
@@ -10,13 +11,18 @@ from accelerate import Accelerator
 
 
 class StopSignal:
-    """Within it, the first SIGINT or SIGTERM is noted; a second SIGINT stops at once."""
+    """Within it, the first SIGINT or SIGTERM is noted; a second SIGINT stops at once.
+
+    In a thread other than the main one, signals go where they went before: only the main thread can take them.
+    """
 
     def __init__(self) -> None:
         self.signum = 0
 
     def __enter__(self) -> StopSignal:
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        in_main = threading.current_thread() is threading.main_thread()
+        wanted = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+        self._previous = {signum: signal.signal(signum, self._note) for signum in wanted}
         return self
 
     def __exit__(

@@ -1,0 +1,107 @@
+"""What a launcher, a thread or an earlier run in the process says, and what a run makes of it."""
+
+import json
+import signal
+import threading
+
+import pytest
+from conftest import run_cli, small_run
+from started_runs import metrics
+
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.network import BackboneConfig
+from tinytl_hf.config.run import Config, MemoryConfig
+from tinytl_hf.config.train import TrainConfig
+from tinytl_hf.train.loop import train
+
+
+def last_layer(data, output, *options):
+    return small_run(data, output, "--method", "FT-Last", "--train.epochs", "1", *options)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ACCELERATE_DYNAMO_BACKEND", "inductor"),
+        ("ACCELERATE_DYNAMO_BACKEND", "EAGER"),
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_USE_MEGATRON_LM", "True"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8"),
+    ],
+)
+def test_a_way_of_launching_that_runs_do_not_have_is_refused_by_its_name(
+    variable, value, colour_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(variable, value)
+    done = run_cli(*last_layer(colour_folder, tmp_path / "run"))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"tinytl-hf: error: {variable}={value}: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_launcher_sets_for_none_of_them_is_taken(colour_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert run_cli(*last_layer(colour_folder, tmp_path / "run")).returncode == 0
+
+
+def test_options_decide_and_it_is_said_where_the_launcher_said_otherwise(colour_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_CLIPPING", "1.0")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    done = run_cli(*last_layer(colour_folder, tmp_path / "run", "--train.mixed_precision", "bf16"))
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "run")[0]["step"] == 3  # of 24 images, 8 a step
+    for line in (
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 is not used: train.gradient_accumulation_steps=1 decides",
+        "ACCELERATE_GRADIENT_CLIPPING=1.0 is not used: train.max_grad_norm decides",
+        "ACCELERATE_MIXED_PRECISION=fp16 is not used: train.mixed_precision=bf16 decides",
+    ):
+        assert line in done.stderr.splitlines()
+    assert json.loads((tmp_path / "run" / "eval_results.json").read_text())["precision"] == "bf16"
+
+
+def test_a_device_that_does_not_exist_ends_with_one_line(colour_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "abacus")
+    done = run_cli(*last_layer(colour_folder, tmp_path / "run"))
+    assert done.returncode == 1 and "Accelerate cannot start" in done.stderr and "unexpected" not in done.stderr
+
+
+def config(data, output, **train_options):
+    return Config(
+        output_dir=str(output),
+        method="FT-Last",
+        backbone=BackboneConfig(weights="none"),
+        data=DataConfig(dataset=str(data), train_size=32),
+        train=TrainConfig(epochs=1, global_batch_size=8, threads=1, **train_options),
+        memory=MemoryConfig(report=False),
+    )
+
+
+def test_runs_in_a_thread_and_one_after_the_other_with_another_precision_and_accumulation(colour_folder, tmp_path):
+    options = [
+        {"mixed_precision": "bf16"},
+        {"gradient_accumulation_steps": 2},  # and no precision: not that of the run before
+        {"mixed_precision": "bf16"},
+    ]
+    handler, errors = signal.getsignal(signal.SIGTERM), []
+
+    def all_of_them():
+        try:
+            for number, each in enumerate(options):
+                train(config(colour_folder, tmp_path / str(number), **each))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=all_of_them)
+    thread.start()
+    thread.join()
+    assert errors == [] and signal.getsignal(signal.SIGTERM) is handler
+    precisions = [json.loads((tmp_path / str(n) / "eval_results.json").read_text())["precision"] for n in range(3)]
+    assert precisions == ["bf16", "no", "bf16"]
+    steps = [metrics(tmp_path / str(number))[0]["step"] for number in range(3)]
+    assert steps == [3, 3, 3]
+    losses = [metrics(tmp_path / str(number))[0]["eval"]["loss"] for number in range(3)]
+    assert losses[0] == losses[2] != losses[1]
