@@ -185,15 +185,16 @@ def test_a_card_that_is_no_text_is_left_alone(make_model, tmp_path):
     assert (tmp_path / "README.md").read_bytes() == b"\xff\xfe\x00not utf-8"
 
 
-def test_the_five_lines_run(make_model, tmp_path, monkeypatch):
+def test_the_example_runs_in_evaluation_mode_without_gradients(make_model, tmp_path, monkeypatch):
     make_model("FT-Last", train_size=32).save_pretrained(tmp_path)
     write_image(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
-    assert len([line for line in code.splitlines() if line]) == 5
-    printed = []
-    exec(code.replace("print(", "printed.append("), {"printed": printed})
+    assert len([line for line in code.splitlines() if line]) == 6
+    printed, scope = [], {}
+    exec(code.replace("print(", "printed.append("), scope | {"printed": printed}, scope)
     assert printed[0] in {"0", "1", "2", "3"}
+    assert not scope["logits"].requires_grad and not scope["model"].training
     assert 'from_pretrained("me/x")' in with_name((tmp_path / "README.md").read_text(), "me/x")
 
 

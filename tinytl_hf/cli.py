@@ -18,15 +18,15 @@ from dataclasses import asdict, fields, is_dataclass
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, set_dumper, set_loader, set_parsing_settings
 
 from tinytl_hf.commands import PROG, VERBS, is_main_process
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.hub import HubConfig
 from tinytl_hf.config.run import RENAMED, Config, MemoryConfig, flat
 from tinytl_hf.config.train import TrainConfig
-from tinytl_hf.config.yaml12 import load_yaml
-from tinytl_hf.errors import Interrupted, TinyTLError
+from tinytl_hf.config.yaml12 import dump_yaml, load_yaml
+from tinytl_hf.errors import Interrupted, TinyTLError, one_line
 from tinytl_hf.version import __version__
 
 
@@ -56,6 +56,7 @@ def execute(argv: list[str]) -> None:
     """Parse ``argv`` and do what it says. Slow imports, such as torch, happen once the arguments have been checked."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", load_yaml, (yaml.YAMLError,))
+    set_dumper("yaml", dump_yaml)
     parser = make_parser(next((word for word in argv if word in VERBS), None), _eval_defaults(argv))
     try:
         parsed = parser.parse_args(argv)
@@ -145,8 +146,7 @@ def _with_values(argv: list[str]) -> list[str]:
 
 def _one_line(error: Exception) -> str:
     """What went wrong and how to mend it, without the library's own layout."""
-    text = "".join(c if c.isprintable() else " " for c in str(error))  # no escape sequences of a file's making
-    text = " ".join(text.split())
+    text = one_line(error)
     if text.startswith("Caught TinyTLError in DataLoader"):  # torch wraps what a worker process raises
         text = text.rpartition("TinyTLError: ")[2]
     if isinstance(error, TinyTLError):

@@ -20,8 +20,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """As :func:`write_bytes`, in UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
+    """As :func:`write_bytes`, in UTF-8; bytes of a file's name that are no such text are escaped."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def sync(path: Path) -> None:

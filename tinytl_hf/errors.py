@@ -1,4 +1,6 @@
-"""The two exceptions whose messages are meant for the person at the keyboard."""
+"""The two exceptions whose messages are meant for the person at the keyboard, and text that is safe to show there."""
+
+import unicodedata
 
 
 class TinyTLError(ValueError):
@@ -15,3 +17,12 @@ class Interrupted(Exception):
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+def one_line(text: object) -> str:
+    """Text on one line, without what is no character: line ends, escape sequences, bytes of a name that is not UTF-8.
+
+    A name of a file or a class can hold such things, and a terminal or a page would act on them.
+    """
+    shown = "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in str(text))
+    return " ".join(shown.split())

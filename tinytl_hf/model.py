@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from tinytl_hf.adapter.build import build_network, check_fits
+from tinytl_hf.adapter.build import build_network, check_fits, check_weights
 from tinytl_hf.adapter.delta import adapter_tensors, frozen_tensors, load_tensors
 from tinytl_hf.adapter.format import holds, read_config, read_tensors, write_adapter
-from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, DataRecord, Preprocessing
+from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, DataRecord, Preprocessing, label_strings
 from tinytl_hf.adapter.switching import Adapters, LoadedAdapter
 from tinytl_hf.config.engine import BackendName, Engine
 from tinytl_hf.config.hub import PushConfig
 from tinytl_hf.config.network import METHOD_ALIASES, HeadConfig, LiteConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import centre_boxes, resample
-from tinytl_hf.data.images import pad_images, to_rgb
+from tinytl_hf.data.images import pad_images
+from tinytl_hf.data.inputs import pixels_of
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import read_card, render_card
 from tinytl_hf.hub.transfer import find_adapter, push
@@ -33,7 +33,7 @@ from tinytl_hf.lean.int8 import quantise
 from tinytl_hf.lean.notes import training_paths
 from tinytl_hf.network import methods
 from tinytl_hf.network.blocks import name_unknown_blocks
-from tinytl_hf.network.head import Head
+from tinytl_hf.network.head import Head, without_head
 from tinytl_hf.network.torchvision_nets import pin_weights, sha256
 
 
@@ -92,7 +92,7 @@ class TinyTLModel(nn.Module):
         *,
         method: str = "TinyTL-L+B",
         num_classes: int | None = None,
-        label_names: Sequence[str] | None = None,
+        label_names: Iterable[object] | None = None,
         weights: str = "imagenet",
         frozen_weights: Literal["fp32", "int8"] = "fp32",
         train_size: int = 224,
@@ -111,7 +111,7 @@ class TinyTLModel(nn.Module):
             name: torchvision's name of the backbone.
             method: One of the seven methods, or an alias.
             num_classes: Number of classes, where ``label_names`` does not say it.
-            label_names: Names of the classes; ``"0"``, ``"1"``, ... by default.
+            label_names: Names of the classes, strings or numbers; ``"0"``, ``"1"``, ... by default.
             weights: Source of the backbone's weights.
             frozen_weights: How to store frozen convolution weights in memory.
             train_size: Side of the training images in px.
@@ -127,9 +127,7 @@ class TinyTLModel(nn.Module):
         Raises:
             TinyTLError: A name, source or option that does not fit, with the fix.
         """
-        names = list(label_names or map(str, range(num_classes or 0)))
-        if not names or (num_classes is not None and num_classes != len(names)):
-            raise TinyTLError(f"num_classes={num_classes}, label_names={label_names}: give one, or both alike")
+        names = label_strings(label_names, num_classes)
         method = METHOD_ALIASES.get(method, method)
         if method not in methods.METHODS:
             raise TinyTLError(f"method={method}: use one of {', '.join(methods.METHODS)}")
@@ -183,12 +181,7 @@ class TinyTLModel(nn.Module):
         saved = read_config(folder)
         source = weights or saved.backbone.weights
         model = cls._with_tensors(folder, saved, source, Engine(lean, backend, slice_mb, gradient_checkpointing))
-        if model.config.backbone.sha256 != saved.backbone.sha256:
-            raise TinyTLError(
-                f"{folder} was trained on other weights of {saved.backbone.name} than {source} holds "
-                f"(sha256 of the frozen tensors is {model.config.backbone.sha256}, expected "
-                f"{saved.backbone.sha256}); name the right ones with weights= or --weights"
-            )
+        check_weights(saved, model.config.backbone.sha256, source, str(folder))
         return model
 
     @classmethod
@@ -212,13 +205,16 @@ class TinyTLModel(nn.Module):
         data: DataRecord | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Write the adapter folder: config, tensors and card. The network is never asked.
+        """Write the adapter folder: config, tensors and card. The Hub is never asked.
 
         Args:
             save_directory: The folder; files of other names in it stay.
             dtype: ``fp32`` or ``fp16``; by default that of the adapter that was loaded, or fp32.
             data: The data it was trained on.
             metrics: Figures on the evaluation set for the card.
+
+        Raises:
+            TinyTLError: The folder cannot be written, or a value is not finite.
         """
         folder = Path(save_directory)
         config = replace(self.config, dtype=dtype or self.config.dtype, data=data or self.config.data)
@@ -268,14 +264,12 @@ class TinyTLModel(nn.Module):
         return self.backbone(images.contiguous(memory_format=torch.channels_last))
 
     def features(self, images: Tensor) -> Tensor:
-        """What the head gets of normalised images: ``[N, 3, H, W]`` to ``[N, features]``, without a gradient."""
-        caught: list[Tensor] = []
-        handle = self._head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-        try:
-            self(images)
-        finally:
-            handle.remove()
-        return caught[0].detach()
+        """What the head gets of normalised images: ``[N, 3, H, W]`` to ``[N, features]``, without a gradient.
+
+        Threads can call it side by side.
+        """
+        with torch.no_grad():
+            return without_head(self.backbone)(images.contiguous(memory_format=torch.channels_last))
 
     @property
     def label_names(self) -> list[str]:
@@ -328,7 +322,7 @@ class TinyTLModel(nn.Module):
         self._adapters.add(name, new._loaded(), self._loaded(), folder, saved.backbone.sha256)
 
     def set_adapter(self, name: str) -> None:
-        """Use the adapter called ``name`` from now on; it takes the model's mode, train or eval.
+        """Use the adapter called ``name`` from now on, in all threads; it takes the model's mode, train or eval.
 
         An optimizer keeps the parameters that it was given: make one for the adapter that is to train.
 
@@ -341,7 +335,10 @@ class TinyTLModel(nn.Module):
 
     @contextmanager
     def using(self, name: str) -> Iterator[TinyTLModel]:
-        """Use another adapter in a ``with`` block, and the one before it again after that."""
+        """Use another adapter in a ``with`` block, and the one before it again after that.
+
+        It changes the model for all threads: one that needs an adapter of its own needs a model of its own.
+        """
         before = self.active_adapter
         self.set_adapter(name)
         try:
@@ -365,22 +362,25 @@ class TinyTLModel(nn.Module):
         """Copy a delta in, strictly; ``source`` names it in errors."""
         load_tensors(self.backbone, tensors, source)
 
-    def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """PIL images of any mode and size to a normalised batch ``[N, 3, eval_size, eval_size]``."""
-        images = [images] if isinstance(images, Image.Image) else images
-        pixels, sizes = pad_images([to_rgb(image, self.config.preprocessing.eval_size) for image in images])
-        return self.normalise(pixels, sizes)
+    def preprocess(self, images: Any) -> Tensor:
+        """Images of any mode and size to a normalised batch ``[N, 3, eval_size, eval_size]``.
+
+        Args:
+            images: PIL images, paths, arrays or tensors, alone or in a list: see :mod:`tinytl_hf.data.inputs`.
+        """
+        return self.normalise(*pad_images(pixels_of(images, self.config.preprocessing.eval_size)))
 
     def normalise(self, pixels: Tensor, sizes: Tensor) -> Tensor:
-        """The evaluation view of decoded images, ``[N, 3, eval_size, eval_size]`` on the model's device.
+        """The evaluation view of decoded images, ``[N, 3, eval_size, eval_size]``, on the model's device in its type.
 
         Args:
             pixels: ``uint8`` ``[N, 3, H, W]``, padded at the bottom right.
             sizes: ``[N, 2]`` true height and width in px.
         """
-        options, pixels = self.config.preprocessing, pixels.to(next(self.parameters()).device)
+        options, head = self.config.preprocessing, self._head.weight
         boxes = centre_boxes(sizes, options.crop_pct)
-        return resample(pixels, sizes, boxes, options.eval_size, options.mean, options.std)
+        view = resample(pixels.to(head.device), sizes, boxes, options.eval_size, options.mean, options.std)
+        return view.to(head.dtype)
 
     @property
     def _head(self) -> Head:

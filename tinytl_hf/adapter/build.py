@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tinytl_hf.adapter.delta import check_tensors
 from tinytl_hf.adapter.record import AdapterConfig
 from tinytl_hf.config.engine import Engine
+from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network import methods
 from tinytl_hf.network.blocks import TinyTLBlock, convert_blocks
 from tinytl_hf.network.torchvision_nets import check_size, create_backbone
@@ -45,3 +46,20 @@ def check_fits(config: AdapterConfig, tensors: Mapping[str, Tensor], source: str
     with torch.device("meta"):
         backbone, _ = build_network(config, "none")
     check_tensors(backbone, tensors, source)
+
+
+def check_weights(saved: AdapterConfig, found: str | None, weights: str, source: str) -> None:
+    """Raise unless the frozen tensors are those that an adapter was trained on.
+
+    Args:
+        saved: The adapter.
+        found: Hash of the frozen tensors that ``weights`` gave.
+        weights: Where they come from.
+        source: The adapter's folder, for the message.
+    """
+    if found != saved.backbone.sha256:
+        raise TinyTLError(
+            f"{source} was trained on other weights of {saved.backbone.name} than {weights} holds (sha256 of the "
+            f"frozen tensors is {found}, expected {saved.backbone.sha256}); name the right ones with weights= or "
+            "--weights"
+        )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from tinytl_hf.adapter.record import AdapterConfig, config_from
@@ -31,7 +31,7 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Ten
     """Write an adapter folder; each file appears whole or not at all, and other files there stay.
 
     Raises:
-        TinyTLError: The folder cannot be written, or a value does not fit ``config.dtype``.
+        TinyTLError: The folder cannot be written, or a value is not finite or does not fit ``config.dtype``.
     """
     config = replace(config, tinytl_hf_version=__version__)  # not that of an adapter it was loaded from
     stored = {name: _to_disk(name, tensor, config.dtype) for name, tensor in tensors.items()}
@@ -73,7 +73,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise TinyTLError(f"{folder} has no {TENSORS_FILE}: the adapter is incomplete")
     try:
-        tensors = load_file(path)
+        tensors = load(path.read_bytes())  # not by its path, which the library takes in UTF-8 only
     except (SafetensorError, OSError, ValueError) as error:
         raise TinyTLError(f"{path} is truncated or not a safetensors file: {error}") from error
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
@@ -89,6 +89,9 @@ def holds(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor]) ->
 
 def _to_disk(name: str, tensor: Tensor, dtype: str) -> Tensor:
     tensor = tensor.detach().cpu().contiguous().clone()
+    tensor = tensor.float() if tensor.is_floating_point() else tensor  # as it is read, whatever the model was cast to
+    if not tensor.isfinite().all():
+        raise TinyTLError(f"{name} has values that are not finite, which no adapter can have; nothing was written")
     # Statistics stay fp32: they are few, and a variance can exceed fp16's range.
     if dtype == "fp32" or not tensor.is_floating_point() or "running_" in name.rpartition(".")[2]:
         return tensor

@@ -7,11 +7,13 @@ import logging
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from packaging.version import InvalidVersion, Version
 
 from tinytl_hf.config.data import DataConfig
@@ -127,12 +129,46 @@ class AdapterConfig:
     tinytl_hf_version: str = __version__
 
     def __post_init__(self) -> None:
-        if not self.label_names or len(set(self.label_names)) < len(self.label_names):
-            raise TinyTLError(f"label_names: {len(self.label_names)} names; use one or more, each once")
+        twice = [name for name, count in Counter(self.label_names).items() if count > 1]
+        if not self.label_names or twice:
+            found = f"{_short(twice[0])} is there more than once" if twice else "there is none"
+            raise TinyTLError(f"label_names: {found}; use one name or more, each once")
+        if bad := [name for name in self.label_names if not _is_text(name)]:
+            raise TinyTLError(f"label_names: {_short(bad[0])} is no UTF-8 text; rename the class (its folder, say)")
 
     def to_json(self) -> str:
         """Sorted, indented JSON."""
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+def label_strings(names: Iterable[object] | None, num_classes: int | None) -> list[str]:
+    """Names of classes as the strings that an adapter holds.
+
+    Args:
+        names: Strings or numbers, in a list, an array or the like; None: the numbers of the classes.
+        num_classes: How many there are, where ``names`` does not say it.
+
+    Raises:
+        TinyTLError: No list of those, or another number of them.
+    """
+    if names is None:
+        names = range(num_classes or 0)
+    if isinstance(names, (str, bytes, Mapping, Set)) or not isinstance(names, Iterable):
+        raise TinyTLError(f"label_names={_short(names)}: use a list of names, in the order of the class numbers")
+    plain = [name.item() if isinstance(name, np.generic) else name for name in names]
+    if bad := [name for name in plain if not isinstance(name, (str, int, float)) or name != name]:
+        raise TinyTLError(f"label_names: {_short(bad[0])} is no name; use strings or numbers")
+    if not plain or (num_classes is not None and num_classes != len(plain)):
+        raise TinyTLError(f"num_classes={num_classes}, with {len(plain)} label_names: give one, or both alike")
+    return [str(name) for name in plain]
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:  # half a character, as in the name of a folder that is not UTF-8
+        return False
+    return True
 
 
 def config_from(values: Any, path: Path) -> AdapterConfig:

@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from tinytl_hf.config.check import check
+from tinytl_hf.config.check import check, check_text
 from tinytl_hf.config.data import TOTAL_STRIDE, DataConfig
 from tinytl_hf.config.engine import BackendName, Engine
 from tinytl_hf.config.hub import HubConfig
 from tinytl_hf.config.network import METHOD_ALIASES, BackboneConfig, HeadConfig, LiteConfig, MethodAlias, MethodName
 from tinytl_hf.config.train import TrainConfig
+from tinytl_hf.config.yaml12 import dump_yaml
 from tinytl_hf.disk import write_text
 
 # Options of version 0.1 that have another name now.
@@ -88,6 +87,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self.seed >= 0, "seed", self.seed, "use 0 or more")
+        check_text("output_dir", self.output_dir)
         object.__setattr__(self, "method", METHOD_ALIASES.get(self.method, self.method))
         caches = self.train.cache_features
         fits = not caches or self.method == "FT-Last"
@@ -116,7 +116,7 @@ class Config:
 
     def save(self, path: Path) -> None:
         """Write the config as a YAML file that ``--config`` reads back."""
-        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+        write_text(path, dump_yaml(self.to_dict()))
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

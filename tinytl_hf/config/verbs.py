@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tinytl_hf.config.check import check
+from tinytl_hf.config.check import check, check_text
 from tinytl_hf.config.network import MethodName
 
 
@@ -65,6 +65,7 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         check(self.output.endswith(".safetensors"), "output", self.output, "name a .safetensors file")
+        check_text("output", self.output)
 
 
 @dataclass(frozen=True)

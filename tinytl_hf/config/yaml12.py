@@ -7,12 +7,22 @@ from typing import Any
 
 import yaml
 
+BOOL, FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+FLOATS = re.compile(
+    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+
+
+class Yaml12Dumper(yaml.SafeDumper):
+    """Writes strings that versions 1.1 or 1.2 would read as something else in quotes."""
+
 
 class Yaml12Loader(yaml.SafeLoader):
     """YAML in which, as in version 1.2, ``no`` is a string and ``1e-4`` is a number."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own way to say it)
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (BOOL, FLOAT)]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -21,6 +31,14 @@ class Yaml12Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not taken; write the value out")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that is there twice: of two values, one would be dropped without a word."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
+            line = node.value[len(keys) - 1 - keys[::-1].index(twice[0])][0].start_mark.line + 1
+            raise yaml.YAMLError(f"{twice[0]} is there twice, again in line {line}; leave one of them")
+        return super().construct_mapping(node, deep=deep)
 
 
 def load_yaml(text: str) -> Any:
@@ -33,11 +51,11 @@ def load_yaml(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from error
 
 
-Yaml12Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-Yaml12Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+)$"),
-    list("-+.0123456789"),
-)
+def dump_yaml(values: Any) -> str:
+    """Write values as :func:`load_yaml` reads them, in their order."""
+    return yaml.dump(values, Dumper=Yaml12Dumper, sort_keys=False)
+
+
+Yaml12Loader.add_implicit_resolver(BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+for _kind in (Yaml12Loader, Yaml12Dumper):
+    _kind.add_implicit_resolver(FLOAT, FLOATS, list("-+.0123456789"))

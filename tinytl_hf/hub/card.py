@@ -5,7 +5,9 @@ Of such a card only our part is written anew: the text between our two marks and
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE
 from tinytl_hf.adapter.record import AdapterConfig, DataRecord
 from tinytl_hf.config.network import MethodName
+from tinytl_hf.errors import TinyTLError, one_line
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 BEGIN, END = "<!-- tinytl_hf: begin -->", "<!-- tinytl_hf: end -->"
@@ -90,10 +93,11 @@ def render_card(
         eval_size=config.preprocessing.eval_size,
         dtype=config.dtype,
         weights=_weights_in_words(config),
-        weights_file=Path(weights).name.replace('"', "") if in_file else None,
+        weights_file=json.dumps(Path(weights).name, ensure_ascii=False) if in_file else None,
+        predict=_code(f"tinytl-hf predict --adapter {HERE}{_weights_option(weights) if in_file else ''} image.png"),
         dataset=_dataset_in_words(data) if data else None,
-        subset=data.subset if data else None,
-        train_split=data.train_split if data else None,
+        subset=_code(data.subset) if data and data.subset else None,
+        train_split=_code(data.train_split) if data else None,
         eval_data=_eval_data_in_words(data) if data else None,
         metrics={METRICS[name][1]: f"{value:.4f}" for name, value in figures.items()},
         ece="ece" in figures,
@@ -109,13 +113,19 @@ def render_card(
 
 
 def read_card(folder: Path) -> str | None:
-    """The card in a folder; one that is no text is a person's, and an empty card to us."""
+    """The card in a folder, if there is one; one that is no text is a person's, and an empty card to us.
+
+    Raises:
+        TinyTLError: It is there and cannot be read.
+    """
     try:
         return (folder / CARD_FILE).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except UnicodeDecodeError:
         return ""
+    except OSError as error:
+        raise TinyTLError(f"{folder / CARD_FILE} cannot be read ({error}); move it away") from error
 
 
 def update_card(existing: str, new: str) -> str:
@@ -250,14 +260,18 @@ def _weights_in_words(config: AdapterConfig) -> str:
     if config.backbone.sha256 is None:
         return "That is all of the network, so no other weights are needed."
     if is_weights_file(weights):
-        source = f"a file, `{Path(weights).name}`, which is not part of this repository"
+        source = f"a file, {_code(Path(weights).name)}, which is not part of this repository"
     elif weights == "none":
         source = "a random generator with a fixed seed"
     elif weights.startswith("IMAGENET"):
-        source = f"torchvision (`{weights}`, downloaded once)"
+        source = f"torchvision ({_code(weights)}, downloaded once)"
     else:
-        source = f"the Python package `{weights}`"
+        source = f"the Python package {_code(weights)}"
     return f"The frozen weights of {name} come from {source}, and are checked by their hash."
+
+
+def _weights_option(weights: str) -> str:
+    return f" --weights {shlex.quote(Path(weights).name)}"
 
 
 def is_weights_file(weights: str) -> bool:
@@ -280,7 +294,7 @@ def dataset_name(data: DataRecord | None) -> str:
 def _dataset_in_words(data: DataRecord) -> str:
     if on_hub := _hub_dataset(data):
         return f"[{on_hub}](https://huggingface.co/datasets/{on_hub})"
-    return "scikit-learn's digits" if data.dataset == "digits" else f"local data, `{dataset_name(data)}`"
+    return "scikit-learn's digits" if data.dataset == "digits" else f"local data, {_code(dataset_name(data))}"
 
 
 def _eval_data_in_words(data: DataRecord) -> str:
@@ -289,10 +303,15 @@ def _eval_data_in_words(data: DataRecord) -> str:
         part = f"{data.eval_fraction:.0%} of that, held out"
         split = part if data.eval_split else f"its test or validation split (without one, {part})"
     else:
-        split = f"split `{data.eval_split}`"
+        split = f"split {_code(data.eval_split)}"
     return f"evaluated on {split}{subset}"
 
 
 def _escaped(text: object) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", one_line(text)) or "(no name)"
+
+
+def _code(text: object) -> str:
+    """Text as code within a line of Markdown."""
+    return f"`{one_line(text).replace('`', chr(39))}`"

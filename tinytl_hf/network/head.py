@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -40,3 +42,25 @@ class Head(nn.Linear):
         rows = input.shape[0]
         drawn = torch.rand(rows * processes, input.shape[1], device=input.device)[rank * rows :][:rows]
         return (drawn >= self.dropout).to(input.dtype) / (1 - self.dropout)
+
+
+def without_head(backbone: nn.Module) -> nn.Module:
+    """The same network with the head's input as its result; nothing is copied but the modules that hold the head.
+
+    Being a network of its own, it can run in several threads, beside the whole one too.
+    """
+    name = next(name for name, module in backbone.named_modules() if isinstance(module, Head))
+    *path, last = name.split(".")
+    top = holder = _with_own_children(backbone)
+    for part in path:
+        holder._modules[part] = _with_own_children(holder.get_submodule(part))
+        holder = holder.get_submodule(part)
+    holder._modules[last] = nn.Identity()
+    return top
+
+
+def _with_own_children(module: nn.Module) -> nn.Module:
+    """A module with the same parameters and children, of which children can be exchanged."""
+    alone = copy.copy(module)
+    alone._modules = dict(module._modules)
+    return alone

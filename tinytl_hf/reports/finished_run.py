@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from tinytl_hf.config.run import Config, flat, with_new_names
+from tinytl_hf.config.yaml12 import load_yaml
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.reports.run_folder import CONFIG_FILE, MEMORY_FILE, RESULTS_FILE, images_of, read_metrics, seconds_of
 
@@ -97,7 +98,7 @@ def read_run(folder: Path) -> FinishedRun:
 def _parsed(path: Path) -> dict[str, Any]:
     """A JSON or YAML file that holds a mapping."""
     try:
-        values = yaml.safe_load(path.read_text("utf-8")) if path.suffix == ".yaml" else json.loads(path.read_bytes())
+        values = load_yaml(path.read_text("utf-8")) if path.suffix == ".yaml" else json.loads(path.read_bytes())
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path.name}: {error}") from error
     if not isinstance(values, dict):

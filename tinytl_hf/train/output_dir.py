@@ -16,6 +16,7 @@ import yaml
 from tinytl_hf.adapter.format import CARD_FILE
 from tinytl_hf.adapter.format import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from tinytl_hf.config.run import Config, flat, with_new_names
+from tinytl_hf.config.yaml12 import load_yaml
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import files_of_adapter, is_untouched, read_card
@@ -115,7 +116,7 @@ def _read(path: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file; an empty one if there is none."""
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        values = load_yaml(text) if path.suffix == ".yaml" else json.loads(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -1,0 +1,86 @@
+"""What a caller may hand over as images: PIL images, arrays, tensors, paths, alone or in a list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from tinytl_hf.data.images import UnreadableImageError, decode, to_rgb
+from tinytl_hf.errors import TinyTLError
+
+TAKEN = (
+    "use PIL images, paths, arrays [height, width, 3] or tensors [3, height, width] (integers from 0 to 255, or "
+    "floats from 0 to 1), or a list of those"
+)
+CHANNELS = (1, 3, 4)  # grey, RGB, RGB with transparency
+
+
+def pixels_of(images: Any, input_size: int) -> list[Tensor]:
+    """Decode what a caller calls images.
+
+    Args:
+        images: One image or several: PIL images, paths, arrays ``[H, W]`` or ``[H, W, C]``, tensors ``[H, W]`` or
+            ``[C, H, W]`` with 1, 3 or 4 channels; or arrays ``[N, H, W, C]`` and tensors ``[N, C, H, W]``.
+        input_size: Side of the network's input in px; much larger images are reduced.
+
+    Returns:
+        For each a ``uint8`` tensor ``[3, H, W]``.
+
+    Raises:
+        TinyTLError: Something else, or a file that cannot be read.
+    """
+    is_one = isinstance(images, (Image.Image, str, Path)) or (_is_array(images) and images.ndim < 4)
+    if not is_one and (isinstance(images, (bytes, Mapping)) or not isinstance(images, Iterable)):
+        raise TinyTLError(f"{type(images).__name__} is no image: {TAKEN}")
+    found = [_decoded(image, input_size) for image in ([images] if is_one else images)]
+    if not found:
+        raise TinyTLError(f"there is no image: {TAKEN}")
+    return found
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (np.ndarray, Tensor))
+
+
+def _decoded(image: Any, input_size: int) -> Tensor:
+    if isinstance(image, (str, Path)):
+        path = Path(image).expanduser()
+        try:
+            return decode({"bytes": None, "path": str(path)}, input_size)
+        except UnreadableImageError as error:
+            raise TinyTLError(f"{path} cannot be read as an image ({error})") from error
+    if _is_array(image):
+        image = _from_array(image)
+    if not isinstance(image, Image.Image):
+        raise TinyTLError(f"{type(image).__name__} is no image: {TAKEN}")
+    try:
+        return to_rgb(image, input_size)
+    except (OSError, ValueError, SyntaxError) as error:  # a file that PIL opened without reading all of it
+        raise TinyTLError(f"an image cannot be read ({error})") from error
+
+
+def _from_array(array: np.ndarray | Tensor) -> Image.Image:
+    """An array or tensor as a PIL image."""
+    what = f"{'tensor' if isinstance(array, Tensor) else 'array'} {list(array.shape)} of {array.dtype}"
+    if isinstance(array, Tensor):
+        array = array.detach().cpu()
+        array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
+        values = array.numpy()
+        values = np.moveaxis(values, 0, -1) if values.ndim == 3 else values
+    else:
+        values = array
+    if not (values.ndim == 2 or (values.ndim == 3 and values.shape[2] in CHANNELS)) or 0 in values.shape:
+        raise TinyTLError(f"{what} is no image: {TAKEN}")
+    is_float = np.issubdtype(values.dtype, np.floating)
+    highest = 1 if is_float else 255
+    is_number = is_float or np.issubdtype(values.dtype, np.integer)
+    if not is_number or not (values.min() >= 0 and values.max() <= highest):  # also where there are NaNs
+        raise TinyTLError(f"{what} has values that are no pixels (from {values.min()} to {values.max()}): {TAKEN}")
+    pixels = (values * 255.0).round() if is_float else values
+    pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+    return Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8))
