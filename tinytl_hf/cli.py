@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ from dataclasses import asdict, fields, is_dataclass
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_dumper, set_loader, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_dumper, set_loader, set_parsing_settings
 
 from tinytl_hf.commands import PROG, VERBS, is_main_process
 from tinytl_hf.config.data import DataConfig
@@ -29,10 +30,25 @@ from tinytl_hf.config.yaml12 import dump_yaml, load_yaml
 from tinytl_hf.errors import Interrupted, TinyTLError, one_line
 from tinytl_hf.version import __version__
 
+VARIABLE = re.compile(r"^\$\w+|\$\{\w+\}")
+
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit."""
-    argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # no name of a file or a class ends a command
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            _main(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a shell counts the signal that ends other programs here
+
+
+def _main(argv: list[str]) -> None:
     debug = "--debug" in argv
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("tinytl_hf").setLevel(logging.INFO if is_main_process() else logging.ERROR)
@@ -47,9 +63,19 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            raise
         if debug:
             traceback.print_exc()
         _end(f"error: {_one_line(error)}", 2 if isinstance(error, ArgumentError) else 1)
+
+
+def _output_is_closed() -> bool:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def execute(argv: list[str]) -> None:
@@ -62,6 +88,7 @@ def execute(argv: list[str]) -> None:
         parsed = parser.parse_args(argv)
     except (UnicodeDecodeError, RecursionError) as error:
         raise ArgumentError(None, f"a config file or an option cannot be read: {error}") from error
+    _check_no_variables(parsed[parsed.subcommand])
     for key in (field.name for field in fields(Config) if is_dataclass(field.default_factory)):
         if key in parsed[parsed.subcommand] and parsed[parsed.subcommand][key] is None:
             raise TinyTLError(f"{key}=null: it is a group of options; name one, or leave it out")
@@ -70,6 +97,19 @@ def execute(argv: list[str]) -> None:
 
     bound_waiting()
     VERBS[parsed.subcommand].does(values)
+
+
+def _check_no_variables(values: Namespace) -> None:
+    """Refuse ``${VAR}``, which a shell expands on a command line and nobody in a config file.
+
+    To expand it would let a file that someone sent put secrets of the environment into names that are looked up.
+    """
+    for key, value in values.items():
+        if isinstance(value, str) and (found := VARIABLE.search(value)):
+            raise TinyTLError(
+                f"{key}={value}: {found[0]} is not expanded; write it out, or give --{key} on the command line, where "
+                "the shell expands it"
+            )
 
 
 def make_parser(chosen: str | None, eval_defaults: dict[str, Any] | None = None) -> ArgumentParser:
@@ -106,6 +146,7 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("verb", nargs="?")
     first.add_argument("--adapter")
+    first.add_argument("--revision")
     first.add_argument("--data.dataset", dest="dataset")
     try:
         known, _ = first.parse_known_args(argv)
@@ -119,7 +160,7 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
     from tinytl_hf.hub.transfer import find_adapter
 
     bound_waiting()
-    config = read_config(find_adapter(known.adapter))
+    config = read_config(find_adapter(known.adapter, known.revision))
     defaults: dict[str, Any] = {
         "train_size": config.preprocessing.train_size,
         "eval_size": config.preprocessing.eval_size,
@@ -157,14 +198,36 @@ def _one_line(error: Exception) -> str:
     if unknown:
         return _no_such_option(unknown[1] or unknown[2])
     text = re.sub(r"<class '([^']+)'>", r"\1", text).replace("typing.", "")
-    return re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
+    text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
+    if re.search(r"Unexpected config: ?(#|$)", text):
+        return "empty config file: it sets no option"
+    return _with_fix(text)
+
+
+def _with_fix(text: str) -> str:
+    """What is wrong with an option's value, with a value of the right form where that is not plain to see."""
+    key, colon, _ = text.partition(": ")
+    value = re.split(r"(?:Got|Given) value: ", text)[-1]
+    if not colon or value == text:
+        return text
+    if "NoneType" in text and value.lower() == "none":
+        return f"{key}={value}: use null"
+    if "Expected a tuple" in text:
+        example = flat(Config().to_dict()).get(key)
+        return f"{key}={value}: use {len(example)} values in brackets, such as '{example}'" if example else text
+    if "Expected a list" in text and not value.startswith("["):
+        return f"{key}={value}: use values in brackets, as '[{value}]'"
+    return text
 
 
 def _no_such_option(key: str) -> str:
     if key in RENAMED:
         return f"{key}: this option is called {RENAMED[key]} now"
     options = [f"data.{field.name}" for field in fields(DataConfig)]
-    options += [field.name for verb in VERBS.values() for kind in verb.options for field in fields(kind)]
+    own = {name: [field.name for kind in verb.options for field in fields(kind)] for name, verb in VERBS.items()}
+    if owners := [name for name, names in own.items() if key in names]:
+        return f"{key}: this verb has no such option ({', '.join(owners)} {'have' if len(owners) > 1 else 'has'})"
+    options += [name for names in own.values() for name in names]
     options += flat(Config().to_dict())
     close = difflib.get_close_matches(key, options, n=1)
     return f"{key}: no such option{f'; did you mean {close[0]}?' if close else '; see --help'}"

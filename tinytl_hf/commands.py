@@ -23,7 +23,7 @@ from tinytl_hf.config.verbs import (
     PredictConfig,
     ReportConfig,
 )
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, one_line
 
 PROG = "tinytl-hf"
 T = TypeVar("T")
@@ -59,20 +59,27 @@ def _eval(values: Namespace) -> None:
 
 def _predict(values: Namespace) -> None:
     from tinytl_hf.deploy.predict import predict
+    from tinytl_hf.deploy.table import into_csv
 
     config = _build(PredictConfig, values)
     failed = False
-    for result in predict(config, values.images):
+    results = predict(config, values.images)
+    for result in results if config.csv is None else into_csv(config.csv, config.top_k, results):
         failed |= "error" in result
         if config.json:
-            print(json.dumps(result))
+            print(json.dumps(result), flush=True)
         elif "error" in result:
-            print(f"{result['image']}: error: {result['error']}", file=sys.stderr)
+            print(f"{_shown(result['image'])}: error: {one_line(result['error'])}", file=sys.stderr)
         else:
-            labels = ", ".join(f"{label['label']} {label['probability']:.1%}" for label in result["labels"])
-            print(f"{result['image']}: {labels}")
+            labels = ", ".join(f"{_shown(label['label'])} {label['probability']:.1%}" for label in result["labels"])
+            print(f"{_shown(result['image'])}: {labels}", flush=True)
     if failed:
         sys.exit(1)
+
+
+def _shown(name: str) -> str:
+    """A name with its control characters escaped: a terminal would act on them."""
+    return "".join(c if c.isprintable() or ord(c) > 0x9F else repr(c)[1:-1] for c in name)
 
 
 def _merge(values: Namespace) -> None:
@@ -175,7 +182,7 @@ class Verb:
     has_data_options: bool = False
 
 
-IMAGES = Argument("images", "IMAGE", "Files, folders or patterns.", "+")
+IMAGES = Argument("images", "IMAGE", "Files, folders, patterns, or - for an image on standard input.", "+")
 RUNS = Argument("runs", "RUN", "Folders of finished runs.", "+")
 RUN = Argument("run", "RUN", "Folder of a finished run.")
 

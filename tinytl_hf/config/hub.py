@@ -33,7 +33,7 @@ class PushConfig:
     """Push an adapter to the Hub, in one commit."""
 
     adapter: str
-    """Folder of the adapter."""
+    """Folder of the adapter, or of the run that made it."""
     repo: str
     """Name of the repository on the Hub, as user/name; it is made if there is none."""
     private: bool = False

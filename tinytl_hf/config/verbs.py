@@ -15,9 +15,11 @@ class EvalConfig:
     """Evaluate an adapter."""
 
     adapter: str
-    """Folder of the adapter, or its name on the Hub."""
+    """Folder of the adapter or of the run that made it, or its name on the Hub."""
     weights: str | None = None
     """Where to take the backbone's weights from; null: where the adapter says."""
+    revision: str | None = None
+    """On the Hub: a branch, a tag or a commit; null: main."""
     output: str | None = None
     """JSON file to write the figures to."""
     metrics: list[str] = field(default_factory=list)
@@ -38,16 +40,25 @@ class PredictConfig:
     """Label image files with an adapter."""
 
     adapter: str
-    """Folder of the adapter, or its name on the Hub."""
+    """Folder of the adapter or of the run that made it, or its name on the Hub."""
     weights: str | None = None
     """Where to take the backbone's weights from; null: where the adapter says."""
+    revision: str | None = None
+    """On the Hub: a branch, a tag or a commit; null: main."""
     top_k: int = 3
     """Most likely labels to show for each image."""
     json: bool = False
     """Print a JSON object for each image instead of a table."""
+    csv: str | None = None
+    """CSV file that gets a line for each image as well."""
+    max_megapixels: int | None = None
+    """Read images of up to this many megapixels; null: what Pillow takes for safe, 178."""
 
     def __post_init__(self) -> None:
         check(self.top_k >= 1, "top_k", self.top_k, "use 1 or more")
+        check(self.csv is None or self.csv.endswith(".csv"), "csv", self.csv, "name a .csv file")
+        enough = self.max_megapixels is None or self.max_megapixels >= 1
+        check(enough, "max_megapixels", self.max_megapixels, "use 1 or more")
 
 
 @dataclass(frozen=True)
@@ -55,11 +66,13 @@ class MergeConfig:
     """Merge an adapter into its backbone."""
 
     adapter: str
-    """Folder of the adapter, or its name on the Hub."""
+    """Folder of the adapter or of the run that made it, or its name on the Hub."""
     output: str
     """The .safetensors file to write."""
     weights: str | None = None
     """Where to take the backbone's weights from; null: where the adapter says."""
+    revision: str | None = None
+    """On the Hub: a branch, a tag or a commit; null: main."""
     overwrite: bool = False
     """Replace a file that is there."""
 

@@ -20,6 +20,11 @@ MAX_ASPECT = 4  # longer images are cropped to it at their centre: a batch takes
 
 Image.init()
 FORMATS = [name for name in Image.ID if name != "EPS"]  # Pillow hands EPS files to Ghostscript, which runs them
+# Of these, Pillow knows the header only.
+_STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
+IMAGE_SUFFIXES = frozenset(
+    suffix for suffix, name in Image.EXTENSION.items() if name in {*Image.OPEN, "MPO"} and name not in _STUBS
+)
 
 
 class UnreadableImageError(ValueError):
@@ -38,9 +43,20 @@ def decode(encoded: dict[str, Any] | None, input_size: int) -> Tensor:
     try:
         with Image.open(source, formats=FORMATS) as image:
             return to_rgb(image, input_size)
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"\d+", str(error))
+        raise UnreadableImageError(
+            f"it has {int(pixels[0]) / 1e6 if pixels else 0:,.0f} megapixels; if you trust the file, allow that with "
+            "--max_megapixels"
+        ) from error
     except Exception as error:  # a damaged file can make Pillow raise almost anything
         reason = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))
         raise UnreadableImageError(reason or type(error).__name__) from error
+
+
+def allow_megapixels(count: int) -> None:
+    """Read images of up to that many megapixels: what Pillow refuses beyond is for the whole process."""
+    Image.MAX_IMAGE_PIXELS = count * 1_000_000 // 2  # it warns from here on, and refuses twice as many
 
 
 def to_rgb(image: Image.Image, input_size: int) -> Tensor:

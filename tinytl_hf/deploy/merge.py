@@ -38,7 +38,7 @@ def merge(config: MergeConfig) -> str:
     path = Path(config.output)
     if path.exists() and not config.overwrite:
         raise TinyTLError(f"output={path}: exists; name another file, or replace it with --overwrite true")
-    model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights)
+    model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)
     if model.config.backbone.frozen_weights == "int8":
         dequantise(model.backbone)  # so that the file holds plain layers, with other frozen tensors than before
         record = replace(model.config.backbone, frozen_weights="fp32", sha256=sha256(frozen_tensors(model.backbone)))

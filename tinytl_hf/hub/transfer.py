@@ -6,6 +6,8 @@ tries again; the adapter on the disk is never touched by it.
 
 from __future__ import annotations
 
+import functools
+import logging
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +44,10 @@ from tinytl_hf.hub.card import (
     update_card,
     with_name,
 )
+from tinytl_hf.reports.run_folder import ADAPTER
 from tinytl_hf.version import __version__
+
+logger = logging.getLogger(__name__)
 
 LOGIN = "run `hf auth login` or set HF_TOKEN"
 
@@ -63,7 +68,7 @@ def push(config: PushConfig, token: str | None = None) -> str:
     Raises:
         TinyTLError: No adapter there, or the Hub cannot be reached or refuses, with the command to retry.
     """
-    folder = Path(config.adapter)
+    folder = _own_folder(Path(config.adapter).expanduser())
     record = read_config(folder)
     read_tensors(folder)
     message = config.message or f"Upload {record.method} adapter for {record.backbone.name}"
@@ -115,7 +120,7 @@ def find_adapter(name: str | Path, revision: str | None = None, token: str | Non
     """The folder of an adapter: a local one, or one that is downloaded by its name on the Hub.
 
     Args:
-        name: A path, or a name such as ``user/name``.
+        name: A path, of a run too, or a name such as ``user/name``.
         revision: A branch, a tag or a commit on the Hub.
         token: The Hub token; None: that of ``hf auth login`` or HF_TOKEN.
         **options: Further ones of ``huggingface_hub.snapshot_download``, such as ``cache_dir``.
@@ -127,10 +132,23 @@ def find_adapter(name: str | Path, revision: str | None = None, token: str | Non
     if path.exists() or not REPO_NAME.fullmatch(str(name)):
         if revision is not None:
             raise TinyTLError(f"revision={revision}: {name} is a path, and only names on the Hub have revisions")
-        return path
+        return _own_folder(path)
     retry = _command("pull", PullConfig(repo=str(name), output=path.name, revision=revision))
     with _explained(f"{name} is no folder here, and loading it from the Hub failed", retry):
         return _download(str(name), revision, token, **options)
+
+
+def _own_folder(folder: Path) -> Path:
+    """The folder of an adapter, where that of a run can be given."""
+    if (folder / CONFIG_FILE).exists() or not (folder / ADAPTER / CONFIG_FILE).is_file():
+        return folder
+    _say_is_run(folder)
+    return folder / ADAPTER
+
+
+@functools.cache  # once, though more than one look is taken
+def _say_is_run(folder: Path) -> None:
+    logger.info("%s is a run; its adapter is %s", folder, folder / ADAPTER)
 
 
 def check_can_push(token: str | None = None) -> None:

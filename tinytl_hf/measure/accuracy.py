@@ -43,7 +43,7 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     if config.output is not None:
         make_folder_of("output", Path(config.output))
     extra = load_metrics(config.metrics)
-    model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights)
+    model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)
     eval_size = data_config.eval_size or data_config.train_size
     check_size(model.config.backbone.name, "eval_size", eval_size)
     options = replace(model.config.preprocessing, eval_size=eval_size, crop_pct=data_config.crop_pct)

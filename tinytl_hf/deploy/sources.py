@@ -1,0 +1,97 @@
+"""The images that the arguments of ``predict`` stand for: files, folders, patterns and standard input."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinytl_hf.data.images import IMAGE_SUFFIXES
+
+logger = logging.getLogger(__name__)
+
+STANDARD_INPUT = "-"
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image that is to be labelled.
+
+    Attributes:
+        name: What to call it: its path, or what the user typed.
+        encoded: The undecoded image, as :func:`tinytl_hf.data.images.decode` takes it.
+        problem: Why there is none, or None.
+    """
+
+    name: str
+    encoded: dict[str, Any] | None = None
+    problem: str | None = None
+
+
+def find_images(name: str) -> list[Source]:
+    """The images that an argument stands for: of a folder those in it, however deep, else the one of that name."""
+    if name == STANDARD_INPUT:
+        return [Source(name, {"bytes": sys.stdin.buffer.read(), "path": None})]
+    if URL.match(name):
+        return [
+            Source(name, problem="it is a URL; download it, or hand it over: curl -sL URL | tinytl-hf predict ... -")
+        ]
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            found = _in_folder(path)
+            return [_of_file(file) for file in found] or [Source(str(path), problem="no image in this folder")]
+        matches = [] if path.exists() else glob.glob(str(path), recursive=True)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a circle of links, no such ~user
+        return [Source(name, problem=str(error))]
+    return [_of_file(file) for file in sorted(matches) if not os.path.isdir(file)] or [_of_file(str(path))]
+
+
+def _of_file(path: str) -> Source:
+    return Source(path, {"bytes": None, "path": path})
+
+
+def _in_folder(folder: Path) -> list[str]:
+    """Paths of the images in a folder and those below it, links included; what is left out is counted and said."""
+    found: list[str] = []
+    left_out: Counter[str] = Counter()
+    for place, names in _walk(folder):
+        for name in names:
+            path, suffix = os.path.join(place, name), os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                left_out["hidden"] += 1
+            elif suffix not in IMAGE_SUFFIXES:
+                left_out[suffix or "without a suffix"] += 1
+            elif not os.path.isfile(path):
+                left_out["links to nothing"] += 1
+            else:
+                found.append(path)
+    if left_out:
+        parts = ", ".join(f"{count:,} {what}" for what, count in left_out.most_common())
+        logger.info("%s: %s images; left out: %s", folder, f"{len(found):,}", parts)
+    return sorted(found)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Folders that are not hidden with the names of their files, each once, also where links lead in a circle."""
+    seen: set[tuple[int, int]] = set()
+
+    def say(error: OSError) -> None:
+        logger.warning("%s cannot be read (%s): left out", error.filename, error.strerror)
+
+    for place, below, names in os.walk(folder, onerror=say, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        below[:] = [name for name in below if not name.startswith(".")]
+        yield place, names

@@ -1,0 +1,48 @@
+"""What ``predict`` finds, as a CSV file."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tinytl_hf.errors import TinyTLError
+
+HEAD = ("image", "label", "probability")
+
+
+def into_csv(path: str, top_k: int, results: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Hand results on, and write each as a line as it comes: image, labels with their probabilities, error.
+
+    Args:
+        path: The CSV file, in UTF-8. One that ``predict`` wrote before is replaced.
+        top_k: Labels an image.
+        results: As :func:`tinytl_hf.deploy.predict.predict` gives them.
+
+    Raises:
+        TinyTLError: Another file is there, or it cannot be written.
+    """
+    file = Path(path).expanduser()
+    more = [f"{name}_{number}" for number in range(2, top_k + 1) for name in ("label", "probability")]
+    try:
+        if file.exists() and not file.read_bytes().startswith(",".join(HEAD).encode()):
+            raise TinyTLError(f"csv={path}: is there and was not written by predict; name another file")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w", encoding="utf-8", errors="backslashreplace", newline="") as lines:
+            table = csv.DictWriter(lines, [*HEAD, *more, "error"])
+            table.writeheader()
+            for result in results:
+                table.writerow(_row(result))
+                lines.flush()
+                yield result
+    except OSError as error:
+        raise TinyTLError(f"csv={path}: cannot be written ({error}); name another file") from error
+
+
+def _row(result: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {name: result[name] for name in ("image", "error") if name in result}
+    for number, label in enumerate(result.get("labels", ()), 1):
+        suffix = "" if number == 1 else f"_{number}"
+        row |= {f"label{suffix}": label["label"], f"probability{suffix}": f"{label['probability']:.6g}"}
+    return row
