@@ -17,8 +17,9 @@ from watch import fuzz
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.batches import read_images
-from tinytl_hf.data.images import MAX_ASPECT, REDUCE_ABOVE, UnreadableImageError, decode
+from tinytl_hf.data.images import MAX_ASPECT, REDUCE_ABOVE, UnreadableImageError
 from tinytl_hf.data.sets import open_splits
+from tinytl_hf.data.tensors import decode
 
 SIZE = 32
 FORMATS = {

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinytl_hf.data.images import UnreadableImageError, decode, pad_images, to_rgb
+from tinytl_hf.data.images import UnreadableImageError
+from tinytl_hf.data.tensors import decode, pad_images, to_rgb
 
 
 def corner(image):

@@ -1,4 +1,4 @@
-"""The command line: ``tinytl-hf train | eval | predict | merge | memory | bench | compare | report | push | pull``.
+"""The command line: ``tinytl-hf train | eval | predict | merge | export | memory | bench | ...``.
 
 Every option is a field of a dataclass; a YAML file given with ``--config`` comes first and what is on
 the command line wins. A mistake ends with one line; ``--debug`` shows where it was raised.
@@ -83,7 +83,7 @@ def execute(argv: list[str]) -> None:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", load_yaml, (yaml.YAMLError,))
     set_dumper("yaml", dump_yaml)
-    parser = make_parser(next((word for word in argv if word in VERBS), None), _eval_defaults(argv))
+    parser = make_parser(next((word for word in argv if word in VERBS), None), _adapter_defaults(argv))
     try:
         parsed = parser.parse_args(argv)
     except (UnicodeDecodeError, RecursionError) as error:
@@ -112,12 +112,12 @@ def _check_no_variables(values: Namespace) -> None:
             )
 
 
-def make_parser(chosen: str | None, eval_defaults: dict[str, Any] | None = None) -> ArgumentParser:
+def make_parser(chosen: str | None, data_defaults: dict[str, Any] | None = None) -> ArgumentParser:
     """The parser of the command line.
 
     Args:
         chosen: The verb whose options it knows: those of all verbs take half a second to gather.
-        eval_defaults: What ``eval`` takes from its adapter.
+        data_defaults: What a verb with options of data takes from its adapter.
     """
     parser = ArgumentParser(prog=PROG, exit_on_error=False, description="TinyTL adapters, the Hugging Face way.")
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
@@ -134,15 +134,15 @@ def make_parser(chosen: str | None, eval_defaults: dict[str, Any] | None = None)
             added.add_class_arguments(options)
         if verb.has_data_options:
             added.add_class_arguments(DataConfig, "data")
-            added.set_defaults(eval_defaults or {})
+            added.set_defaults(data_defaults or {})
         if verb.takes is not None:
             takes = verb.takes
             added.add_argument(takes.name, nargs=takes.nargs, metavar=takes.metavar, help=takes.about)
     return parser
 
 
-def _eval_defaults(argv: list[str]) -> dict[str, Any]:
-    """Data options of the adapter that ``eval`` is about; only its preprocessing if other data is named."""
+def _adapter_defaults(argv: list[str]) -> dict[str, Any]:
+    """Data options of the adapter that a verb is about; only its preprocessing if other data is named."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("verb", nargs="?")
     first.add_argument("--adapter")
@@ -152,7 +152,8 @@ def _eval_defaults(argv: list[str]) -> dict[str, Any]:
         known, _ = first.parse_known_args(argv)
     except argparse.ArgumentError:
         return {}  # the real parser says what is wrong
-    if known.verb != "eval" or known.adapter is None:
+    verb = VERBS.get(known.verb)
+    if verb is None or not verb.has_data_options or known.adapter is None:
         return {}
     from tinytl_hf.adapter.format import read_config
     from tinytl_hf.data.sets import is_same_place

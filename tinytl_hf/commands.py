@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from jsonargparse import Namespace
 
+from tinytl_hf.config.export import ExportConfig
 from tinytl_hf.config.hub import PullConfig, PushConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import (
@@ -86,6 +87,12 @@ def _merge(values: Namespace) -> None:
     from tinytl_hf.deploy.merge import merge
 
     print(merge(_build(MergeConfig, values)))
+
+
+def _export(values: Namespace) -> None:
+    from tinytl_hf.deploy.export import export
+
+    print(export(_build(ExportConfig, values), values.data))
 
 
 def _memory(values: Namespace) -> None:
@@ -195,6 +202,7 @@ VERBS = {
     "bench": Verb(_bench, "time training steps of lean and stock in alternation", (BenchConfig, Config)),
     "predict": Verb(_predict, "label images with an adapter", (PredictConfig,), IMAGES),
     "merge": Verb(_merge, "write backbone and adapter as one file of weights", (MergeConfig,)),
+    "export": Verb(_export, "write a model for ONNX, ExecuTorch or timm", (ExportConfig,), has_data_options=True),
     "push": Verb(_push, "push an adapter to the Hub", (PushConfig,)),
     "pull": Verb(_pull, "download an adapter from the Hub", (PullConfig,)),
     "compare": Verb(_compare, "put finished runs side by side", (CompareConfig,), RUNS),

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +24,8 @@ from tinytl_hf.config.hub import PushConfig
 from tinytl_hf.config.network import METHOD_ALIASES, HeadConfig, LiteConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import centre_boxes, resample
-from tinytl_hf.data.images import pad_images
 from tinytl_hf.data.inputs import pixels_of
+from tinytl_hf.data.tensors import pad_images
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import read_card, render_card
 from tinytl_hf.hub.transfer import find_adapter, push
@@ -257,6 +258,10 @@ class TinyTLModel(nn.Module):
             shutil.rmtree(folder)
         return url
 
+    def export(self, output: str | Path, *, format: str, **options: Any) -> str:
+        """Write it for another runtime; the options are those of :func:`tinytl_hf.deploy.export.export_as`."""
+        return import_module("tinytl_hf.deploy.export").export_as(self, output, format, **options)  # a room above
+
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``[N, 3, H, W]``, or :meth:`features` of them, to logits ``[N, classes]``."""
         if images.ndim == 2:
@@ -264,10 +269,7 @@ class TinyTLModel(nn.Module):
         return self.backbone(images.contiguous(memory_format=torch.channels_last))
 
     def features(self, images: Tensor) -> Tensor:
-        """What the head gets of normalised images: ``[N, 3, H, W]`` to ``[N, features]``, without a gradient.
-
-        Threads can call it side by side.
-        """
+        """What the head gets of images, as of :meth:`forward`: ``[N, features]``, without gradients; in any thread."""
         with torch.no_grad():
             return without_head(self.backbone)(images.contiguous(memory_format=torch.channels_last))
 

@@ -40,7 +40,8 @@ class PredictConfig:
     """Label image files with an adapter."""
 
     adapter: str
-    """Folder of the adapter or of the run that made it, or its name on the Hub."""
+    """Folder of the adapter or of the run that made it, or its name on the Hub; or a .onnx file of the verb
+    `export`."""
     weights: str | None = None
     """Where to take the backbone's weights from; null: where the adapter says."""
     revision: str | None = None

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.images import UnreadableImageError, decode, decoded_photo_size, pad_images
+from tinytl_hf.data.images import UnreadableImageError, decoded_photo_size
 from tinytl_hf.data.sets import Split, sample_rows
 from tinytl_hf.data.shared import can_share, decode_in_shares
+from tinytl_hf.data.tensors import decode, pad_images
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)

@@ -1,16 +1,13 @@
-"""Image files of any kind to RGB pixels: ``uint8`` tensors ``[3, H, W]``."""
+"""Image files of any kind to RGB pixels: ``uint8`` arrays ``[H, W, 3]``, without torch; ``tensors.py`` goes on."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 # Larger images are reduced to this multiple of the network's input on their shorter side, so that a decoded
 # photo takes little memory; only crops of less than a quarter of its area could show more detail than that.
@@ -31,7 +28,7 @@ class UnreadableImageError(ValueError):
     """A file that Pillow cannot read, or that is no image."""
 
 
-def decode(encoded: dict[str, Any] | None, input_size: int) -> Tensor:
+def decode_pixels(encoded: dict[str, Any] | None, input_size: int) -> np.ndarray:
     """Read an undecoded image of ``datasets``: ``{"bytes": ..., "path": ...}``.
 
     Raises:
@@ -42,7 +39,7 @@ def decode(encoded: dict[str, Any] | None, input_size: int) -> Tensor:
     source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
     try:
         with Image.open(source, formats=FORMATS) as image:
-            return to_rgb(image, input_size)
+            return to_pixels(image, input_size)
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         raise UnreadableImageError(
@@ -59,7 +56,7 @@ def allow_megapixels(count: int) -> None:
     Image.MAX_IMAGE_PIXELS = count * 1_000_000 // 2  # it warns from here on, and refuses twice as many
 
 
-def to_rgb(image: Image.Image, input_size: int) -> Tensor:
+def to_pixels(image: Image.Image, input_size: int) -> np.ndarray:
     """Turn an image of any mode upright and into RGB pixels.
 
     Transparency is laid over white, 16-bit grey is scaled to 8 bits, EXIF rotation is applied, and of very
@@ -70,7 +67,7 @@ def to_rgb(image: Image.Image, input_size: int) -> Tensor:
         input_size: Side of the network's input in px; much larger images are reduced.
 
     Returns:
-        ``uint8`` tensor ``[3, H, W]``.
+        ``uint8`` ``[H, W, 3]``.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
@@ -85,26 +82,12 @@ def to_rgb(image: Image.Image, input_size: int) -> Tensor:
         scale = REDUCE_ABOVE * input_size / shorter
         size = (round(image.width * scale), round(image.height * scale))
         image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return np.array(image)
 
 
 def decoded_photo_size(input_size: int) -> tuple[int, int]:
     """Height and width in px of a large photo of 3:2, across, once it is decoded for an input of that side."""
     return REDUCE_ABOVE * input_size, 3 * REDUCE_ABOVE * input_size // 2
-
-
-def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack images of any sizes, padded at the bottom right.
-
-    Returns:
-        Pixels ``[N, 3, H, W]`` and the true sizes ``[N, 2]`` (height, width).
-    """
-    sizes = torch.tensor([image.shape[-2:] for image in images])
-    height, width = sizes.amax(0).tolist()
-    pixels = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
-    for row, image in zip(pixels, images, strict=True):
-        row[:, : image.shape[1], : image.shape[2]] = image
-    return pixels, sizes
 
 
 def _limit_aspect(image: Image.Image) -> Image.Image:

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from tinytl_hf.data.images import UnreadableImageError, decode, to_rgb
+from tinytl_hf.data.images import UnreadableImageError
+from tinytl_hf.data.tensors import decode, to_rgb
 from tinytl_hf.errors import TinyTLError
 
 TAKEN = (

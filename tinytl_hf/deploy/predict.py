@@ -1,19 +1,33 @@
-"""Label image files: the verb ``predict``."""
+"""Label image files: the verb ``predict``, with an adapter or with an exported .onnx file, which needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
-import torch
+import numpy as np
 
 from tinytl_hf.config.verbs import PredictConfig
-from tinytl_hf.data.images import UnreadableImageError, allow_megapixels, decode, pad_images
+from tinytl_hf.data.images import UnreadableImageError, allow_megapixels, decode_pixels
 from tinytl_hf.deploy.sources import Source, find_images
-from tinytl_hf.device import forward_in_parts, set_threads
-from tinytl_hf.model import TinyTLModel
+from tinytl_hf.errors import TinyTLError
 
 BATCH_SIZE = 32
+
+
+class Classifier(Protocol):
+    """What labels photos: an adapter in torch, or an exported file in its runtime.
+
+    Attributes:
+        label_names: Names of the classes.
+        eval_size: Side of the network's input in px.
+    """
+
+    label_names: list[str]
+    eval_size: int
+
+    def probabilities(self, photos: Sequence[np.ndarray]) -> np.ndarray:
+        """Photos ``uint8`` ``[H, W, 3]`` of any sizes to ``[N, classes]``."""
 
 
 def predict(config: PredictConfig, names: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -26,37 +40,41 @@ def predict(config: PredictConfig, names: Iterable[str]) -> Iterator[dict[str, A
     Raises:
         TinyTLError: The adapter cannot be loaded.
     """
-    set_threads(None)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.max_megapixels is not None:
         allow_megapixels(config.max_megapixels)
-    model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)
-    model = model.eval().to(device)
+    classifier = _load(config)
     sources = [source for name in names for source in find_images(name)]
     for start in range(0, len(sources), BATCH_SIZE):
-        yield from _predict_batch(model, sources[start : start + BATCH_SIZE], config.top_k)
+        yield from _predict_batch(classifier, sources[start : start + BATCH_SIZE], config.top_k)
 
 
-def _predict_batch(model: TinyTLModel, sources: list[Source], top_k: int) -> list[dict[str, Any]]:
+def _load(config: PredictConfig) -> Classifier:
+    if not config.adapter.endswith(".onnx"):
+        from tinytl_hf.deploy.adapter_classifier import AdapterClassifier
+
+        return AdapterClassifier(config.adapter, config.weights, config.revision)
+    for option in ("weights", "revision"):
+        if (value := getattr(config, option)) is not None:
+            raise TinyTLError(f"{option}={value}: {config.adapter} holds its own weights; leave the option out")
+    from tinytl_hf.deploy.onnx_predict import OnnxClassifier
+
+    return OnnxClassifier(config.adapter)
+
+
+def _predict_batch(classifier: Classifier, sources: list[Source], top_k: int) -> list[dict[str, Any]]:
     results: dict[int, dict[str, Any]] = {}
     inputs = []
-    eval_size = model.config.preprocessing.eval_size
     for number, source in enumerate(sources):
         try:
             if source.problem is not None:
                 raise UnreadableImageError(source.problem)
-            inputs.append((number, decode(source.encoded, eval_size)))
+            inputs.append((number, decode_pixels(source.encoded, classifier.eval_size)))
         except UnreadableImageError as error:
             results[number] = {"image": source.name, "error": str(error)}
     if inputs:
-        with torch.inference_mode():
-            pixels, sizes = pad_images([image for _, image in inputs])
-            probabilities = forward_in_parts(model, model.normalise(pixels, sizes)).softmax(1).cpu()
-        best = probabilities.topk(min(top_k, probabilities.shape[1]))
-        for (number, _), values, indices in zip(inputs, best.values, best.indices, strict=True):
-            labels = [
-                {"label": model.label_names[index], "probability": value}
-                for value, index in zip(values.tolist(), indices.tolist(), strict=True)
-            ]
+        probabilities = classifier.probabilities([photo for _, photo in inputs])
+        for (number, _), values in zip(inputs, probabilities, strict=True):
+            best = np.argsort(-values, kind="stable")[:top_k]
+            labels = [{"label": classifier.label_names[i], "probability": float(values[i])} for i in best]
             results[number] = {"image": sources[number].name, "labels": labels}
     return [results[number] for number in range(len(sources))]

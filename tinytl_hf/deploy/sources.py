@@ -27,7 +27,7 @@ class Source:
 
     Attributes:
         name: What to call it: its path, or what the user typed.
-        encoded: The undecoded image, as :func:`tinytl_hf.data.images.decode` takes it.
+        encoded: The undecoded image, as :func:`tinytl_hf.data.images.decode_pixels` takes it.
         problem: Why there is none, or None.
     """
 

@@ -168,14 +168,14 @@ def _operations(api: HfApi, folder: Path, record: AdapterConfig, config: PushCon
     if is_untouched(card) and (there := _card_there(api, config)) is not None:
         card = update_card(there, card)
     names = [TENSORS_FILE, *(name for name in files_of_card(card) if (folder / name).is_file())]
-    operations = [CommitOperationAdd(CONFIG_FILE, _without_paths(record).to_json().encode())]
+    operations = [CommitOperationAdd(CONFIG_FILE, without_paths(record).to_json().encode())]
     operations += [CommitOperationAdd(name, folder / name) for name in names]
     if card:
         operations.append(CommitOperationAdd(CARD_FILE, with_name(card, config.repo).encode()))
     return operations
 
 
-def _without_paths(config: AdapterConfig) -> AdapterConfig:
+def without_paths(config: AdapterConfig) -> AdapterConfig:
     """The adapter's config as others may read it: it does not say where things lie on this disk."""
     data, weights = config.data, config.backbone.weights
     if data is not None:

@@ -1,0 +1,217 @@
+"""Models in onnxruntime: the same logits, and labels without torch."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_cli, write_image
+from PIL import Image
+from test_methods import train_steps
+
+from tinytl_hf.adapter.record import DataRecord
+from tinytl_hf.data.images import to_pixels
+from tinytl_hf.data.view import centre_view, normalised
+
+onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
+ort = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+
+LABELS = ["blue", "red", "grey", "green"]
+IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def save_adapter(make_model, colour_folder, tmp_path):
+    """Train a little, and save with the record of a data set that is on this disk."""
+
+    def save(method="TinyTL-B", backbone="resnet18", data=True, **options):
+        model = make_model(method, backbone, num_classes=None, label_names=LABELS, **options)
+        train_steps(model, steps=1)
+        record = DataRecord(str(colour_folder)) if data else None
+        model.save_pretrained(tmp_path / "adapter", data=record)
+        return model.eval(), tmp_path / "adapter"
+
+    return save
+
+
+def export(adapter, output, *options):
+    done = run_cli("export", "--adapter", adapter, "--format", "onnx", "--output", output, *options)
+    assert done.returncode == 0, done.stderr
+    return ort.InferenceSession(str(output)), done.stdout
+
+
+@pytest.mark.parametrize(("method", "backbone"), [("TinyTL-L+B", "resnet18"), ("FT-Norm+Last", "mnasnet1_0")])
+def test_any_number_of_images_gives_pytorchs_logits(method, backbone, save_adapter, tmp_path):
+    model, adapter = save_adapter(method, backbone)
+    session, printed = export(adapter, tmp_path / "new" / "m.onnx")
+    for count in (1, 3):
+        logits = session.run(None, {"images": IMAGES[:count].numpy()})[0]
+        np.testing.assert_allclose(logits, model(IMAGES[:count]).detach().numpy(), atol=1e-4)
+    assert "on 10 images of test of" in printed and "same label for 10 of 10" in printed
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["labels"]) == LABELS and about["method"] == method
+    assert json.loads(about["adapter_config"])["backbone"]["sha256"] == model.config.backbone.sha256
+    assert str(tmp_path.parent) not in str(about)  # nothing of this disk
+
+
+NO_TORCH = """
+import builtins, sys
+absent = {"torch", "torchvision", "accelerate", "datasets", "sklearn", "onnx", "timm", "safetensors"}
+real = builtins.__import__
+def without(name, *rest, **named):
+    if name.partition(".")[0] in absent: raise ImportError(f"No module named {name}")
+    return real(name, *rest, **named)
+builtins.__import__ = without
+from tinytl_hf.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--input", "uint8", "--layout", "NHWC")], ids=["float", "uint8"])
+def test_predict_needs_no_torch_and_gives_the_adapters_labels(options, save_adapter, tmp_path):
+    _, adapter = save_adapter("TinyTL-B")
+    export(adapter, tmp_path / "m.onnx", *options)
+    for i, (mode, size) in enumerate([("RGB", (90, 70)), ("L", (64, 64)), ("RGBA", (31, 200))]):
+        write_image(tmp_path / "images" / f"{i}.png", mode, size, seed=i)
+    (tmp_path / "images" / "bad.png").write_bytes(b"no image")
+    words = ["predict", "--json", "--top_k", "2", str(tmp_path / "images")]
+    expected = run_cli(*words, "--adapter", adapter)
+    code = [sys.executable, "-c", NO_TORCH, *words, "--adapter", str(tmp_path / "m.onnx")]
+    done = subprocess.run(code, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == expected.returncode == 1, done.stderr
+    ours, theirs = ([json.loads(line) for line in each.stdout.splitlines()] for each in (done, expected))
+    assert len(ours) == 4 and [r["image"] for r in ours] == [r["image"] for r in theirs]
+    assert ours[3]["error"] == theirs[3]["error"]
+    rounding = 1e-4 if not options else 1e-2
+    for one, other in zip(ours[:3], theirs[:3], strict=True):
+        assert [label["label"] for label in one["labels"]] == [label["label"] for label in other["labels"]]
+        for ours_label, their_label in zip(one["labels"], other["labels"], strict=True):
+            assert ours_label["probability"] == pytest.approx(their_label["probability"], abs=rounding)
+
+
+@pytest.mark.parametrize("size", [(40, 36), (301, 97), (64, 64), (200, 211)])
+def test_the_view_without_torch_is_that_of_the_model(size, make_model):
+    model = make_model("FT-Last", "resnet18")
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8))
+    view = centre_view(to_pixels(image, 64), 64, 0.875)[None]
+    ours = normalised(view, vars(model.config.preprocessing))
+    np.testing.assert_allclose(ours, model.preprocess(image).numpy(), atol=2e-5)
+
+
+def test_int8_is_smaller_and_its_loss_is_measured(save_adapter, tmp_path):
+    model, adapter = save_adapter("TinyTL-B")
+    session, printed = export(adapter, tmp_path / "m.onnx", "--quantize", "int8")
+    assert (tmp_path / "m.onnx").stat().st_size < 0.3 * 4 * sum(p.numel() for p in model.parameters())
+    assert "int8 loses" in printed and "accuracy there" in printed
+    assert session.run(None, {"images": IMAGES.numpy()})[0].shape == (3, 4)
+
+
+def test_the_size_in_use_is_an_option(save_adapter, tmp_path):
+    _, adapter = save_adapter("TinyTL-B")
+    session, _ = export(adapter, tmp_path / "m.onnx", "--data.eval_size", "96", "--input", "uint8")
+    assert session.get_inputs()[0].shape[1:] == [3, 96, 96] and session.get_inputs()[0].type == "tensor(uint8)"
+    assert json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])["eval_size"] == 96
+
+
+def test_without_data_the_check_uses_photos_and_says_so(save_adapter, tmp_path, caplog):
+    model, _ = save_adapter("FT-Last", data=False)
+    with caplog.at_level("INFO"):
+        text = model.export(tmp_path / "m.onnx", format="onnx", check_images=4)
+    assert "the adapter names no data set: the check uses crops of scikit-learn's two photos" in caplog.text
+    assert "on 4 images of crops of scikit-learn's photos" in text and (tmp_path / "m.onnx").is_file()
+    assert not model.training and model.config.preprocessing.eval_size == 64
+
+
+def failed(adapter, output, *options):
+    done = run_cli("export", "--adapter", adapter, "--format", "onnx", "--output", output, *options)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and lines[-1].startswith("tinytl-hf: error: ") and "Traceback" not in done.stderr
+    assert sum(line.startswith("tinytl-hf") for line in lines) == 1
+    return lines[-1]
+
+
+def test_a_mistake_is_one_line_and_nothing_is_written(save_adapter, tmp_path, monkeypatch):
+    model, adapter = save_adapter("FT-Last", data=False)
+    output = tmp_path / "out" / "m.onnx"
+    assert "m.pth: name a .onnx file" in failed(adapter, tmp_path / "m.pth")
+    assert "a training step needs --format executorch" in failed(adapter, output, "--train", "true")
+    assert "name one with --data.dataset" in failed(adapter, output, "--quantize", "int8")
+    assert "choose the size in use with --data.eval_size" in failed(adapter, output, "--data.train_size", "96")
+    assert "nowhere: cannot be loaded" in failed(adapter, output, "--data.dataset", str(tmp_path / "nowhere"))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxruntime", None)
+        assert "run pip install 'tinytl-hf[onnx]'" in failed(adapter, output)
+    (tmp_path / "file").write_text("mine")
+    assert "cannot be written" in failed(adapter, tmp_path / "file" / "m.onnx")
+    (tmp_path / "there.onnx").write_text("mine")
+    assert "there.onnx: exists; name another" in failed(adapter, tmp_path / "there.onnx")
+    model.config = replace(model.config, backbone=replace(model.config.backbone, weights="lost.pth"))
+    model.save_pretrained(adapter)
+    assert "backbone.weights=lost.pth: no such file" in failed(adapter, output)
+    assert not output.exists() and list(tmp_path.rglob("*.tmp")) == []
+    assert (tmp_path / "there.onnx").read_text() == (tmp_path / "file").read_text() == "mine"
+
+
+@torch.library.custom_op("tinytl_test::odd", mutates_args=())
+def odd(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
+@odd.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class Odd(torch.nn.Module):
+    def forward(self, x):
+        return odd(x)
+
+
+def test_an_operator_that_onnx_lacks_is_named_with_its_layer(make_model, tmp_path, monkeypatch):
+    from tinytl_hf import TinyTLError
+    from tinytl_hf.deploy import exported
+
+    model, build = make_model("FT-Last", "resnet18"), exported.stock_backbone
+
+    def with_odd(model):
+        backbone = build(model)
+        backbone.layer2[0].relu = Odd()
+        return backbone
+
+    monkeypatch.setattr(exported, "stock_backbone", with_odd)
+    with pytest.raises(
+        TinyTLError, match=r"layer layer2.0.relu has the operator tinytl_test.odd.default, which ONNX lacks"
+    ):
+        model.export(tmp_path / "m.onnx", format="onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_differ_are_an_error(save_adapter, tmp_path, monkeypatch):
+    _, adapter = save_adapter("FT-Last")
+    from tinytl_hf.deploy import onnx as deploy_onnx
+
+    real = deploy_onnx.session
+    monkeypatch.setattr(deploy_onnx, "session", lambda content: lambda inputs: real(content)(inputs) + 2e-4)
+    assert "and only 1.0e-04 is rounding; nothing was written" in failed(adapter, tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_predict_says_what_is_wrong_with_a_file(tmp_path, save_adapter):
+    (tmp_path / "broken.onnx").write_bytes(b"\x08\x07no model")
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Abs", ["x"], ["y"])], "other", [x], [y])
+    opset = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=opset), tmp_path / "other.onnx")
+    for name, words in (
+        ("lost", "no such file"),
+        ("broken", "onnxruntime cannot load it"),
+        ("other", "was not written by"),
+    ):
+        done = run_cli("predict", "--adapter", tmp_path / f"{name}.onnx", "x.png")
+        assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    done = run_cli("predict", "--adapter", tmp_path / "other.onnx", "--weights", "none", "x.png")
+    assert "holds its own weights" in done.stderr

@@ -1,0 +1,45 @@
+"""The evaluation view of one photo with NumPy alone: what ``augment.py`` does with batches in torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def centre_view(pixels: np.ndarray, size: int, crop_pct: float) -> np.ndarray:
+    """Resize the centred square of a photo, bilinear with anti-aliasing.
+
+    Args:
+        pixels: ``uint8`` ``[H, W, 3]``.
+        size: Side of the result in px.
+        crop_pct: Side of the square as a share of the photo's shorter side.
+
+    Returns:
+        ``float32`` ``[3, size, size]`` from 0 to 255.
+    """
+    height, width = pixels.shape[:2]
+    side = np.float32(min(height, width)) * np.float32(crop_pct)
+    rows, top = _weights(height, side, size)
+    columns, left = _weights(width, side, size)
+    part = pixels[top : top + rows.shape[1], left : left + columns.shape[1]].astype(np.float32)
+    return rows @ part.transpose(2, 0, 1) @ columns.T
+
+
+def normalised(views: np.ndarray, preprocessing: Mapping[str, Any]) -> np.ndarray:
+    """Views ``[N, 3, S, S]`` from 0 to 255 with the mean and standard deviation that the network was trained with."""
+    mean, std = (np.array(preprocessing[name], np.float32)[:, None, None] for name in ("mean", "std"))
+    return (views / np.float32(255) - mean) / std
+
+
+def _weights(length: int, side: np.floating, target: int) -> tuple[np.ndarray, int]:
+    """Resampling matrix ``[target, n]`` of one axis, and the first of the ``n`` pixels that it needs."""
+    start, step = (length - float(side)) / 2, float(side) / target
+    support = max(step, 1.0)
+    first, last = max(0, math.floor(start - support)), min(length, math.ceil(start + float(side) + support))
+    centres = start + (np.arange(target) + 0.5) * step
+    distances = np.abs(np.arange(first, last) + 0.5 - centres[:, None])
+    weights = np.clip(1 - distances / support, 0, None)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32), first

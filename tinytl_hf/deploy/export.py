@@ -1,0 +1,85 @@
+"""The verb ``export``: load the adapter, and hand it to the format that was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.export import ExportConfig, ExportFormat
+from tinytl_hf.device import set_threads
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.model import TinyTLModel
+from tinytl_hf.network.torchvision_nets import check_size
+
+
+def export(config: ExportConfig, data: DataConfig) -> str:
+    """Export the adapter at ``config.adapter``.
+
+    Args:
+        config: What to write where.
+        data: Images for the check and for calibration; its sizes and crop are those of the exported model.
+
+    Returns:
+        What was written, and what was measured.
+
+    Raises:
+        TinyTLError: The adapter or its backbone cannot be loaded, the format does not fit, or writing fails.
+    """
+    set_threads(None)
+    model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)
+    return export_model(model, config, data)
+
+
+def export_as(
+    model: TinyTLModel, output: str | Path, format: ExportFormat, *, data: DataConfig | None = None, **options: Any
+) -> str:
+    """Export a model that is in memory; it stays as it is.
+
+    Args:
+        model: The model; its active adapter is exported.
+        output: The .onnx file, the .pte file or the folder to write.
+        format: What to write.
+        data: Images for the check and for calibration; None: those that the adapter names.
+        **options: The other fields of :class:`~tinytl_hf.config.export.ExportConfig`.
+
+    Returns:
+        What was written, and what was measured.
+
+    Raises:
+        TinyTLError: The format does not fit, a package is missing, the result differs, or writing fails.
+    """
+    return export_model(model, ExportConfig("", format, str(output), **options), data)
+
+
+def export_model(model: TinyTLModel, config: ExportConfig, data: DataConfig | None = None) -> str:
+    """As :func:`export_as`, with the options of the verb."""
+    sizes = model.config.preprocessing
+    record = model.config.data
+    if data is None:
+        data = DataConfig(train_size=sizes.train_size, eval_size=sizes.eval_size, crop_pct=sizes.crop_pct)
+        data = data if record is None else replace(record.as_trained(data), dataset=record.dataset)
+    if data.train_size != sizes.train_size:
+        raise TinyTLError(
+            f"data.train_size={data.train_size}: the adapter was trained at {sizes.train_size} px; choose the size in "
+            "use with --data.eval_size"
+        )
+    eval_size = data.eval_size or data.train_size
+    check_size(model.config.backbone.name, "eval_size", eval_size)
+    before, training = model.config, model.training
+    model.config = replace(before, preprocessing=replace(sizes, eval_size=eval_size, crop_pct=data.crop_pct))
+    try:
+        with torch.no_grad():
+            return _formats(model.eval(), config, data)
+    finally:
+        model.config = before
+        model.train(training)
+
+
+def _formats(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> str:
+    from tinytl_hf.deploy.onnx import export_onnx
+
+    return export_onnx(model, config, data)

@@ -1,0 +1,177 @@
+"""What all formats share: the plain network that is exported, what a file says of itself, and how it is written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinytl_hf.adapter.build import build_network
+from tinytl_hf.config.export import ExportConfig
+from tinytl_hf.disk import write_bytes
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.hub.transfer import without_paths
+from tinytl_hf.lean.int8 import dequantise
+from tinytl_hf.model import TinyTLModel
+from tinytl_hf.version import __version__
+
+INPUT, OUTPUT = "images", "logits"
+
+
+class Deployed(nn.Module):
+    """A model in use: the stock network, with the normalisation inside where pixels come in.
+
+    Args:
+        model: Where the weights come from; it stays as it is.
+        input: ``float`` for normalised images, ``uint8`` for pixels.
+        layout: ``NCHW`` or ``NHWC``.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: TinyTLModel, input: str = "float", layout: str = "NCHW") -> None:
+        super().__init__()
+        self.input, self.layout = input, layout
+        self.backbone = stock_backbone(model)
+        mean, std = (torch.tensor(values)[:, None, None] for values in _mean_and_std(model))
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images in the chosen type and layout to logits ``[N, classes]``."""
+        return self.backbone(self.normalised(images))
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """What this model gets, as normalised images ``[N, 3, S, S]``."""
+        if self.layout == "NHWC":
+            images = images.permute(0, 3, 1, 2)
+        return images.float() * self.scale + self.shift if self.input == "uint8" else images
+
+    def inputs_of(self, images: Tensor) -> Tensor:
+        """Normalised images ``[N, 3, S, S]`` as this model gets them; pixels are rounded to whole values."""
+        if self.input == "uint8":
+            images = ((images - self.shift) / self.scale).round().clamp(0, 255).to(torch.uint8)
+        return (images.permute(0, 2, 3, 1) if self.layout == "NHWC" else images).contiguous()
+
+
+def stock_backbone(model: TinyTLModel) -> nn.Module:
+    """The model's network with layers of PyTorch and torchvision or timm only, in fp32 on the CPU, as a copy."""
+    backbone, _ = build_network(model.config, "none")
+    filled = model.backbone
+    if model.config.backbone.frozen_weights == "int8":
+        filled = copy.deepcopy(filled)
+        dequantise(filled)
+    backbone.load_state_dict(filled.state_dict())
+    return backbone
+
+
+def _mean_and_std(model: TinyTLModel) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return model.config.preprocessing.mean, model.config.preprocessing.std
+
+
+def description(model: TinyTLModel, input: str, layout: str) -> dict[str, Any]:
+    """What an exported file says of itself: labels, preprocessing, input and provenance."""
+    config = without_paths(model.config)
+    size = config.preprocessing.eval_size
+    shape = [3, size, size] if layout == "NCHW" else [size, size, 3]
+    return {
+        "labels": config.label_names,
+        "preprocessing": asdict(config.preprocessing),
+        "input": {"name": INPUT, "type": input, "layout": layout, "shape": shape},
+        "backbone": config.backbone.name,
+        "method": config.method,
+        "adapter_config": json.loads(config.to_json()),
+        "tinytl_hf_version": __version__,
+        "torch_version": torch.__version__,
+    }
+
+
+def require(module: str, extra: str) -> Any:
+    """Import a module of an optional package.
+
+    Raises:
+        TinyTLError: It is not installed; names the extra that brings it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise TinyTLError(
+            f"format={extra}: the package {package} is not installed ({error}); run pip install 'tinytl-hf[{extra}]'"
+        ) from error
+
+
+def check_output(config: ExportConfig) -> Path:
+    """The path to write to, once it is known that something can be written there.
+
+    Raises:
+        TinyTLError: There is something already, or the folder around it cannot be made or written.
+    """
+    path = Path(config.output).expanduser()
+    if path.exists() and (not config.overwrite or path.is_dir() != (config.format == "timm")):
+        raise TinyTLError(f"output={path}: exists; name another, or replace an export with --overwrite true")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial = path.parent / f".{path.name}.tmp"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    return path
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Write the files of an export: all of them or, where one cannot be written, none of those that are new.
+
+    Raises:
+        TinyTLError: One cannot be written.
+    """
+    new = [path for path in files if not path.exists()]
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(exist_ok=True)
+            write_bytes(path, content)
+    except OSError as error:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder under another name and give it its name; one that is there and was exported is replaced."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        for name, content in files.items():
+            write_bytes(temporary / name, content)
+        if path.exists():
+            for name in files:
+                (temporary / name).replace(path / name)
+            temporary.rmdir()
+        else:
+            temporary.rename(path)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _cannot_write(path, error) from error
+
+
+def layer_of(node: torch.fx.Node) -> str:
+    """The layer that an operator of an exported graph belongs to, by its name in the network."""
+    stack = node.meta.get("nn_module_stack") or {}
+    name = list(stack.values())[-1][0] if stack else ""
+    return name.removeprefix("L['self'].").removeprefix("backbone.") or "the network"
+
+
+def _cannot_write(path: Path, error: OSError) -> TinyTLError:
+    return TinyTLError(f"output={path}: cannot be written ({error}); name another path")
