@@ -54,7 +54,7 @@ def adapter(colour_folder, tmp_path_factory):
         (["memory", "--methods", "FT-Full"], "methods=FT-Full: use values in brackets, as '[FT-Full]'"),
         (
             ["compare", "--revision", "v1", "x"],
-            "revision: this verb has no such option (eval, predict, merge, push, pull",
+            "revision: this verb has no such option (eval, predict, merge, export, push, pull",
         ),
         (["train", "--data.dataset", "${DATA}/x"], "data.dataset=${DATA}/x: ${DATA} is not expanded; write it out"),
     ],
