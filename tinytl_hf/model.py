@@ -32,10 +32,12 @@ from tinytl_hf.hub.transfer import find_adapter, push
 from tinytl_hf.lean.convert import convert
 from tinytl_hf.lean.int8 import quantise
 from tinytl_hf.lean.notes import training_paths
+from tinytl_hf.lean.prefix import find_prefix
 from tinytl_hf.network import methods
 from tinytl_hf.network.blocks import name_unknown_blocks
 from tinytl_hf.network.head import Head, without_head
 from tinytl_hf.network.torchvision_nets import pin_weights, sha256
+from tinytl_hf.network.trained_blocks import prefix_modules
 
 
 class TinyTLModel(nn.Module):
@@ -63,9 +65,12 @@ class TinyTLModel(nn.Module):
         self.config = replace(config, backbone=replace(config.backbone, sha256=sha256(frozen_tensors(self.backbone))))
         if config.backbone.frozen_weights == "int8":
             quantise(self.backbone)
-        self.stock_layers = convert(self.backbone, self._blocks, self.engine, config.preprocessing.train_size)
+        parts = prefix_modules(self.backbone, self._blocks, config.trained_blocks)
+        before = {module for part in parts for module in part.modules()}
+        self.stock_layers = convert(self.backbone, self._blocks, self.engine, config.preprocessing.train_size, before)
         # One layout always, so that a saved and a loaded model run the same kernels on the same numbers.
         self.backbone.to(memory_format=torch.channels_last)
+        self._prefix = find_prefix(self.backbone, self._blocks, config.trained_blocks, self.engine.slice_mb)
         self._adapters = Adapters()
         self.loaded_from: Path | None = None
 
@@ -83,6 +88,7 @@ class TinyTLModel(nn.Module):
             crop_pct=config.data.crop_pct,
             lite=config.lite,
             head=config.head,
+            trained_blocks=None if config.trained_blocks == "all" else config.trained_blocks,
             **asdict(config.engine),
         )
 
@@ -101,6 +107,7 @@ class TinyTLModel(nn.Module):
         crop_pct: float = 0.875,
         lite: LiteConfig | None = None,
         head: HeadConfig | None = None,
+        trained_blocks: int | None = None,
         lean: bool = Engine.lean,
         backend: BackendName = Engine.backend,
         slice_mb: float | None = None,
@@ -120,6 +127,7 @@ class TinyTLModel(nn.Module):
             crop_pct: Side of the evaluation crop as a share of an image's shorter side.
             lite: Options of the lite residuals.
             head: Options of the head.
+            trained_blocks: How many of the last residual blocks train, with what follows them; None: all.
             lean: Keep only what the gradients need while training, or what stock PyTorch keeps.
             backend: Who computes frozen blocks: eager, native (CPU), triton (CUDA), or auto, the fastest there is.
             slice_mb: About how much of a frozen block's widest map exists at a time, in MB; None: what suits it.
@@ -137,6 +145,7 @@ class TinyTLModel(nn.Module):
             method=method,  # type: ignore[arg-type]
             preprocessing=Preprocessing(train_size, eval_size or train_size, crop_pct),
             label_names=names,
+            trained_blocks=trained_blocks,
             lite=lite or LiteConfig(),
             head=head or HeadConfig(),
         )
@@ -263,15 +272,34 @@ class TinyTLModel(nn.Module):
         return import_module("tinytl_hf.deploy.export").export_as(self, output, format, **options)  # a room above
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``[N, 3, H, W]``, or :meth:`features` of them, to logits ``[N, classes]``."""
+        """Normalised images ``[N, 3, H, W]``, or their :meth:`boundary_features`, to logits ``[N, classes]``."""
         if images.ndim == 2:
             return self._head(images)
-        return self.backbone(images.contiguous(memory_format=torch.channels_last))
+        inputs, prefix = images.contiguous(memory_format=torch.channels_last), self._prefix
+        if prefix is not None and inputs.shape[1] != 3:
+            return prefix.rest_of(self.backbone)(inputs)
+        if prefix is None or not self.training or not self.engine.lean or torch.compiler.is_compiling():
+            return self.backbone(inputs)
+        return prefix.rest_of(self.backbone)(prefix.maps(inputs))
 
     def features(self, images: Tensor) -> Tensor:
         """What the head gets of images, as of :meth:`forward`: ``[N, features]``, without gradients; in any thread."""
         with torch.no_grad():
             return without_head(self.backbone)(images.contiguous(memory_format=torch.channels_last))
+
+    def boundary_features(self, images: Tensor) -> Tensor:
+        """What the first part that trains gets of normalised images ``[N, 3, H, W]``, without a gradient.
+
+        That is, for FT-Last, :meth:`features`; for a model whose last blocks train, maps ``[N, C, h, w]``.
+
+        Raises:
+            TinyTLError: The part that does not train cannot run by itself.
+        """
+        if self.config.method == "FT-Last":
+            return self.features(images)
+        if self._prefix is None:
+            raise TinyTLError(f"train.cache_features: {self.config.method} changes all features; name trained_blocks")
+        return self._prefix.maps(images.contiguous(memory_format=torch.channels_last))
 
     @property
     def label_names(self) -> list[str]:
@@ -334,6 +362,7 @@ class TinyTLModel(nn.Module):
         adapter = self._adapters.switch(name, self._loaded())
         self.backbone, self._blocks = adapter.backbone.train(self.training), adapter.blocks
         self.stock_layers, self.config, self.loaded_from = adapter.stock_layers, adapter.config, adapter.loaded_from
+        self._prefix = adapter.prefix
 
     @contextmanager
     def using(self, name: str) -> Iterator[TinyTLModel]:
@@ -389,7 +418,9 @@ class TinyTLModel(nn.Module):
         return next(module for module in self.backbone.modules() if isinstance(module, Head))
 
     def _loaded(self) -> LoadedAdapter:
-        return LoadedAdapter(self.backbone, self._blocks, self.stock_layers, self.config, self.loaded_from)
+        return LoadedAdapter(
+            self.backbone, self._blocks, self.stock_layers, self.config, self.loaded_from, self._prefix
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TinyTLModel:
         """Move or cast all adapters, where PyTorch would only reach the active one."""

@@ -37,7 +37,7 @@ def build_network(
     check_size(name, "eval_size", sizes.eval_size)
     backbone = create_backbone(name, weights, len(config.label_names), config.head.dropout)
     blocks = convert_blocks(backbone, engine is not None and engine.gradient_checkpointing)
-    methods.apply_method(backbone, blocks, config.method, sizes.train_size, config.lite)
+    methods.apply_method(backbone, blocks, config.method, sizes.train_size, config.lite, config.trained_blocks)
     return backbone, blocks
 
 

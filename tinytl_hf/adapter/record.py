@@ -115,12 +115,27 @@ class DataRecord:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What ``adapter_config.json`` holds."""
+    """What ``adapter_config.json`` holds.
+
+    Attributes:
+        backbone: The frozen network.
+        method: What trained.
+        preprocessing: From an image to the network's input.
+        label_names: Names of the classes, in the order of the logits.
+        trained_blocks: How many of the last blocks trained, with what follows them; None: all.
+        lite: The lite residuals.
+        head: The classifier.
+        data: What it was trained on.
+        dtype: Type of the tensors in the file.
+        format_version: Version of this format.
+        tinytl_hf_version: Version of the package that wrote it.
+    """
 
     backbone: BackboneRecord
     method: MethodName
     preprocessing: Preprocessing
     label_names: list[str]
+    trained_blocks: int | None = None
     lite: LiteConfig = field(default_factory=LiteConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     data: DataRecord | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from tinytl_hf.adapter.delta import frozen_tensors
 from tinytl_hf.adapter.record import AdapterConfig
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.blocks import TinyTLBlock
+
+if TYPE_CHECKING:
+    from tinytl_hf.lean.prefix import Prefix
 
 FIRST = "default"  # name of the adapter that a model is made with
 
@@ -32,6 +36,7 @@ class LoadedAdapter:
         stock_layers: Its layers that keep full-size maps while training.
         config: What the adapter says of itself.
         loaded_from: Its folder, or None.
+        prefix: What runs before its first trained block, where that can run by itself.
     """
 
     backbone: nn.Module
@@ -39,6 +44,7 @@ class LoadedAdapter:
     stock_layers: list[str]
     config: AdapterConfig
     loaded_from: Path | None
+    prefix: Prefix | None
 
 
 class Adapters:

@@ -72,6 +72,9 @@ class Config:
     method: MethodName | MethodAlias = "TinyTL-L+B"
     """What trains: FT-Last, TinyTL-B, TinyTL-L, TinyTL-L+B, FT-Norm+Last, FT-Full or FT-Layerwise (or a
     name of the old script: finetune, norm+last, deep, bias, low)."""
+    trained_blocks: int | Literal["all"] = "all"
+    """How many of the backbone's last residual blocks train or get a lite residual, with what follows them: fewer
+    need less memory and time. What stands before them runs forward only, with its statistics as they are."""
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     """Experiment tracker that gets each epoch's figures."""
     metrics: list[str] = field(default_factory=list)
@@ -89,9 +92,14 @@ class Config:
         check(self.seed >= 0, "seed", self.seed, "use 0 or more")
         check_text("output_dir", self.output_dir)
         object.__setattr__(self, "method", METHOD_ALIASES.get(self.method, self.method))
+        blocks = self.trained_blocks
+        check(blocks == "all" or blocks >= 1, "trained_blocks", blocks, "use 1 or more, or all")
+        fits = blocks == "all" or self.method != "FT-Last"
+        check(fits, "trained_blocks", blocks, "FT-Last trains no block; use all, or another method")
         caches = self.train.cache_features
-        fits = not caches or self.method == "FT-Last"
-        check(fits, "train.cache_features", caches, f"{self.method} changes the features; use it with FT-Last")
+        fits = not caches or self.method == "FT-Last" or blocks != "all"
+        reason = f"{self.method} changes the features; use it with FT-Last, or name trained_blocks"
+        check(fits, "train.cache_features", caches, reason)
         start = self.data.start_size
         check(not caches or start is None, "data.start_size", start, "train.cache_features takes one size")
 

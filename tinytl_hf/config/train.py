@@ -40,9 +40,10 @@ class TrainConfig:
     max_grad_norm: float | None = None
     """Clip the gradients' total norm to this; null: do not clip."""
     cache_features: bool = False
-    """FT-Last: compute the frozen backbone's features of each image once, of its evaluation view and, with
-    data.flip, of that mirrored, and train the head on them: many times faster, without random crops. Keeps 4
-    bytes a feature and view."""
+    """Compute once what does not change, of each image's evaluation view and, with data.flip, of that mirrored: for
+    FT-Last the features that the head gets, with trained_blocks the maps before the first of them. Training on those
+    is many times faster, without random crops. Keeps 2 bytes a value and view, on the disk (TMPDIR) if that is more
+    than data.memory_limit_mb."""
     gradient_checkpointing: bool = Engine.gradient_checkpointing
     """Recompute each block in the backward pass: less memory, more time, same results."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
-GROUP_MB = 4.0  # of pixels as floats at a time, so that large photos need little more than what the network gets
+GROUP_MB = 1.0  # of pixels as floats at a time, so that large photos need little more than what the network gets
 
 
 def centre_boxes(sizes: Tensor, crop_pct: float) -> Tensor:

@@ -70,8 +70,8 @@ def _write(file: FileIO, images: Iterable[Tensor | None]) -> tuple[list[Shape | 
         return shapes, error
     except OSError as error:
         return shapes, TinyTLError(
-            f"the decoded images cannot be written to {tempfile.gettempdir()} ({error}); name a folder with more room "
-            "in TMPDIR, or let them stream with a lower --data.memory_limit_mb"
+            f"decoded images or features cannot be written to {tempfile.gettempdir()} ({error}); name a folder with "
+            "more room in TMPDIR, or let images stream with a lower --data.memory_limit_mb"
         )
     return shapes, None
 

@@ -88,6 +88,7 @@ def render_card(
         name=HERE,
         method=config.method,
         backbone=config.backbone.name,
+        trained_blocks=config.trained_blocks,
         labels=[_escaped(label) for label in config.label_names],
         shown_labels=SHOWN_LABELS,
         eval_size=config.preprocessing.eval_size,

@@ -6,7 +6,7 @@ else their convolutions with norm and activation do, else single layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -67,7 +67,13 @@ KEEP_NOTHING = {
 }
 
 
-def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine, train_size: int) -> list[str]:
+def convert(
+    backbone: nn.Module,
+    blocks: dict[str, TinyTLBlock],
+    engine: Engine,
+    train_size: int,
+    prefix: Collection[nn.Module] = (),
+) -> list[str]:
     """Make the training pass of ``backbone`` lean wherever its layers allow it.
 
     Args:
@@ -75,6 +81,7 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine,
         blocks: Its residual blocks by name.
         engine: Whether to, and its slices.
         train_size: Side of the training images in px, at which parts with layers of unknown types are tried out.
+        prefix: The modules before the first trained block, which are not joined with what follows them.
 
     Returns:
         Names of the layers that stay stock and keep full-size tensors, each with its type.
@@ -98,7 +105,7 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine,
         block.lean_path = path
     for module in backbone.modules():
         if type(module) is nn.Sequential and module not in done:
-            again.update(join_recomputed(module, engine.slice_mb))
+            again.update(join_recomputed(module, engine.slice_mb, prefix))
     frozen = any(isinstance(m, nn.Conv2d) and not m.weight.requires_grad for m in backbone.modules())
     for module in backbone.modules():
         if module in done | again or not frozen:
@@ -120,7 +127,7 @@ def convert(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine,
             _fold_norm(module, engine)
     for module in backbone.modules():
         if type(module) is nn.Sequential and len(module) > 1:
-            _join_opening(module)
+            _join_opening(module, prefix)
     return [
         f"{name} ({type(module).__name__})"
         for name, module in backbone.named_modules()
@@ -175,10 +182,12 @@ def _keeps_little(layer: nn.Module) -> bool:
     return _becomes_lean(layer) or not may_keep_maps(layer)
 
 
-def _join_opening(layers: nn.Sequential) -> None:
+def _join_opening(layers: nn.Sequential, prefix: Collection[nn.Module]) -> None:
     """Let a stem and the block that follows it train as one chain."""
     stem, block = layers[0], layers[1]
     if not isinstance(stem, LeanConvNormActivation) or not isinstance(block, TinyTLBlock):
+        return
+    if stem in prefix and block not in prefix:
         return
     path = block.lean_path
     main = path.main if isinstance(path, LeanBlockPath) else path

@@ -6,7 +6,7 @@ blocks, stem and down-sampling, joins the run before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -59,15 +59,19 @@ class LeanSequence(nn.Sequential):
         return input
 
 
-def join_recomputed(layers: nn.Sequential, slice_mb: float | None) -> set[nn.Module]:
+def join_recomputed(
+    layers: nn.Sequential, slice_mb: float | None, prefix: Collection[nn.Module] = ()
+) -> set[nn.Module]:
     """Let neighbours among ``layers`` that would be computed again one by one be so as one, where they allow it.
+
+    Those in ``prefix`` are never computed again.
 
     Returns:
         The modules that no longer train by themselves, but as part of what is computed again.
     """
     passes: list[Callable[[Tensor], Tensor]] = []
     joined: set[nn.Module] = set()
-    for run in _runs(list(_units(layers))):
+    for run in _runs(list(_units(layers)), prefix):
         blocks = [unit for unit in run if isinstance(unit, TinyTLBlock)]
         if len(run) == 1 or not blocks:
             passes.extend(run)
@@ -95,14 +99,15 @@ def _units(layers: nn.Sequential) -> Iterator[nn.Module]:
             yield layer
 
 
-def _runs(units: list[nn.Module]) -> Iterator[list[nn.Module]]:
+def _runs(units: list[nn.Module], prefix: Collection[nn.Module]) -> Iterator[list[nn.Module]]:
     """Neighbours that may be joined, with at most so many blocks; what may not be stands alone."""
     run: list[nn.Module] = []
     for unit in units:
-        if run and (not _may_join(unit) or _is_full(run, unit)):
+        joins = unit not in prefix and _may_join(unit)
+        if run and (not joins or _is_full(run, unit)):
             yield run
             run = []
-        if _may_join(unit):
+        if joins:
             run.append(unit)
         else:
             yield [unit]

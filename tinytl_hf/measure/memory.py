@@ -148,6 +148,7 @@ def conditions(config: Config, **sizes: int | str) -> dict[str, Any]:
         "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
         **({} if config.train.max_grad_norm is None else {"max_grad_norm": config.train.max_grad_norm}),
         "frozen_weights": config.backbone.frozen_weights,
+        **({} if config.trained_blocks == "all" else {"trained_blocks": config.trained_blocks}),
         "precision": config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "engine": describe(config.engine, device),

@@ -21,9 +21,10 @@ def paper_rule(model: TinyTLModel, batch_size: int, frozen_bits: int = 8) -> flo
 
     One image at the model's resolution walks through the stock network. A convolution, linear layer or norm keeps
     its fp32 input if its own weight trains; if anything but the head trains, a ReLU keeps one bit a value and a
-    smooth activation or a layer norm its fp32 input. While a layer runs it takes its input and, if it is a
-    convolution or linear layer, its output too (one group's share of it); a block that adds its input back holds that
-    as well. The highest sum, times ``batch_size``, and the parameters make up the figure.
+    smooth activation or a layer norm its fp32 input, but for those before the first trained block. While a layer runs
+    it takes its input and, if it is a convolution or linear layer, its output too (one group's share of it); a block
+    that adds its input back holds that as well. The highest sum, times ``batch_size``, and the parameters make up the
+    figure.
 
     Not counted, as in the paper: gradients, optimizer state, running statistics, temporaries of the backward pass,
     what ConvNeXt's layer scales keep where they train, a lite residual's pooled and up-sampled maps and, where a block
@@ -60,20 +61,27 @@ class _Walk:
     def __init__(self, model: TinyTLModel) -> None:
         head = {p for module in model.modules() if isinstance(module, Head) for p in module.parameters()}
         self.backpropagates = any(p not in head for p in model.trainable_parameters())
+        self.in_prefix = model.config.trained_blocks is not None
         self.peak = self.kept = self.residual = 0.0
 
     def follow(self, module: nn.Module) -> list[RemovableHandle]:
         """Hook a layer that counts, or a block that holds its input."""
-        if isinstance(module, TinyTLBlock) and module.kind.adds_input(module):
-            return [module.register_forward_pre_hook(self._hold), module.register_forward_hook(self._hold)]
+        if isinstance(module, TinyTLBlock):
+            return [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)]
         if isinstance(module, LiteResidual):  # its ReLU is no layer of its own
             return [module.norm1.register_forward_hook(lambda _, __, maps: self._run(nn.ReLU(), (maps,), maps))]
         if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.GroupNorm, *MASKED, *SMOOTH)):
             return [module.register_forward_hook(self._run, prepend=True)]  # a norm before the ReLU that follows it
         return []
 
-    def _hold(self, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> None:
-        self.residual = FLOAT_BYTES * inputs[0].numel() if output is None else 0.0
+    def _enter(self, block: TinyTLBlock, inputs: tuple[Tensor, ...]) -> None:
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            self.in_prefix = False
+        if block.kind.adds_input(block):
+            self.residual = FLOAT_BYTES * inputs[0].numel()
+
+    def _leave(self, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.residual = 0.0
 
     def _run(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         read = temporary = FLOAT_BYTES * inputs[0].numel()
@@ -84,6 +92,6 @@ class _Walk:
         self.peak = max(self.peak, temporary + self.kept + self.residual)
         if isinstance(layer, (*MASKED, *SMOOTH)):
             share = 1 / 32 if isinstance(layer, MASKED) else 1.0
-            self.kept += share * read if self.backpropagates else 0.0
+            self.kept += share * read if self.backpropagates and not self.in_prefix else 0.0
         elif isinstance(layer.weight, Tensor) and layer.weight.requires_grad:
             self.kept += read

@@ -60,6 +60,7 @@ def save_results(
         **figures,
         **asdict(images),
         "method": model.config.method,
+        "trained_blocks": model.config.trained_blocks or "all",
         "backbone": model.config.backbone.name,
         "eval_size": model.config.preprocessing.eval_size,
         "label_names": model.label_names,

@@ -19,6 +19,7 @@ from tinytl_hf.network.blocks import TinyTLBlock, add_lite_residuals
 from tinytl_hf.network.head import Head
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.norms import AlwaysEvaluates, FrozenBatchNorm2d, GlobalBatchNorm2d, replace_batch_norms
+from tinytl_hf.network.trained_blocks import last_blocks, prefix_modules
 
 
 class Role(Enum):
@@ -77,6 +78,7 @@ def apply_method(
     method: MethodName,
     train_size: int,
     lite: LiteConfig,
+    trained_blocks: int | None = None,
 ) -> None:
     """Make ``backbone`` train by ``method``, in place.
 
@@ -86,9 +88,10 @@ def apply_method(
         method: One of ``METHODS``.
         train_size: Side of the training images in px, to which the lite residuals are fitted.
         lite: Options of the lite residuals.
+        trained_blocks: Only that many of the last blocks, and what follows them, train; None: all.
 
     Raises:
-        TinyTLError: The backbone has no blocks where the method needs them, or a parameter of unknown role.
+        TinyTLError: The backbone has no such blocks where the method needs them, or a parameter of unknown role.
     """
     plan = METHODS[method]
     if not blocks and (plan.lite_residual or method == "FT-Layerwise"):
@@ -96,12 +99,14 @@ def apply_method(
             f"method={method}: this backbone has no inverted-residual or residual blocks; it supports "
             "FT-Last, TinyTL-B, FT-Norm+Last and FT-Full"
         )
-    replace_batch_norms(backbone, GlobalBatchNorm2d if plan.batch_statistics else FrozenBatchNorm2d)
+    prefix = prefix_modules(backbone, blocks, trained_blocks)
+    untrained = {parameter for part in prefix for parameter in part.parameters()}
+    replace_batch_norms(backbone, GlobalBatchNorm2d if plan.batch_statistics else FrozenBatchNorm2d, prefix)
     if plan.lite_residual:
-        add_lite_residuals(backbone, blocks, train_size, lite)
+        add_lite_residuals(backbone, last_blocks(blocks, trained_blocks), train_size, lite)
     roles = parameter_roles(backbone)
     for name, parameter in backbone.named_parameters():
-        parameter.requires_grad_(roles[name] in plan.trains)
+        parameter.requires_grad_(roles[name] in plan.trains and parameter not in untrained)
 
 
 def parameter_roles(backbone: nn.Module) -> dict[str, Role]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -130,20 +130,23 @@ class AlwaysEvaluates(nn.Module):
         return super().train(False)
 
 
-def replace_batch_norms(module: nn.Module, norm: type[nn.BatchNorm2d]) -> None:
+def replace_batch_norms(module: nn.Module, norm: type[nn.BatchNorm2d], frozen: Collection[nn.Module] = ()) -> None:
     """Replace every ``nn.BatchNorm2d`` under ``module`` by ``norm``, in place, with the same tensors.
+
+    Those in the parts ``frozen``, or among them, are frozen in any case.
 
     A subclass may do more than normalise, so it keeps its own forward pass: where ``norm`` is a frozen one, it becomes
     a type that stays in evaluation mode, else it stays as it is.
     """
     for name, child in module.named_children():
+        kind: type[nn.BatchNorm2d] = FrozenBatchNorm2d if child in frozen else norm
         if type(child) is nn.BatchNorm2d:
-            setattr(module, name, _with_tensors_of(child, norm))
+            setattr(module, name, _with_tensors_of(child, kind))
         elif not isinstance(child, nn.BatchNorm2d):
-            replace_batch_norms(child, norm)
-        elif norm is FrozenBatchNorm2d:
-            frozen = type(f"Frozen{type(child).__name__}", (AlwaysEvaluates, type(child)), {"__module__": __name__})
-            child.__class__ = frozen
+            replace_batch_norms(child, kind, frozen)
+        elif kind is FrozenBatchNorm2d:
+            own_class = type(f"Frozen{type(child).__name__}", (AlwaysEvaluates, type(child)), {"__module__": __name__})
+            child.__class__ = own_class
             child.eval()
 
 

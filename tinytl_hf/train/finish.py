@@ -114,6 +114,7 @@ def _recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
     crop = "none, features computed once" if options.cache_features else f"{low:g} to {high:g} of the area"
     return {
         "method": config.method,
+        "trained blocks": "all" if config.trained_blocks == "all" else f"the last {config.trained_blocks}",
         "epochs": options.epochs,
         "batch size": options.global_batch_size,
         "optimizer": options.optimizer,

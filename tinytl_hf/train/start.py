@@ -72,10 +72,14 @@ def set_up(config: Config) -> Run:
     in_memory = {"train": train_images.in_memory, "eval": eval_images.in_memory}
     start = time.perf_counter()
     if options.cache_features:
-        train_set = compute_features(accelerator, model, train_images, config, mirrored=config.data.flip)
-        eval_set = compute_features(accelerator, model, eval_images, config)
+        train_set = compute_features(accelerator, model, train_images, config, trains=True)
+        eval_set = compute_features(accelerator, model, eval_images, config, trains=False)
         # The training images go when the features are there.
-        in_memory = {"features": train_set.in_memory + eval_set.in_memory, "eval": eval_images.in_memory}
+        in_memory = {
+            "train features": train_set.in_memory,
+            "eval features": eval_set.in_memory,
+            "eval": eval_images.in_memory,
+        }
     feature_seconds = seconds_since(start, accelerator.device)
     shuffled = batches.ShuffledBatches(
         len(train_images), options.global_batch_size, options.gradient_accumulation_steps, config.seed
