@@ -68,7 +68,7 @@ def test_it_starts_as_the_backbone_and_goes_on_from_the_maps_of_the_prefix(make_
         model._head.load_state_dict(plain._head.state_dict())
         with torch.no_grad():
             assert torch.equal(model(images), plain(images))
-            maps = model.boundary_features(images)
+            maps = model.prefix.maps(images)
             assert maps.ndim == 4 and maps.shape[1] > 3
             assert torch.equal(model(maps), plain(images))
 
@@ -114,7 +114,7 @@ def test_a_run_of_the_last_blocks_is_resumed_evaluated_switched_merged_and_says_
         other.load_adapter(adapter, "last")
         with other.using("last"):
             assert torch.equal(other(images), logits)
-            assert torch.equal(other(other.boundary_features(images)), logits)
+            assert torch.equal(other(other.prefix.maps(images)), logits)
     merged = tmp_path / "merged.safetensors"
     assert run_cli("merge", "--adapter", adapter, "--output", merged).returncode == 0
     again = tmp_path / "again.json"

@@ -21,12 +21,11 @@ from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, DataRecord, 
 from tinytl_hf.adapter.switching import Adapters, LoadedAdapter
 from tinytl_hf.config.engine import BackendName, Engine
 from tinytl_hf.config.hub import PushConfig
-from tinytl_hf.config.network import METHOD_ALIASES, HeadConfig, LiteConfig
+from tinytl_hf.config.network import HeadConfig, LiteConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import centre_boxes, resample
 from tinytl_hf.data.inputs import pixels_of
 from tinytl_hf.data.tensors import pad_images
-from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import read_card, render_card
 from tinytl_hf.hub.transfer import find_adapter, push
 from tinytl_hf.lean.convert import convert
@@ -37,7 +36,6 @@ from tinytl_hf.network import methods
 from tinytl_hf.network.blocks import name_unknown_blocks
 from tinytl_hf.network.head import Head, without_head
 from tinytl_hf.network.torchvision_nets import pin_weights, sha256
-from tinytl_hf.network.trained_blocks import prefix_modules
 
 
 class TinyTLModel(nn.Module):
@@ -46,8 +44,7 @@ class TinyTLModel(nn.Module):
     Build it with :meth:`from_backbone` or :meth:`from_pretrained`. Parameter names under ``backbone`` are
     torchvision's, with ``lite_residual`` added to the blocks that have one.
 
-    It can hold more adapters over the same frozen weights: see :meth:`load_adapter`. Everything else (calls,
-    ``config``, ``preprocess``, ``trainable_parameters``, ``save_pretrained``) is about the active one.
+    More adapters can share its frozen weights (:meth:`load_adapter`); everything else is about the active one.
 
     Args:
         config: What to build. A ``sha256`` in it is checked against the frozen weights.
@@ -56,6 +53,7 @@ class TinyTLModel(nn.Module):
     Attributes:
         stock_layers: Layers that can keep full-size maps while training, by name and type.
         loaded_from: Folder that :meth:`from_pretrained` loaded, or None.
+        prefix: Where the last blocks alone train: what runs before them.
     """
 
     def __init__(self, config: AdapterConfig, engine: Engine | None = None) -> None:
@@ -65,12 +63,11 @@ class TinyTLModel(nn.Module):
         self.config = replace(config, backbone=replace(config.backbone, sha256=sha256(frozen_tensors(self.backbone))))
         if config.backbone.frozen_weights == "int8":
             quantise(self.backbone)
-        parts = prefix_modules(self.backbone, self._blocks, config.trained_blocks)
-        before = {module for part in parts for module in part.modules()}
-        self.stock_layers = convert(self.backbone, self._blocks, self.engine, config.preprocessing.train_size, before)
+        size, trained = config.preprocessing.train_size, config.trained_blocks
+        self.stock_layers = convert(self.backbone, self._blocks, self.engine, size, trained)
         # One layout always, so that a saved and a loaded model run the same kernels on the same numbers.
         self.backbone.to(memory_format=torch.channels_last)
-        self._prefix = find_prefix(self.backbone, self._blocks, config.trained_blocks, self.engine.slice_mb)
+        self.prefix = find_prefix(self.backbone, self._blocks, trained, self.engine.slice_mb)
         self._adapters = Adapters()
         self.loaded_from: Path | None = None
 
@@ -137,12 +134,9 @@ class TinyTLModel(nn.Module):
             TinyTLError: A name, source or option that does not fit, with the fix.
         """
         names = label_strings(label_names, num_classes)
-        method = METHOD_ALIASES.get(method, method)
-        if method not in methods.METHODS:
-            raise TinyTLError(f"method={method}: use one of {', '.join(methods.METHODS)}")
         config = AdapterConfig(
             backbone=BackboneRecord(name, weights, frozen_weights=frozen_weights),
-            method=method,  # type: ignore[arg-type]
+            method=methods.by_name(method),
             preprocessing=Preprocessing(train_size, eval_size or train_size, crop_pct),
             label_names=names,
             trained_blocks=trained_blocks,
@@ -181,8 +175,7 @@ class TinyTLModel(nn.Module):
             gradient_checkpointing: As there.
             revision: On the Hub: a branch, a tag or a commit.
             token: On the Hub: the token; None: that of ``hf auth login`` or HF_TOKEN.
-            **download: On the Hub: ``cache_dir``, ``force_download``, ``local_files_only`` and the like, as
-                ``huggingface_hub.snapshot_download`` takes them.
+            **download: On the Hub: ``cache_dir`` and the like, as ``huggingface_hub.snapshot_download`` takes them.
 
         Raises:
             TinyTLError: No adapter there, a damaged one, or another backbone than it was trained on.
@@ -272,34 +265,18 @@ class TinyTLModel(nn.Module):
         return import_module("tinytl_hf.deploy.export").export_as(self, output, format, **options)  # a room above
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``[N, 3, H, W]``, or their :meth:`boundary_features`, to logits ``[N, classes]``."""
+        """Normalised images ``[N, 3, H, W]``, or :meth:`features` or ``prefix.maps`` of them, to logits."""
         if images.ndim == 2:
             return self._head(images)
-        inputs, prefix = images.contiguous(memory_format=torch.channels_last), self._prefix
-        if prefix is not None and inputs.shape[1] != 3:
-            return prefix.rest_of(self.backbone)(inputs)
-        if prefix is None or not self.training or not self.engine.lean or torch.compiler.is_compiling():
-            return self.backbone(inputs)
-        return prefix.rest_of(self.backbone)(prefix.maps(inputs))
+        images = images.contiguous(memory_format=torch.channels_last)
+        if self.prefix is None:
+            return self.backbone(images)
+        return self.prefix.run(self.backbone, images, lean=self.training and self.engine.lean)
 
     def features(self, images: Tensor) -> Tensor:
         """What the head gets of images, as of :meth:`forward`: ``[N, features]``, without gradients; in any thread."""
         with torch.no_grad():
             return without_head(self.backbone)(images.contiguous(memory_format=torch.channels_last))
-
-    def boundary_features(self, images: Tensor) -> Tensor:
-        """What the first part that trains gets of normalised images ``[N, 3, H, W]``, without a gradient.
-
-        That is, for FT-Last, :meth:`features`; for a model whose last blocks train, maps ``[N, C, h, w]``.
-
-        Raises:
-            TinyTLError: The part that does not train cannot run by itself.
-        """
-        if self.config.method == "FT-Last":
-            return self.features(images)
-        if self._prefix is None:
-            raise TinyTLError(f"train.cache_features: {self.config.method} changes all features; name trained_blocks")
-        return self._prefix.maps(images.contiguous(memory_format=torch.channels_last))
 
     @property
     def label_names(self) -> list[str]:
@@ -337,8 +314,7 @@ class TinyTLModel(nn.Module):
         Args:
             path: Its folder, or its name on the Hub.
             name: What to call it here.
-            weights: Where to read the backbone's weights that it needs and that are not in memory, as the active
-                adapter trains them; None: where this model's came from.
+            weights: Where to read what the active adapter trains of the backbone; None: where the model's came from.
             revision: On the Hub: a branch, a tag or a commit.
 
         Raises:
@@ -360,16 +336,12 @@ class TinyTLModel(nn.Module):
             TinyTLError: No such adapter.
         """
         adapter = self._adapters.switch(name, self._loaded())
-        self.backbone, self._blocks = adapter.backbone.train(self.training), adapter.blocks
-        self.stock_layers, self.config, self.loaded_from = adapter.stock_layers, adapter.config, adapter.loaded_from
-        self._prefix = adapter.prefix
+        adapter.backbone.train(self.training)
+        self.backbone, self._blocks, self.prefix, self.stock_layers, self.config, self.loaded_from = adapter
 
     @contextmanager
     def using(self, name: str) -> Iterator[TinyTLModel]:
-        """Use another adapter in a ``with`` block, and the one before it again after that.
-
-        It changes the model for all threads: one that needs an adapter of its own needs a model of its own.
-        """
+        """Use another adapter in a ``with`` block, in all threads, and after it the one before again."""
         before = self.active_adapter
         self.set_adapter(name)
         try:
@@ -418,9 +390,8 @@ class TinyTLModel(nn.Module):
         return next(module for module in self.backbone.modules() if isinstance(module, Head))
 
     def _loaded(self) -> LoadedAdapter:
-        return LoadedAdapter(
-            self.backbone, self._blocks, self.stock_layers, self.config, self.loaded_from, self._prefix
-        )
+        network = self.backbone, self._blocks, self.prefix
+        return LoadedAdapter(*network, self.stock_layers, self.config, self.loaded_from)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TinyTLModel:
         """Move or cast all adapters, where PyTorch would only reach the active one."""

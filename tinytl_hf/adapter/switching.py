@@ -8,9 +8,8 @@ they exist once, and switching exchanges the trees: it copies nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,25 +25,24 @@ if TYPE_CHECKING:
 FIRST = "default"  # name of the adapter that a model is made with
 
 
-@dataclass(frozen=True)
-class LoadedAdapter:
+class LoadedAdapter(NamedTuple):
     """What a model is made of while one of its adapters is active.
 
     Attributes:
         backbone: The tree of modules, with the adapter's tensors in it.
         blocks: Its residual blocks by name.
+        prefix: What runs before its first trained block, where that can run by itself.
         stock_layers: Its layers that keep full-size maps while training.
         config: What the adapter says of itself.
         loaded_from: Its folder, or None.
-        prefix: What runs before its first trained block, where that can run by itself.
     """
 
     backbone: nn.Module
     blocks: dict[str, TinyTLBlock]
+    prefix: Prefix | None
     stock_layers: list[str]
     config: AdapterConfig
     loaded_from: Path | None
-    prefix: Prefix | None
 
 
 class Adapters:

@@ -41,6 +41,7 @@ from tinytl_hf.lean.stage import UPPER, Stage
 from tinytl_hf.network.blocks import TinyTLBlock, leaves, own_layers, own_modules, unknown_blocks
 from tinytl_hf.network.head import Head
 from tinytl_hf.network.norms import FrozenBatchNorm2d
+from tinytl_hf.network.trained_blocks import modules_before
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
@@ -72,7 +73,7 @@ def convert(
     blocks: dict[str, TinyTLBlock],
     engine: Engine,
     train_size: int,
-    prefix: Collection[nn.Module] = (),
+    trained_blocks: int | None = None,
 ) -> list[str]:
     """Make the training pass of ``backbone`` lean wherever its layers allow it.
 
@@ -81,13 +82,14 @@ def convert(
         blocks: Its residual blocks by name.
         engine: Whether to, and its slices.
         train_size: Side of the training images in px, at which parts with layers of unknown types are tried out.
-        prefix: The modules before the first trained block, which are not joined with what follows them.
+        trained_blocks: How many of the last blocks train; what stands before them is not joined with them.
 
     Returns:
         Names of the layers that stay stock and keep full-size tensors, each with its type.
     """
     if not engine.lean:
         return []
+    prefix = modules_before(backbone, blocks, trained_blocks)
     done: set[nn.Module] = set()
     again: set[nn.Module] = set()  # modules of what is computed again
     independent = _independent_parts(backbone, blocks, train_size)

@@ -5,7 +5,6 @@ So of the whole batch only the maps at its end exist. Training can go on from th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from tinytl_hf.lean.paths import LeanOpening
 from tinytl_hf.lean.runs import LeanSequence
 from tinytl_hf.lean.slices import Gathered, even_slices, slice_mb_on
 from tinytl_hf.network.blocks import TinyTLBlock
+from tinytl_hf.network.head import with_own_children
 from tinytl_hf.network.trained_blocks import last_blocks, prefix_modules
 
 SHARE_OF_CHAIN = (
@@ -53,6 +53,20 @@ class Prefix:
             gathered.put(part, maps.contiguous(memory_format=torch.channels_last))
         assert gathered.whole is not None
         return gathered.whole
+
+    def run(self, backbone: nn.Module, inputs: Tensor, lean: bool) -> Tensor:
+        """The logits of images, or of their maps at the end of the prefix.
+
+        Args:
+            backbone: The network that this is the prefix of.
+            inputs: Images ``[N, 3, H, W]`` or :meth:`maps` of them ``[N, C, h, w]``.
+            lean: Whether images go through the prefix some at a time; a graph that is compiled is not sliced.
+        """
+        if inputs.shape[1] != 3:
+            return self.rest_of(backbone)(inputs)
+        if not lean or torch.compiler.is_compiling():
+            return backbone(inputs)
+        return self.rest_of(backbone)(self.maps(inputs))
 
     def rest_of(self, backbone: nn.Module) -> nn.Module:
         """The network without the prefix, from those maps to the logits; all that it has is ``backbone``'s."""
@@ -99,8 +113,8 @@ def _without(module: nn.Module, prefix: set[nn.Module]) -> nn.Module:
         return nn.Identity()
     if not any(part in prefix for part in module.modules()):
         return module
-    rest = copy.copy(module)
-    rest._modules = {name: None if part is None else _without(part, prefix) for name, part in module._modules.items()}
+    rest = with_own_children(module)
+    rest._modules.update({name: _without(part, prefix) for name, part in module.named_children()})
     if isinstance(rest, LeanOpening):
         rest.opening = None  # of a stem and a block in the prefix
     elif isinstance(rest, LeanSequence):

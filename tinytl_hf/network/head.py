@@ -51,15 +51,15 @@ def without_head(backbone: nn.Module) -> nn.Module:
     """
     name = next(name for name, module in backbone.named_modules() if isinstance(module, Head))
     *path, last = name.split(".")
-    top = holder = _with_own_children(backbone)
+    top = holder = with_own_children(backbone)
     for part in path:
-        holder._modules[part] = _with_own_children(holder.get_submodule(part))
+        holder._modules[part] = with_own_children(holder.get_submodule(part))
         holder = holder.get_submodule(part)
     holder._modules[last] = nn.Identity()
     return top
 
 
-def _with_own_children(module: nn.Module) -> nn.Module:
+def with_own_children(module: nn.Module) -> nn.Module:
     """A module with the same parameters and children, of which children can be exchanged."""
     alone = copy.copy(module)
     alone._modules = dict(module._modules)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torchvision.models.convnext import CNBlock
 
-from tinytl_hf.config.network import LiteConfig, MethodName
+from tinytl_hf.config.network import METHOD_ALIASES, LiteConfig, MethodName
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.blocks import TinyTLBlock, add_lite_residuals
 from tinytl_hf.network.head import Head
@@ -66,6 +66,19 @@ METHODS: dict[str, Method] = {
     "FT-Full": Method(frozenset({Role.HEAD, *BACKBONE}), batch_statistics=True),
     "FT-Layerwise": Method(frozenset({Role.HEAD, *BACKBONE}), batch_statistics=True),
 }
+
+
+def by_name(name: str) -> MethodName:
+    """The method of this name, or of this name of the old script.
+
+    Raises:
+        TinyTLError: There is none.
+    """
+    method = METHOD_ALIASES.get(name, name)
+    if method not in METHODS:
+        raise TinyTLError(f"method={name}: use one of {', '.join(METHODS)}")
+    return method  # type: ignore[return-value]
+
 
 LAYERWISE_LAST_BLOCKS = 5
 LAYERWISE_LAST_SCALE = 0.6

@@ -35,6 +35,11 @@ def prefix_modules(backbone: nn.Module, blocks: dict[str, TinyTLBlock], count: i
     return _before(backbone, next(iter(last_blocks(blocks, count).values())))
 
 
+def modules_before(backbone: nn.Module, blocks: dict[str, TinyTLBlock], count: int | None) -> set[nn.Module]:
+    """All modules of :func:`prefix_modules`, down to single layers."""
+    return {module for part in prefix_modules(backbone, blocks, count) for module in part.modules()}
+
+
 def _before(module: nn.Module, block: nn.Module) -> list[nn.Module]:
     parts: list[nn.Module] = []
     for child in module.children():

@@ -95,7 +95,7 @@ def compute_features(
         for batch in tqdm(loader, desc="features", disable=not shown, leave=False, mininterval=1):
             view = model.normalise(batch["pixels"].to(accelerator.device), batch["sizes"].to(accelerator.device))
             with accelerator.autocast():
-                found = [model.boundary_features(each) for each in ([view, view.flip(3)] if mirrors else [view])]
+                found = [_at_the_boundary(model, each) for each in ([view, view.flip(3)] if mirrors else [view])]
             features = torch.stack(found, dim=1).to(dtype).cpu().contiguous()
             if not features.isfinite().all():
                 raise TinyTLError("train.cache_features: fp16 cannot hold these features; train without it")
@@ -110,5 +110,14 @@ def compute_features(
 
 def _shape_of_features(model: TinyTLModel, accelerator: Accelerator, views: int) -> tuple[int, ...]:
     size = model.config.preprocessing.eval_size
-    features = model.boundary_features(torch.zeros(1, 3, size, size, device=accelerator.device))
+    features = _at_the_boundary(model, torch.zeros(1, 3, size, size, device=accelerator.device))
     return views, *features.shape[1:]
+
+
+def _at_the_boundary(model: TinyTLModel, images: Tensor) -> Tensor:
+    """What the first part that trains gets of normalised images ``[N, 3, H, W]``."""
+    if model.config.method == "FT-Last":
+        return model.features(images)
+    if model.prefix is None:
+        raise TinyTLError(f"train.cache_features: {model.config.backbone.name} cannot run a part of its blocks alone")
+    return model.prefix.maps(images)
