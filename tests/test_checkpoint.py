@@ -188,3 +188,85 @@ def test_the_newest_checkpoints_are_kept_and_left_overs_of_a_kill_removed(finish
     assert done.returncode == 0, done.stderr
     names = ["step_00000012_epoch_0003", "step_00000012_epoch_0004"]  # before and after the last evaluation
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step_00000010_epoch_0003", *names]
+
+
+def record_of(folder, change):
+    """Change what the newest checkpoint of a run says of the run, as another version would have written it."""
+    path = checkpoints(folder)[-1]
+    record = json.loads((path / "progress.json").read_text())
+    change(record)
+    (path / "progress.json").write_text(json.dumps(record))
+    checkpoint._seal(path)
+
+
+def test_an_option_that_was_added_later_does_not_end_an_old_run(finished, colour_folder):
+    record_of(finished, lambda record: [record["run"].pop(key) for key in ("train.label_smoothing", "lite.norm")])
+    done = resume(colour_folder, finished, "--train.label_smoothing", "0.1")
+    assert done.returncode == 1 and "train.label_smoothing=0.1: the checkpoint" in done.stderr
+    assert resume(colour_folder, finished, "--train.epochs", "3").returncode == 0 and len(metrics(finished)) == 3
+
+
+def test_an_option_of_a_newer_version_is_named(finished, colour_folder):
+    record_of(finished, lambda record: record["run"].update({"train.magic": 3}))
+    done = resume(colour_folder, finished)
+    assert done.returncode == 0 and "options that are not known here: train.magic" in done.stderr
+
+
+def test_the_same_data_and_weights_under_another_path_go_on_and_others_do_not(colour_folder, tmp_path):
+    import torchvision
+
+    data = shutil.copytree(colour_folder, tmp_path / "first")
+    torch.save(torchvision.models.mobilenet_v2().state_dict(), tmp_path / "first.pth")
+    arguments = small_run(data, tmp_path / "run", *OPTIONS, "--train.epochs", "1", "--train.resume", "auto")
+    assert run_cli(*arguments, "--backbone.weights", tmp_path / "first.pth").returncode == 0
+    data.rename(tmp_path / "second")
+    (tmp_path / "first.pth").rename(tmp_path / "second.pth")
+    moved = ["--data.dataset", tmp_path / "second", "--backbone.weights", tmp_path / "second.pth"]
+    done = run_cli(*arguments, *moved, "--train.epochs", "2")
+    assert done.returncode == 0 and len(metrics(tmp_path / "run")) == 2, done.stderr
+    assert "second" in (tmp_path / "run" / "config.yaml").read_text()
+    shutil.rmtree(tmp_path / "second" / "train" / "red")
+    shutil.copytree(colour_folder / "test" / "red", tmp_path / "second" / "train" / "red")
+    done = run_cli(*arguments, *moved, "--train.epochs", "3")
+    assert done.returncode == 1 and "data.train_sha256=" in done.stderr and "was made with" in done.stderr
+
+
+def test_more_epochs_say_that_the_curve_changes(colour_folder, tmp_path):
+    cosine = ["--train.schedule", "cosine", "--train.epochs"]
+    assert resume(colour_folder, tmp_path / "run", *cosine, "1").returncode == 0
+    done = resume(colour_folder, tmp_path / "run", *cosine, "2")
+    assert done.returncode == 0
+    assert "train.epochs=2 in place of 1: the cosine schedule now spans that many, so the run goes on" in done.stderr
+    rates = [line["lr"] for line in metrics(tmp_path / "run")]
+    done = resume(colour_folder, tmp_path / "run", *cosine, "2")
+    assert "in place of" not in done.stderr and rates[0] > rates[1] > 0
+
+
+def other_processes(data, tmp_path, method, before, after):
+    """A run killed in mid-epoch on some processes that goes on on others, and one that is not killed."""
+    options = ["--method", method, "--head.dropout", "0.2", "--train.optimizer", "sgd", "--train.lr", "1e-2"]
+    options += ["--train.checkpoint_every", "2", "--train.global_batch_size", "4", "--train.resume", "auto"]
+    straight = run(small_run(data, tmp_path / "straight", *options), tmp_path / "straight.log")
+    assert straight.returncode == 0, straight.stderr
+    arguments = small_run(data, tmp_path / "killed", *options)
+    kill = ("tinytl_hf.train.loop", "augmented", 9)  # of 12 batches, in the second epoch: between two checkpoints
+    assert run(arguments, tmp_path / "killed.log", before, kill).returncode < 0
+    resumed = run(arguments, tmp_path / "resumed.log", after)
+    assert resumed.returncode == 0 and f"on {after} process(es)" in resumed.stderr, resumed.stderr
+    first, other = delta(tmp_path / "straight"), delta(tmp_path / "killed")
+    for name, tensor in first.items():
+        torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-4)
+    for ours, theirs in zip(metrics(tmp_path / "straight"), metrics(tmp_path / "killed"), strict=True):
+        assert theirs["train"]["accuracy"] == ours["train"]["accuracy"]
+        assert theirs["train"]["loss"] == pytest.approx(ours["train"]["loss"], rel=1e-4)
+        assert theirs["train_curve"]["accuracy"] == ours["train_curve"]["accuracy"]
+
+
+def test_a_run_of_two_processes_goes_on_in_one(colour_folder, tmp_path):
+    other_processes(colour_folder, tmp_path, "FT-Last", before=2, after=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_the_largest_delta_goes_on_in_another_number_of_processes(before, after, colour_folder, tmp_path):
+    other_processes(colour_folder, tmp_path, "TinyTL-L+B", before, after)

@@ -203,7 +203,7 @@ def test_hostile_safetensors(cases, adapter, figure):
         (lambda c: c["lite"].update(expand=1e9), "lite.expand=1000000000.0"),
         (lambda c: c.update(method="TinyTL-L+B", lite={"expand": 64}), "missing, such as "),
         (lambda c: c["preprocessing"].update(std=[0, 1, 1]), "a std above 0"),
-        (lambda c: c.update(label_names=["a", "a"]), "label_names: 2 names; use one or more, each once"),
+        (lambda c: c.update(label_names=["a", "a"]), "is there more than once; use one name or more, each once"),
         (lambda c: c.update(lite="../other.yaml"), "lite is '../other.yaml', not an object"),
         (lambda c: c.update(backbone={"class_path": "antigravity"}), "class_path is no setting"),
         (lambda c: c.update(format_version=True), "it has no format_version"),

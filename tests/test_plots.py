@@ -1,10 +1,15 @@
 import io
+import warnings
 
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from PIL import Image
 
 from tinytl_hf.reports import plots
+from tinytl_hf.reports.fonts import families_for
 
 METHODS = ("FT-Last", "TinyTL-B", "TinyTL-L", "TinyTL-L+B", "FT-Norm+Last", "FT-Full", "FT-Layerwise")
 
@@ -98,3 +103,52 @@ def test_memory_in_stock_pytorch_is_a_second_marker_at_the_same_accuracy():
     wanted = [int(plots.COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)]
     columns = [np.flatnonzero((picture == wanted).all(-1)[: len(picture) // 2].any(0)) for picture in (lean, both)]
     assert np.ptp(columns[0]) < 20 and np.ptp(columns[1]) > 400
+
+
+def test_no_label_is_cut_off_at_an_edge():
+    names = [f"a class of a long name {i}" for i in range(102)]
+    for classes in (2, 3, 10, 102):
+        picture = pixels(plots.save_confusion, np.ones((classes, classes), dtype=int), names[:classes])
+        edges = (picture[:8], picture[-8:], picture[:, :8], picture[:, -8:])
+        assert all((edge == 255).all() for edge in edges)
+
+
+@pytest.fixture
+def font(tmp_path):
+    """A font that has a filled square for a cat, and nothing else."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for point in ((0, 1000), (1000, 1000), (1000, 0)):
+        pen.lineTo(point)
+    pen.closePath()
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "cat"])
+    builder.setupCharacterMap({ord("\u732b"): "cat"})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "cat": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "cat": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=1000, descent=0)
+    builder.setupNameTable({"familyName": "Cats of tests", "styleName": "Regular"})
+    builder.setupPost()
+    builder.save(tmp_path / "cat.ttf")
+    return str(tmp_path / "cat.ttf")
+
+
+def test_a_script_that_matplotlibs_font_lacks_is_shown_where_another_font_has_it(font, monkeypatch, caplog):
+    drawn = []
+    for fonts in ([], [font]):
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda found=fonts: found)
+        monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if fonts else "ignore")  # as matplotlib warns of each glyph that it lacks
+            drawn.append(pixels(plots.save_confusion, [[3, 1], [0, 4]], ["\u732b" * 6, "dog"]))
+    assert caplog.text.count("pictures show boxes in place of \u732b") == 1
+    left = [(picture[:, :140] < 60).all(-1).mean() for picture in drawn]
+    assert left[1] > 1.5 * left[0]  # a filled square is darker than an empty box
+
+
+def test_what_no_font_has_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
+    for _ in range(2):
+        families_for(["\u306d\U0001f600\u200d", "dog"])
+    assert caplog.text.count("pictures show boxes in place of") == 1 and "fonts-noto-cjk" in caplog.text
+    assert families_for(["d\u00f6g", "\u00bfqu\u00e9?"]) == ["DejaVu Sans"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+from tinytl_hf.errors import one_line
+from tinytl_hf.reports.fonts import families_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +68,7 @@ def save_curves(path: Path | BinaryIO, runs: Mapping[str, Sequence[Mapping[str, 
         runs: Lines of ``metrics.jsonl`` by name of the run.
     """
     in_parts = max(len(lines) for lines in runs.values()) <= EPOCHS_IN_PARTS
-    with _figure(path, 9.6, 4.4 + 0.25 * _legend_rows(runs)) as figure:
+    with _figure(path, 9.6, 4.4 + 0.25 * _legend_rows(runs), runs) as figure:
         axes = figure.subplots(1, 2)
         for axis, key, unit, factor in zip(axes, ("accuracy", "loss"), ("%", "nats"), (100, 1), strict=True):
             for i, (name, lines) in enumerate(runs.items()):
@@ -112,7 +115,7 @@ def save_confusion(path: Path | BinaryIO, matrix: Sequence[Sequence[int]], label
     classes = len(label_names)
     shares = [[100 * count / max(1, sum(row)) for count in row] for row in matrix]
     side = min(9.0, max(4.5, 2.6 + 0.42 * classes))
-    with _figure(path, side + 1, side) as figure:
+    with _figure(path, side + 1, side, label_names) as figure:
         axis = figure.subplots()
         image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
         axis.grid(visible=False)
@@ -168,7 +171,8 @@ def save_accuracy_memory(path: Path | BinaryIO, points: Sequence[AccuracyMemory]
 
     A hollow marker is the memory of stock PyTorch, and a line leads from it to that of the run.
     """
-    with _figure(path, 6.4, 4.4 + 0.25 * _legend_rows({point.name: () for point in points})) as figure:
+    names = {point.name: () for point in points}
+    with _figure(path, 6.4, 4.4 + 0.25 * _legend_rows(names), names) as figure:
         axis = figure.subplots()
         rightmost = 0.0
         for i, point in enumerate(points):
@@ -191,8 +195,15 @@ def save_accuracy_memory(path: Path | BinaryIO, points: Sequence[AccuracyMemory]
 
 
 @contextmanager
-def _figure(path: Path | BinaryIO, width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches that is written at the end; labels are taken as they are, dollars too."""
+def _figure(path: Path | BinaryIO, width: float, height: float, names: Iterable[str] = ()) -> Iterator[Figure]:
+    """A figure of about so many inches that is written at the end; labels are taken as they are, dollars too.
+
+    Args:
+        path: The PNG file.
+        width: Inches.
+        height: Inches.
+        names: Text in it that is not ours, which can be of any script.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -200,6 +211,7 @@ def _figure(path: Path | BinaryIO, width: float, height: float) -> Iterator[Figu
     with matplotlib.rc_context(
         {
             "text.parse_math": False,
+            "font.family": families_for(names),
             "axes.grid": True,
             "axes.axisbelow": True,
             "axes.spines.top": False,
@@ -210,7 +222,7 @@ def _figure(path: Path | BinaryIO, width: float, height: float) -> Iterator[Figu
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
-        figure.savefig(path, dpi=DPI)
+        figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.1)  # no label is cut off
 
 
 def _legend(figure: Figure, axis: Axes) -> None:
@@ -229,6 +241,6 @@ def _legend_rows(names: Mapping[str, Any]) -> int:
 
 def _short(name: str, longest: int = LONGEST_NAME) -> str:
     """The name on one line, with its middle left out if it is too long: names often differ at an end."""
-    name = " ".join(name.split())
+    name = one_line(name)
     kept = (longest - 3) // 2
     return name if len(name) <= longest else f"{name[:kept]}...{name[-kept:]}"

@@ -10,14 +10,17 @@ import hashlib
 import json
 import logging
 import pickle
+import random
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils.other import load as load_states
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -27,16 +30,19 @@ from tinytl_hf.disk import sync
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports.run_folder import CHECKPOINTS
+from tinytl_hf.train import epoch_sums
 from tinytl_hf.train.epoch_sums import Sums
 
 logger = logging.getLogger(__name__)
 
 DELTA_FILE = "delta.safetensors"
 PROGRESS_FILE = "progress.json"
+RANDOM_STATES = "random_states_{}.pkl"  # of each process
 SUMS_FILE = "SHA256SUMS"
 HASHED_AT_ONCE = 2**20  # bytes
 NAME = re.compile(r"step_\d{8,}_epoch_\d{4,}")
 MAY_DIFFER = {
+    *("data.dataset", "backbone.weights"),  # where they lie; that they are the same is known by their hashes
     *("output_dir", "overwrite", "tracker", "metrics", "adapter.dtype", "data.workers", "data.memory_limit_mb"),
     *(
         "memory.lean",
@@ -149,8 +155,8 @@ def save(accelerator: Accelerator, config: Config, progress: Progress, hashes: d
     return final
 
 
-def find(config: Config, processes: int) -> Path | None:
-    """The checkpoint that ``train.resume`` asks for, if any.
+def find(config: Config) -> Path | None:
+    """The checkpoint that ``train.resume`` asks for, if any; says which of its settings the run goes on without.
 
     Raises:
         TinyTLError: It names a folder that is no checkpoint, a damaged one, or one of another kind of run.
@@ -166,7 +172,8 @@ def find(config: Config, processes: int) -> Path | None:
         if damage := find_damage(path):
             raise TinyTLError(f"train.resume={path}: damaged ({damage}); use another checkpoint, or auto")
     if path is not None:
-        _check_same(path, {**flat(config.to_dict()), "processes": processes})
+        _check_same(path, flat(config.to_dict()))
+        _say_what_changes(path, config)
     return path
 
 
@@ -181,7 +188,12 @@ def load(accelerator: Accelerator, path: Path, hashes: dict[str, str | None]) ->
     _check_same(path, hashes)
     try:
         accelerator.load_state(str(path))
-        return Progress(**_record(path)["progress"])
+        progress = Progress(**_record(path)["progress"])
+        if progress.sums and len(progress.sums) != accelerator.num_processes:
+            progress.sums = epoch_sums.shared_out(progress.sums, accelerator.num_processes)
+        if not (path / RANDOM_STATES.format(accelerator.process_index)).exists():
+            _take_random_state(path / RANDOM_STATES.format(0))  # all processes draw the same numbers
+        return progress
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, LookupError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TinyTLError(f"checkpoint {path} cannot be read ({reason}); resume from another") from error
@@ -258,13 +270,41 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _check_same(path: Path, now: dict[str, Any]) -> None:
-    before = with_new_names(_record(path).get("run", {}))
+    # An option that the checkpoint does not have was added later; its default is what runs did before.
+    before = {**flat(Config().to_dict()), **with_new_names(_record(path).get("run", {}))}
     for key, value in now.items():
         if key not in MAY_DIFFER and before.get(key) != value:
             raise TinyTLError(
                 f"{key}={value}: the checkpoint {path} was made with {before.get(key)}; use that, or another "
                 "--output_dir"
             )
+
+
+def _say_what_changes(path: Path, config: Config) -> None:
+    """Log what goes on otherwise than it began, though the run may go on."""
+    before, now = with_new_names(_record(path).get("run", {})), flat(config.to_dict())
+    epochs = before.get("train.epochs", config.train.epochs)
+    if epochs != config.train.epochs:
+        spread = ["the cosine schedule"] if config.train.schedule == "cosine" else []
+        spread += ["the growth of the images"] if config.data.start_size is not None else []
+        if spread:
+            logger.info(
+                "train.epochs=%s in place of %s: %s now %s that many, so the run goes on elsewhere on its curve",
+                *(config.train.epochs, epochs, " and ".join(spread), "span" if len(spread) > 1 else "spans"),
+            )
+    hashes = {"processes", "backbone.sha256", "data.train_sha256", "data.eval_sha256"}
+    if unknown := sorted(before.keys() - now.keys() - hashes):
+        logger.warning("checkpoint %s: options that are not known here: %s", path, ", ".join(unknown))
+
+
+def _take_random_state(file: Path) -> None:
+    """Draw from here on what the process of this file would have drawn."""
+    states = load_states(file)
+    random.setstate(states["random_state"])
+    np.random.set_state(states["numpy_random_seed"])
+    torch.set_rng_state(states["torch_manual_seed"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["torch_cuda_manual_seed"][0])  # of the device that the process used
 
 
 def _unwrapped(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -38,6 +38,12 @@ class EpochSums:
         return right / images
 
 
+def shared_out(sums: Sums, processes: int) -> Sums:
+    """The same sums for another number of processes: the first has them all."""
+    parts: list[list[float]] = np.sum(sums, axis=0).tolist()
+    return [parts, *([[0.0] * len(part) for part in parts] for _ in range(processes - 1))]
+
+
 def figures(sums: Sums) -> dict[str, float]:
     """Loss and accuracy of the epoch."""
     loss, right, images = np.sum(sums, axis=(0, 1)).tolist()

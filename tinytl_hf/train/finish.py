@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.disk import write_text
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, one_line
 from tinytl_hf.hub.card import PICTURES, RunFacts, dataset_name, read_card, render_card
 from tinytl_hf.measure import memory
 from tinytl_hf.measure.measured_step import random_batch
@@ -23,6 +24,10 @@ from tinytl_hf.reports import run_folder
 from tinytl_hf.reports.plots import save_confusion, save_curves
 from tinytl_hf.reports.run_folder import ADAPTER, MEMORY_FILE, RESULTS_FILE, images_of, read_metrics, seconds_of
 from tinytl_hf.train.run import Run
+
+logger = logging.getLogger(__name__)
+
+MEASURED_ON = ("cpu", "cuda")  # kinds of devices whose allocator tells its peak
 
 
 def save_adapters(
@@ -39,6 +44,26 @@ def save_adapters(
             model.save_pretrained(
                 Path(config.output_dir) / name, dtype=config.adapter.dtype, data=record, metrics=figures
             )
+
+
+def report_memory(run: Run) -> None:
+    """Measure what a training step of this run takes, and add it to the finished run and its card.
+
+    The run is complete before: whatever goes wrong here costs this report alone.
+    """
+    device = run.accelerator.device.type
+    if device not in MEASURED_ON:
+        logger.info(
+            "memory report: left out, as peaks are measured on %s, not on %s", " and ".join(MEASURED_ON), device
+        )
+        return
+    try:
+        write_memory(run)
+        if run.accelerator.is_main_process:
+            write_card(Path(run.config.output_dir), run.config)
+    except Exception as error:  # such as no memory left for the measurement itself
+        reason = one_line(error) or type(error).__name__
+        logger.warning("memory report: failed (%s); the run is complete without it", reason)
 
 
 def write_memory(run: Run) -> None:

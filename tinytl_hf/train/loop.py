@@ -29,7 +29,7 @@ from tinytl_hf.step import training_view
 from tinytl_hf.train import checkpoint, epoch_sums
 from tinytl_hf.train.cached_features import drawn_view
 from tinytl_hf.train.epoch_sums import EpochSums
-from tinytl_hf.train.finish import save_adapters, write_card, write_memory
+from tinytl_hf.train.finish import report_memory, save_adapters, write_card
 from tinytl_hf.train.run import Run
 from tinytl_hf.train.start import set_up
 from tinytl_hf.train.stop_signal import StopSignal
@@ -71,10 +71,9 @@ def train(config: Config) -> dict[str, Any]:
     if accelerator.is_main_process:
         save_results(Path(config.output_dir) / run_folder.RESULTS_FILE, results, run.model, run.evaluated, accelerator)
         save_mistakes(Path(config.output_dir) / run_folder.MISTAKES_FILE, logits, labels, run.eval_images)
+        write_card(Path(config.output_dir), config)  # it reads what the run wrote
     if config.memory.report:
-        write_memory(run)
-    if accelerator.is_main_process:
-        write_card(Path(config.output_dir), config)  # last: it reads what the run wrote
+        report_memory(run)
     accelerator.end_training()
     return results
 

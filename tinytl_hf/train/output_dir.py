@@ -154,6 +154,6 @@ def _has_just_started(output: Path, config: Config) -> bool:
     """Whether a run that has finished no epoch yet was started with this config."""
     if read_metrics(output):
         return False
-    before = with_new_names(flat(_read(output / CONFIG_FILE)))
     now = flat(config.to_dict())
+    before = {**flat(Config().to_dict()), **with_new_names(flat(_read(output / CONFIG_FILE)))}
     return all(before.get(key) == now[key] for key in now.keys() - MAY_DIFFER)

@@ -60,7 +60,7 @@ def set_up(config: Config) -> Run:
     check_tracker(config.tracker)
     metrics = load_metrics(config.metrics)
     check_free(config)
-    resume_from = checkpoint.find(config, accelerator.num_processes)
+    resume_from = checkpoint.find(config)
     set_seed(config.seed)
 
     train_split, eval_split = sets.open_splits(config.data)
