@@ -13,6 +13,7 @@ from conftest import ROOT, run_cli
 from hub_server import READER, WRITER, HubServer
 from huggingface_hub import HfApi, ModelCard, constants, get_session, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
+from safetensors.torch import load_file
 
 from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.adapter.record import FORMAT_VERSION
@@ -267,6 +268,45 @@ def test_an_adapter_that_was_fetched_once_loads_without_the_network(server, adap
         assert torch.equal(logits(TinyTLModel.from_pretrained("me/flowers")), expected)
     with pytest.raises(TinyTLError, match="HF_HUB_OFFLINE is set and the adapter is not in the cache; unset it"):
         TinyTLModel.from_pretrained("me/unknown")
+
+
+def test_options_of_the_download_are_those_of_the_hubs_client(server, adapter, tmp_path):
+    push(adapter)
+    expected = logits(TinyTLModel.from_pretrained(adapter))
+    cache = tmp_path / "own-cache"
+    with pytest.raises(TinyTLError, match="loading it from the Hub failed"):
+        TinyTLModel.from_pretrained("me/flowers", cache_dir=cache, local_files_only=True)
+    TinyTLModel.from_pretrained("me/flowers", cache_dir=cache, token=READER)
+    assert any(cache.rglob("adapter_config.json"))
+    for options in ({"local_files_only": True}, {"force_download": True}):
+        loaded = TinyTLModel.from_pretrained("me/flowers", cache_dir=cache, **options)
+        assert torch.equal(logits(loaded), expected)
+        loaded.load_adapter("me/flowers", "again", cache_dir=cache, **options)
+        assert loaded.adapter_names == ["default", "again"]
+
+
+def test_eval_predict_and_merge_take_a_revision(server, adapter, make_model, colour_folder, tmp_path):
+    labels = {"num_classes": None, "label_names": ["blue", "red"]}
+    for revision, label in ((None, 0), ("reds", 1)):
+        model = make_model("FT-Last", train_size=32, **labels)
+        with torch.no_grad():
+            model.backbone.classifier[1].weight.zero_()
+            model.backbone.classifier[1].bias.copy_(torch.eye(2)[label] * 9)  # it sees this colour only
+        model.push_to_hub("me/colours", revision=revision)
+    for options, label in (([], "blue"), (["--revision", "reds"], "red")):
+        one = ["--adapter", "me/colours", *options]
+        done = run_cli("predict", *one, colour_folder / "test" / "blue" / "0.png")
+        assert f": {label} " in done.stdout, done.stderr
+        where = ["--data.dataset", colour_folder, "--output", tmp_path / "r.json"]
+        done = run_cli("eval", *one, *where)
+        assert done.returncode == 0, done.stderr
+        per_class = json.loads((tmp_path / "r.json").read_text())["per_class_accuracy"]
+        assert per_class == [float(label == "blue"), float(label == "red")]
+        done = run_cli("merge", *one, "--output", tmp_path / "m.safetensors", "--overwrite")
+        bias = load_file(tmp_path / "m.safetensors")["classifier.1.bias"]
+        assert done.returncode == 0 and bias.argmax() == ("blue", "red").index(label)
+    done = run_cli("predict", "--adapter", adapter, "--revision", "v1", "x.png")
+    assert done.returncode == 1 and "only names on the Hub have revisions" in done.stderr
 
 
 def test_pull_keeps_another_adapter_that_is_there(server, adapter, tmp_path, make_model):

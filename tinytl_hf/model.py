@@ -307,7 +307,7 @@ class TinyTLModel(nn.Module):
         return self._adapters.names
 
     def load_adapter(
-        self, path: str | Path, name: str, *, weights: str | None = None, revision: str | None = None
+        self, path: str | Path, name: str, *, weights: str | None = None, revision: str | None = None, **download: Any
     ) -> None:
         """Load another adapter, of any method, labels and image size, beside the active one, over the same weights.
 
@@ -316,11 +316,12 @@ class TinyTLModel(nn.Module):
             name: What to call it here.
             weights: Where to read what the active adapter trains of the backbone; None: where the model's came from.
             revision: On the Hub: a branch, a tag or a commit.
+            **download: On the Hub: ``token``, ``cache_dir`` and the like, as of :meth:`from_pretrained`.
 
         Raises:
             TinyTLError: No adapter there, a damaged one, one of another backbone, or a name that is taken.
         """
-        folder = find_adapter(path, revision)
+        folder = find_adapter(path, revision, **download)
         saved = read_config(folder)
         self._adapters.check_new(name, saved, self.config, folder)
         source = weights or self._adapters.source(self.config, own=saved.backbone.weights)
@@ -366,11 +367,7 @@ class TinyTLModel(nn.Module):
         load_tensors(self.backbone, tensors, source)
 
     def preprocess(self, images: Any) -> Tensor:
-        """Images of any mode and size to a normalised batch ``[N, 3, eval_size, eval_size]``.
-
-        Args:
-            images: PIL images, paths, arrays or tensors, alone or in a list: see :mod:`tinytl_hf.data.inputs`.
-        """
+        """Images, as :mod:`tinytl_hf.data.inputs` takes them, to a normalised ``[N, 3, eval_size, eval_size]``."""
         return self.normalise(*pad_images(pixels_of(images, self.config.preprocessing.eval_size)))
 
     def normalise(self, pixels: Tensor, sizes: Tensor) -> Tensor:
