@@ -6,6 +6,7 @@ backbone, the data or the number of processes is known is checked where it is kn
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -91,6 +92,9 @@ class Config:
     def __post_init__(self) -> None:
         check(self.seed >= 0, "seed", self.seed, "use 0 or more")
         check_text("output_dir", self.output_dir)
+        for key, value in flat(self.to_dict()).items():
+            is_number = not isinstance(value, float) or math.isfinite(value) or key == "train.max_grad_norm"
+            check(is_number, key, value, "use a finite number")
         object.__setattr__(self, "method", METHOD_ALIASES.get(self.method, self.method))
         blocks = self.trained_blocks
         check(blocks == "all" or blocks >= 1, "trained_blocks", blocks, "use 1 or more, or all")
