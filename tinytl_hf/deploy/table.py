@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
+from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
 
 HEAD = ("image", "label", "probability")
@@ -23,7 +23,7 @@ def into_csv(path: str, top_k: int, results: Iterable[dict[str, Any]]) -> Iterat
     Raises:
         TinyTLError: Another file is there, or it cannot be written.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     more = [f"{name}_{number}" for number in range(2, top_k + 1) for name in ("label", "probability")]
     try:
         if file.exists() and not file.read_bytes().startswith(",".join(HEAD).encode()):
