@@ -16,23 +16,23 @@ from tinytl_hf.train.time_left import TimeLeft, about
 
 
 def test_small_sets_are_seen_more_often_within_bounds():
-    assert [epochs_for(images) for images in (24, 500, 2_000, 10_000, 48_000)] == [30, 30, 20, 4, 4]
+    assert [epochs_for(images) for images in (24, 500, 2_000, 10_000, 48_000)] == [20, 20, 10, 6, 6]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_recipe_fills_in_what_is_open_and_nothing_else(method):
     asked = Config(method=method)
     settled = resolve(asked, 2_000)
-    assert settled.train.plan == (LEARNING_RATES[method], 20)
+    assert settled.train.plan == (LEARNING_RATES[method], 10)
     assert resolve(Config(method=method, train=TrainConfig(lr=0.5, epochs=3)), 2_000).train.plan == (0.5, 3)
     assert describe(asked, settled, 2_000, 63) == (
-        f"lr {LEARNING_RATES[method]:g} (suits {method}), 20 epochs (suits 2,000 images) of 63 steps, cosine, "
+        f"lr {LEARNING_RATES[method]:g} (suits {method}), 10 epochs (suits 2,000 images) of 63 steps, cosine, "
         "warm-up 0.5 epochs"
     )
 
 
 def test_a_warm_up_that_is_longer_than_the_epochs_that_suit_is_refused():
-    with pytest.raises(Exception, match=r"train.warmup_epochs=25.0: .* less than train.epochs=20"):
+    with pytest.raises(Exception, match=r"train.warmup_epochs=25.0: .* less than train.epochs=10"):
         resolve(Config(train=TrainConfig(warmup_epochs=25.0)), 2_000)
 
 
@@ -41,10 +41,10 @@ def test_a_run_says_what_it_chose_keeps_it_and_ends_with_the_next_commands(colou
     at = options.index("--train.epochs")
     done = run_cli(*options[:at], *options[at + 2 :])
     assert done.returncode == 0, done.stderr
-    assert "lr 0.001 (suits FT-Last), 30 epochs (suits 24 images) of 3 steps, cosine" in done.stderr
+    assert "lr 0.001 (suits FT-Last), 20 epochs (suits 24 images) of 3 steps, cosine" in done.stderr
     saved = yaml.safe_load((tmp_path / "my run" / "config.yaml").read_text())["train"]
-    assert (saved["lr"], saved["epochs"], len(metrics(tmp_path / "my run"))) == (0.001, 30, 30)
-    assert "epoch 29: " in done.stderr and " s left" in done.stderr
+    assert (saved["lr"], saved["epochs"], len(metrics(tmp_path / "my run"))) == (0.001, 20, 20)
+    assert "epoch 19: " in done.stderr and " s left" in done.stderr
     lines = done.stdout.splitlines()[-4:]
     folder = f"'{tmp_path / 'my run'}"
     assert lines == [

@@ -23,7 +23,6 @@ from tinytl_hf.config.engine import BackendName, Engine
 from tinytl_hf.config.hub import PushConfig
 from tinytl_hf.config.network import HeadConfig, LiteConfig
 from tinytl_hf.config.run import Config
-from tinytl_hf.config.train import LrFactors
 from tinytl_hf.data.augment import centre_boxes, resample
 from tinytl_hf.data.inputs import pixels_of
 from tinytl_hf.data.tensors import pad_images
@@ -293,12 +292,9 @@ class TinyTLModel(nn.Module):
         """The parameters that train, in the backbone's order: what an optimizer should get."""
         return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
 
-    def parameter_groups(
-        self, lr: float, weight_decay: float, decay_all: bool = False, factors: LrFactors | None = None
-    ) -> list[dict[str, Any]]:
-        """Optimizer groups at the method's learning rates times ``factors``; ``decay_all`` decays biases and norms."""
-        arguments = (self.config.method, lr, weight_decay, decay_all, factors)
-        return methods.parameter_groups(self.backbone, self._blocks, *arguments)
+    def parameter_groups(self, lr: float, weight_decay: float, **options: Any) -> list[dict[str, Any]]:
+        """Optimizer groups with the method's learning rates; ``options`` as of :func:`methods.parameter_groups`."""
+        return methods.parameter_groups(self.backbone, self._blocks, self.config.method, lr, weight_decay, **options)
 
     @property
     def active_adapter(self) -> str:

@@ -23,7 +23,8 @@ MUON_RATE = 10.0  # of AdamW's: each of Muon's steps has a norm of its own, what
 def make_optimizer(model: TinyTLModel, options: TrainConfig) -> Optimizer:
     """An optimizer over the parameters that train, and no others."""
     lr = options.plan.lr
-    groups = model.parameter_groups(lr, options.weight_decay, options.decay_norms_and_biases, options.lr_factors)
+    decay_all, factors = options.decay_norms_and_biases, options.lr_factors
+    groups = model.parameter_groups(lr, options.weight_decay, decay_all=decay_all, factors=factors)
     # One kernel for all of the many small tensors, where there is one.
     fused = next(model.trainable_parameters()).device.type in {"cpu", "cuda"}
     if options.optimizer == "sgd":

@@ -16,8 +16,8 @@ LEARNING_RATES: dict[MethodName, float] = {
     "FT-Full": 5e-4,
     "FT-Layerwise": 1e-3,
 }
-IMAGES = 40_000  # to see in training, some of them many times
-FEWEST_EPOCHS, MOST_EPOCHS = 4, 30
+IMAGES = 20_000  # to see in training, some of them many times
+FEWEST_EPOCHS, MOST_EPOCHS = 6, 20
 
 
 def epochs_for(images: int) -> int:

@@ -44,8 +44,8 @@ class TrainConfig:
     """The training loop."""
 
     epochs: int | None = None
-    """Passes over the training set; null: so many that training sees about 40,000 images (some of them many times),
-    but no fewer than 4 and no more than 30."""
+    """Passes over the training set; null: as many as show 20,000 images, each of them several times, but no fewer than
+    6 and no more than 20 (2,000 images: 10 epochs)."""
     global_batch_size: int = 32
     """Images an optimizer step, over all processes and accumulation steps together."""
     gradient_accumulation_steps: int = 1

@@ -33,7 +33,7 @@ class AdapterClassifier:
 
     @torch.inference_mode()
     def probabilities(self, photos: Sequence[np.ndarray], mirror: bool = False) -> np.ndarray:
-        """Photos ``uint8`` ``[H, W, 3]`` of any sizes to ``[N, classes]``; ``mirror`` averages in the mirror images."""
+        """Photos ``uint8`` ``[H, W, 3]`` of any sizes to ``[N, classes]``; ``mirror`` averages in the mirrored."""
         pixels, sizes = pad_images([as_tensor(photo) for photo in photos])
         view = self._model.normalise(pixels, sizes)
         logits = forward_in_parts(self._model, view)

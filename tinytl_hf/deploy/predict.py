@@ -27,7 +27,7 @@ class Classifier(Protocol):
     eval_size: int
 
     def probabilities(self, photos: Sequence[np.ndarray], mirror: bool = False) -> np.ndarray:
-        """Photos ``uint8`` ``[H, W, 3]`` of any sizes to ``[N, classes]``; ``mirror`` averages in the mirror images."""
+        """Photos ``uint8`` ``[H, W, 3]`` of any sizes to ``[N, classes]``; ``mirror`` averages in the mirrored."""
 
 
 def predict(config: PredictConfig, names: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -159,11 +159,12 @@ def parameter_groups(
     method: MethodName,
     lr: float,
     weight_decay: float,
-    decay_norms_and_biases: bool = False,
+    decay_all: bool = False,
     factors: LrFactors | None = None,
 ) -> list[dict[str, Any]]:
     """Optimizer groups of the parameters that train, with their learning rate and weight decay.
 
+    ``decay_all`` decays biases and norm scales, too; ``factors`` multiply the learning rate by role.
     A group's ``matrices`` says of how many matrices each of its weights is made, where those are convolutions of lite
     residuals: one for each group of channels. Else it is 0.
     """
@@ -174,7 +175,7 @@ def parameter_groups(
     for name, parameter in backbone.named_parameters():
         if parameter.requires_grad:
             is_weight = parameter.ndim > 1 and roles[name] is not Role.NORM_SCALE  # layer scales have three dimensions
-            decays = decay_norms_and_biases or is_weight
+            decays = decay_all or is_weight
             rate = lr * scales.get(name, 1.0) * by_role.get(roles[name], 1.0)
             key = (rate, weight_decay if decays else 0.0, matrices.get(name, 0))
             groups.setdefault(key, []).append(parameter)
