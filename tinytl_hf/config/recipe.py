@@ -9,10 +9,10 @@ from tinytl_hf.config.run import Config
 
 LEARNING_RATES: dict[MethodName, float] = {
     "FT-Last": 1e-3,
-    "TinyTL-B": 5e-3,
+    "TinyTL-B": 2e-3,
     "TinyTL-L": 2e-3,
     "TinyTL-L+B": 2e-3,
-    "FT-Norm+Last": 2e-3,
+    "FT-Norm+Last": 3e-3,
     "FT-Full": 5e-4,
     "FT-Layerwise": 1e-3,
 }
