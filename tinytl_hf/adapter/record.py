@@ -120,7 +120,7 @@ class InitRecord:
     Attributes:
         method: The method it was trained by.
         label_names: Its classes.
-        source: Its name on the Hub, at its commit; None: a folder, which means nothing elsewhere.
+        source: Its name on the Hub; None: it was a folder, whose path means nothing elsewhere.
         train_sha256: Hash of the images that it was trained on.
     """
 
