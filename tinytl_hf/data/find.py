@@ -58,7 +58,9 @@ def find(name: str) -> Source:
     elif "://" in name:
         return Source("url", name)
     if not name.strip():
-        raise _not_there(name, "it is empty")
+        raise TinyTLError(
+            "data.dataset: missing; name a folder of images or a data set, as --data.dataset path/to/images"
+        )
     path = local_path(name)
     if path_exists(path):
         if name == DIGITS:
