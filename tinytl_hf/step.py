@@ -26,7 +26,7 @@ def training_view(model: TinyTLModel, batch: Mapping[str, Tensor], augment: Rand
     """A batch of decoded photos, cropped, flipped, resized and normalised.
 
     Args:
-        model: For the mean and standard deviation of its preprocessing.
+        model: For mean, standard deviation and interpolation of its preprocessing.
         batch: ``pixels``, ``sizes`` and ``index``, as :mod:`tinytl_hf.data.batches` describes them.
         augment: What draws the crops.
         size: Side of the result in px.
@@ -36,4 +36,5 @@ def training_view(model: TinyTLModel, batch: Mapping[str, Tensor], augment: Rand
     """
     boxes, flips = augment(batch["sizes"], batch["index"])
     options = model.config.preprocessing
-    return resample(batch["pixels"], batch["sizes"], boxes, size, options.mean, options.std, flips)
+    normal = (options.mean, options.std, flips, options.interpolation)
+    return resample(batch["pixels"], batch["sizes"], boxes, size, *normal)
