@@ -35,6 +35,4 @@ def training_view(model: TinyTLModel, batch: Mapping[str, Tensor], augment: Rand
         ``float32`` ``[N, 3, size, size]``, channels last.
     """
     boxes, flips = augment(batch["sizes"], batch["index"])
-    options = model.config.preprocessing
-    normal = (options.mean, options.std, flips, options.interpolation)
-    return resample(batch["pixels"], batch["sizes"], boxes, size, *normal)
+    return resample(batch["pixels"], batch["sizes"], boxes, size, *model.config.preprocessing.normal, flips)
