@@ -267,6 +267,7 @@ def test_a_run_of_two_processes_goes_on_in_one(colour_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_the_largest_delta_goes_on_in_another_number_of_processes(before, after, colour_folder, tmp_path):
-    other_processes(colour_folder, tmp_path, "TinyTL-L+B", before, after)
+@pytest.mark.parametrize(("method", "before", "after"), [("FT-Last", 1, 2), ("TinyTL-B", 2, 1)])
+def test_more_processes_and_deeper_deltas_go_on_too(method, before, after, colour_folder, tmp_path):
+    # Without batch statistics, which over four small images amplify float32's rounding.
+    other_processes(colour_folder, tmp_path, method, before, after)

@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
         try:
             _main(sys.argv[1:] if argv is None else argv)
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # as it is where it was closed from the start
+                sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as a shell counts the signal that ends other programs here

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from tinytl_hf.disk import expanded
@@ -25,17 +27,33 @@ def into_csv(path: str, top_k: int, results: Iterable[dict[str, Any]]) -> Iterat
     """
     file = expanded(path)
     more = [f"{name}_{number}" for number in range(2, top_k + 1) for name in ("label", "probability")]
-    try:
-        if file.exists() and not file.read_bytes().startswith(",".join(HEAD).encode()):
-            raise TinyTLError(f"csv={path}: is there and was not written by predict; name another file")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w", encoding="utf-8", errors="backslashreplace", newline="") as lines:
+    with ExitStack() as opened:
+        with _explained(path):
+            _check_ours(file)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lines = opened.enter_context(file.open("w", encoding="utf-8", errors="backslashreplace", newline=""))
             table = csv.DictWriter(lines, [*HEAD, *more, "error"])
             table.writeheader()
-            for result in results:
+        for result in results:
+            with _explained(path):
                 table.writerow(_row(result))
                 lines.flush()
-                yield result
+            yield result
+
+
+def _check_ours(file: Path) -> None:
+    if not file.exists():
+        return
+    head = ",".join(HEAD).encode()
+    with file.open("rb") as content:
+        if content.read(len(head)) != head:
+            raise TinyTLError(f"csv={file}: is there and was not written by predict; name another file")
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise TinyTLError(f"csv={path}: cannot be written ({error}); name another file") from error
 
