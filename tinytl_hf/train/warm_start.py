@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tinytl_hf.adapter.format import read_config
 from tinytl_hf.adapter.record import InitRecord
+from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.transfer import find_adapter
 from tinytl_hf.model import TinyTLModel
@@ -65,7 +65,7 @@ def warm_start(model: TinyTLModel, init: str, weights: str) -> None:
             tensors[name][rows_to] = before[name][rows_from]
     fresh = [name for name in tensors if name not in rows and name not in taken]
     logger.info(_describe(init, saved.method, own.label_names, old.label_names, taken, fresh))
-    source = None if Path(init).expanduser().exists() else init
+    source = None if expanded(init).exists() else init
     train_sha256 = saved.data.train_sha256 if saved.data is not None else None
     model.config = replace(own, init=InitRecord(saved.method, saved.label_names, source, train_sha256))
 
