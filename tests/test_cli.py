@@ -2,8 +2,11 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import run_cli, small_run, write_image
 from PIL import Image
+
+from tinytl_hf import TinyTLModel
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def adapter(colour_folder, tmp_path_factory):
             "backbone.name=mobilenet: torchvision",
         ),
         (["train", "--tracker", "trackio"], "tracker=trackio: not installed; run pip install tinytl-hf[trackio]"),
-        (["train", "--train.resume", "nowhere"], "train.resume=nowhere: not a checkpoint"),
+        (["train", "--data.dataset", "digits", "--train.resume", "nowhere"], "train.resume=nowhere: not a checkpoint"),
         (["eval", "--adapter", "nowhere"], "nowhere is no adapter: it has no adapter_config.json"),
         (["eval"], "the following arguments are required: eval.adapter"),
         (["predict", "--adapter", "nowhere", "x.png"], "nowhere is no adapter"),
@@ -45,7 +48,7 @@ def adapter(colour_folder, tmp_path_factory):
         (["fly"], "invalid choice: 'fly'"),
         (
             ["train", "--data.crop_scale", "0.5", "1.0"],
-            "data.crop_scale=0.5: use 2 values in brackets, such as '[0.08, 1",
+            "data.crop_scale=0.5: use 2 values in brackets, such as '[0.5, 1.0]'",
         ),
         (["train", "--data.crop_scale", "[0.5]"], "data.crop_scale=[0.5]: use 2 values in brackets"),
         (["train", "--data.max_train_samples", "None"], "data.max_train_samples=None: use null"),
@@ -116,6 +119,7 @@ def test_help_explains_each_option_with_its_default():
     assert done.returncode == 0
     assert "TRAIN_SIZE Side of the training images, in px. (type: int, default: 224)" in text
     not_fields = {"print_config", "config", "backbone", "lite", "head", "data", "train", "memory", "adapter", "hub"}
+    not_fields |= {"train.lr_factors"}
     for part in text.split(" --")[2:]:
         option = part.split()[0]
         is_alias = part.endswith(",")  # --metrics [ITEM,...], --metrics+ METRICS
@@ -142,6 +146,29 @@ def test_predict_labels_files_folders_and_patterns_and_reports_bad_ones(adapter,
 
     table = run_cli("predict", "--adapter", adapter, tmp_path / "images" / "red.png")
     assert table.returncode == 0 and "red.png: red " in table.stdout and "%" in table.stdout
+
+
+def test_the_mirror_image_is_averaged_in_and_told_apart(adapter, colour_folder, tmp_path):
+    plain, both = tmp_path / "plain.json", tmp_path / "both.json"
+    for path, more in ((plain, []), (both, ["--mirror"])):
+        done = run_cli("eval", "--adapter", adapter, "--output", path, *more)
+        assert done.returncode == 0, done.stderr
+    assert "mirror_accuracy" in done.stdout
+    plain, both = json.loads(plain.read_text()), json.loads(both.read_text())
+    mirrored = both.pop("mirror")
+    assert both["loss"] == plain["loss"] and "mirror" not in plain
+    assert mirrored["loss"] != plain["loss"] and mirrored["loss"] == pytest.approx(plain["loss"], abs=0.1)
+
+    image = colour_folder / "test" / "red" / "3.png"
+    model = TinyTLModel.from_pretrained(adapter).eval()
+    with torch.no_grad():
+        view = model.preprocess(Image.open(image))
+        expected = ((model(view) + model(view.flip(3))) / 2).softmax(1).max().item()
+    done = run_cli("predict", "--adapter", adapter, "--json", "--mirror", image)
+    result = json.loads(done.stdout)
+    assert result["views"] == 2 and result["labels"][0]["probability"] == pytest.approx(expected, abs=1e-5)
+    done = run_cli("predict", "--adapter", adapter, "--json", image)
+    assert "views" not in json.loads(done.stdout)
 
 
 def test_eval_takes_other_data_whose_classes_are_matched_by_name(adapter, colour_folder, tmp_path):

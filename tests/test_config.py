@@ -9,7 +9,7 @@ from tinytl_hf import TinyTLError, cli
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.network import METHOD_ALIASES, HeadConfig, LiteConfig, MethodAlias
 from tinytl_hf.config.run import Config
-from tinytl_hf.config.train import TrainConfig
+from tinytl_hf.config.train import LrFactors, TrainConfig
 from tinytl_hf.config.yaml12 import Yaml12Loader
 from tinytl_hf.network.methods import METHODS
 
@@ -41,6 +41,7 @@ def test_the_reports_recipe_is_in_a_config_for_each_method():
         assert (config.backbone.name, config.data.dataset) == ("mobilenet_v2", "uoft-cs/cifar10")
         assert (config.data.train_size, options.global_batch_size, options.optimizer) == (224, 128, "adamw")
         assert (options.lr, options.schedule, options.gamma, options.weight_decay) == (4e-4, "exponential", 0.9, 1e-4)
+        assert (options.warmup_epochs, config.data.crop_scale) == (0.0, (0.08, 1.0))
     paper = load(ROOT / "configs" / "cifar10_tinytl_lb_paper.yaml").train
     assert (paper.global_batch_size, paper.epochs, paper.optimizer, paper.lr) == (8, 50, "adam", 3e-4)
     assert (paper.schedule, paper.label_smoothing) == ("cosine", 0.1)
@@ -67,10 +68,10 @@ def test_names_and_aliases_are_those_of_the_methods():
     ("make", "message"),
     [
         (lambda: TrainConfig(gradient_accumulation_steps=0), r"train.gradient_accumulation_steps=0: use 1 or more"),
-        (lambda: TrainConfig(gradient_accumulation_steps=3), r"steps=3: use a divisor of train.global_batch_size=128"),
+        (lambda: TrainConfig(gradient_accumulation_steps=3), r"steps=3: use a divisor of train.global_batch_size=32"),
         (lambda: TrainConfig(epochs=0), r"train.epochs=0"),
         (lambda: TrainConfig(lr=0), r"train.lr=0: use a number above 0"),
-        (lambda: TrainConfig(warmup_epochs=40), r"train.warmup_epochs=40: .*less than train.epochs=40"),
+        (lambda: TrainConfig(warmup_epochs=4, epochs=4), r"train.warmup_epochs=4: .*less than train.epochs=4"),
         (lambda: TrainConfig(gamma=1.5), r"train.gamma=1.5"),
         (lambda: TrainConfig(label_smoothing=1.0), r"train.label_smoothing=1.0"),
         (lambda: TrainConfig(max_grad_norm=0.0), r"train.max_grad_norm=0.0"),
@@ -82,6 +83,13 @@ def test_names_and_aliases_are_those_of_the_methods():
         (
             lambda: Config(method="FT-Last", train=TrainConfig(cache_features=True), data=DataConfig(start_size=96)),
             r"data.start_size=96: train.cache_features takes one size",
+        ),
+        (lambda: TrainConfig(patience=0), r"train.patience=0: use 1 or more"),
+        (lambda: TrainConfig(mixup=-0.1), r"train.mixup=-0.1: use 0 \(off\) or more"),
+        (lambda: LrFactors(head=-1.0), r"train.lr_factors.head=-1.0: use 0 or more"),
+        (
+            lambda: Config(method="FT-Last", train=TrainConfig(cache_features=True, cutmix=1.0)),
+            r"train.cutmix=1.0: train.cache_features computes features of images as they are",
         ),
         (lambda: LiteConfig(kernel_size=4), r"lite.kernel_size=4: use an odd number"),
         (lambda: HeadConfig(dropout=1.0), r"head.dropout=1.0"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_cli, small_run
-from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, top_k_accuracy_score
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.measure.metrics import ClassificationFigures, compute_metrics, load_metrics
@@ -34,6 +34,16 @@ def test_figures_agree_with_scikit_learn_and_torch(scored):
     assert matrix.sum() == 257 and np.trace(matrix) == (predicted == labels).sum()
     assert matrix[3, 5] == ((labels == 3) & (predicted == 5)).sum()
     assert figures["per_class_accuracy"][7] == pytest.approx((predicted[labels == 7] == 7).mean())
+
+
+def test_balanced_accuracy_is_scikit_learns_whatever_class_is_guessed_without_images():
+    labels, answers = np.array([0] * 8 + [1] * 2), np.array([0] * 8 + [0, 1])
+    figures = compute_metrics(np.eye(3, dtype=np.float32)[answers], labels)
+    assert (
+        figures["accuracy"] == 0.9 and figures["balanced_accuracy"] == balanced_accuracy_score(labels, answers) == 0.75
+    )
+    with_a_third = compute_metrics(np.eye(3, dtype=np.float32)[np.array([2] * 4 + [0] * 4 + [1] * 2)], labels)
+    assert with_a_third["balanced_accuracy"] == 0.75
 
 
 def test_calibration_error_of_a_known_case():
@@ -88,7 +98,7 @@ def test_more_metrics_land_in_the_files_of_the_run_and_a_missing_one_stops_it_be
     results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert results["evaluate_f1"] == results["f1"] == line["eval"]["evaluate_f1"]
-    assert f"evaluate_f1 {results['f1']:.4f}" in done.stdout
+    assert f"evaluate_f1       {results['f1']:.4f}" in done.stdout
     again = ("eval", "--adapter", tmp_path / "run" / "adapter", "--metrics", f"[{F1_SCRIPT}]")
     done = run_cli(*again, "--output", tmp_path / "again.json")
     assert json.loads((tmp_path / "again.json").read_text())["evaluate_f1"] == results["evaluate_f1"]

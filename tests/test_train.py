@@ -49,7 +49,7 @@ def test_a_run_leaves_its_config_figures_adapters_checkpoint_and_tracker_logs(fi
     lines = metrics(output)
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and [line["step"] for line in lines] == [3, 6, 9, 12]
     assert set(lines[0]["train"]) == {"loss", "accuracy", "images_per_second"}
-    assert set(lines[0]["eval"]) == {"accuracy", "top5", "f1", "loss", "ece"}
+    assert set(lines[0]["eval"]) == {"accuracy", "balanced_accuracy", "top5", "f1", "loss", "ece"}
     assert [len(line["train_curve"]["loss"]) for line in lines] == [3, 3, 3, 3]  # 3 batches of 8
     assert np.mean(lines[0]["train_curve"]["loss"]) == pytest.approx(lines[0]["train"]["loss"], abs=1e-4)
     results = json.loads((output / "eval_results.json").read_text())
@@ -67,7 +67,7 @@ def test_the_verb_eval_repeats_the_runs_figures_to_the_last_digit(finished_run, 
     done = run_cli("eval", "--adapter", output / "adapter", "--output", tmp_path / "again.json", "--batch_size", "8")
     assert done.returncode == 0, done.stderr
     again, before = (json.loads(p.read_text()) for p in (tmp_path / "again.json", output / "eval_results.json"))
-    for name in ("accuracy", "top5", "f1", "loss", "ece", "confusion_matrix", "n"):
+    for name in ("accuracy", "balanced_accuracy", "top5", "f1", "loss", "ece", "confusion_matrix", "n"):
         assert again[name] == before[name], name
 
 
@@ -235,13 +235,17 @@ def test_bf16_learns_as_fp32_does_and_saves_fp32(colour_folder, tmp_path):
     assert {t.dtype for t in delta(tmp_path / "bf16").values()} == {torch.float32}
 
 
+def _options(**options):
+    return TrainConfig(lr=1e-3, **options)
+
+
 def test_schedules_start_and_end_where_they_should():
-    exponential = lr_factor(TrainConfig(), steps_per_epoch=10)
+    exponential = lr_factor(_options(schedule="exponential", warmup_epochs=0.0, epochs=40), steps_per_epoch=10)
     assert [exponential(step) for step in (0, 9, 10, 399)] == [1.0, 1.0, 0.9, pytest.approx(0.9**39)]
-    cosine = lr_factor(TrainConfig(schedule="cosine", epochs=4, warmup_epochs=1), steps_per_epoch=10)
+    cosine = lr_factor(_options(schedule="cosine", epochs=4, warmup_epochs=1), steps_per_epoch=10)
     assert cosine(0) == pytest.approx(1 / 11) and cosine(10) == 1.0
     assert cosine(25) == pytest.approx(0.5) and cosine(40) == pytest.approx(0.0)
-    constant = lr_factor(TrainConfig(schedule="constant"), steps_per_epoch=10)
+    constant = lr_factor(_options(schedule="constant", warmup_epochs=0.0, epochs=40), steps_per_epoch=10)
     assert {constant(step) for step in range(400)} == {1.0}
 
 

@@ -32,6 +32,9 @@ from tinytl_hf.version import __version__
 
 VARIABLE = re.compile(r"^\$\w+|\$\{\w+\}")
 
+# How jsonargparse says that a value is neither of a type nor null.
+OR_NULL = re.compile(r"Does not .*\[\w+, NoneType\] Errors: - (.+) - Expected a NoneType .*?Given value: ")
+
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit."""
@@ -201,6 +204,10 @@ def _one_line(error: Exception) -> str:
         return _no_such_option(unknown[1] or unknown[2])
     text = re.sub(r"<class '([^']+)'>", r"\1", text).replace("typing.", "")
     text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
+    if text.startswith("adapter: Unable to load config"):
+        return "adapter: train makes one; --adapter.init PATH_OR_NAME goes on from another"
+    if not text.lower().endswith("value: none"):
+        text = OR_NULL.sub(r"\1. Got value: ", text)
     if re.search(r"Unexpected config: ?(#|$)", text):
         return "empty config file: it sets no option"
     return _with_fix(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -47,9 +48,26 @@ def _train(values: Namespace) -> None:
         except TinyTLError as error:
             raise TinyTLError(f"hub.push: {error}, or train without --hub.push and push later") from error
     _print_figures(train(config))
+    if is_main_process():
+        print(_next_steps(config))
     if config.hub.push and is_main_process():
         adapter, repo = str(Path(config.output_dir) / ADAPTER), config.hub.repo
         print(push(PushConfig(adapter, str(repo), config.hub.private)))
+
+
+def _next_steps(config: Config) -> str:
+    """The commands that a user wants after a training."""
+    from tinytl_hf.reports.run_folder import ADAPTER
+
+    output = shlex.quote(config.output_dir)
+    adapter = shlex.quote(str(Path(config.output_dir) / ADAPTER))
+    lines = [
+        "next:",
+        f"  {PROG} predict --adapter {adapter} IMAGE",
+        f"  {PROG} report {output} --html",
+        f"  {PROG} push --adapter {adapter} --repo USER/NAME --private",
+    ]
+    return "\n".join(lines)
 
 
 def _eval(values: Namespace) -> None:
@@ -213,8 +231,11 @@ VERBS = {
 def _print_figures(figures: dict[str, Any]) -> None:
     if is_main_process():
         extra = [name for name in figures if name.startswith("evaluate_")]
-        for name in ("accuracy", "top5", "f1", "loss", "ece", *extra):
-            print(f"{name:<8} {figures[name]:.4f}")
+        for name in ("accuracy", "balanced_accuracy", "top5", "f1", "loss", "ece", *extra):
+            print(f"{name:<17} {figures[name]:.4f}")
+        mirrored = figures.get("mirror", {})
+        for name, value in mirrored.items():
+            print(f"{'mirror_' + name:<24} {value:.4f}")
 
 
 def _print_measured(conditions: dict[str, Any], table: str, content: str | None) -> None:

@@ -292,9 +292,9 @@ class TinyTLModel(nn.Module):
         """The parameters that train, in the backbone's order: what an optimizer should get."""
         return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
 
-    def parameter_groups(self, lr: float, weight_decay: float, decay_all: bool = False) -> list[dict[str, Any]]:
-        """Optimizer groups with the method's learning rates; ``decay_all`` decays biases and norms too."""
-        return methods.parameter_groups(self.backbone, self._blocks, self.config.method, lr, weight_decay, decay_all)
+    def parameter_groups(self, lr: float, weight_decay: float, **options: Any) -> list[dict[str, Any]]:
+        """Optimizer groups with the method's learning rates; ``options`` as of :func:`methods.parameter_groups`."""
+        return methods.parameter_groups(self.backbone, self._blocks, self.config.method, lr, weight_decay, **options)
 
     @property
     def active_adapter(self) -> str:

@@ -2,38 +2,154 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
 from tinytl_hf.config.train import TrainConfig
-from tinytl_hf.data.augment import RandomCropFlip, resample
+from tinytl_hf.data.augment import RandomCropFlip, normalise, resample
+from tinytl_hf.data.changes import Changes
 from tinytl_hf.model import TinyTLModel
+
+AS_THEY_ARE = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)  # mean and std that leave pixels from 0 to 255
+MUON_MOMENTUM = 0.95
+MUON_RATE = 10.0  # of AdamW's: each of Muon's steps has a norm of its own, whatever the gradient's
 
 
 def make_optimizer(model: TinyTLModel, options: TrainConfig) -> Optimizer:
     """An optimizer over the parameters that train, and no others."""
-    groups = model.parameter_groups(options.lr, options.weight_decay, options.decay_norms_and_biases)
+    lr = options.plan.lr
+    decay_all, factors = options.decay_norms_and_biases, options.lr_factors
+    groups = model.parameter_groups(lr, options.weight_decay, decay_all=decay_all, factors=factors)
     # One kernel for all of the many small tensors, where there is one.
     fused = next(model.trainable_parameters()).device.type in {"cpu", "cuda"}
     if options.optimizer == "sgd":
-        return SGD(groups, lr=options.lr, momentum=options.momentum, fused=fused)
-    return (AdamW if options.optimizer == "adamw" else Adam)(groups, lr=options.lr, fused=fused)
+        return SGD(groups, lr=lr, momentum=options.momentum, fused=fused)
+    kinds = {"adamw": AdamW, "adam": Adam, "muon": MuonAdamW}
+    return kinds[options.optimizer](groups, lr=lr, fused=fused)
 
 
-def training_view(model: TinyTLModel, batch: Mapping[str, Tensor], augment: RandomCropFlip, size: int) -> Tensor:
-    """A batch of decoded photos, cropped, flipped, resized and normalised.
+def training_view(
+    model: TinyTLModel, batch: Mapping[str, Tensor], augment: RandomCropFlip, size: int, changes: Changes
+) -> Tensor:
+    """A batch of decoded photos, cropped, flipped, resized, normalised, and changed where the run does that.
 
     Args:
         model: For the mean and standard deviation of its preprocessing.
         batch: ``pixels``, ``sizes`` and ``index``, as :mod:`tinytl_hf.data.batches` describes them.
         augment: What draws the crops.
         size: Side of the result in px.
+        changes: What else happens to the images.
 
     Returns:
         ``float32`` ``[N, 3, size, size]``, channels last.
     """
     boxes, flips = augment(batch["sizes"], batch["index"])
     options = model.config.preprocessing
-    return resample(batch["pixels"], batch["sizes"], boxes, size, options.mean, options.std, flips)
+    if not (changes.acts and changes.operates):
+        images = resample(batch["pixels"], batch["sizes"], boxes, size, options.mean, options.std, flips)
+    else:
+        pixels = resample(batch["pixels"], batch["sizes"], boxes, size, *AS_THEY_ARE, flips)
+        images = normalise(changes.operate(pixels, batch["index"]).float(), options.mean, options.std)
+    return changes.mix(images, batch["index"]) if changes.acts and changes.mixes else images
+
+
+class Loss:
+    """Cross entropy as a run's options have it.
+
+    Args:
+        options: Label smoothing, and whether classes are weighted.
+        labels: Class numbers of the training images ``[N]``: the more of a class there are, the less each weighs.
+        classes: Number of classes.
+    """
+
+    def __init__(self, options: TrainConfig, labels: Tensor, classes: int) -> None:
+        self.label_smoothing, self.weights = options.label_smoothing, None
+        if options.class_weights == "balanced":
+            counts = labels.bincount(minlength=classes)
+            self.weights = len(labels) / ((counts > 0).sum() * counts.clamp(min=1))
+
+    def __call__(self, logits: Tensor, batch: Mapping[str, Tensor], size: int, changes: Changes) -> Tensor:
+        """The mean over a batch, so that the batches of several processes add up to that of one.
+
+        Args:
+            logits: ``[N, classes]``.
+            batch: Its ``labels``, and ``index``.
+            size: Side of the images in px.
+            changes: What was done to them; of a blend, both labels count by their shares.
+        """
+        labels, mixes = batch["labels"], changes.acts and changes.mixes
+        if self.weights is None and not mixes:
+            return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        losses = self._each(logits, labels)
+        if mixes:
+            shares = changes.shares(batch["index"], size)
+            others = labels[changes.partners(len(labels), labels.device)]
+            losses = shares * losses + (1 - shares) * self._each(logits, others)
+        return losses.mean()
+
+    def _each(self, logits: Tensor, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
+        return losses if self.weights is None else losses * self.weights.to(labels.device)[labels]
+
+
+class MuonAdamW(AdamW):
+    """AdamW that leaves the groups with ``matrices`` to PyTorch's Muon, which takes matrices only.
+
+    A weight is as many matrices as its convolution has groups, each of a row for each channel that it makes. One
+    optimizer for all of them goes through Accelerate, schedules, gradient scalers and checkpoints as any other does.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        super().__init__(groups, **options)
+        self._step_supports_amp_scaling = False  # a gradient scaler is to unscale before the step, also of fused AdamW
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take a step of both."""
+        every = self.param_groups
+        try:
+            self.param_groups = [group for group in every if not group["matrices"]]
+            loss = super().step(closure)
+        finally:
+            self.param_groups = every
+        for group in every:
+            if group["matrices"]:
+                self._muon_step(group)
+        return loss
+
+    @torch.no_grad()
+    def _muon_step(self, group: dict[str, Any]) -> None:
+        """Give Muon the matrices of this step: weights can have moved to another device since the last."""
+        momenta: dict[nn.Parameter, Tensor] = {}
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            gradients = matrices_of(weight.grad, group["matrices"])
+            state = self.state[weight]
+            if not state:  # with the count of steps that AdamW looks for in what it loads
+                state["step"], state["momentum"] = torch.tensor(0.0), torch.zeros_like(gradients)
+            state["step"] += 1
+            for matrix, gradient, momentum in zip(
+                matrices_of(weight, group["matrices"]), gradients, state["momentum"], strict=True
+            ):
+                parameter = nn.Parameter(matrix)
+                parameter.grad = gradient
+                momenta[parameter] = momentum
+        if momenta:
+            lr, decay = group["lr"] * MUON_RATE, group["weight_decay"]
+            muon = Muon(momenta, lr=lr, weight_decay=decay, momentum=MUON_MOMENTUM)
+            muon.state.update({parameter: {"momentum_buffer": momentum} for parameter, momentum in momenta.items()})
+            muon.step()
+
+
+def matrices_of(weight: Tensor, groups: int) -> Tensor:
+    """The weight of a convolution ``[out, in / groups, k, k]`` as ``[groups, out / groups, k * k * in / groups]``.
+
+    Of a weight that lies as convolutions want it (channels last), it is a view.
+    """
+    channels_last = weight.detach().contiguous(memory_format=torch.channels_last)
+    return channels_last.permute(0, 2, 3, 1).reshape(groups, weight.shape[0] // groups, -1)

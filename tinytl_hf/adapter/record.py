@@ -114,6 +114,23 @@ class DataRecord:
 
 
 @dataclass(frozen=True)
+class InitRecord:
+    """The adapter that the training went on from.
+
+    Attributes:
+        method: The method it was trained by.
+        label_names: Its classes.
+        source: Its name on the Hub; None: it was a folder, whose path means nothing elsewhere.
+        train_sha256: Hash of the images that it was trained on.
+    """
+
+    method: MethodName
+    label_names: list[str]
+    source: str | None = None
+    train_sha256: str | None = None
+
+
+@dataclass(frozen=True)
 class AdapterConfig:
     """What ``adapter_config.json`` holds.
 
@@ -139,6 +156,7 @@ class AdapterConfig:
     lite: LiteConfig = field(default_factory=LiteConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     data: DataRecord | None = None
+    init: InitRecord | None = None
     dtype: Literal["fp32", "fp16"] = "fp32"
     format_version: int = FORMAT_VERSION
     tinytl_hf_version: str = __version__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tinytl_hf.config.check import check
 
@@ -13,9 +14,9 @@ TOTAL_STRIDE = 32  # of the backbones, in px; at sizes in between, their maps ha
 class DataConfig:
     """Where images and labels come from, and how they become batches."""
 
-    dataset: str = "uoft-cs/cifar10"
-    """A Hub id, a local folder (a data set in the Hub's layout, an imagefolder, or a saved Dataset), a
-    .parquet file or pattern, or digits (scikit-learn's 1,797 handwritten digits)."""
+    dataset: str = ""
+    """What to train on. A Hub id, a local folder (a data set in the Hub's layout, an imagefolder, or a saved Dataset),
+    a .parquet file or pattern, or digits (scikit-learn's 1,797 handwritten digits)."""
     subset: str | None = None
     """Name of the data set's configuration, for data sets that have several."""
     image_column: str | None = None
@@ -45,10 +46,13 @@ class DataConfig:
     """Side of the images at evaluation and in use, in px; null: data.train_size. Random crops enlarge what they
     show, so a network that trained on them sees things at their usual size in somewhat larger images (Touvron et
     al. 2019)."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: tuple[float, float] = (0.5, 1.0)
     """Training: least and greatest share of an image's area in the random resized crop."""
     flip: bool = True
     """Training: mirror half of the images."""
+    auto_augment: Literal["none", "trivial"] = "none"
+    """Training: trivial changes each crop by one operation at random strength (TrivialAugment, Mueller and Hutter
+    2021). Not in the last fifth of the epochs, which see images as they are."""
     crop_pct: float = 0.875
     """Evaluation: side of the centre crop as a share of the image's shorter side."""
     skip_corrupt: bool = False

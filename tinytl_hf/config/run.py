@@ -58,6 +58,9 @@ class AdapterOptions:
     keep: Literal["best", "last"] = "best"
     """The epoch whose adapter is the run's result: best on the evaluation split, or last, whose figures owe
     nothing to a choice made on that split."""
+    init: str | None = None
+    """Start from the adapter in this folder or of this name on the Hub, trained on these or other data: what the
+    method trains and the adapter has goes on, and so do the head's rows of classes that both have."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,11 @@ class Config:
         check(fits, "train.cache_features", caches, reason)
         start = self.data.start_size
         check(not caches or start is None, "data.start_size", start, "train.cache_features takes one size")
+        operates, mixes = self.data.auto_augment, {"mixup": self.train.mixup, "cutmix": self.train.cutmix}
+        as_they_are = "train.cache_features computes features of images as they are; turn one of the two off"
+        check(not caches or operates == "none", "data.auto_augment", operates, as_they_are)
+        for name, value in mixes.items():
+            check(not caches or value == 0, f"train.{name}", value, as_they_are)
 
     @property
     def engine(self) -> Engine:
@@ -115,7 +123,7 @@ class Config:
 
     def train_size_in(self, epoch: int) -> int:
         """Side of the training images in px, in an epoch counted from 0."""
-        start, end, last = self.data.start_size, self.data.train_size, self.train.epochs - 1
+        start, end, last = self.data.start_size, self.data.train_size, self.train.plan.epochs - 1
         if start is None or epoch == last:
             return end
         return min(end, TOTAL_STRIDE * round((start + (end - start) * epoch / last) / TOTAL_STRIDE))

@@ -28,6 +28,8 @@ class EvalConfig:
     """Images a forward pass, over all processes."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """no, bf16 or fp16; null: what `accelerate launch` was told."""
+    mirror: bool = False
+    """Also average the logits of each image and its mirror image, and give the figures of that apart."""
 
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
@@ -54,6 +56,8 @@ class PredictConfig:
     """CSV file that gets a line for each image as well."""
     max_megapixels: int | None = None
     """Read images of up to this many megapixels; null: what Pillow takes for safe, 178."""
+    mirror: bool = False
+    """Average the logits of each image and its mirror image, in twice the time."""
 
     def __post_init__(self) -> None:
         check(self.top_k >= 1, "top_k", self.top_k, "use 1 or more")

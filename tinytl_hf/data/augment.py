@@ -120,8 +120,13 @@ def resample(
         if flips is not None:
             columns = torch.where(flips[part].to(device)[:, None, None], columns.flip(1), columns)
         images[part] = rows[:, None] @ pixels[part, :, top:bottom, left:right].float() @ columns.mT[:, None]
-    scale, shift = _normalisation(tuple(mean), tuple(std), device)
-    return images.mul_(scale[:, None, None]).add_(shift[:, None, None])
+    return normalise(images, mean, std)
+
+
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalise values from 0 to 255 in place, ``[N, 3, H, W]``; mean and std as for :func:`resample`."""
+    scale, shift = _normalisation(tuple(mean), tuple(std), pixels.device)
+    return pixels.mul_(scale[:, None, None]).add_(shift[:, None, None])
 
 
 def _groups(pixels: Tensor, size: int) -> Iterator[slice]:

@@ -159,6 +159,10 @@ def sha256(split: Split) -> str:
 
 
 def _load(config: DataConfig) -> datasets.DatasetDict:
+    if not config.dataset:
+        raise TinyTLError(
+            "data.dataset: missing; name a folder of images or a data set, as --data.dataset path/to/images"
+        )
     name, path = config.dataset, local_path(config.dataset)
     if name == "digits":
         return datasets.DatasetDict(train=_digits())

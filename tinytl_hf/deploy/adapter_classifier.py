@@ -32,7 +32,11 @@ class AdapterClassifier:
         self.eval_size = self._model.config.preprocessing.eval_size
 
     @torch.inference_mode()
-    def probabilities(self, photos: Sequence[np.ndarray]) -> np.ndarray:
-        """Photos ``uint8`` ``[H, W, 3]`` of any sizes to ``[N, classes]``."""
+    def probabilities(self, photos: Sequence[np.ndarray], mirror: bool = False) -> np.ndarray:
+        """Photos ``uint8`` ``[H, W, 3]`` of any sizes to ``[N, classes]``; ``mirror`` averages in the mirrored."""
         pixels, sizes = pad_images([as_tensor(photo) for photo in photos])
-        return forward_in_parts(self._model, self._model.normalise(pixels, sizes)).softmax(1).cpu().numpy()
+        view = self._model.normalise(pixels, sizes)
+        logits = forward_in_parts(self._model, view)
+        if mirror:
+            logits = (logits + forward_in_parts(self._model, view.flip(3))) / 2
+        return logits.softmax(1).cpu().numpy()

@@ -63,8 +63,10 @@ class OnnxClassifier:
             images = images.transpose(0, 2, 3, 1)
         return self._session.run(None, {self._input["name"]: np.ascontiguousarray(images)})[0]
 
-    def probabilities(self, photos: Sequence[np.ndarray]) -> np.ndarray:
-        """As :meth:`logits`, to probabilities ``[N, classes]``."""
+    def probabilities(self, photos: Sequence[np.ndarray], mirror: bool = False) -> np.ndarray:
+        """As :meth:`logits`, to probabilities ``[N, classes]``; ``mirror`` averages in the mirror images."""
         logits = self.logits(photos)
+        if mirror:
+            logits = (logits + self.logits([photo[:, ::-1] for photo in photos])) / 2
         odds = np.exp(logits - logits.max(1, keepdims=True))
         return odds / odds.sum(1, keepdims=True)

@@ -26,8 +26,8 @@ class Classifier(Protocol):
     label_names: list[str]
     eval_size: int
 
-    def probabilities(self, photos: Sequence[np.ndarray]) -> np.ndarray:
-        """Photos ``uint8`` ``[H, W, 3]`` of any sizes to ``[N, classes]``."""
+    def probabilities(self, photos: Sequence[np.ndarray], mirror: bool = False) -> np.ndarray:
+        """Photos ``uint8`` ``[H, W, 3]`` of any sizes to ``[N, classes]``; ``mirror`` averages in the mirrored."""
 
 
 def predict(config: PredictConfig, names: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -35,7 +35,8 @@ def predict(config: PredictConfig, names: Iterable[str]) -> Iterator[dict[str, A
 
     Yields:
         For each image ``{"image": path, "labels": [{"label": ..., "probability": ...}, ...]}``, most likely
-        first, or ``{"image": path, "error": reason}``.
+        first, with ``"views": 2`` if they are of the image and its mirror image; or
+        ``{"image": path, "error": reason}``.
 
     Raises:
         TinyTLError: The adapter cannot be loaded.
@@ -45,7 +46,7 @@ def predict(config: PredictConfig, names: Iterable[str]) -> Iterator[dict[str, A
     classifier = _load(config)
     sources = [source for name in names for source in find_images(name)]
     for start in range(0, len(sources), BATCH_SIZE):
-        yield from _predict_batch(classifier, sources[start : start + BATCH_SIZE], config.top_k)
+        yield from _predict_batch(classifier, sources[start : start + BATCH_SIZE], config)
 
 
 def _load(config: PredictConfig) -> Classifier:
@@ -61,7 +62,7 @@ def _load(config: PredictConfig) -> Classifier:
     return OnnxClassifier(config.adapter)
 
 
-def _predict_batch(classifier: Classifier, sources: list[Source], top_k: int) -> list[dict[str, Any]]:
+def _predict_batch(classifier: Classifier, sources: list[Source], config: PredictConfig) -> list[dict[str, Any]]:
     results: dict[int, dict[str, Any]] = {}
     inputs = []
     for number, source in enumerate(sources):
@@ -72,9 +73,10 @@ def _predict_batch(classifier: Classifier, sources: list[Source], top_k: int) ->
         except UnreadableImageError as error:
             results[number] = {"image": source.name, "error": str(error)}
     if inputs:
-        probabilities = classifier.probabilities([photo for _, photo in inputs])
+        probabilities = classifier.probabilities([photo for _, photo in inputs], config.mirror)
+        views = {"views": 2} if config.mirror else {}
         for (number, _), values in zip(inputs, probabilities, strict=True):
-            best = np.argsort(-values, kind="stable")[:top_k]
+            best = np.argsort(-values, kind="stable")[: config.top_k]
             labels = [{"label": classifier.label_names[i], "probability": float(values[i])} for i in best]
-            results[number] = {"image": sources[number].name, "labels": labels}
+            results[number] = {"image": sources[number].name, "labels": labels, **views}
     return [results[number] for number in range(len(sources))]

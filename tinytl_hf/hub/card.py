@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE
-from tinytl_hf.adapter.record import AdapterConfig, DataRecord
+from tinytl_hf.adapter.record import AdapterConfig, DataRecord, InitRecord
 from tinytl_hf.config.network import MethodName
 from tinytl_hf.errors import TinyTLError, one_line
 
@@ -31,6 +31,7 @@ LICENCE = "apache-2.0"  # until a person names another
 SHOWN_LABELS = 100
 METRICS = {  # our name: the Hub's name of the metric, and the reader's
     "accuracy": ("accuracy", "accuracy"),
+    "balanced_accuracy": ("balanced_accuracy", "balanced accuracy"),
     "top5": ("top_5_accuracy", "top-5 accuracy"),
     "f1": ("f1", "F1, macro average"),
     "ece": ("expected_calibration_error", "expected calibration error"),
@@ -100,6 +101,7 @@ def render_card(
         subset=_code(data.subset) if data and data.subset else None,
         train_split=_code(data.train_split) if data else None,
         eval_data=_eval_data_in_words(data) if data else None,
+        init=_init_in_words(config.init) if config.init else None,
         metrics={METRICS[name][1]: f"{value:.4f}" for name, value in figures.items()},
         ece="ece" in figures,
         results_file=RESULTS_FILE,
@@ -111,6 +113,11 @@ def render_card(
     )
     new = re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n"
     return new if existing is None else update_card(existing, new)
+
+
+def _init_in_words(init: InitRecord) -> str:
+    name = f"`{init.source}`" if init.source else "another adapter"
+    return f"{name} ({init.method}, {len(init.label_names)} classes)"
 
 
 def read_card(folder: Path) -> str | None:

@@ -56,8 +56,12 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     logger.log(logging.WARNING if evaluated.trained_on else logging.INFO, "evaluating on %s", evaluated)
     prepared, loader = accelerator.prepare(model, make_loader(images, data_config, batch_size=config.batch_size))
     start = time.perf_counter()
-    figures = compute_metrics(*compute_logits(accelerator, prepared, loader, model), extra=extra, tables=True)
+    logits, labels = compute_logits(accelerator, prepared, loader, model)
+    figures = compute_metrics(logits, labels, extra=extra, tables=True)
     figures["seconds"] = seconds_since(start, accelerator.device)
+    if config.mirror:
+        mirrored, _ = compute_logits(accelerator, prepared, loader, model, mirror=True)
+        figures["mirror"] = compute_metrics((logits + mirrored) / 2, labels)
     if config.output is not None and accelerator.is_main_process:
         save_results(Path(config.output), figures, model, evaluated, accelerator)
     return {**figures, "n": len(images), "method": model.config.method}
@@ -98,6 +102,7 @@ def compute_logits(
     loader: DataLoader,
     model: TinyTLModel,
     after_batch: Callable[[], None] | None = None,
+    mirror: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits and labels of a whole set, in its order, for any number of processes and any size of the set.
 
@@ -107,6 +112,7 @@ def compute_logits(
         loader: Batches of the set.
         model: The model itself, for its preprocessing.
         after_batch: Called after each batch; may raise.
+        mirror: Whether to mirror each image.
 
     Returns:
         Logits ``[N, classes]`` and class numbers ``[N]``, the same on every process.
@@ -118,7 +124,7 @@ def compute_logits(
     all_logits, all_labels = [], []
     for batch in tqdm(loader, desc="eval", disable=not accelerator.is_main_process, leave=False, mininterval=1):
         inputs = batch["features"] if "features" in batch else model.normalise(batch["pixels"], batch["sizes"])
-        logits = forward_in_parts(prepared, inputs).float()
+        logits = forward_in_parts(prepared, inputs.flip(3) if mirror else inputs).float()
         logits, labels = accelerator.gather_for_metrics((logits, batch["labels"]))
         all_logits.append(logits.cpu())
         all_labels.append(labels.cpu())

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from tinytl_hf.config.recipe import resolve
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import RandomCropFlip
+from tinytl_hf.data.changes import Changes
 from tinytl_hf.device import wait_for_device
 from tinytl_hf.model import TinyTLModel
-from tinytl_hf.step import make_optimizer, training_view
+from tinytl_hf.step import Loss, make_optimizer, training_view
 
 
 class MeasuredStep:
@@ -28,14 +29,22 @@ class MeasuredStep:
     """
 
     def __init__(self, model: TinyTLModel, pixels: Tensor, labels: Tensor, config: Config) -> None:
-        self.model, self.labels, self.options = model, labels, config.train
         count, device = len(pixels), pixels.device
+        config = resolve(config, count)
+        self.model, self.labels, self.options = model, labels, config.train
         sizes = torch.tensor(pixels.shape[-2:], device=device).expand(count, 2)
-        self.batch = {"pixels": pixels, "sizes": sizes, "index": torch.arange(count, device=device)}
+        index = torch.arange(count, device=device)
+        self.batch = {"pixels": pixels, "sizes": sizes, "labels": labels, "index": index}
         self.augment = RandomCropFlip(count, config.seed, config.data.crop_scale, config.data.flip)
+        self.changes = Changes(count, config)
+        self.loss = Loss(config.train, labels.cpu(), len(model.label_names))
         self.optimizer = make_optimizer(model, config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
+
+    @property
+    def _size(self) -> int:
+        return self.model.config.preprocessing.train_size
 
     @property
     def images(self) -> int:
@@ -44,14 +53,14 @@ class MeasuredStep:
 
     def view(self) -> Tensor:
         """What the network gets of the photos."""
-        return training_view(self.model, self.batch, self.augment, self.model.config.preprocessing.train_size)
+        return training_view(self.model, self.batch, self.augment, self._size, self.changes)
 
     def __call__(self) -> None:
         """Take the step, and wait for the device."""
         passes = self.options.gradient_accumulation_steps
         for _ in range(passes):
             logits = self.model(self.view())  # no name holds the view longer than the pass needs it, as in a run
-            loss = F.cross_entropy(logits, self.labels, label_smoothing=self.options.label_smoothing)
+            loss = self.loss(logits, self.batch, self._size, self.changes)
             (loss / passes).backward()
         if self.options.max_grad_norm is not None:
             clip_grad_norm_(self.model.trainable_parameters(), self.options.max_grad_norm)

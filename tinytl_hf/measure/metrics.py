@@ -10,7 +10,7 @@ import datasets
 import evaluate
 import numpy as np
 from scipy.special import logsumexp, softmax
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 
 from tinytl_hf.errors import TinyTLError
 
@@ -47,12 +47,18 @@ class ClassificationFigures(evaluate.Metric):
         answers = logits.argmax(1)
         figures = {
             "accuracy": float(accuracy_score(labels, answers)),
+            "balanced_accuracy": balanced_accuracy(answers, labels),
             "top5": top_five(logits, labels),
             "f1": float(f1_score(labels, answers, average="macro", zero_division=0.0)),
             "loss": cross_entropy(logits, labels),
             "ece": calibration_error(logits, labels),
         }
         return {**figures, **class_tables(answers, labels, logits.shape[1])} if tables else figures
+
+
+def balanced_accuracy(answers: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over the classes that have images of the share of each that is right: large classes count no more."""
+    return float(recall_score(labels, answers, labels=np.unique(labels), average="macro", zero_division=0.0))
 
 
 def top_five(logits: np.ndarray, labels: np.ndarray) -> float:

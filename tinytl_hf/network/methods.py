@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models.convnext import CNBlock
 
 from tinytl_hf.config.network import METHOD_ALIASES, LiteConfig, MethodName
+from tinytl_hf.config.train import LrFactors
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.blocks import TinyTLBlock, add_lite_residuals
 from tinytl_hf.network.head import Head
@@ -31,6 +32,7 @@ class Role(Enum):
 
     HEAD = "head"
     LITE = "lite residual"
+    LITE_LAST_SCALE = "scale of a lite residual's last norm"
     LITE_LAST_BIAS = "bias of a lite residual's last norm"
     NORM_SCALE = "norm scale"
     NORM_BIAS = "norm bias"
@@ -39,6 +41,7 @@ class Role(Enum):
 
 
 BACKBONE = {Role.NORM_SCALE, Role.NORM_BIAS, Role.BIAS, Role.WEIGHT}
+LITE = {Role.LITE, Role.LITE_LAST_SCALE}
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,9 @@ class Method:
 METHODS: dict[str, Method] = {
     "FT-Last": Method(frozenset({Role.HEAD})),
     "TinyTL-B": Method(frozenset({Role.HEAD, Role.BIAS, Role.NORM_BIAS})),
-    "TinyTL-L": Method(frozenset({Role.HEAD, Role.LITE, Role.LITE_LAST_BIAS}), lite_residual=True),
+    "TinyTL-L": Method(frozenset({Role.HEAD, *LITE, Role.LITE_LAST_BIAS}), lite_residual=True),
     # The bias of the lite residual's last norm would duplicate the block's own, so it stays at zero.
-    "TinyTL-L+B": Method(frozenset({Role.HEAD, Role.LITE, Role.BIAS, Role.NORM_BIAS}), lite_residual=True),
+    "TinyTL-L+B": Method(frozenset({Role.HEAD, *LITE, Role.BIAS, Role.NORM_BIAS}), lite_residual=True),
     "FT-Norm+Last": Method(frozenset({Role.HEAD, Role.NORM_SCALE, Role.NORM_BIAS}), batch_statistics=True),
     "FT-Full": Method(frozenset({Role.HEAD, *BACKBONE}), batch_statistics=True),
     "FT-Layerwise": Method(frozenset({Role.HEAD, *BACKBONE}), batch_statistics=True),
@@ -135,6 +138,7 @@ def parameter_roles(backbone: nn.Module) -> dict[str, Role]:
             roles.setdefault(name, _role(module, name))
         if isinstance(module, LiteResidual):
             roles.update({name: Role.LITE for name, _ in module.named_parameters(prefix)})
+            roles[f"{prefix}.norm2.weight"] = Role.LITE_LAST_SCALE
             roles[f"{prefix}.norm2.bias"] = Role.LITE_LAST_BIAS
     return roles
 
@@ -155,22 +159,52 @@ def parameter_groups(
     method: MethodName,
     lr: float,
     weight_decay: float,
-    decay_norms_and_biases: bool = False,
+    decay_all: bool = False,
+    factors: LrFactors | None = None,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups of the parameters that train, with their learning rate and weight decay."""
+    """Optimizer groups of the parameters that train, with their learning rate and weight decay.
+
+    ``decay_all`` decays biases and norm scales, too; ``factors`` multiply the learning rate by role.
+    A group's ``matrices`` says of how many matrices each of its weights is made, where those are convolutions of lite
+    residuals: one for each group of channels. Else it is 0.
+    """
     scales = _layerwise_scales(backbone, blocks) if method == "FT-Layerwise" else {}
-    roles = parameter_roles(backbone)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    by_role = _factors_by_role(factors or LrFactors())
+    roles, matrices = parameter_roles(backbone), _lite_matrices(backbone)
+    groups: dict[tuple[float, float, int], list[nn.Parameter]] = {}
     for name, parameter in backbone.named_parameters():
         if parameter.requires_grad:
             is_weight = parameter.ndim > 1 and roles[name] is not Role.NORM_SCALE  # layer scales have three dimensions
-            decays = decay_norms_and_biases or is_weight
-            key = (lr * scales.get(name, 1.0), weight_decay if decays else 0.0)
+            decays = decay_all or is_weight
+            rate = lr * scales.get(name, 1.0) * by_role.get(roles[name], 1.0)
+            key = (rate, weight_decay if decays else 0.0, matrices.get(name, 0))
             groups.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "lr": group_lr, "weight_decay": group_decay}
-        for (group_lr, group_decay), parameters in groups.items()
+        {"params": parameters, "lr": group_lr, "weight_decay": group_decay, "matrices": count}
+        for (group_lr, group_decay, count), parameters in groups.items()
     ]
+
+
+def _factors_by_role(factors: LrFactors) -> dict[Role, float]:
+    return {
+        Role.HEAD: factors.head,
+        Role.LITE: factors.lite,
+        Role.LITE_LAST_SCALE: factors.lite_last_norm,
+        Role.LITE_LAST_BIAS: factors.lite_last_norm,
+        Role.NORM_BIAS: factors.biases,
+        Role.BIAS: factors.biases,
+    }
+
+
+def _lite_matrices(backbone: nn.Module) -> dict[str, int]:
+    """Groups of channels of each convolution in a lite residual, by its weight's name."""
+    return {
+        f"{prefix}.{name}.weight": module.groups
+        for prefix, lite in backbone.named_modules()
+        if isinstance(lite, LiteResidual)
+        for name, module in lite.named_children()
+        if isinstance(module, nn.Conv2d)
+    }
 
 
 def _role(module: nn.Module, name: str) -> Role:

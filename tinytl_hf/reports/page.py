@@ -90,6 +90,8 @@ def _figures(run: FinishedRun) -> dict[str, str]:
         "loss": f"{results['loss']:.4f} nats",
         "calibration error": f"{results['ece']:.4f}",
     }
+    if "balanced_accuracy" in results:
+        shown["balanced accuracy"] = f"{results['balanced_accuracy']:.2%}"
     shown.update({key: f"{value:.4f}" for key, value in results.items() if key.startswith("evaluate_")})
     shown["trained parameters"] = "-" if parameters is None else f"{parameters:,}"
     shown["adapter"] = f"{run.adapter_bytes / MB:.2f} MB"

@@ -50,6 +50,7 @@ MAY_DIFFER = {
         "memory.slice_mb",
         "memory.report",
         "train.epochs",
+        "train.patience",
         "train.resume",
         "train.threads",
     ),
@@ -67,6 +68,7 @@ class Progress:
         batch: Forward passes done in the current epoch.
         step: Optimizer steps done.
         best_accuracy: Best evaluation accuracy so far; -1 before the first.
+        epochs_since_best: Complete epochs after the one of that accuracy.
         sums: Loss, right answers and images of the current epoch, summed up to the last checkpoint.
         seconds: Training time of the current epoch.
         learning_rate: That of the last step.
@@ -81,9 +83,11 @@ class Progress:
     seconds: float = 0.0
     learning_rate: float = 0.0
     overflows: int = 0
+    epochs_since_best: int = 0
 
     def next_epoch(self, accuracy: float) -> None:
         """Turn to the next epoch."""
+        self.epochs_since_best = 0 if accuracy > self.best_accuracy else self.epochs_since_best + 1
         self.best_accuracy = max(self.best_accuracy, accuracy)
         self.epoch += 1
         self.batch, self.sums, self.seconds, self.overflows = 0, [], 0.0, 0

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -52,15 +51,15 @@ def train(config: Config) -> dict[str, Any]:
         Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
     """
     run = set_up(config)
-    accelerator, progress = run.accelerator, run.progress
+    config, accelerator, progress = run.config, run.accelerator, run.progress
     with StopSignal() as stop:
-        while progress.epoch < config.train.epochs:
+        while progress.epoch < config.train.plan.epochs and not has_stalled(run):
             train_epoch(run, stop)
             path = save_checkpoint(run)
             figures = compute_metrics(*evaluate(run, partial(stop_if_asked, run, stop, path)), extra=run.metrics)
             finish_epoch(run, figures)
             path = save_checkpoint(run)
-            if progress.epoch < config.train.epochs:
+            if progress.epoch < config.train.plan.epochs:
                 stop_if_asked(run, stop, path)
     # The figures of a run are those of the file that it leaves behind.
     kept = Path(config.output_dir) / run_folder.ADAPTER
@@ -83,6 +82,8 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
     accelerator, options, progress = run.accelerator, run.config.train, run.progress
     run.batches.epoch = progress.epoch
     run.augment.set_epoch(progress.epoch)
+    run.changes.set_epoch(progress.epoch)
+    size = run.config.train_size_in(progress.epoch)
     run.prepared.train()
     loader = run.train_loader
     if progress.batch:
@@ -92,8 +93,8 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
     with progress_bar(run) as bar:
         for batch in loader:
             with accelerator.accumulate(run.prepared):
-                logits = run.prepared(augmented(run, batch))
-                loss = F.cross_entropy(logits, batch["labels"], label_smoothing=options.label_smoothing)
+                logits = run.prepared(augmented(run, batch, size))
+                loss = run.loss(logits, batch, size, run.changes)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and options.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(run.model.trainable_parameters(), options.max_grad_norm)
@@ -107,6 +108,7 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
             if accelerator.sync_gradients:
                 progress.step += 1
                 progress.overflows += run.optimizer.step_was_skipped
+                run.time_left.after_step(progress.epoch, progress.batch / run.batches.batches)
                 if progress.step % LOOK_EVERY == 0:
                     show_progress(run, bar, loss.item(), sums)
                 due = options.checkpoint_every > 0 and progress.step % options.checkpoint_every == 0
@@ -116,6 +118,15 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
                     stop_if_asked(run, stop, save_checkpoint(run))
     progress.sums = accelerator.gather(sums.parts[None]).tolist()
     progress.seconds = seconds_before + seconds_since(start, accelerator.device)
+
+
+def has_stalled(run: Run) -> bool:
+    """Whether the last ``train.patience`` epochs brought no better accuracy; says so."""
+    patience, since = run.config.train.patience, run.progress.epochs_since_best
+    if patience is None or since < patience:
+        return False
+    logger.info("stopped after epoch %d: no better accuracy in %d epochs", run.progress.epoch, since)
+    return True
 
 
 def save_checkpoint(run: Run) -> Path:
@@ -137,11 +148,11 @@ def looks_for_signals(run: Run) -> bool:
     return cheap or run.progress.step % LOOK_EVERY == 0
 
 
-def augmented(run: Run, batch: dict[str, Tensor]) -> Tensor:
-    """A batch of pixels, cropped, flipped, resized and normalised, or the features of one of its views."""
+def augmented(run: Run, batch: dict[str, Tensor], size: int) -> Tensor:
+    """What the network gets of a batch of pixels at this image size, or the features of one of its views."""
     if "features" in batch:
         return drawn_view(batch, run.augment)
-    return training_view(run.model, batch, run.augment, run.config.train_size_in(run.progress.epoch))
+    return training_view(run.model, batch, run.augment, size, run.changes)
 
 
 def evaluate(run: Run, after_batch: Callable[[], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -172,7 +183,7 @@ def finish_epoch(run: Run, figures: dict[str, float]) -> None:
         line["train_curve"] = epoch_sums.curve(progress.sums)
         run_folder.append_metrics(Path(config.output_dir), line)
     logger.info(
-        "epoch %d: train loss %.3f, accuracy %.4f, %.0f images/s; eval loss %.3f, accuracy %.4f%s",
+        "epoch %d: train loss %.3f, accuracy %.4f, %.0f images/s; eval loss %.3f, accuracy %.4f%s%s",
         progress.epoch + 1,
         train_figures["loss"],
         train_figures["accuracy"],
@@ -180,6 +191,7 @@ def finish_epoch(run: Run, figures: dict[str, float]) -> None:
         figures["loss"],
         figures["accuracy"],
         " (best)" if is_best else "",
+        run.time_left.after_epoch(progress.epoch),
     )
     progress.next_epoch(figures["accuracy"])
 
@@ -189,7 +201,7 @@ def progress_bar(run: Run) -> tqdm:
     return tqdm(
         total=run.batches.batches * run.batches.batch_size,
         initial=run.progress.batch * run.batches.batch_size,
-        desc=f"epoch {run.progress.epoch + 1}/{run.config.train.epochs}",
+        desc=f"epoch {run.progress.epoch + 1}/{run.config.train.plan.epochs}",
         unit="img",
         disable=not run.accelerator.is_main_process,
         mininterval=1,

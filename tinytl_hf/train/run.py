@@ -14,10 +14,13 @@ from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import RandomCropFlip
 from tinytl_hf.data.batches import DecodedImages, ShuffledBatches, StreamedImages
+from tinytl_hf.data.changes import Changes
 from tinytl_hf.measure.memory import DataMemory
 from tinytl_hf.measure.results import Evaluated
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.step import Loss
 from tinytl_hf.train.checkpoint import Progress
+from tinytl_hf.train.time_left import TimeLeft
 
 
 @dataclass
@@ -38,6 +41,9 @@ class Run:
     record: DataRecord
     batches: ShuffledBatches
     augment: RandomCropFlip
+    changes: Changes
+    loss: Loss
+    time_left: TimeLeft
     progress: Progress
     metrics: dict[str, EvaluationModule]  # of config.metrics
     hashes: dict[str, str | None]  # of the frozen backbone and the data

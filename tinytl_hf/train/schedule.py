@@ -18,7 +18,7 @@ def make_scheduler(optimizer: Optimizer, options: TrainConfig, steps_per_epoch: 
 
 def lr_factor(options: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate as a factor of its highest, by optimizer step."""
-    total = options.epochs * steps_per_epoch
+    total = options.plan.epochs * steps_per_epoch
     warmup = round(options.warmup_epochs * steps_per_epoch)
 
     def factor(step: int) -> float:

@@ -14,9 +14,11 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 
 from tinytl_hf.adapter.record import DataRecord
+from tinytl_hf.config import recipe
 from tinytl_hf.config.run import Config, flat
 from tinytl_hf.data import batches, sets
 from tinytl_hf.data.augment import RandomCropFlip
+from tinytl_hf.data.changes import Changes
 from tinytl_hf.device import (
     check_divides,
     device_name,
@@ -31,7 +33,7 @@ from tinytl_hf.measure.metrics import load_metrics
 from tinytl_hf.measure.results import Evaluated
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports.run_folder import ADAPTER
-from tinytl_hf.step import make_optimizer
+from tinytl_hf.step import Loss, make_optimizer
 from tinytl_hf.train import checkpoint
 from tinytl_hf.train.cached_features import compute_features
 from tinytl_hf.train.checkpoint import Progress
@@ -39,6 +41,8 @@ from tinytl_hf.train.finish import save_adapters
 from tinytl_hf.train.output_dir import check_free, make_ready
 from tinytl_hf.train.run import Run
 from tinytl_hf.train.schedule import make_scheduler
+from tinytl_hf.train.time_left import TimeLeft
+from tinytl_hf.train.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +63,16 @@ def set_up(config: Config) -> Run:
     say_what_launch_settings_do(options.mixed_precision, options.gradient_accumulation_steps)
     check_tracker(config.tracker)
     metrics = load_metrics(config.metrics)
+    train_split, eval_split = sets.open_splits(config.data)
+    asked, config = config, recipe.resolve(config, len(train_split.labels))
     check_free(config)
     resume_from = checkpoint.find(config)
     set_seed(config.seed)
 
-    train_split, eval_split = sets.open_splits(config.data)
     model = TinyTLModel.from_config(config, train_split.label_names)
+    if config.adapter.init is not None:
+        warm_start(model, config.adapter.init, config.backbone.weights)
+    log_recipe(asked, config, len(train_split.labels))
     train_images = batches.read_images(train_split, config.data, config.data.train_size)
     eval_images = batches.read_images(eval_split, config.data, model.config.preprocessing.eval_size)
     train_set: Any = train_images
@@ -84,13 +92,13 @@ def set_up(config: Config) -> Run:
     shuffled = batches.ShuffledBatches(
         len(train_images), options.global_batch_size, options.gradient_accumulation_steps, config.seed
     )
-    optimizer = make_optimizer(model, options)
+    optimizer = make_optimizer(model, config.train)
     prepared, prepared_optimizer, train_loader, eval_loader, scheduler = accelerator.prepare(
         model,
         optimizer,
         batches.make_loader(train_set, config.data, batch_sampler=shuffled),
         batches.make_loader(eval_set, config.data, batch_size=options.global_batch_size),
-        make_scheduler(optimizer, options, shuffled.optimizer_steps),
+        make_scheduler(optimizer, config.train, shuffled.optimizer_steps),
     )
     checkpoint.register(accelerator)
     hashes = {
@@ -111,7 +119,7 @@ def set_up(config: Config) -> Run:
     accelerator.wait_for_everyone()
     if is_missing:
         # Resumed into another folder: the best so far stayed in the first.
-        progress.best_accuracy = -1.0
+        progress.best_accuracy, progress.epochs_since_best = -1.0, 0
         save_adapters(model, config, record, [ADAPTER], accelerator)
     accelerator.wait_for_everyone()  # the main process writes it, and all will read it
     start_tracker(accelerator, config)
@@ -131,10 +139,22 @@ def set_up(config: Config) -> Run:
         record=record,
         batches=shuffled,
         augment=augment,
+        changes=Changes(len(train_images), config),
+        loss=Loss(config.train, train_images.labels, len(train_split.label_names)),
+        time_left=TimeLeft(config),
         progress=progress,
         metrics=metrics,
         hashes=hashes,
     )
+
+
+def log_recipe(asked: Config, config: Config, images: int) -> None:
+    """Say what is trained with: what was asked for, and what was settled of the rest."""
+    steps = -(-images // config.train.global_batch_size)
+    logger.info(recipe.describe(asked, config, images, steps))
+    changes = Changes(0, config)
+    if changes.epochs:
+        logger.info("images are changed or blended in the first %d epochs", changes.epochs)
 
 
 def log_conditions(accelerator: Accelerator, config: Config) -> None:
@@ -142,6 +162,11 @@ def log_conditions(accelerator: Accelerator, config: Config) -> None:
     batch, steps = config.train.global_batch_size, config.train.gradient_accumulation_steps
     processes = accelerator.num_processes
     check_divides(batch, "train.global_batch_size", processes, steps)
+    if (config.train.mixup or config.train.cutmix) and batch // processes // steps % 2:
+        raise TinyTLError(
+            f"train.global_batch_size={batch}: mixup and cutmix blend pairs, so a process needs an even number of "
+            f"images a step; use a multiple of {2 * processes * steps}"
+        )
     logger.info(
         "%s on %d process(es), %s, %d threads, precision %s, engine %s, "
         "global batch %d (%d images x %d processes x %d steps)",

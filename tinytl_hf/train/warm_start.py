@@ -1,0 +1,103 @@
+"""Going on from an adapter that was trained on other data, or by a method that trains less."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinytl_hf.adapter.format import read_config
+from tinytl_hf.adapter.record import InitRecord
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.hub.transfer import find_adapter
+from tinytl_hf.model import TinyTLModel
+from tinytl_hf.network.head import Head
+
+logger = logging.getLogger(__name__)
+
+NAMED_CLASSES = 3  # how many classes of one kind the log line names
+
+
+def warm_start(model: TinyTLModel, init: str, weights: str) -> None:
+    """Copy what an adapter trained into a model that is about to train, and note that in the model's record.
+
+    The head's rows of classes that both have are copied, those of new classes stay as they are. So do lite residuals
+    that the adapter does not have, or has with another kernel, as for another image size.
+
+    Args:
+        model: The model, of the run's method and classes.
+        init: The adapter: a folder, or a name on the Hub.
+        weights: Where the run takes the backbone's weights from.
+
+    Raises:
+        TinyTLError: It is of another backbone or other weights, or trained what the run's method freezes.
+    """
+    folder = find_adapter(init)
+    saved, own = read_config(folder), model.config
+    if saved.backbone.name != own.backbone.name:
+        raise TinyTLError(
+            f"adapter.init={init}: it is of {saved.backbone.name}, not {own.backbone.name}; use "
+            f"--backbone.name {saved.backbone.name}"
+        )
+    try:
+        old = TinyTLModel.from_pretrained(folder, weights=weights)
+    except TinyTLError as error:
+        raise TinyTLError(f"adapter.init={init}: {error}") from error
+    tensors, before = model.adapter_tensors(), old.adapter_tensors()
+    if lost := sorted(before.keys() - tensors.keys()):
+        raise TinyTLError(
+            f"adapter.init={init}: it was trained by {saved.method}, and {own.method} has no place for {lost[0]}"
+            f"{f' and {len(lost) - 1} more tensors' if len(lost) > 1 else ''}; use --method {saved.method}"
+        )
+    head = next(name for name, module in model.backbone.named_modules() if isinstance(module, Head))
+    rows = {f"{head}.weight", f"{head}.bias"}
+    taken = [name for name in _fitting(tensors, before) if name not in rows]
+    shared = [name for name in own.label_names if name in old.label_names]
+    rows_to, rows_from = ([names.index(label) for label in shared] for names in (own.label_names, old.label_names))
+    with torch.no_grad():
+        for name in taken:
+            tensors[name].copy_(before[name])
+        for name in rows:
+            tensors[name][rows_to] = before[name][rows_from]
+    fresh = [name for name in tensors if name not in rows and name not in taken]
+    logger.info(_describe(init, saved.method, own.label_names, old.label_names, taken, fresh))
+    source = None if Path(init).expanduser().exists() else init
+    train_sha256 = saved.data.train_sha256 if saved.data is not None else None
+    model.config = replace(own, init=InitRecord(saved.method, saved.label_names, source, train_sha256))
+
+
+def _fitting(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that are taken over: of a lite residual, all or none."""
+    differ = [name for name, tensor in tensors.items() if name not in before or before[name].shape != tensor.shape]
+    fresh_branches = {_branch_of(name) for name in differ} - {None}
+    return [name for name in tensors if name not in differ and _branch_of(name) not in fresh_branches]
+
+
+def _branch_of(name: str) -> str | None:
+    """The lite residual that a tensor belongs to."""
+    block, in_branch, _ = name.partition(".lite_residual.")
+    return block if in_branch else None
+
+
+def _describe(init: str, method: str, new: list[str], old: list[str], taken: list[str], fresh: list[str]) -> str:
+    unknown, gone = [name for name in new if name not in old], [name for name in old if name not in new]
+    parts = [
+        f"goes on from {init} ({method}): {len(taken)} tensors and the head's rows of {len(new) - len(unknown)} of "
+        f"{len(new)} classes are taken over"
+    ]
+    if unknown:
+        parts.append(f"the rows of {_names(unknown)} start fresh")
+    if fresh:
+        parts.append(f"so do {len(fresh)} tensors, such as {fresh[0]}")
+    if gone:
+        parts.append(f"its rows of {_names(gone)} are left out")
+    return "; ".join(parts)
+
+
+def _names(names: list[str]) -> str:
+    more = len(names) - NAMED_CLASSES
+    return ", ".join(names[:NAMED_CLASSES]) + (f" and {more} more" if more > 0 else "")
