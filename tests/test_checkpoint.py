@@ -12,6 +12,7 @@ from conftest import run_cli, small_run
 from safetensors.torch import load_file
 from started_runs import checkpoints, delta, metrics, run
 
+from tinytl_hf.config.recipe import resolve
 from tinytl_hf.config.run import Config
 from tinytl_hf.device import make_accelerator
 from tinytl_hf.step import make_optimizer
@@ -41,7 +42,7 @@ def resume(data, folder, *options):
 
 def test_a_checkpoint_of_the_largest_delta_with_adamw_is_small_and_without_backbone(make_model, tmp_path):
     model = make_model("TinyTL-L+B", num_classes=10, train_size=224)
-    config = Config(output_dir=str(tmp_path))
+    config = resolve(Config(output_dir=str(tmp_path)), images=2_000)
     accelerator = make_accelerator("no", 1)
     prepared, optimizer = accelerator.prepare(model, make_optimizer(model, config.train))
     for parameter in model.trainable_parameters():

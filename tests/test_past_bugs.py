@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from tinytl_hf import TinyTLModel
 from tinytl_hf.adapter.format import read_config
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.recipe import resolve
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import RandomCropFlip
 from tinytl_hf.data.batches import read_images
+from tinytl_hf.data.changes import Changes
 from tinytl_hf.data.sets import open_splits
 from tinytl_hf.measure.speed import _memsave
-from tinytl_hf.train.checkpoint import Progress
 from tinytl_hf.train.loop import augmented
 from tinytl_hf.version import __version__
 
@@ -195,10 +196,11 @@ def test_training_normalised_by_imagenet_whatever_the_backbone_wants(make_model)
     own = replace(model.config.preprocessing, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     model.config = replace(model.config, preprocessing=own)
     augment = RandomCropFlip(images=1, seed=0, scale=(1.0, 1.0), flip=False)
-    run = SimpleNamespace(model=model, augment=augment, config=Config(), progress=Progress())
+    changes = Changes(1, resolve(Config(), 1))
+    run = SimpleNamespace(model=model, augment=augment, changes=changes)
     pixels, sizes = torch.full((1, 3, 40, 40), 255, dtype=torch.uint8), torch.tensor([[40, 40]])
     batch = {"pixels": pixels, "sizes": sizes, "index": torch.tensor([0])}
-    torch.testing.assert_close(augmented(run, batch).unique(), torch.tensor([(1 - 0.5) / 0.25]))
+    torch.testing.assert_close(augmented(run, batch, 224).unique(), torch.tensor([(1 - 0.5) / 0.25]))
 
 
 THREADS = """

@@ -80,7 +80,7 @@ def test_every_command_runs(command, home, monkeypatch):
 
 
 def test_the_commands_that_others_go_on_from_leave_their_runs(trained):
-    folders = [trained / "runs" / name for name in ("mine", "cifar10_tinytl_lb")]
+    folders = [trained / "runs" / name for name in ("tinytl", "cifar10_tinytl_lb")]
     assert all((folder / "adapter" / "adapter_model.safetensors").is_file() for folder in folders)
     assert len(COMMANDS) >= 20 and len(set(COMMANDS)) == len(COMMANDS)
 
