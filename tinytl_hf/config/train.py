@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tinytl_hf.config.check import check
+from tinytl_hf.config.check import check, expand_paths
 from tinytl_hf.config.engine import Engine
 
 
@@ -60,6 +60,7 @@ class TrainConfig:
     """Newest checkpoints to keep: where the last one turns out damaged, the one before it is used."""
 
     def __post_init__(self) -> None:
+        expand_paths(self, "resume")
         at_least_one = ("epochs", "global_batch_size", "gradient_accumulation_steps", "keep_checkpoints")
         for name in at_least_one:
             check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "use 1 or more")
