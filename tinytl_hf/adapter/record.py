@@ -165,23 +165,6 @@ class InitRecord:
 
 
 @dataclass(frozen=True)
-class InitRecord:
-    """The adapter that the training went on from.
-
-    Attributes:
-        method: The method it was trained by.
-        label_names: Its classes.
-        source: Its name on the Hub; None: it was a folder, whose path means nothing elsewhere.
-        train_sha256: Hash of the images that it was trained on.
-    """
-
-    method: MethodName
-    label_names: list[str]
-    source: str | None = None
-    train_sha256: str | None = None
-
-
-@dataclass(frozen=True)
 class AdapterConfig:
     """What ``adapter_config.json`` holds.
 
