@@ -59,7 +59,7 @@ def metadata(card):
 
 
 def test_metadata_of_a_run_passes_the_hubs_rules_with_numpy_scalars_and_no_subset():
-    card = render_card(config(data=DataRecord("uoft-cs/cifar10")), METRICS, facts=FACTS)
+    card = render_card(config(data=DataRecord("uoft-cs/cifar10", source="hub")), METRICS, facts=FACTS)
     assert yaml_errors(card) == []
     data = ModelCard(card).data
     assert (data.library_name, data.pipeline_tag, data.license) == ("tinytl_hf", "image-classification", "apache-2.0")
@@ -116,12 +116,16 @@ def test_a_base_model_is_named_only_where_the_hub_has_those_weights(options, bas
 
 
 @pytest.mark.parametrize(
-    ("dataset", "on_hub"),
-    [("uoft-cs/cifar10", True), ("cifar10", True), ("digits", False), ("/data/pets", False), ("a/b/*.parquet", False)],
+    ("dataset", "source"),
+    [
+        *(("uoft-cs/cifar10", "hub"), ("cifar10", "hub"), ("digits", "digits"), ("/data/pets", "local")),
+        *(("d/pets", "local"), ("d/pets", None), ("https://x.org/data/a.parquet?token=/data/", "url")),
+    ],
 )
-def test_datasets_holds_names_on_the_hub_only_and_no_path_is_told(dataset, on_hub):
-    card = render_card(config(data=DataRecord(dataset)), METRICS)
-    assert metadata(card).get("datasets") == ([dataset] if on_hub else None) and "/data/" not in card
+def test_datasets_holds_names_on_the_hub_only_and_no_path_is_told(dataset, source):
+    card = render_card(config(data=DataRecord(dataset, source=source)), METRICS)
+    assert metadata(card).get("datasets") == ([dataset] if source == "hub" else None)
+    assert "/data/" not in card and "d/pets" not in card and "datasets/pets" not in card
     assert yaml_errors(card) == []
 
 
@@ -142,25 +146,25 @@ def test_odd_labels_are_shown_as_they_are_and_end_nothing():
 
 def test_rendering_again_edits_our_part_only():
     theirs = "\nBefore.\n\n", "\n\nAfter, with `---` and {{ braces }}.\n"
-    first = render_card(config(data=DataRecord("a/b")), METRICS)
+    first = render_card(config(data=DataRecord("a/b", source="hub")), METRICS)
     assert is_untouched(first) and update_card(first, first) == first
     head, block = first.split(BEGIN)[0], first.split(BEGIN)[1].split(END)[0]
     written = head + theirs[0] + BEGIN + block + END + theirs[1]
     assert not is_untouched(written)
-    again = render_card(config(data=DataRecord("a/b"), method="TinyTL-B"), {"accuracy": 0.75}, written)
+    again = render_card(config(data=DataRecord("a/b", source="hub"), method="TinyTL-B"), {"accuracy": 0.75}, written)
     assert theirs[0] + BEGIN in again and again.endswith(END + theirs[1])
     assert "| accuracy | 0.7500 |" in again and "0.5000" not in again and "TinyTL-B adapter" in again
 
 
 def test_rendering_again_keeps_a_persons_metadata_and_results():
-    data = metadata(render_card(config(data=DataRecord("a/b")), METRICS))
+    data = metadata(render_card(config(data=DataRecord("a/b", source="hub")), METRICS))
     mine = {"task": {"type": "image-classification"}, "dataset": {"type": "a/b", "name": "my split"}}
     mine["metrics"] = [{"type": "accuracy", "value": 0.1}]
     data["model-index"][0]["results"].append(mine)
     data |= {"license": "mit", "language": ["fr"], "co2_eq_emissions": 3, "datasets": ["a/b", "my/other"]}
     data["tags"] += ["my-tag"]
     card = f"---\n{yaml.safe_dump(data, sort_keys=False)}---\n{BEGIN}\nformer\n{END}\n"
-    new = render_card(config(data=DataRecord("c/d"), method="TinyTL-B"), {"accuracy": 0.75}, card)
+    new = render_card(config(data=DataRecord("c/d", source="hub"), method="TinyTL-B"), {"accuracy": 0.75}, card)
     after = metadata(new)
     assert yaml_errors(new) == []
     assert (after["license"], after["language"], after["co2_eq_emissions"]) == ("mit", ["fr"], 3)

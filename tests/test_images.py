@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinytl_hf.data.images import UnreadableImageError
+from tinytl_hf.data.images import UnreadableImageError, _note_few_bits, allow_megapixels
 from tinytl_hf.data.tensors import decode, pad_images, to_rgb
 
 
@@ -35,6 +35,49 @@ def test_sixteen_bits_are_scaled_and_not_clipped():
 
 def test_dark_sixteen_bit_images_stay_dark():
     assert corner(Image.fromarray(np.full((4, 4), 200, dtype=np.uint16))) == [1, 1, 1]
+
+
+def tiff(values):
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "TIFF")
+    return decode({"bytes": file.getvalue(), "path": None}, 32)
+
+
+def test_floats_from_0_to_1_are_scaled():
+    values = np.array([[0, 0.5], [0.25, 1]], dtype=np.float32)
+    assert tiff(values)[0].tolist() == [[0, 128], [64, 255]]
+
+
+@pytest.mark.parametrize("values", [[0, 65535], [-0.5, 1], [0, float("nan")], [0, float("inf")], [0, 255]])
+def test_floats_whose_white_is_not_known_are_refused(values):
+    with pytest.raises(
+        UnreadableImageError, match=r"its values are floats from .*, and only 0 to 1 have a known white"
+    ):
+        tiff(np.array([values], dtype=np.float32))
+
+
+@pytest.mark.parametrize("values", [[0, 70_000], [-1, 5]])
+def test_whole_numbers_beyond_16_bits_are_refused(values):
+    with pytest.raises(UnreadableImageError, match=r"whole numbers from .*only 0 to 65,535"):
+        tiff(np.array([values], dtype=np.int32))
+
+
+def test_twelve_bits_in_sixteen_are_noted(caplog):
+    _note_few_bits.cache_clear()
+    for _ in range(2):
+        pixels = tiff(np.array([[0, 4095]], dtype=np.uint16))
+    assert pixels[0].tolist() == [[0, 16]]
+    assert caplog.text.count("16-bit images whose values stay below 4,096: white is 65,535") == 1
+
+
+def test_the_limit_of_pixels_is_named_with_the_option_that_lifts_it(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400_000)
+    file = io.BytesIO()
+    Image.new("1", (2000, 1000)).save(file, "PNG")
+    with pytest.raises(UnreadableImageError, match=r"it has 2 megapixels; if you trust the file, allow that with"):
+        decode({"bytes": file.getvalue(), "path": None}, 32)
+    allow_megapixels(2)
+    assert decode({"bytes": file.getvalue(), "path": None}, 32).shape == (3, 64, 128)
 
 
 def test_of_a_very_long_image_the_middle_is_kept():

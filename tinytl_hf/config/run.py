@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tinytl_hf.config.check import check, check_text
+from tinytl_hf.config.check import check, check_text, expand_paths
 from tinytl_hf.config.data import TOTAL_STRIDE, DataConfig
 from tinytl_hf.config.engine import BackendName, Engine
 from tinytl_hf.config.hub import HubConfig
@@ -93,6 +93,7 @@ class Config:
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
+        expand_paths(self, "output_dir", "metrics")
         check(self.seed >= 0, "seed", self.seed, "use 0 or more")
         check_text("output_dir", self.output_dir)
         for key, value in flat(self.to_dict()).items():

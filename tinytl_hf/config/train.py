@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Literal, NamedTuple
 
-from tinytl_hf.config.check import check
+from tinytl_hf.config.check import check, expand_paths
 from tinytl_hf.config.engine import Engine
 
 
@@ -104,6 +104,7 @@ class TrainConfig:
     """Newest checkpoints to keep: where the last one turns out damaged, the one before it is used."""
 
     def __post_init__(self) -> None:
+        expand_paths(self, "resume")
         at_least_one = ("epochs", "global_batch_size", "gradient_accumulation_steps", "keep_checkpoints", "patience")
         for name in at_least_one:
             value = getattr(self, name)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tinytl_hf.config.check import check, check_text
+from tinytl_hf.config.check import check, check_text, expand_paths
 from tinytl_hf.config.network import MethodName
 
 
@@ -32,6 +32,7 @@ class EvalConfig:
     """Also average the logits of each image and its mirror image, and give the figures of that apart."""
 
     def __post_init__(self) -> None:
+        expand_paths(self, "adapter", "weights", "output", "metrics")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
         is_json = self.output is None or self.output.endswith(".json")
         check(is_json, "output", self.output, "name a .json file")
@@ -60,6 +61,7 @@ class PredictConfig:
     """Average the logits of each image and its mirror image, in twice the time."""
 
     def __post_init__(self) -> None:
+        expand_paths(self, "adapter", "weights", "csv")
         check(self.top_k >= 1, "top_k", self.top_k, "use 1 or more")
         check(self.csv is None or self.csv.endswith(".csv"), "csv", self.csv, "name a .csv file")
         enough = self.max_megapixels is None or self.max_megapixels >= 1
@@ -82,6 +84,7 @@ class MergeConfig:
     """Replace a file that is there."""
 
     def __post_init__(self) -> None:
+        expand_paths(self, "adapter", "weights", "output")
         check(self.output.endswith(".safetensors"), "output", self.output, "name a .safetensors file")
         check_text("output", self.output)
 
@@ -93,6 +96,9 @@ class CompareConfig:
     output: str | None = None
     """Folder that gets the table as Markdown, CSV and JSON, and pictures; null: only print the table."""
 
+    def __post_init__(self) -> None:
+        expand_paths(self, "output")
+
 
 @dataclass(frozen=True)
 class ReportConfig:
@@ -102,6 +108,9 @@ class ReportConfig:
     """Write one HTML page that needs no network and no other file."""
     output: str | None = None
     """The page; null: report.html in the run's folder."""
+
+    def __post_init__(self) -> None:
+        expand_paths(self, "output")
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,7 @@ class MemoryTableConfig:
     """Draw the measured peaks as bars into this PNG file."""
 
     def __post_init__(self) -> None:
+        expand_paths(self, "plot")
         for name in ("batch_size", "num_classes", "repeats"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
         is_size = self.photo_size is None or re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.photo_size) is not None

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.found import SHOWN, named
 from tinytl_hf.data.images import UnreadableImageError, decoded_photo_size
 from tinytl_hf.data.sets import Split, sample_rows
 from tinytl_hf.data.shared import can_share, decode_in_shares
@@ -190,8 +191,8 @@ def _decode_rows(
             except UnreadableImageError as error:
                 if not config.skip_corrupt:
                     raise TinyTLError(
-                        f"image {split.numbers[i]} of split {split.name} cannot be read ({error}); mend it, or "
-                        "leave such images out with --data.skip_corrupt true"
+                        f"image {_title(split, i, encoded)} of split {split.name} cannot be read ({error}); mend it, "
+                        "or leave such images out with --data.skip_corrupt true"
                     ) from error
                 yield i, None
 
@@ -219,17 +220,25 @@ def _readable(split: Split, config: DataConfig, size: int) -> np.ndarray:
 def _drop_corrupt(split: Split, good: np.ndarray) -> Split:
     if good.all():
         return split
-    bad = split.numbers[~good]
+    bad = np.flatnonzero(~good)
     if not good.any():
         raise TinyTLError(f"none of the {len(good)} images of split {split.name} can be read")
+    encoded = split.rows[bad[:SHOWN]]["image"]
     logger.warning(
-        "split %s: left out %d images that cannot be read (%s%s)",
+        "split %s: left out %s unreadable: %s",
         split.name,
-        bad.size,
-        ", ".join(map(str, bad[:5])),
-        ", ..." if bad.size > 5 else "",
+        f"{bad.size:,}",
+        named([_title(split, i, image) for i, image in zip(bad.tolist(), encoded, strict=False)], bad.size),
     )
     return split.select(np.flatnonzero(good))
+
+
+def _title(split: Split, i: int, encoded: dict[str, Any] | None) -> str:
+    """An image's file, or its row and what is known of its file."""
+    path = (encoded or {}).get("path")
+    if path and (encoded or {}).get("bytes") is None:
+        return str(path)
+    return f"{split.numbers[i]} ({path})" if path else str(split.numbers[i])
 
 
 def _as_is(batch: Any) -> Any:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import logging
 import re
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+
+logger = logging.getLogger(__name__)
 
 # Larger images are reduced to this multiple of the network's input on their shorter side, so that a decoded
 # photo takes little memory; only crops of less than a quarter of its area could show more detail than that.
@@ -16,12 +22,21 @@ MAX_ASPECT = 4  # longer images are cropped to it at their centre: a batch takes
 
 
 Image.init()
+if find_spec("pillow_heif") is not None:
+    import_module("pillow_heif").register_heif_opener()
 FORMATS = [name for name in Image.ID if name != "EPS"]  # Pillow hands EPS files to Ghostscript, which runs them
 # Of these, Pillow knows the header only.
 _STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 IMAGE_SUFFIXES = frozenset(
     suffix for suffix, name in Image.EXTENSION.items() if name in {*Image.OPEN, "MPO"} and name not in _STUBS
 )
+HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
+# Pictures that Pillow cannot read: they are counted where they are left out.
+UNREAD_SUFFIXES = {
+    *HEIF_SUFFIXES,
+    *(".svg", ".eps", ".jxl", ".wmf", ".emf"),
+    *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".srw"),
+} - IMAGE_SUFFIXES
 
 
 class UnreadableImageError(ValueError):
@@ -40,11 +55,13 @@ def decode_pixels(encoded: dict[str, Any] | None, input_size: int) -> np.ndarray
     try:
         with Image.open(source, formats=FORMATS) as image:
             return to_pixels(image, input_size)
+    except UnreadableImageError:
+        raise
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         raise UnreadableImageError(
             f"it has {int(pixels[0]) / 1e6 if pixels else 0:,.0f} megapixels; if you trust the file, allow that with "
-            "--max_megapixels"
+            "--data.max_megapixels, or --max_megapixels in predict"
         ) from error
     except Exception as error:  # a damaged file can make Pillow raise almost anything
         reason = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))
@@ -59,8 +76,9 @@ def allow_megapixels(count: int) -> None:
 def to_pixels(image: Image.Image, input_size: int) -> np.ndarray:
     """Turn an image of any mode upright and into RGB pixels.
 
-    Transparency is laid over white, 16-bit grey is scaled to 8 bits, EXIF rotation is applied, and of very
-    long images the middle is kept.
+    Transparency is laid over white, EXIF rotation is applied, and of very long images the middle is kept. White is
+    65,535 in images of 16 bits, and in those of 32 bits that go beyond 255; it is 1.0 in images of floats, whose
+    values must lie between 0 and 1. Nothing is clipped.
 
     Args:
         image: A PIL image.
@@ -68,9 +86,12 @@ def to_pixels(image: Image.Image, input_size: int) -> np.ndarray:
 
     Returns:
         ``uint8`` ``[H, W, 3]``.
+
+    Raises:
+        UnreadableImageError: Its values go beyond those ranges.
     """
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
+    if image.mode.startswith(("I", "F")):
         image = _eight_bits(image)
     image = _limit_aspect(image)
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
@@ -98,7 +119,30 @@ def _limit_aspect(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float32)
-    sixteen = image.mode.startswith("I;16") or values.max() > 255  # mode I does not say how many bits are used
-    scale = 257 if sixteen else 1  # 65535 becomes 255
-    return Image.fromarray((values / scale).clip(0, 255).round().astype(np.uint8))
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    is_float = image.mode.startswith("F")
+    limit = 1 if is_float else 65535
+    if not 0 <= low <= high <= limit:  # not a number fails this, too
+        kind = "floats" if is_float else "whole numbers"
+        raise UnreadableImageError(
+            f"its values are {kind} from {low:g} to {high:g}, and only 0 to {limit:,} have a known white; save it so, "
+            "or with 8 bits"
+        )
+    if is_float:
+        white = 1.0
+    elif image.mode.startswith("I;16") or high > 255:  # mode I does not say how many bits are used
+        white = 65535.0
+        if 255 < high < 4096:
+            _note_few_bits()
+    else:
+        white = 255.0
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+
+
+@functools.cache  # once a process, not for each image
+def _note_few_bits() -> None:
+    logger.warning(
+        "there are 16-bit images whose values stay below 4,096: white is 65,535, so they are dark; if they hold 12 "
+        "bits, save them with 8 bits or multiplied by 16"
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tinytl_hf.data.images import UnreadableImageError
 from tinytl_hf.data.tensors import decode, to_rgb
+from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
 
 TAKEN = (
@@ -50,7 +51,7 @@ def _is_array(value: Any) -> bool:
 
 def _decoded(image: Any, input_size: int) -> Tensor:
     if isinstance(image, (str, Path)):
-        path = Path(image).expanduser()
+        path = expanded(image)
         try:
             return decode({"bytes": None, "path": str(path)}, input_size)
         except UnreadableImageError as error:

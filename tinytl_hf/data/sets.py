@@ -1,25 +1,28 @@
-"""Data sets by name or path to labelled splits, without decoding an image."""
+"""Data sets by name or path to labelled splits, each with its role, without decoding an image."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import datasets
 import numpy as np
-from datasets.exceptions import DatasetsError
-from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.columns import NoLabelsError, class_order, image_rows, label_values
+from tinytl_hf.data.find import Source
+from tinytl_hf.data.found import Found, left_out, named
+from tinytl_hf.data.holding_out import hold_out
+from tinytl_hf.data.images import allow_megapixels
+from tinytl_hf.data.roles import HOLDOUT, find_split, in_order
+from tinytl_hf.data.tables import Tables, load
 from tinytl_hf.errors import TinyTLError
 
-EVAL_SPLITS = ("test", "validation")
-HOLDOUT = "holdout"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,32 +54,110 @@ class Split:
         """The images at ``index``."""
         return replace(self, rows=self.rows.select(index), labels=self.labels[index], numbers=self.numbers[index])
 
+    def occurring(self) -> list[str]:
+        """Names of the classes that have an image."""
+        return [self.label_names[number] for number in np.unique(self.labels)]
 
-def open_splits(config: DataConfig) -> tuple[Split, Split]:
-    """Find the training and the evaluation split, without decoding an image.
+
+class Opened(NamedTuple):
+    """The splits of a run, by their roles.
+
+    Attributes:
+        train: To train on.
+        evaluation: To evaluate on after each epoch, and to choose the best by.
+        test: To evaluate on once, at the end; None: there is no split for it.
+        found: What the data set holds.
+        source: Where it is.
+        warnings: What may surprise the user.
+    """
+
+    train: Split
+    evaluation: Split
+    test: Split | None
+    found: Found
+    source: Source
+    warnings: tuple[str, ...]
+
+
+def open_data(config: DataConfig) -> Opened:
+    """Find the splits of a run, without decoding an image.
+
+    With a validation and a test split, the first is for choosing and the second for the figures of the run.
 
     Raises:
         TinyTLError: The data set cannot be found or read, or its columns, splits or labels do not fit.
     """
-    return _open_splits(_load(config), config)
+    if config.max_megapixels is not None:
+        allow_megapixels(config.max_megapixels)
+    opened = _open_data(load(config), config)
+    for line in opened.warnings:
+        logger.warning("%s", line)
+    logger.info("%s", opened.found)
+    return opened
 
 
-def _open_splits(tables: datasets.DatasetDict, config: DataConfig) -> tuple[Split, Split]:
-    if config.train_split not in tables:
-        raise TinyTLError(f"data.train_split={config.train_split}: the data set has {', '.join(tables)}")
-    train = _labelled(tables[config.train_split], config.train_split, config)
-    eval_name = config.eval_split or next((name for name in EVAL_SPLITS if name in tables), HOLDOUT)
-    if eval_name == HOLDOUT:
-        train, held_out = _hold_out(train, config)
-    elif eval_name not in tables or eval_name == config.train_split:
-        others = [name for name in tables if name != config.train_split]
-        raise TinyTLError(f"data.eval_split={eval_name}: use {', '.join([*others, HOLDOUT])}")
+def open_splits(config: DataConfig) -> tuple[Split, Split]:
+    """The splits to train on and to evaluate on after each epoch: the first two of :func:`open_data`."""
+    opened = open_data(config)
+    return opened.train, opened.evaluation
+
+
+def _open_data(tables: Tables, config: DataConfig) -> Opened:
+    names = list(tables.splits)
+    train_name = find_split(config.train_split, names)
+    if train_name is None:
+        fix = f"; --data.train_split {names[0]} trains on it" if len(names) == 1 else ""
+        raise TinyTLError(f"data.train_split={config.train_split}: the data set has {', '.join(names)}{fix}")
+    train, (image_column, label_column) = _labelled(tables, train_name, config)
+    if len(classes := train.occurring()) < 2:
+        raise TinyTLError(f"split {train_name} has one class ({classes[0]}); use two or more{tables.hint}")
+    same_columns = replace(config, image_column=image_column, label_column=label_column)
+    eval_name, test_name = _eval_names(names, train_name, config.eval_split)
+    others = [
+        split
+        for name in (eval_name, test_name)
+        if name is not None and (split := _labelled_or_none(tables, name, same_columns)) is not None
+    ]
+    train, *others = _with_all_names([train, *others])
+    warnings = []
+    if others:
+        evaluation, test = others[0], others[1] if len(others) > 1 else None
     else:
-        held_out = with_label_names(_labelled(tables[eval_name], eval_name, config), train.label_names)
-    return (
-        _subset(train, config.max_train_samples, config.split_seed),
-        _subset(held_out, config.max_eval_samples, config.split_seed),
+        warnings += _about(_single(train), "a single image, which is trained on and not evaluated")
+        kept, held_out = hold_out(train.labels, config)
+        train, evaluation = train.select(kept), replace(train.select(held_out), held_out=True)
+        test = None
+    train = _subset(train, config.max_train_samples, config.split_seed)
+    evaluation = _subset(evaluation, config.max_eval_samples, config.split_seed)
+    test = None if test is None else _subset(test, config.max_eval_samples, config.split_seed)
+    evaluated = [name for split in (evaluation, test) if split is not None for name in split.occurring()]
+    untrained = list(dict.fromkeys(name for name in evaluated if name not in set(train.occurring())))
+    warnings += _about(untrained, "no training images, so no right answer can be learnt")
+    found = Found(
+        classes=train.label_names,
+        images={name: len(tables.splits[name]) for name in sorted(names, key=in_order)},
+        labels=f"{label_column} of {tables.metadata}" if tables.metadata else label_column,
+        left_out=tables.left_out,
+        examples=tables.examples,
+        train=(train.name, len(train.labels)),
+        evaluation=(evaluation.title, len(evaluation.labels)),
+        test=None if test is None else (test.title, len(test.labels)),
     )
+    return Opened(train, evaluation, test, found, tables.source, tuple(warnings))
+
+
+def _eval_names(names: Sequence[str], train: str, wanted: str | None) -> tuple[str | None, str | None]:
+    """The splits to choose by and to report, by name; None and None: a part held out of the training split."""
+    if wanted == HOLDOUT:
+        return None, None
+    if wanted is not None:
+        found = find_split(wanted, names)
+        if found is None or found == train:
+            others = [name for name in names if name != train]
+            raise TinyTLError(f"data.eval_split={wanted}: use {', '.join([*others, HOLDOUT])}")
+        return found, None
+    validation, test = (find_split(role, [n for n in names if n != train]) for role in ("validation", "test"))
+    return validation or test, test if validation else None
 
 
 def open_eval_split(config: DataConfig, whole: bool) -> Split:
@@ -88,16 +169,23 @@ def open_eval_split(config: DataConfig, whole: bool) -> Split:
             held out of training.
 
     Raises:
-        TinyTLError: As :func:`open_splits`.
+        TinyTLError: As :func:`open_data`.
     """
-    tables = _load(config)
-    name = config.eval_split or next((name for name in EVAL_SPLITS if name in tables), None)
-    if name == HOLDOUT or (name is None and not whole):
-        return _open_splits(tables, config)[1]
-    name = name or next(iter(tables))
-    if name not in tables:
-        raise TinyTLError(f"data.eval_split={name}: use {', '.join([*tables, HOLDOUT])}")
-    return _subset(_labelled(tables[name], name, config), config.max_eval_samples, config.split_seed)
+    if config.max_megapixels is not None:
+        allow_megapixels(config.max_megapixels)
+    tables = load(config)
+    if tables.left_out:
+        logger.info("%s", left_out(tables.left_out, tables.examples))
+    names = list(tables.splits)
+    if config.eval_split not in (None, HOLDOUT):
+        name = find_split(str(config.eval_split), names)
+        if name is None:
+            raise TinyTLError(f"data.eval_split={config.eval_split}: use {', '.join([*names, HOLDOUT])}")
+    elif config.eval_split is None:
+        name = find_split("test", names) or find_split("validation", names) or (names[0] if whole else None)
+    if config.eval_split == HOLDOUT or name is None:
+        return _open_data(tables, config).evaluation
+    return _subset(_labelled(tables, name, config)[0], config.max_eval_samples, config.split_seed)
 
 
 def find_training_split(config: DataConfig, train_sha256: str | None) -> Split | None:
@@ -108,41 +196,28 @@ def find_training_split(config: DataConfig, train_sha256: str | None) -> Split |
         train_sha256: Hash of the training images; None: they are taken to be these.
     """
     try:
-        train, _ = open_splits(config)
+        train = _open_data(load(config), config).train
     except TinyTLError:
         return None
     return train if train_sha256 in (None, sha256(train)) else None
-
-
-def local_path(name: str) -> Path:
-    """The path that a name can stand for, with ``~`` for the user's home."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # ~other, where there is no such user
-        return Path(name)
-
-
-def is_same_place(one: str, other: str) -> bool:
-    """Whether two names of a data set are one name, or two spellings of the path of one file or folder."""
-    first, second = local_path(one), local_path(other)
-    return one == other or (first.exists() and first.resolve() == second.resolve())
 
 
 def with_label_names(split: Split, label_names: Sequence[str]) -> Split:
     """Number the classes of ``split`` as in ``label_names``.
 
     Raises:
-        TinyTLError: The split has a class that is not among them.
+        TinyTLError: The split has images of a class that is not among them.
     """
     if split.label_names == list(label_names):
         return split
-    unknown = [name for name in split.label_names if name not in label_names]
+    unknown = [name for name in split.occurring() if name not in label_names]
     if unknown:
         raise TinyTLError(
             f"split {split.name} has the class {unknown[0]!r}, which is not among the {len(label_names)} known "
-            f"classes ({', '.join(label_names[:5])}, ...); use data with the same classes"
+            f"classes ({named(label_names)}); use data with the same classes"
         )
-    numbers = np.array([label_names.index(name) for name in split.label_names])
+    known = {name: number for number, name in enumerate(label_names)}
+    numbers = np.array([known.get(name, -1) for name in split.label_names])
     return replace(split, labels=numbers[split.labels], label_names=list(label_names))
 
 
@@ -158,111 +233,42 @@ def sha256(split: Split) -> str:
     return digest.hexdigest()
 
 
-def _load(config: DataConfig) -> datasets.DatasetDict:
-    if not config.dataset:
-        raise TinyTLError(
-            "data.dataset: missing; name a folder of images or a data set, as --data.dataset path/to/images"
-        )
-    name, path = config.dataset, local_path(config.dataset)
-    if name == "digits":
-        return datasets.DatasetDict(train=_digits())
-    try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            loaded = datasets.load_from_disk(str(path))
-        elif name.endswith(".parquet"):
-            loaded = datasets.load_dataset("parquet", data_files=str(path))
-        else:
-            loaded = datasets.load_dataset(str(path) if path.is_dir() else name, config.subset)
-    except Exception as error:  # damaged files can make datasets raise almost anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        reason = reason if isinstance(error, (DatasetsError, OSError)) else f"{type(error).__name__}: {reason}"
-        raise TinyTLError(
-            f"data.dataset={name}: cannot be loaded ({reason}); use a Hub id, the path of a folder or .parquet "
-            "file, or digits"
-        ) from error
-    return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
-
-
-def _digits() -> datasets.Dataset:
-    digits = load_digits()
-    images = [Image.fromarray((image / 16 * 255).round().astype(np.uint8)) for image in digits.images]
-    features = datasets.Features(
-        image=datasets.Image(), label=datasets.ClassLabel(names=[str(name) for name in digits.target_names])
-    )
-    return datasets.Dataset.from_dict({"image": images, "label": digits.target}, features=features)
-
-
-def _labelled(table: datasets.Dataset, name: str, config: DataConfig) -> Split:
-    """Find the columns of a split and number its labels."""
+def _labelled(tables: Tables, name: str, config: DataConfig) -> tuple[Split, tuple[str, str]]:
+    """A split, and the columns that it is from."""
+    table = tables.splits[name]
     if len(table) == 0:
         raise TinyTLError(f"split {name} of {config.dataset} has no rows; use another split or data set")
-    image_column = _column(table, "image_column", config.image_column, (datasets.Image,))
-    label_column = _column(table, "label_column", config.label_column, (datasets.ClassLabel, str))
-    rows = table.select_columns([image_column]).rename_columns(
-        {image_column: "image"} if image_column != "image" else {}
-    )
-    if not isinstance(rows.features["image"], datasets.Image):
-        raise TinyTLError(f"data.image_column={image_column}: it holds {rows.features['image']}, not images")
-    rows = rows.cast_column("image", datasets.Image(decode=False))
-    feature = table.features[label_column]
-    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)):
-        raise TinyTLError(f"data.label_column={label_column}: it holds {feature}, not a label for each image")
-    values = table.with_format("numpy")[label_column][:]
-    missing = [i for i, value in enumerate(values) if value is None or value != value]
-    if missing:
-        raise TinyTLError(f"row {missing[0]} of split {name} has no label in {label_column}; drop such rows")
-    if isinstance(feature, datasets.ClassLabel):
-        labels, names = np.asarray(values, dtype=np.int64), list(feature.names)
-        outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
-        if outside.size:
-            raise TinyTLError(
-                f"row {outside[0]} of split {name} has label {labels[outside[0]]}, outside 0 to "
-                f"{len(names) - 1}; this split may be unlabelled, use another (data.eval_split)"
-            )
-    else:
-        classes, labels = np.unique(np.asarray(values), return_inverse=True)
-        names, labels = [str(value) for value in classes], labels.astype(np.int64)
-    if len(names) < 2:
-        raise TinyTLError(f"data.label_column={label_column}: split {name} has one class; use two or more")
-    return Split(name, rows, labels, names, np.arange(len(labels)))
+    image_column, rows = image_rows(table, config, tables.base)
+    label_column, labels, names = label_values(table, name, config, image_column)
+    return Split(name, rows, labels, names, np.arange(len(labels))), (image_column, label_column)
 
 
-def _column(table: datasets.Dataset, key: str, chosen: str | None, kinds: tuple[type, ...]) -> str:
-    """The chosen column, or the only one of the first of ``kinds`` that occurs."""
-    columns = ", ".join(table.column_names)
-    if chosen is not None:
-        if chosen not in table.column_names:
-            raise TinyTLError(f"data.{key}={chosen}: no such column; the data set has {columns}")
-        return chosen
-    for kind in kinds:
-        found = [name for name, feature in table.features.items() if _is_kind(feature, kind)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise TinyTLError(f"data.{key}: {', '.join(found)} all fit; name one, as --data.{key} {found[0]}")
-    raise TinyTLError(f"data.{key}: no column of {columns} fits by its type; name one with --data.{key}")
-
-
-def _is_kind(feature: Any, kind: type) -> bool:
-    if kind is str:
-        return isinstance(feature, datasets.Value) and feature.dtype in {"string", "large_string"}
-    return isinstance(feature, kind)
-
-
-def _hold_out(split: Split, config: DataConfig) -> tuple[Split, Split]:
+def _labelled_or_none(tables: Tables, name: str, config: DataConfig) -> Split | None:
+    """A split; None for one without labels that the user did not name."""
     try:
-        kept, held_out = train_test_split(
-            np.arange(len(split.labels)),
-            test_size=config.eval_fraction,
-            random_state=config.split_seed,
-            stratify=split.labels,
-        )
-    except ValueError as error:
-        raise TinyTLError(
-            f"data.eval_fraction={config.eval_fraction}: cannot hold out a part of {len(split.labels)} images "
-            f"with every class in both parts ({error}); use another fraction or more images"
-        ) from error
-    return split.select(np.sort(kept)), replace(split.select(np.sort(held_out)), held_out=True)
+        return _labelled(tables, name, config)[0]
+    except NoLabelsError as error:
+        if config.eval_split is not None:
+            raise
+        logger.warning("split %s is not used: %s", name, error)
+        return None
+
+
+def _with_all_names(splits: Sequence[Split]) -> list[Split]:
+    """Splits whose classes are numbered alike, as the training split has them and with those that only others have."""
+    names = splits[0].label_names
+    new = {name for split in splits[1:] for name in split.occurring()} - set(names)
+    names = class_order({*names, *new}) if new else names
+    return [with_label_names(split, names) for split in splits]
+
+
+def _single(split: Split) -> list[str]:
+    """Names of the classes that have one image."""
+    return [split.label_names[number] for number in np.flatnonzero(np.bincount(split.labels) == 1)]
+
+
+def _about(classes: Sequence[str], what: str) -> list[str]:
+    return [f"{named(classes)} {'has' if len(classes) == 1 else 'have'} {what}"] if classes else []
 
 
 def _subset(split: Split, count: int | None, seed: int) -> Split:

@@ -17,6 +17,7 @@ from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data import sets
 from tinytl_hf.data.batches import make_loader, read_images
+from tinytl_hf.data.find import is_same_place, is_there
 from tinytl_hf.deploy.exported import Deployed
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
@@ -109,8 +110,8 @@ def evaluation_images(model: TinyTLModel, data: DataConfig, count: int | None) -
         TinyTLError: The data set that was named cannot be read, or has other classes.
     """
     record = model.config.data
-    of_adapter = record is not None and sets.is_same_place(data.dataset, record.dataset)
-    at_hand = data.dataset == "digits" or sets.local_path(data.dataset).exists()
+    of_adapter = record is not None and is_same_place(data.dataset, record.dataset)
+    at_hand = data.dataset == "digits" or is_there(data.dataset)
     if count is not None and (not data_named(data, record) or (of_adapter and not at_hand)):
         why = f"its data set {data.dataset} is not on this disk" if of_adapter else "the adapter names no data set"
         logger.info("%s: the check uses crops of scikit-learn's two photos; --data.dataset names others", why)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tinytl_hf.adapter.build import build_network
 from tinytl_hf.config.export import ExportConfig
-from tinytl_hf.disk import write_bytes
+from tinytl_hf.disk import expanded, write_bytes
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.transfer import without_paths
 from tinytl_hf.lean.int8 import dequantise
@@ -117,7 +117,7 @@ def check_output(config: ExportConfig) -> Path:
     Raises:
         TinyTLError: There is something already, or the folder around it cannot be made or written.
     """
-    path = Path(config.output).expanduser()
+    path = expanded(config.output)
     if path.exists() and (not config.overwrite or path.is_dir() != (config.format == "timm")):
         raise TinyTLError(f"output={path}: exists; name another, or replace an export with --overwrite true")
     try:

@@ -18,7 +18,7 @@ from tinytl_hf.adapter.build import build_network
 from tinytl_hf.adapter.delta import frozen_tensors
 from tinytl_hf.adapter.record import AdapterConfig, config_from
 from tinytl_hf.config.verbs import MergeConfig
-from tinytl_hf.disk import write_bytes
+from tinytl_hf.disk import expanded, write_bytes
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.int8 import dequantise
 from tinytl_hf.model import TinyTLModel
@@ -60,6 +60,7 @@ def load_merged(path: str | Path) -> TinyTLModel:
     Raises:
         TinyTLError: No such file, a damaged one, or one of another kind.
     """
+    path = expanded(path)
     try:
         with safe_open(path, "pt") as file:
             values = json.loads((file.metadata() or {}).get("adapter_config", "null"))
@@ -68,7 +69,7 @@ def load_merged(path: str | Path) -> TinyTLModel:
         raise TinyTLError(f"{path} cannot be read as a safetensors file: {error}") from error
     if not isinstance(values, dict):
         raise TinyTLError(f"{path} was not written by tinytl-hf merge: it has no adapter_config in its metadata")
-    saved = config_from(values, Path(path))
+    saved = config_from(values, path)
     try:
         with torch.device("meta"):  # first without memory, in case the config asks for more than the file holds
             build_network(saved, "none")[0].load_state_dict(tensors, assign=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tinytl_hf.data.view import centre_view, normalised
+from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
 
 
@@ -33,7 +34,7 @@ class OnnxClassifier:
             raise TinyTLError(
                 f"{path}: the package onnxruntime is not installed; run pip install 'tinytl-hf[onnx]'"
             ) from error
-        path = Path(path).expanduser()
+        path = expanded(path)
         if not path.is_file():
             raise TinyTLError(f"{path}: no such file; write it with tinytl-hf export --format onnx")
         options = onnxruntime.SessionOptions()

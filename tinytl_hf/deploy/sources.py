@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytl_hf.data.images import IMAGE_SUFFIXES
+from tinytl_hf.disk import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def find_images(name: str) -> list[Source]:
             Source(name, problem="it is a URL; download it, or hand it over: curl -sL URL | tinytl-hf predict ... -")
         ]
     try:
-        path = Path(name).expanduser()
+        path = expanded(name)
         if path.is_dir():
             found = _in_folder(path)
             return [_of_file(file) for file in found] or [Source(str(path), problem="no image in this folder")]

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
 
 HEAD = ("image", "label", "probability")
@@ -24,7 +25,7 @@ def into_csv(path: str, top_k: int, results: Iterable[dict[str, Any]]) -> Iterat
     Raises:
         TinyTLError: Another file is there, or it cannot be written.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     more = [f"{name}_{number}" for number in range(2, top_k + 1) for name in ("label", "probability")]
     with ExitStack() as opened:
         with _explained(path):

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import urlparse
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -288,21 +289,24 @@ def is_weights_file(weights: str) -> bool:
 
 
 def _hub_dataset(data: DataRecord | None) -> str | None:
-    """The name of the data set if it is one on the Hub and no path."""
-    if data is None or data.dataset == "digits" or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data.dataset):
-        return None
-    return None if Path(data.dataset).exists() or Path(data.dataset).suffix == ".parquet" else data.dataset
+    """The name of the data set if it was taken from the Hub; old adapters do not say that, and have no link."""
+    return data.dataset if data is not None and data.source == "hub" else None
 
 
 def dataset_name(data: DataRecord | None) -> str:
     """The data set's name, without the path to it, as what is pushed is public."""
-    return "unknown" if data is None else _hub_dataset(data) or Path(data.dataset).name or "local data"
+    if data is None:
+        return "unknown"
+    path = urlparse(data.dataset).path if data.source == "url" else data.dataset  # what follows ? can be a secret
+    return _hub_dataset(data) or Path(path).name or "local data"
 
 
 def _dataset_in_words(data: DataRecord) -> str:
     if on_hub := _hub_dataset(data):
         return f"[{on_hub}](https://huggingface.co/datasets/{on_hub})"
-    return "scikit-learn's digits" if data.dataset == "digits" else f"local data, {_code(dataset_name(data))}"
+    if data.dataset == "digits" and data.source in ("digits", None):
+        return "scikit-learn's digits"
+    return f"{'data at a URL' if data.source == 'url' else 'local data'}, {_code(dataset_name(data))}"
 
 
 def _eval_data_in_words(data: DataRecord) -> str:

@@ -31,7 +31,7 @@ from huggingface_hub.errors import (
 from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE, read_config, read_tensors
 from tinytl_hf.adapter.record import AdapterConfig
 from tinytl_hf.config.hub import REPO_NAME, PullConfig, PushConfig
-from tinytl_hf.disk import write_bytes
+from tinytl_hf.disk import expanded, write_bytes
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub import client
 from tinytl_hf.hub.card import (
@@ -68,7 +68,7 @@ def push(config: PushConfig, token: str | None = None) -> str:
     Raises:
         TinyTLError: No adapter there, or the Hub cannot be reached or refuses, with the command to retry.
     """
-    folder = _own_folder(Path(config.adapter).expanduser())
+    folder = _own_folder(expanded(config.adapter))
     record = read_config(folder)
     read_tensors(folder)
     message = config.message or f"Upload {record.method} adapter for {record.backbone.name}"
@@ -128,7 +128,7 @@ def find_adapter(name: str | Path, revision: str | None = None, token: str | Non
     Raises:
         TinyTLError: No such folder and no such adapter on the Hub, or a local folder with a revision.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.exists() or not REPO_NAME.fullmatch(str(name)):
         if revision is not None:
             raise TinyTLError(f"revision={revision}: {name} is a path, and only names on the Hub have revisions")

@@ -21,6 +21,7 @@ from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.verbs import EvalConfig
 from tinytl_hf.data import sets
 from tinytl_hf.data.batches import make_loader, read_images
+from tinytl_hf.data.find import find, is_same_place, is_there
 from tinytl_hf.data.sets import Split
 from tinytl_hf.device import check_divides, forward_in_parts, make_accelerator, seconds_since
 from tinytl_hf.errors import TinyTLError
@@ -48,11 +49,15 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     check_size(model.config.backbone.name, "eval_size", eval_size)
     options = replace(model.config.preprocessing, eval_size=eval_size, crop_pct=data_config.crop_pct)
     model.config = replace(model.config, preprocessing=options)
-    split, train = _open(data_config, model.config.data)
+    record = model.config.data
+    split, train = _open(data_config, record)
     split = sets.with_label_names(split, model.label_names)
-    images = read_images(split, data_config, eval_size)
-    trained_on = _count_shared(images.split, train) if train is not None else None
-    evaluated = Evaluated(data_config.dataset, split.title, sets.sha256(split), len(images), trained_on)
+    images, digest = read_images(split, data_config, eval_size), sets.sha256(split)
+    if train is not None:
+        trained_on: int | None = _count_shared(images.split, train)
+    else:
+        trained_on = _trained_on(digest, record, len(images))
+    evaluated = Evaluated(find(data_config.dataset).name, split.title, digest, len(images), trained_on)
     logger.log(logging.WARNING if evaluated.trained_on else logging.INFO, "evaluating on %s", evaluated)
     prepared, loader = accelerator.prepare(model, make_loader(images, data_config, batch_size=config.batch_size))
     start = time.perf_counter()
@@ -75,7 +80,12 @@ def _open(config: DataConfig, record: DataRecord | None) -> tuple[Split, Split |
     """
     if record is None:
         return sets.open_eval_split(config, whole=True), None
-    named = sets.is_same_place(config.dataset, record.dataset)
+    named = is_same_place(config.dataset, record.dataset)
+    if named and record.source == "local" and not is_there(config.dataset):
+        raise TinyTLError(
+            f"data.dataset={config.dataset}: the adapter was trained on these local data, and they are not here; name "
+            "others with --data.dataset"
+        )
     train = None
     if named or record.train_sha256 is not None:
         train = sets.find_training_split(record.as_trained(config), record.train_sha256)
@@ -88,6 +98,13 @@ def _open(config: DataConfig, record: DataRecord | None) -> tuple[Split, Split |
             config.dataset,
         )
     return split, train
+
+
+def _trained_on(digest: str, record: DataRecord | None, count: int) -> int | None:
+    """How many images of a split with that hash were trained on: all, none, or None if it is a split of other data."""
+    if record is None or digest not in (record.train_sha256, record.eval_sha256, record.test_sha256):
+        return None
+    return count if digest == record.train_sha256 else 0
 
 
 def _count_shared(one: Split, other: Split) -> int:

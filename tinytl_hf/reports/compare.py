@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tinytl_hf.config.verbs import CompareConfig
-from tinytl_hf.disk import write_text
+from tinytl_hf.disk import expanded, write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.reports.finished_run import FinishedRun, read_run
 from tinytl_hf.reports.plots import MB, AccuracyMemory, save_accuracy_memory, save_confusion, save_curves
@@ -90,7 +90,7 @@ def compare(config: CompareConfig, folders: Iterable[str]) -> tuple[str, list[st
     runs, left_out = [], []
     for folder in dict.fromkeys(folders):
         try:
-            runs.append(read_run(Path(folder)))
+            runs.append(read_run(expanded(folder)))
         except TinyTLError as error:
             left_out.append(str(error))
     if not runs:

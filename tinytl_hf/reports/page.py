@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tinytl_hf.config.run import Config, flat
 from tinytl_hf.config.verbs import ReportConfig
-from tinytl_hf.disk import write_text
+from tinytl_hf.disk import expanded, write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.reports.compare import CONDITIONS, describe
 from tinytl_hf.reports.finished_run import FinishedRun, read_run
@@ -33,7 +33,7 @@ def report(config: ReportConfig, folder: str) -> str:
     Raises:
         TinyTLError: No finished run, or the page cannot be written.
     """
-    run = read_run(Path(folder))
+    run = read_run(expanded(folder))
     if not config.html:
         return describe([run])
     path = Path(config.output or run.folder / "report.html")

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tinytl_hf.config.run import Config, flat, with_new_names
-from tinytl_hf.disk import sync
+from tinytl_hf.disk import expanded, sync
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports.run_folder import CHECKPOINTS
@@ -170,7 +170,7 @@ def find(config: Config) -> Path | None:
     if config.train.resume == "auto":
         path = _newest_whole(Path(config.output_dir) / CHECKPOINTS)
     else:
-        path = Path(config.train.resume).expanduser()
+        path = expanded(config.train.resume)
         if not (path / PROGRESS_FILE).is_file():
             raise TinyTLError(f"train.resume={path}: not a checkpoint; use auto, never or a checkpoint's folder")
         if damage := find_damage(path):

@@ -148,11 +148,20 @@ def _recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
         "label smoothing": f"{options.label_smoothing:g}",
         "head dropout": f"{config.head.dropout:g}",
         "image size": _sizes(data),
+        "adapter": _epoch(config, results),
         "random crop": f"{crop}{', flipped' if data.flip else ''}",
         "training images": f"{data.max_train_samples:,} at random" if data.max_train_samples else "all",
         "precision": "fp32" if results["precision"] == "no" else results["precision"],
         "seed": config.seed,
     }
+
+
+def _epoch(config: Config, results: dict[str, Any]) -> str:
+    """Which epoch's adapter it is, and on what it was chosen."""
+    if config.adapter.keep == "last":
+        return "of the last epoch"
+    again = ", as the figures are" if results["best_epoch_chosen_on"] == results["split"] else ""
+    return f"of the epoch that was best on {results['best_epoch_chosen_on']}{again}"
 
 
 def _sizes(data: DataConfig) -> str:

@@ -64,12 +64,14 @@ def train(config: Config) -> dict[str, Any]:
     # The figures of a run are those of the file that it leaves behind.
     kept = Path(config.output_dir) / run_folder.ADAPTER
     run.model.load_adapter_tensors(read_tensors(kept), str(kept))
-    logits, labels = evaluate(run)
-    results = compute_metrics(logits, labels, tables=True, extra=run.metrics)
+    results, logits, labels = final_figures(run)
     results["adapter_bytes"] = (kept / TENSORS_FILE).stat().st_size
     if accelerator.is_main_process:
-        save_results(Path(config.output_dir) / run_folder.RESULTS_FILE, results, run.model, run.evaluated, accelerator)
-        save_mistakes(Path(config.output_dir) / run_folder.MISTAKES_FILE, logits, labels, run.eval_images)
+        images = run.final.images if run.final else run.eval_images
+        evaluated = run.final.evaluated if run.final else run.evaluated
+        results_file = Path(config.output_dir) / run_folder.RESULTS_FILE
+        save_results(results_file, results, run.model, evaluated, accelerator, {"data": run.found})
+        save_mistakes(Path(config.output_dir) / run_folder.MISTAKES_FILE, logits, labels, images)
         write_card(Path(config.output_dir), config)  # it reads what the run wrote
     if config.memory.report:
         report_memory(run)
@@ -158,6 +160,23 @@ def augmented(run: Run, batch: dict[str, Tensor], size: int) -> Tensor:
 def evaluate(run: Run, after_batch: Callable[[], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Logits and labels of the evaluation set."""
     return compute_logits(run.accelerator, run.prepared, run.eval_loader, run.model, after_batch)
+
+
+def final_figures(run: Run) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """Figures of the run's adapter with logits and labels: of the test split if another one chose the epoch.
+
+    Those of the split that the epoch was chosen by are then beside them, in ``selection``.
+    """
+    chosen_by = run.evaluated.split if run.config.adapter.keep == "best" else None
+    logits, labels = evaluate(run)
+    figures = compute_metrics(logits, labels, tables=True, extra=run.metrics)
+    if run.final is None:
+        return {**figures, "best_epoch_chosen_on": chosen_by}, logits, labels
+    selection = {"split": run.evaluated.split, "n": run.evaluated.n, "sha256": run.evaluated.sha256}
+    selection |= {name: value for name, value in figures.items() if isinstance(value, float)}
+    logits, labels = compute_logits(run.accelerator, run.prepared, run.final.loader, run.model)
+    figures = compute_metrics(logits, labels, tables=True, extra=run.metrics)
+    return {**figures, "best_epoch_chosen_on": chosen_by, "selection": selection}, logits, labels
 
 
 def finish_epoch(run: Run, figures: dict[str, float]) -> None:

@@ -17,7 +17,7 @@ from tinytl_hf.adapter.format import CARD_FILE
 from tinytl_hf.adapter.format import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from tinytl_hf.config.run import Config, flat, with_new_names
 from tinytl_hf.config.yaml12 import load_yaml
-from tinytl_hf.disk import write_text
+from tinytl_hf.disk import local_path, write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import files_of_adapter, is_untouched, read_card
 from tinytl_hf.reports.run_folder import (
@@ -55,7 +55,7 @@ def check_free(config: Config) -> None:
         return
     if resume == "auto" and (list_checkpoints(output / CHECKPOINTS) or _has_just_started(output, config)):
         return  # its checkpoints are compared with this run when they are read
-    if resume not in ("auto", "never") and output.resolve() in Path(resume).expanduser().resolve().parents:
+    if resume not in ("auto", "never") and output.resolve() in local_path(resume).parents:
         return
     raise TinyTLError(
         f"output_dir={output}: holds a run already; choose another, go on with --train.resume auto, or replace "

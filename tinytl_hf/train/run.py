@@ -24,6 +24,15 @@ from tinytl_hf.train.time_left import TimeLeft
 
 
 @dataclass
+class FinalTest:
+    """A test split that is evaluated on once, at the end, as another one chooses the best epoch."""
+
+    evaluated: Evaluated
+    images: DecodedImages | StreamedImages
+    loader: DataLoader
+
+
+@dataclass
 class Run:
     """Everything that the loop works with."""
 
@@ -37,6 +46,8 @@ class Run:
     eval_loader: DataLoader
     eval_images: DecodedImages | StreamedImages
     evaluated: Evaluated
+    final: FinalTest | None
+    found: dict[str, Any]  # what the data set holds, for the results
     data_memory: DataMemory
     record: DataRecord
     batches: ShuffledBatches

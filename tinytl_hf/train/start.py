@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from tinytl_hf.train.cached_features import compute_features
 from tinytl_hf.train.checkpoint import Progress
 from tinytl_hf.train.finish import save_adapters
 from tinytl_hf.train.output_dir import check_free, make_ready
-from tinytl_hf.train.run import Run
+from tinytl_hf.train.run import FinalTest, Run
 from tinytl_hf.train.schedule import make_scheduler
 from tinytl_hf.train.time_left import TimeLeft
 from tinytl_hf.train.warm_start import warm_start
@@ -63,7 +64,13 @@ def set_up(config: Config) -> Run:
     say_what_launch_settings_do(options.mixed_precision, options.gradient_accumulation_steps)
     check_tracker(config.tracker)
     metrics = load_metrics(config.metrics)
-    train_split, eval_split = sets.open_splits(config.data)
+    opened = sets.open_data(config.data)
+    train_split, eval_split, test_split = opened.train, opened.evaluation, opened.test
+    if config.adapter.keep == "best":
+        reported = "the same images" if test_split is None else test_split.title
+        logger.info(
+            "the adapter of the epoch that is best on %s is kept; its figures are of %s", eval_split.title, reported
+        )
     asked, config = config, recipe.resolve(config, len(train_split.labels))
     check_free(config)
     resume_from = checkpoint.find(config)
@@ -74,7 +81,9 @@ def set_up(config: Config) -> Run:
         warm_start(model, config.adapter.init, config.backbone.weights)
     log_recipe(asked, config, len(train_split.labels))
     train_images = batches.read_images(train_split, config.data, config.data.train_size)
-    eval_images = batches.read_images(eval_split, config.data, model.config.preprocessing.eval_size)
+    eval_size = model.config.preprocessing.eval_size
+    eval_images = batches.read_images(eval_split, config.data, eval_size)
+    test_images = None if test_split is None else batches.read_images(test_split, config.data, eval_size)
     train_set: Any = train_images
     eval_set: Any = eval_images
     in_memory = {"train": train_images.in_memory, "eval": eval_images.in_memory}
@@ -88,6 +97,8 @@ def set_up(config: Config) -> Run:
             "eval features": eval_set.in_memory,
             "eval": eval_images.in_memory,
         }
+    if test_images is not None:
+        in_memory["test"] = test_images.in_memory
     feature_seconds = seconds_since(start, accelerator.device)
     shuffled = batches.ShuffledBatches(
         len(train_images), options.global_batch_size, options.gradient_accumulation_steps, config.seed
@@ -101,15 +112,29 @@ def set_up(config: Config) -> Run:
         make_scheduler(optimizer, config.train, shuffled.optimizer_steps),
     )
     checkpoint.register(accelerator)
+    digests = [None if split is None else sets.sha256(split) for split in (train_split, eval_split, test_split)]
     hashes = {
         "backbone.sha256": model.config.backbone.sha256,
-        "data.train_sha256": sets.sha256(train_split),
-        "data.eval_sha256": sets.sha256(eval_split),
+        "data.train_sha256": digests[0],
+        "data.eval_sha256": digests[1],
     }
-    record = DataRecord.of(config.data, hashes["data.train_sha256"])
-    evaluated = Evaluated(
-        config.data.dataset, eval_split.title, str(hashes["data.eval_sha256"]), len(eval_images), trained_on=0
+    record = DataRecord.of(config.data, opened.source, digests[0])
+    record = replace(record, eval_sha256=digests[1], test_sha256=digests[2])
+    place = opened.source.name
+    evaluated = Evaluated(place, eval_split.title, str(digests[1]), len(eval_images), trained_on=0)
+    final = None
+    if test_split is not None and test_images is not None:
+        tested = Evaluated(place, test_split.title, str(digests[2]), len(test_images), trained_on=0)
+        loader = batches.make_loader(test_images, config.data, batch_size=options.global_batch_size)
+        final = FinalTest(tested, test_images, accelerator.prepare(loader))
+    unreadable = sum(
+        len(split.labels) - len(images)
+        for split, images in ((train_split, train_images), (eval_split, eval_images), (test_split, test_images))
+        if split is not None and images is not None
     )
+    found = opened.found.to_json()
+    if unreadable:
+        found["left_out"]["unreadable"] = unreadable
     progress = checkpoint.load(accelerator, resume_from, hashes) if resume_from else Progress()
     progress.seconds += feature_seconds
     if accelerator.is_main_process:
@@ -135,6 +160,8 @@ def set_up(config: Config) -> Run:
         eval_loader=eval_loader,
         eval_images=eval_images,
         evaluated=evaluated,
+        final=final,
+        found=found,
         data_memory=DataMemory(in_memory, train_images.photo_size),
         record=record,
         batches=shuffled,

@@ -1,0 +1,305 @@
+"""Folders of images: which folders are classes, which are splits, what is left out, and what is said of it."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from conftest import run_cli, small_run, write_image
+from PIL import Image
+
+from tinytl_hf import TinyTLError
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.batches import read_images
+from tinytl_hf.data.sets import open_data, open_eval_split, open_splits
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def make(root, files):
+    """Small images, each of its own colour, by their paths."""
+    for number, name in enumerate(files):
+        write_image(root / name, size=(8, 8), colour=(number % 256, number // 256, 0))
+    return root
+
+
+def images_of(folder, count=4):
+    return [f"{folder}/{i}.png" for i in range(count)]
+
+
+def each(*folders, count=4):
+    return [path for folder in folders for path in images_of(folder, count)]
+
+
+def opened(root, **options):
+    return open_data(DataConfig(dataset=str(root), **{"eval_fraction": 0.5, **options}))
+
+
+def paths_by_class(root, *splits):
+    """The images of splits, relative to the data set's folder, by class."""
+    found = {}
+    for split in splits:
+        for image, label in zip(split.rows["image"], split.labels, strict=True):
+            found.setdefault(split.label_names[label], set()).add(os.path.relpath(image["path"], root))
+    return found
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        *(["valid", "invalid"], ["test", "control"], ["bus", "car", "train"], ["dev-board", "cable"]),
+        *(["eval_a", "other"], ["train", "valid"], ["train", "test"], ["Validation", "x"]),
+        *(["0", "1", "2", "10"], ["[x] cross", "a#b & c%20", "0 zero", "猫 ねこ"], ["data", "images"]),
+    ],
+)
+def test_any_name_of_a_folder_can_be_a_class(classes, tmp_path):
+    make(tmp_path, each(*classes))
+    train, held_out, test, _, _, _ = opened(tmp_path)
+    assert test is None and sorted(train.label_names) == sorted(classes)
+    assert paths_by_class(tmp_path, train, held_out) == {name: set(images_of(name)) for name in classes}
+
+
+def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
+    make(tmp_path, each("10", "9", "-1"))
+    assert opened(tmp_path).train.label_names == ["-1", "9", "10"]
+
+
+def test_names_of_splits_that_are_classes_are_said(tmp_path, caplog):
+    make(tmp_path, each("seg_train/a", "seg_train/b", "seg_test/a", "seg_test/b"))
+    assert opened(tmp_path).train.label_names == ["seg_test", "seg_train"]
+    assert "seg_test, seg_train: read as classes" in caplog.text
+
+
+def test_file_names_decide_nothing(tmp_path):
+    names = [f"{c}/{n}.png" for c in ("city", "nature") for n in ("train-station", "crash_test_1", "val", "x")]
+    make(tmp_path, names)
+    train, held_out = opened(tmp_path)[:2]
+    assert train.name == "train" and len(train.labels) + len(held_out.labels) == 8
+
+
+@pytest.mark.parametrize("name", ["photos [2024]", "a*b", "what?", "d{x}", "test", "train-1"])
+def test_the_folder_may_have_any_name(name, tmp_path):
+    root = make(tmp_path / name, each("cat", "dog"))
+    assert len(opened(root).train.labels) == 4
+
+
+def test_deeper_folders_belong_to_their_class(tmp_path, caplog):
+    caplog.set_level("INFO")
+    make(tmp_path, each("cat/batch0", "cat/batch1", "dog/batch0", "dog/batch1/more"))
+    train, held_out = opened(tmp_path)[:2]
+    assert {name: len(paths) for name, paths in paths_by_class(tmp_path, train, held_out).items()} == {
+        "cat": 8,
+        "dog": 8,
+    }
+    assert "different depths (cat/batch0/0.png, dog/batch1/more/0.png): the class is the first folder" in caplog.text
+
+
+@pytest.mark.parametrize("validation", ["validation", "valid", "val", "dev", "Val"])
+@pytest.mark.parametrize("outer", ["", "data/"])
+def test_folders_called_so_are_splits_if_they_hold_classes(validation, outer, tmp_path):
+    splits = {"train": 6, validation: 2, "test": 3}
+    for split, count in splits.items():
+        make(tmp_path, each(f"{outer}{split}/cat", f"{outer}{split}/dog", count=count))
+    train, evaluation, test, found, _, _ = opened(tmp_path)
+    assert [len(split.labels) for split in (train, evaluation, test)] == [12, 4, 6]
+    assert (evaluation.name, test.name) == ("validation", "test")
+    assert train.label_names == ["cat", "dog"] and found.images == {"train": 12, "validation": 4, "test": 6}
+
+
+def test_splits_may_have_names_that_the_options_give(tmp_path):
+    make(tmp_path, each("fold1/a", "fold1/b", "fold2/a", "fold2/b", "fold3/a"))
+    train, evaluation = opened(tmp_path, train_split="fold1", eval_split="fold2")[:2]
+    assert paths_by_class(tmp_path, train)["a"] == set(images_of("fold1/a"))
+    assert paths_by_class(tmp_path, evaluation)["b"] == set(images_of("fold2/b"))
+
+
+def test_what_lies_beside_splits_is_left_out_and_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    make(tmp_path, [*each("train/a", "train/b", "test/a", "pred"), "train/loose.png", "top.png"])
+    train, test, _, found, _, _ = opened(tmp_path)
+    assert len(train.labels) == 8 and len(test.labels) == 4
+    assert found.left_out == {"in no class folder": 2, "beside the splits": 4}
+    assert "left out: 2 in no class folder (top.png), 4 beside the splits (pred/0.png)" in caplog.text
+
+
+def test_a_test_folder_without_classes_is_left_out_and_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    make(tmp_path, [*each("train/cat", "train/dog"), *images_of("test", 5)])
+    train, held_out, test, found, _, _ = opened(tmp_path)
+    assert held_out.held_out and test is None and len(train.labels) == 4
+    assert "2 classes (cat, dog), 8 images in train; left out: 5 without labels" in caplog.text
+    assert "(test/0.png)" in caplog.text and list(found.left_out.values()) == [5]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (each("train/steam", "train/diesel", "bus", "car"), r"train/ can be a split .*or a class beside bus"),
+        (each("train", "test/a", "test/b"), r"test/ can be a split .*or a class beside train"),
+        (each("val/a", "val/b", "dev/a", "train/a", "train/b"), r"are both the validation split"),
+        (each("cat/batch0", "cat/batch1"), r"one class \(cat\).*if batch0, batch1 are the classes, name .*/cat"),
+        (each("cat"), r"split train has one class \(cat\); use two or more"),
+        (["a.png", "b.jpg"], r"its images lie in no class folder \(a.png\).*metadata.csv"),
+    ],
+)
+def test_what_can_be_read_in_two_ways_or_none_is_refused_with_paths(files, message, tmp_path):
+    make(tmp_path, files)
+    with pytest.raises(TinyTLError, match=message):
+        opened(tmp_path)
+
+
+def test_files_beside_the_images_change_nothing(tmp_path):
+    make(tmp_path, each("cat", "dog"))
+    plain = opened(tmp_path)
+    for path in sorted(tmp_path.rglob("*.png")):
+        for suffix, text in ((".json", '{"a": 1}'), (".txt", "x"), (".xml", "<a/>"), (".csv", "a,b\n")):
+            path.with_suffix(suffix).write_text(text)
+    (tmp_path / "features.parquet").write_bytes(b"PAR1")
+    (tmp_path / "images.zip").write_bytes(b"PK")
+    beside = opened(tmp_path)
+    assert beside.train.rows["image"] == plain.train.rows["image"]
+    assert beside.found.left_out == {".parquet": 1, ".zip": 1}
+
+
+def test_pictures_that_cannot_be_read_are_counted_by_kind(tmp_path, caplog):
+    caplog.set_level("INFO")
+    make(tmp_path, each("cat", "dog"))
+    for name in ("cat/a.HEIC", "cat/b.heic", "dog/c.svg", "dog/d.cr2", "cat/._0.png", ".trash/x.png", "dog/nosuffix"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"?")
+    (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    found = opened(tmp_path).found
+    counts = {".heic": 2, ".svg": 1, ".cr2": 1, "hidden": 2, "broken link": 1, "without a suffix": 1}
+    assert found.left_out == counts
+    assert "2 .heic (cat/a.HEIC; pip install pillow-heif reads them), 1 broken link (cat/gone.png)" in caplog.text
+
+
+def test_folders_without_an_image_are_named(tmp_path):
+    make(tmp_path, each("cat", "dog"))
+    for name in ("emu", "cat/deep", "dog/old/older", ".cache"):
+        (tmp_path / name).mkdir(parents=True)
+    assert opened(tmp_path).found.left_out == {"folder without images": 3}
+
+
+def test_every_suffix_that_pillow_reads_is_read(tmp_path):
+    names = ["a.avif", "b.MPO", "c.webp", "d.JPG", "e.tiff", "f.bmp", "g.gif", "h.jp2", "i.ppm", "j.tga"]
+    for folder in ("cat", "dog"):
+        for name in names:
+            kind = "JPEG" if name.endswith("MPO") else None
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.new("RGB", (9, 9), "red").save(tmp_path / folder / name, kind)
+    train, _ = open_splits(DataConfig(dataset=str(tmp_path), eval_fraction=0.1))
+    images = read_images(train, DataConfig(), 32)
+    assert len(images) == 18 and min(image[0].float().mean() for image in images.images) > 200
+
+
+def test_links_to_folders_and_files_are_followed_but_not_in_circles(tmp_path):
+    make(tmp_path / "elsewhere", each("cat"))
+    root = make(tmp_path / "data", each("dog"))
+    (root / "cat").symlink_to(tmp_path / "elsewhere" / "cat")
+    (root / "dog" / "again").symlink_to(root)
+    (root / "dog" / "linked.png").symlink_to(tmp_path / "elsewhere" / "cat" / "0.png")
+    train, held_out = opened(root)[:2]
+    assert {k: len(v) for k, v in paths_by_class(root, train, held_out).items()} == {"cat": 4, "dog": 5}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file names are bytes on POSIX systems only")
+def test_a_name_that_is_no_text_is_left_out(tmp_path):
+    make(tmp_path, each("cat", "dog"))
+    shutil.copy(tmp_path / "cat" / "0.png", os.fsencode(tmp_path / "cat") + b"/caf\xe9.png")
+    assert opened(tmp_path).found.left_out == {"with a name that is not UTF-8": 1}
+
+
+def test_two_spellings_of_one_accent_are_one_class(tmp_path):
+    make(tmp_path, each("train/caf\u00e9", "train/b", "test/cafe\u0301"))
+    train, test = opened(tmp_path)[:2]
+    assert train.label_names == ["b", "caf\u00e9"] and set(test.labels) == {1}
+
+
+def test_a_class_of_one_image_is_trained_on_and_named(tmp_path, caplog):
+    make(tmp_path, [*each("cat", "dog", count=10), "rare/0.png"])
+    train, held_out = opened(tmp_path, eval_fraction=0.2)[:2]
+    assert np.bincount(train.labels).tolist() == [8, 8, 1] and np.bincount(held_out.labels).tolist() == [2, 2]
+    assert "rare has a single image, which is trained on and not evaluated" in caplog.text
+
+
+def test_a_share_that_is_too_small_is_named_with_one_that_does(tmp_path):
+    make(tmp_path, each(*"abcdefgh", count=3))
+    with pytest.raises(TinyTLError, match=r"use a share from 0.334 to 0.666"):
+        opened(tmp_path, eval_fraction=0.1)
+    assert len(opened(tmp_path, eval_fraction=0.334).evaluation.labels) >= 8
+
+
+def test_a_class_that_only_the_test_images_have_is_named(tmp_path, caplog):
+    make(tmp_path, each("train/cat", "train/dog", "test/cat", "test/emu"))
+    train, _ = opened(tmp_path)[:2]
+    assert train.label_names == ["cat", "dog", "emu"] and "emu has no training images" in caplog.text
+
+
+def test_one_class_can_be_evaluated_on(tmp_path):
+    make(tmp_path, each("cat/old", "cat/new"))
+    split = open_eval_split(DataConfig(dataset=str(tmp_path)), whole=True)
+    assert split.label_names == ["cat"] and len(split.labels) == 8
+
+
+def test_a_corrupt_image_is_named_by_its_path(tmp_path):
+    make(tmp_path, each("cat", "dog", count=6))
+    (tmp_path / "dog" / "3.png").write_bytes((tmp_path / "dog" / "3.png").read_bytes()[:50])
+    config = DataConfig(dataset=str(tmp_path), eval_fraction=0.2)
+    with pytest.raises(TinyTLError, match=rf"image {tmp_path}/dog/3.png of split train cannot be read"):
+        for split in open_splits(config):
+            read_images(split, config, 32)
+
+
+@pytest.mark.parametrize("spelling", [".", "./", "../data", "../data/", "~/data", "file://{}"])
+def test_a_folder_is_found_however_it_is_spelled(spelling, tmp_path, monkeypatch):
+    root = make(tmp_path / "data", each("cat", "dog"))
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    there = open_data(DataConfig(dataset=spelling.format(root), eval_fraction=0.5))
+    assert there.source.name == str(root) and len(there.train.labels) == 4
+
+
+def test_a_folder_called_digits_is_meant_and_that_is_said(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    make(tmp_path / "digits", each("cat", "dog"))
+    monkeypatch.chdir(tmp_path)
+    assert opened("digits").train.label_names == ["cat", "dog"]
+    assert "digits is the folder here, not scikit-learn's digits" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["data/runs/a", "data"])
+def test_runs_inside_the_data_set_are_left_out(place, tmp_path):
+    data, output = make(tmp_path / "data", each("cat", "dog", count=8)), tmp_path / place
+    options = ["--method", "FT-Last", "--train.epochs", "1", "--overwrite", "true"]
+    for _ in range(2):
+        done = run_cli(*small_run(data, output, *options))
+        assert done.returncode == 0 and "2 classes (cat, dog), 16 images in train" in done.stderr, done.stderr
+    assert (output / "adapter" / "confusion_matrix.png").is_file() and "folder written by tinytl-hf" in done.stderr
+    done = run_cli("eval", "--adapter", output / "adapter")
+    assert "evaluating on 2 images" in done.stderr and "trained on none of them" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("images.zip", b"PK", r"it holds no image, but images.zip; unpack it first"),
+        ("notes.txt", b"x", r"it holds no image and no table"),
+        ("cat/a.heic", b"x", r"no image and no table; left out: 1 .heic \(cat/a.heic; pip install pillow-heif"),
+        ("bad.parquet", b"PAR1", r"cannot be loaded \(.*[Pp]arquet"),
+    ],
+)
+def test_a_folder_without_images_says_what_it_has(name, content, message, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TinyTLError, match=message):
+        opened(tmp_path)
+
+
+def test_files_are_listed_and_not_read(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for number in range(500):
+            (tmp_path / folder / f"{number}.jpg").touch()  # an empty file cannot be decoded
+    train, held_out = opened(tmp_path)[:2]
+    assert len(train.labels) + len(held_out.labels) == 1000

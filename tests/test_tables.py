@@ -1,0 +1,490 @@
+"""Tables of images and labels: every source of the same images gives the same rows, and what is no table is named."""
+
+import functools
+import io
+import json
+import shutil
+import tarfile
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import run_cli, small_run, write_image
+from PIL import Image
+
+from tinytl_hf import TinyTLError
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.sets import open_data, open_eval_split, open_splits, sha256
+
+CLASSES = ("cat", "dog", "no label")
+
+
+def png(value=0):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def opened(dataset, **options):
+    return open_data(DataConfig(dataset=str(dataset), **{"eval_fraction": 0.5, **options}))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder with three classes of six images."""
+    root = tmp_path_factory.mktemp("photos")
+    for number in range(18):
+        write_image(root / CLASSES[number // 6] / f"{number % 6}.png", size=(8, 8), seed=number)
+    return root
+
+
+def rows_of(photos):
+    return [(path, path.parent.name) for path in sorted(photos.rglob("*.png"))]
+
+
+def as_folder(photos, root, _):
+    return photos
+
+
+def as_metadata(photos, root, _):
+    names = [f"{number:02}.png" for number in range(18)]
+    for (path, _), name in zip(rows_of(photos), names, strict=True):
+        shutil.copy(path, root / name)
+    lines = [f"{name},{label}" for name, (_, label) in zip(names, rows_of(photos), strict=True)]
+    (root / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    return root
+
+
+def as_parquet(photos, root, _):
+    table = {"image": [path.read_bytes() for path, _ in rows_of(photos)], "label": [n for _, n in rows_of(photos)]}
+    pd.DataFrame(table).to_parquet(root / "table.parquet")
+    return root / "table.parquet"
+
+
+def as_csv(photos, root, _):
+    table = {"path": [str(path) for path, _ in rows_of(photos)], "label": [label for _, label in rows_of(photos)]}
+    pd.DataFrame(table).to_csv(root / "table.csv", index=False)
+    return root / "table.csv"
+
+
+def as_json(photos, root, _):
+    shutil.copytree(photos, root / "images")
+    lines = [{"file": f"images/{path.relative_to(photos)}", "label": label} for path, label in rows_of(photos)]
+    (root / "table.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return root / "table.jsonl"
+
+
+def hub_table(photos):
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(CLASSES)))
+    rows = [({"bytes": path.read_bytes(), "path": path.name}, CLASSES.index(label)) for path, label in rows_of(photos)]
+    images, labels = zip(*rows, strict=True)
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def as_saved(photos, root, _):
+    datasets.DatasetDict(train=hub_table(photos)).save_to_disk(str(root / "saved"))
+    return root / "saved"
+
+
+def as_hub_layout(photos, root, _):
+    (root / "data").mkdir()
+    hub_table(photos).to_parquet(root / "data" / "train-00000-of-00001.parquet")
+    (root / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n"
+    )
+    return root
+
+
+def as_url(photos, root, server):
+    as_parquet(photos, root, server)
+    return f"{server(root)}/table.parquet"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Serves folders over HTTP on this machine."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    running = []
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    def serve(folder):
+        running.append(ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)))
+        Thread(target=running[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{running[-1].server_port}"
+
+    yield serve
+    for each in running:
+        each.shutdown()
+        each.server_close()
+
+
+SOURCES = [as_folder, as_metadata, as_parquet, as_csv, as_json, as_saved, as_hub_layout, as_url]
+
+
+def content(split):
+    """The bytes of each image with the name of its class."""
+    images = [image["bytes"] or Path(image["path"]).read_bytes() for image in split.rows["image"]]
+    return [(image, split.label_names[label]) for image, label in zip(images, split.labels, strict=True)]
+
+
+@pytest.mark.parametrize("write", SOURCES)
+def test_every_source_gives_the_same_rows_for_the_same_images(write, photos, tmp_path, server):
+    expected = opened(photos)
+    found = opened(write(photos, tmp_path, server))
+    assert found.train.label_names == list(CLASSES) and found.found.images == {"train": 18}
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        assert content(ours) == content(theirs) and sha256(ours) == sha256(theirs)
+
+
+def test_an_adapter_knows_its_images_in_another_kind_of_source(photos, tmp_path):
+    done = run_cli(*small_run(photos, tmp_path / "run", "--method", "FT-Last", "--data.eval_fraction", "0.34"))
+    assert done.returncode == 0, done.stderr
+    adapter = tmp_path / "run" / "adapter"
+    done = run_cli("eval", "--adapter", adapter, "--data.dataset", as_parquet(photos, tmp_path, None))
+    assert "evaluating on 7 images" in done.stderr and "trained on none of them" in done.stderr, done.stderr
+    # The training part alone, as a data set of its own.
+    train, _ = open_splits(DataConfig(dataset=str(photos), eval_fraction=0.34))
+    columns = zip(*content(train), strict=True)
+    pd.DataFrame(dict(zip(("image", "label"), columns, strict=True))).to_parquet(tmp_path / "part.parquet")
+    done = run_cli("eval", "--adapter", adapter, "--data.dataset", tmp_path / "part.parquet")
+    assert "evaluating on 11 images" in done.stderr and "it was trained on 11 of them" in done.stderr, done.stderr
+
+
+IMAGE_KINDS = {
+    "bytes": [png(i) for i in range(8)],
+    "bytes and path": [{"bytes": png(i), "path": f"{i}.png"} for i in range(8)],
+    "paths": [f"{i}.png" for i in range(8)],
+}
+
+
+@pytest.mark.parametrize("named", [None, "picture"])
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
+def test_images_are_bytes_or_paths(kind, named, tmp_path):
+    for number in range(8):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    pd.DataFrame({"picture": IMAGE_KINDS[kind], "label": [0, 1] * 4}).to_parquet(tmp_path / "table.parquet")
+    train, held_out = opened(tmp_path / "table.parquet", image_column=named)[:2]
+    numbers = np.concatenate([train.numbers, held_out.numbers])
+    assert [image for image, _ in content(train) + content(held_out)] == [png(number) for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        *(([7, 10, 9] * 4, ["7", "9", "10"]), ([True, False] * 6, ["False", "True"])),
+        *(
+            (["b", "a"] * 6, ["a", "b"]),
+            ([1.0, 0.0] * 6, ["0", "1"]),
+            (["001", "NA", "null"] * 4, ["001", "NA", "null"]),
+        ),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_numbers_truths_and_texts_are_classes(values, names, suffix, tmp_path):
+    for number in range(12):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    table = pd.DataFrame({"path": [f"{i}.png" for i in range(12)], "label": values, "size": range(12)})
+    file = tmp_path / f"table{suffix}"
+    if suffix == ".parquet":
+        table.to_parquet(file)
+    elif suffix == ".csv":
+        table.astype({"label": int} if names == ["0", "1"] else {}).to_csv(file, index=False)
+    else:
+        table.to_json(file, orient="records", lines=True)
+    train, held_out = opened(file)[:2]
+    assert train.label_names == names
+    numbers = np.concatenate([train.numbers, held_out.numbers])
+    given = [str(int(value)) if isinstance(value, float) else str(value) for value in values]
+    assert [label for _, label in content(train) + content(held_out)] == [given[number] for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": [0.5, 1] * 4}, r"data.label_column=label: it holds 0.5, and a class is a text"),
+        ({"a": list("xy" * 4), "b": list("xy" * 4)}, r"data.label_column: a, b all fit; name one"),
+        ({"number": [0, 1] * 4}, r"no column of image, number fits by its type"),
+        ({"label": [0, None] * 4}, r"row 1 of split train has no label in label"),
+        ({"label": ["a"] * 8}, r"split train has one class \(a\); use two or more"),
+        ({"label": [[0], [1]] * 4}, r"data.label_column=label: it holds List"),
+    ],
+)
+def test_labels_that_say_nothing_are_named(columns, message, tmp_path):
+    pd.DataFrame({"image": IMAGE_KINDS["bytes"], **columns}).to_parquet(tmp_path / "table.parquet")
+    with pytest.raises(TinyTLError, match=message):
+        opened(tmp_path / "table.parquet")
+
+
+def test_captions_are_no_classes(tmp_path):
+    texts = [f"a photo, number {number}" for number in range(40)]
+    pd.DataFrame({"image": [png()] * 40, "caption": texts}).to_parquet(tmp_path / "table.parquet")
+    with pytest.raises(TinyTLError, match=r"no column of image, caption fits"):
+        opened(tmp_path / "table.parquet")
+
+
+def test_a_column_that_is_guessed_is_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    pd.DataFrame({"image": [png()] * 8, "species": ["a", "b"] * 4}).to_parquet(tmp_path / "table.parquet")
+    assert opened(tmp_path / "table.parquet").train.label_names == ["a", "b"]
+    assert "labels are from column species" in caplog.text
+
+
+def test_a_webdataset_has_its_labels_in_cls(tmp_path):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for number in range(8):
+            for suffix, data in (("png", png(number)), ("cls", str(number % 2).encode())):
+                entry = tarfile.TarInfo(f"{number:03}.{suffix}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    train, held_out = opened(tmp_path)[:2]
+    assert train.label_names == ["0", "1"] and len(train.labels) + len(held_out.labels) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no/such/folder", r"cannot be loaded \(there is no /.*/no/such/folder\)"),
+        ("table.csv", r"cannot be loaded \(there is no /.*/table.csv\)"),
+        ("./plain", r"cannot be loaded \(there is no /.*/plain\)"),
+        ("*.parquet", r"cannot be loaded \(there is no "),
+        ("", r"data.dataset: missing; name a folder of images"),
+        ("photo.png", r"photo.png is no .parquet, .* file; name the folder of the images"),
+        ("photos.zip", r"photos.zip is no .* file; unpack it, and name the folder"),
+        ("http://127.0.0.1:9/photos.zip", r"not the address of a .parquet, .* file; download it"),
+        ("http://127.0.0.1:9/table.csv", r"cannot be loaded \(.*[Cc]onnect"),
+        ("broken.csv", r"cannot be loaded \(.*Error"),
+        ("nowhere.csv", r"column path names .*/gone/0.png and 7 more, and there is no such file"),
+        ("web.csv", r"it holds https://x.org/0.png, and images must be in the table or files on this disk"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named_at_once(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", None)  # what asks the Hub
+    for file, text in (("photo.png", "x"), ("photos.zip", "PK"), ("broken.csv", 'a,b\n"x')):
+        (tmp_path / file).write_text(text)
+    for file, folder in (("nowhere.csv", "gone"), ("web.csv", "https://x.org")):
+        table = pd.DataFrame({"path": [f"{folder}/{i}.png" for i in range(8)], "label": [0, 1] * 4})
+        table.to_csv(tmp_path / file, index=False)
+    with pytest.raises(TinyTLError, match=message):
+        opened(name)
+
+
+def test_rows_without_a_file_can_be_left_out(tmp_path):
+    write_image(tmp_path / "0.png")
+    table = pd.DataFrame({"path": [f"{i % 2}.png" for i in range(8)], "label": [0, 1] * 4})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    assert len(opened(tmp_path / "t.csv", skip_corrupt=True).train.labels) == 4
+
+
+def test_the_cause_that_datasets_hides_is_shown(photos, tmp_path):
+    path = as_parquet(photos, tmp_path, None)
+    content = bytearray(path.read_bytes())
+    content[4:400] = bytes(396)
+    path.write_bytes(content)
+    with pytest.raises(TinyTLError, match=r"cannot be loaded \(An error occurred while generating the dataset; \w"):
+        opened(path)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_metadata_labels_images_where_it_has_a_column_for_that(suffix, tmp_path, caplog):
+    caplog.set_level("INFO")
+    names = [f"{folder}/{i}.png" for folder in ("cat", "dog") for i in range(6)]
+    for number, name in enumerate(names):
+        write_image(tmp_path / name, seed=number)
+    table = pd.DataFrame({"file_name": names, "photographer": [f"p{i % 3}" for i in range(12)]})
+    file = tmp_path / f"metadata.{suffix}"
+    write = {"csv": table.to_csv, "parquet": table.to_parquet}
+    kinds = {"csv": {"index": False}, "parquet": {}}
+    if suffix == "jsonl":
+        table.to_json(file, orient="records", lines=True)
+    else:
+        write[suffix](file, **kinds[suffix])
+    assert opened(tmp_path).train.label_names == ["cat", "dog"]
+    assert f"metadata.{suffix} has no column label: the class folders are the labels" in caplog.text
+    assert opened(tmp_path, label_column="photographer").train.label_names == ["p0", "p1", "p2"]
+    with pytest.raises(TinyTLError, match=r"data.label_column=nope: no such column; metadata.* has photographer"):
+        opened(tmp_path, label_column="nope")
+
+
+def write_metadata(root, names, labels, there):
+    for number, name in enumerate(there):
+        write_image(root / name, seed=number)
+    pd.DataFrame({"file_name": names, "label": labels}).to_csv(root / "metadata.csv", index=False)
+    return root
+
+
+def test_images_that_metadata_does_not_name_are_counted(tmp_path):
+    names = [f"{i}.png" for i in range(20)]
+    root = write_metadata(tmp_path, names[:16], ["a", "b"] * 8, names)
+    found = opened(root).found
+    assert "labels are from column label of metadata.csv" in str(found)
+    assert found.images == {"train": 16} and found.left_out == {"not named by metadata.csv": 4}
+
+
+def test_files_that_metadata_names_must_be_there_and_once(tmp_path):
+    names = [f"{i}.png" for i in range(10)]
+    root = write_metadata(tmp_path, names, ["a", "b"] * 5, names[:8])
+    with pytest.raises(TinyTLError, match=r"metadata.csv: names 8.png and 1 more, and there is no such image"):
+        opened(root)
+    found = opened(root, skip_corrupt=True).found
+    assert found.images == {"train": 8} and found.left_out == {"named by metadata, but not there": 2}
+    write_metadata(tmp_path, [*names, "0.png"], ["a", "b"] * 5 + ["a"], names)
+    with pytest.raises(TinyTLError, match=r"names 0.png twice"):
+        opened(root)
+
+
+def test_each_split_may_have_its_own_metadata(tmp_path):
+    for split, count in (("train", 8), ("test", 4)):
+        names = [f"{i}.png" for i in range(count)]
+        write_metadata(tmp_path / split, names, ["a", "b"] * (count // 2), names)
+    train, test = opened(tmp_path)[:2]
+    assert (len(train.labels), len(test.labels), test.name) == (8, 4, "test")
+
+
+def test_a_flat_folder_beside_a_table_is_told_to_name_the_table(tmp_path):
+    write_image(tmp_path / "0.png")
+    (tmp_path / "labels.csv").write_text("path,label\n0.png,a\n")
+    with pytest.raises(TinyTLError, match=r"lie in no class folder \(0.png\); if labels.csv has .* name that file"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["plain", "photos [2024]", "what?"])
+def test_table_files_of_a_folder_are_its_splits_by_their_names(name, tmp_path):
+    root = tmp_path / name
+    root.mkdir()
+    for split, count in (("train", 8), ("val", 4), ("test", 2), ("other", 2)):
+        pd.DataFrame({"image": [png(i) for i in range(count)], "label": [0, 1] * (count // 2)}).to_parquet(
+            root / f"{split}-0.parquet"
+        )
+    train, validation, test, found, _, _ = opened(root)
+    assert [len(split.labels) for split in (train, validation, test)] == [8, 4, 2]
+    assert found.left_out == {".parquet": 1}
+
+
+def saved(root, **splits):
+    def table(labels):
+        return datasets.Dataset.from_dict(
+            {"image": [{"bytes": png(i), "path": None} for i in range(len(labels))], "label": labels},
+            features=datasets.Features(image=datasets.Image(), label=datasets.Value("string")),
+        )
+
+    datasets.DatasetDict({name: table(labels) for name, labels in splits.items()}).save_to_disk(str(root / "saved"))
+    return root / "saved"
+
+
+AB = ["a", "b"] * 4
+
+
+@pytest.mark.parametrize(
+    ("splits", "options", "roles"),
+    [
+        (("train", "validation", "test"), {}, ("train", "validation", "test")),
+        (("training", "val", "evaluation"), {}, ("training", "val", "evaluation")),
+        (("train", "test"), {}, ("train", "test", None)),
+        (("train", "dev"), {}, ("train", "dev", None)),
+        (("train",), {}, ("train", "holdout", None)),
+        (("train", "validation", "test"), {"eval_split": "test"}, ("train", "test", None)),
+        (("train", "val", "test"), {"eval_split": "validation"}, ("train", "val", None)),
+        (("train", "validation", "test"), {"eval_split": "holdout"}, ("train", "holdout", None)),
+        (("validation",), {"train_split": "validation"}, ("validation", "holdout", None)),
+        (("validation", "test"), {"train_split": "validation"}, ("validation", "test", None)),
+    ],
+)
+def test_splits_have_the_same_roles_whatever_the_source(splits, options, roles, tmp_path):
+    found = opened(saved(tmp_path, **dict.fromkeys(splits, AB)), **options)
+    assert tuple(None if split is None else split.title for split in found[:3]) == roles
+
+
+def test_a_lone_split_of_another_name_is_explained_by_what_was_asked_for(tmp_path):
+    with pytest.raises(TinyTLError, match=r"train_split=train: the data set has validation; --data.train_split valid"):
+        opened(saved(tmp_path, validation=AB))
+
+
+def test_a_test_split_without_labels_is_left_out_unless_it_is_named(tmp_path, caplog):
+    root = saved(tmp_path, train=AB, validation=AB, test=[None] * 4)
+    assert opened(root).test is None
+    assert "split test is not used: no row of split test has a label" in caplog.text
+    with pytest.raises(TinyTLError, match="no row of split test has a label"):
+        opened(root, eval_split="test")
+
+
+def test_splits_that_are_not_used_are_said(tmp_path):
+    found = opened(saved(tmp_path, train=AB, test=AB, extra=AB), eval_split="holdout").found
+    assert "8 images in train, 8 in test (not used), 8 in extra (not used); training on 4" in str(found)
+    assert found.to_json()["not_used"] == ["test", "extra"]
+
+
+def test_a_test_split_of_one_class_is_evaluated(tmp_path):
+    root = saved(tmp_path, train=AB, test=["b"] * 4)
+    train, test = opened(root)[:2]
+    assert train.label_names == ["a", "b"] and test.labels.tolist() == [1] * 4
+    split = open_eval_split(DataConfig(dataset=str(root)), whole=True)
+    assert split.label_names == ["b"]
+
+
+@pytest.fixture(scope="module")
+def run_with_three_splits(tmp_path_factory):
+    root = tmp_path_factory.mktemp("three")
+    for split, count in (("train", 8), ("val", 3), ("test", 5)):
+        for number in range(2 * count):
+            write_image(root / "data" / split / "ab"[number % 2] / f"{number}.png", seed=number + 100 * count)
+    done = run_cli(*small_run(root / "data", root / "run", "--method", "FT-Last"))
+    assert done.returncode == 0, done.stderr
+    return root, done
+
+
+def test_the_epoch_is_chosen_on_validation_and_test_is_reported_once(run_with_three_splits):
+    root, done = run_with_three_splits
+    results = json.loads((root / "run" / "eval_results.json").read_text())
+    lines = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (results["split"], results["n"], results["best_epoch_chosen_on"]) == ("test", 10, "validation")
+    assert (results["selection"]["split"], results["selection"]["n"]) == ("validation", 6)
+    best = max(line["eval"]["accuracy"] for line in lines)
+    assert results["selection"]["accuracy"] == best and sum(map(sum, results["confusion_matrix"])) == 10
+    assert results["data"]["images"] == {"test": 10, "train": 16, "validation": 6}
+    assert "evaluating after each epoch on 6 (validation), and at the end on 10 (test)" in done.stderr
+    assert "the epoch that is best on validation is kept; its figures are of test" in done.stderr
+    card = (root / "run" / "adapter" / "README.md").read_text()
+    assert "of the epoch that was best on validation |" in card and "evaluated on split `test`" in card
+
+
+def test_eval_repeats_the_figures_of_the_test_split(run_with_three_splits):
+    root, _ = run_with_three_splits
+    done = run_cli("eval", "--adapter", root / "run" / "adapter", "--output", root / "again.json")
+    assert done.returncode == 0, done.stderr
+    again = json.loads((root / "again.json").read_text())
+    results = json.loads((root / "run" / "eval_results.json").read_text())
+    for key in ("loss", "n", "split", "sha256", "trained_on"):
+        assert again[key] == results[key]
+
+
+def test_local_data_are_never_asked_for_on_the_hub(run_with_three_splits, tmp_path, monkeypatch):
+    root, _ = run_with_three_splits
+    shutil.copytree(root / "run" / "adapter", tmp_path / "adapter")
+    record = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert record["data"]["source"] == "local" and record["data"]["dataset"] == str(root / "data")
+    record["data"]["dataset"] = "data"  # as a pushed one says it
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(record))
+    monkeypatch.setattr(datasets, "load_dataset", None)  # what asks the Hub
+    monkeypatch.chdir(tmp_path)
+    done = run_cli("eval", "--adapter", "adapter")
+    assert done.returncode == 1 and "data.dataset=data: the adapter was trained on these local data" in done.stderr
+    from tinytl_hf import TinyTLModel
+
+    TinyTLModel.from_pretrained("adapter").save_pretrained("again")
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "huggingface.co/datasets" not in card and "datasets:" not in card and str(root) not in card
+
+
+def test_the_sets_of_the_hub_that_are_here_open_as_before(shared_data):
+    train, test = opened(shared_data / "caltech101")[:2]
+    assert (len(train.labels), len(test.labels), len(train.label_names)) == (2730, 1441, 100)
+    train, test = opened(shared_data / "cifar10")[:2]
+    assert (len(train.labels), len(test.labels), train.label_names[3]) == (50_000, 10_000, "cat")

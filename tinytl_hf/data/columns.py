@@ -1,0 +1,248 @@
+"""Which column of a table holds the images, and which the labels."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.images import FORMATS, IMAGE_SUFFIXES
+from tinytl_hf.disk import expanded
+from tinytl_hf.errors import TinyTLError
+
+logger = logging.getLogger(__name__)
+
+LABEL = "label"
+OF_WEBDATASET = "cls"
+NO_LABELS = {"__key__", "__url__", "file_name"}  # they name an image each
+STRINGS = {"string", "large_string"}
+SEEN = 100  # rows that are looked at for a value
+FEW = 20  # rows in which each text may be a class of its own
+BYTES = {"binary", "large_binary"}
+
+
+class NoLabelsError(TinyTLError):
+    """A split whose images have no labels at all."""
+
+
+def class_order(names: Collection[str]) -> list[str]:
+    """Names of classes in order: by number if they all are whole numbers."""
+    if all(name.removeprefix("-").isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def image_rows(table: datasets.Dataset, config: DataConfig, base: Path | None) -> tuple[str, datasets.Dataset]:
+    """The name of the images' column, and a table of that column alone, called ``image``, undecoded.
+
+    Args:
+        table: A split.
+        config: Which column it is, if that was said.
+        base: Folder that paths are relative to; None: the table is not on this disk, and paths say nothing.
+
+    Raises:
+        TinyTLError: There is none, or there are several.
+    """
+    fits = (_is_image, _holds_bytes, _holds_paths)
+    if config.image_column is None:
+        column = _only(table, "image_column", fits)
+    else:
+        column = _chosen(table, "image_column", config.image_column)
+    feature = table.features[column]
+    rows = table.select_columns([column])
+    if column != "image":
+        rows = rows.rename_column(column, "image")
+    if _is_image(rows, "image"):
+        pass
+    elif _is_bytes(feature):
+        if feature_is_struct(feature):
+            rows = rows.cast_column("image", {"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
+        else:
+            rows = rows.cast_column("image", datasets.Value("binary"))
+    elif _is_string(feature):
+        return column, _from_paths(rows, column, base, config.skip_corrupt)
+    else:
+        raise TinyTLError(f"data.image_column={column}: it holds {feature}, not images")
+    return column, rows.cast_column("image", datasets.Image(decode=False))
+
+
+def label_values(
+    table: datasets.Dataset, name: str, config: DataConfig, image_column: str
+) -> tuple[str, np.ndarray, list[str]]:
+    """The name of the labels' column, the class number of each row, and the names of the classes.
+
+    Raises:
+        TinyTLError: There is no such column, there are several, or a row has no label.
+    """
+    column = _label_column(table, config, image_column)
+    feature = table.features[column]
+    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)) or feature.dtype in BYTES:
+        raise TinyTLError(f"data.label_column={column}: it holds {feature}, not a label for each image")
+    values = table.with_format("numpy")[column][:]
+    missing = [i for i, value in enumerate(values) if value is None or value != value]
+    if len(missing) == len(values):
+        raise NoLabelsError(f"no row of split {name} has a label in {column}")
+    if missing:
+        raise TinyTLError(f"row {missing[0]} of split {name} has no label in {column}; drop such rows")
+    if isinstance(feature, datasets.ClassLabel):
+        labels, names = np.asarray(values, dtype=np.int64), list(feature.names)
+        outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
+        if outside.size == len(labels):
+            raise NoLabelsError(f"no row of split {name} has a label in {column}: all are {labels[0]}")
+        if outside.size:
+            raise TinyTLError(
+                f"row {outside[0]} of split {name} has label {labels[outside[0]]}, outside 0 to "
+                f"{len(names) - 1}; this split may be unlabelled, use another (data.eval_split)"
+            )
+        return column, labels, names
+    return column, *_numbered(np.asarray(values), column)
+
+
+def _numbered(values: np.ndarray, column: str) -> tuple[np.ndarray, list[str]]:
+    if values.dtype.kind == "f":
+        if not np.all(values == np.round(values)):
+            raise TinyTLError(
+                f"data.label_column={column}: it holds {values[values != np.round(values)][0]:g}, and a class is a "
+                "text, a whole number, or true or false"
+            )
+        values = values.astype(np.int64)  # pandas' whole numbers
+    classes, labels = np.unique(values, return_inverse=True)
+    texts = [str(value) for value in classes]
+    names = class_order(texts)
+    number = np.array([names.index(text) for text in texts], dtype=np.int64)
+    return number[labels], names
+
+
+def _label_column(table: datasets.Dataset, config: DataConfig, image_column: str) -> str:
+    """The named column, else ``label``, else the only one of classes, else WebDataset's, else the one of texts."""
+    if config.label_column is not None:
+        return _chosen(table, "label_column", config.label_column)
+    if LABEL in table.column_names and image_column != LABEL:
+        return LABEL
+    classes = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if not classes and OF_WEBDATASET in table.column_names:
+        return OF_WEBDATASET
+    if not classes:
+        classes = [
+            name
+            for name, feature in table.features.items()
+            if _is_string(feature) and name not in {*NO_LABELS, image_column} and _repeats(table, name)
+        ]
+    if len(classes) == 1:
+        return classes[0]
+    if classes:
+        raise _several("label_column", classes)
+    raise _none("label_column", table)
+
+
+def _repeats(table: datasets.Dataset, column: str) -> bool:
+    """Whether texts are classes: most occur more than once, unlike captions and file names. Few rows do not tell."""
+    values = table[column][:]
+    return len(set(values)) <= len(values) / 2 or len(values) <= FEW
+
+
+def _chosen(table: datasets.Dataset, key: str, chosen: str) -> str:
+    if chosen not in table.column_names:
+        columns = ", ".join(table.column_names)
+        raise TinyTLError(f"data.{key}={chosen}: no such column; the data set has {columns}")
+    return chosen
+
+
+def _only(table: datasets.Dataset, key: str, fits: Sequence[Callable[[datasets.Dataset, str], bool]]) -> str:
+    """The only column of the first kind that occurs."""
+    for fit in fits:
+        found = [name for name in table.column_names if fit(table, name)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise _several(key, found)
+    raise _none(key, table)
+
+
+def _several(key: str, found: Sequence[str]) -> TinyTLError:
+    return TinyTLError(f"data.{key}: {', '.join(found)} all fit; name one, as --data.{key} {found[0]}")
+
+
+def _none(key: str, table: datasets.Dataset) -> TinyTLError:
+    columns = ", ".join(table.column_names)
+    kind = NoLabelsError if key == "label_column" else TinyTLError
+    return kind(f"data.{key}: no column of {columns} fits by its type; name one with --data.{key}")
+
+
+def _is_image(table: datasets.Dataset, column: str) -> bool:
+    return isinstance(table.features[column], datasets.Image)
+
+
+def _is_string(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in STRINGS
+
+
+def feature_is_struct(feature: Any) -> bool:
+    """Whether a column is as datasets stores images: ``{"bytes": ..., "path": ...}``."""
+    return isinstance(feature, dict) and feature.keys() == {"bytes", "path"}
+
+
+def _is_bytes(feature: Any) -> bool:
+    inner = feature["bytes"] if feature_is_struct(feature) else feature
+    return isinstance(inner, datasets.Value) and inner.dtype in BYTES
+
+
+def _first(table: datasets.Dataset, column: str) -> Any:
+    return next((value for value in table[column][:SEEN] if value is not None), None)
+
+
+def _holds_bytes(table: datasets.Dataset, column: str) -> bool:
+    """Whether bytes are those of images, by the first."""
+    if not _is_bytes(table.features[column]):
+        return False
+    value = _first(table, column)
+    content = value["bytes"] if isinstance(value, dict) else value
+    if not content:
+        return isinstance(value, dict)
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS):
+            return True
+    except Exception:  # a damaged file can make Pillow raise almost anything
+        return isinstance(value, dict)
+
+
+def _holds_paths(table: datasets.Dataset, column: str) -> bool:
+    if not _is_string(table.features[column]):
+        return False
+    return os.path.splitext(str(_first(table, column) or ""))[1].lower() in IMAGE_SUFFIXES
+
+
+def _from_paths(rows: datasets.Dataset, column: str, base: Path | None, skip_missing: bool) -> datasets.Dataset:
+    """Images by their paths: relative ones to the table's folder, else to the current one."""
+    paths = [None if path is None else str(path) for path in rows["image"][:]]
+    remote = next((path for path in paths if path is not None and "://" in path), None)
+    if remote is not None or base is None:
+        raise TinyTLError(
+            f"data.image_column={column}: it holds {remote or 'paths'}, and images must be in the table or files on "
+            "this disk; download them first"
+        )
+    places = [None if path is None else _place(path, base) for path in paths]
+    missing = [place for place in places if place is not None and not os.path.isfile(place)]
+    if missing and not skip_missing:
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise TinyTLError(
+            f"column {column} names {missing[0]}{more}, and there is no such file; mend it, or leave such rows out "
+            "with --data.skip_corrupt true"
+        )
+    features = datasets.Features(image=datasets.Image(decode=False))
+    return datasets.Dataset.from_dict({"image": places}, features=features)
+
+
+def _place(path: str, base: Path) -> str:
+    beside = os.path.join(base, expanded(path))
+    if not os.path.isabs(path) and not os.path.exists(beside) and os.path.exists(path):
+        return os.path.abspath(path)
+    return beside

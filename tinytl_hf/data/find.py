@@ -1,0 +1,107 @@
+"""Which source of data a name stands for; nothing that can be local is ever looked up on the Hub."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import unquote, urlparse
+
+from tinytl_hf.disk import local_path
+from tinytl_hf.errors import TinyTLError
+
+logger = logging.getLogger(__name__)
+
+Place = Literal["local", "hub", "url", "digits"]
+DIGITS = "digits"
+# By their suffix, what reads tables (a builder of the library datasets), the likeliest first; CSV is read here, see
+# ``tables.py``.
+TABLES = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".tar": "webdataset",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "json",
+    ".json": "json",
+}
+ARCHIVES = {".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"}
+ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set is.
+
+    Attributes:
+        place: On this disk, on the Hub, at a URL, or in scikit-learn.
+        name: The absolute path (or pattern of one), the name on the Hub, or the URL.
+    """
+
+    place: Place
+    name: str
+
+
+def find(name: str) -> Source:
+    """Find what a data set's name stands for: what is on this disk comes first.
+
+    Raises:
+        TinyTLError: It can only be a path, and there is nothing.
+    """
+    url = urlparse(name)
+    if url.scheme == "file":
+        name = unquote(url.path)
+    elif "://" in name:
+        return Source("url", name)
+    if not name.strip():
+        raise TinyTLError(
+            "data.dataset: missing; name a folder of images or a data set, as --data.dataset path/to/images"
+        )
+    path = local_path(name)
+    if path_exists(path):
+        if name == DIGITS:
+            logger.info("digits is the %s here, not scikit-learn's digits", "folder" if path.is_dir() else "file")
+        return Source("local", str(path))
+    if name == DIGITS:
+        return Source("digits", name)
+    if is_there(name):
+        return Source("local", str(path))
+    if is_path(name):
+        raise _not_there(name, f"there is no {path}")
+    return Source("hub", name)
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be that of a file or a folder."""
+    suffix = os.path.splitext(name)[1].lower()
+    return not ON_THE_HUB.fullmatch(name) or suffix in TABLES or suffix in ARCHIVES
+
+
+def is_same_place(one: str, other: str) -> bool:
+    """Whether two names of a data set are one name, or two spellings of the path of one file or folder."""
+    return one == other or (is_there(one) and local_path(one) == local_path(other))
+
+
+def is_there(name: str) -> bool:
+    """Whether a name is that of a file or a folder on this disk, or a pattern that some match."""
+    path = local_path(name)
+    return path_exists(path) or (glob.has_magic(name) and bool(glob.glob(str(path), recursive=True)))
+
+
+def path_exists(path: Path) -> bool:
+    """Whether a path exists; one with characters that no path can have does not."""
+    try:
+        return os.path.exists(path)
+    except ValueError:
+        return False
+
+
+def _not_there(name: str, reason: str) -> TinyTLError:
+    return TinyTLError(
+        f"data.dataset={name}: cannot be loaded ({reason}); name a folder of images, a .parquet, .csv or .json file, "
+        "a saved data set, a data set on the Hub, or digits"
+    )

@@ -1,0 +1,219 @@
+"""A folder of image files to labelled tables: which folders are classes, which are splits, and what is left out.
+
+Classes are the first level of folders below the split, as in torchvision's ``ImageFolder``; deeper levels belong to
+them. Folders are splits if people call splits so and they hold class folders themselves. File names decide nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import unicodedata
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+
+from tinytl_hf.data.columns import class_order
+from tinytl_hf.data.listing import Listing
+from tinytl_hf.data.roles import SPLIT_WORDS, role_of
+from tinytl_hf.errors import TinyTLError
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 5  # names that a message lists
+FEATURES_OF_PATHS = datasets.Image(decode=False)
+
+
+@dataclass
+class Folder:
+    """A folder's image files, by their paths relative to the data set's folder.
+
+    Attributes:
+        direct: Those that lie in it.
+        below: Those of each folder in it, of any depth.
+    """
+
+    direct: list[str] = field(default_factory=list)
+    below: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def all(self) -> list[str]:
+        """All of them."""
+        return [*self.direct, *(path for paths in self.below.values() for path in paths)]
+
+    @property
+    def example(self) -> str:
+        """One of them."""
+        return self.direct[0] if self.direct else next(iter(self.below.values()))[0]
+
+
+Tops = dict[str, Folder]
+
+
+def class_folders(listing: Listing, chosen: set[str]) -> datasets.DatasetDict:
+    """Label images by the folders that they are in.
+
+    Args:
+        listing: The files; what is left out is added to it.
+        chosen: Names of folders that the user's options call splits.
+
+    Raises:
+        TinyTLError: They can be read in two ways, or in none.
+    """
+    tops, loose = _by_top(listing.images)
+    if loose:
+        if not tops:
+            raise TinyTLError(
+                f"data.dataset={listing.root}: its images lie in no class folder ({loose[0]}); put those of each "
+                "class into a folder of its name, or write a metadata.csv with columns file_name and label"
+            )
+        listing.leave_out("in no class folder", loose[0], len(loose))
+    tops, inner = _unwrapped(tops, chosen)
+    splits = find_splits(tops, listing, chosen)
+    if splits is None:
+        _say_odd_names(tops)
+        found = {"train": {name: folder.all for name, folder in tops.items()}}
+    else:
+        found = {}
+        for name, top in splits.items():
+            folder = tops[top]
+            if folder.direct:
+                listing.leave_out("in no class folder", folder.direct[0], len(folder.direct))
+            found[name] = dict(folder.below)
+    _say_depths(found, len(inner) + (1 if splits is None else 2))
+    return _tables(listing.root, found)
+
+
+def find_splits(tops: Tops, listing: Listing, chosen: set[str], labelled: bool = False) -> dict[str, str] | None:
+    """Which of the top folders are splits: their folders by the splits' names; None: all folders are classes.
+
+    Args:
+        tops: Top folders of the images.
+        listing: Gets what is left out.
+        chosen: Names of folders that the user's options call splits.
+        labelled: Whether all these images have labels, so that a split needs no class folders.
+
+    Raises:
+        TinyTLError: They can be read in two ways, or two folders are the same split.
+    """
+    named = [top for top in tops if role_of(top) or top in chosen]
+    splits = [top for top in named if tops[top].below or labelled]
+    others = [top for top in tops if top not in splits]
+    if not splits:
+        return None
+    strangers = [top for top in others if top not in named]
+    if strangers and not _agree(tops, splits, labelled) and not chosen & set(splits):
+        train = next((top for top in splits if role_of(top) == "train" and not tops[top].direct), None)
+        if train is None or len(tops[train].below) < 2:
+            return None
+        raise _two_readings(listing.root, tops, train, strangers[0])
+    if not any(role_of(top) == "train" or top in chosen for top in splits) and any(
+        role_of(top) == "train" for top in others
+    ):
+        raise _two_readings(listing.root, tops, splits[0], others[0])
+    for top in others:
+        reason = "beside the splits" if top in strangers else "without labels, as there are no class folders"
+        listing.leave_out(reason, tops[top].example, len(tops[top].all))
+    roles: dict[str, str] = {}
+    for top in splits:
+        name = top if top in chosen and not role_of(top) else role_of(top) or top
+        if name in roles:
+            raise TinyTLError(
+                f"data.dataset={listing.root}: {roles[name]}/ and {top}/ are both the {name} split; put them together"
+            )
+        roles[name] = top
+    return roles
+
+
+def _agree(tops: Tops, splits: list[str], labelled: bool) -> bool:
+    """Whether there are two splits or more, with a class in common with the training images."""
+    train = next((top for top in splits if role_of(top) == "train"), None)
+    if train is None:
+        return False
+    others = [top for top in splits if top != train]
+    return any(labelled or tops[train].below.keys() & tops[top].below.keys() for top in others)
+
+
+def _by_top(paths: list[str]) -> tuple[Tops, list[str]]:
+    tops: Tops = defaultdict(Folder)
+    loose = []
+    for path in paths:
+        parts = path.split("/", 2)
+        if len(parts) == 1:
+            loose.append(path)
+        elif len(parts) == 2:
+            tops[parts[0]].direct.append(path)
+        else:
+            tops[parts[0]].below[parts[1]].append(path)
+    return dict(tops), loose
+
+
+def _unwrapped(tops: Tops, chosen: set[str]) -> tuple[Tops, list[str]]:
+    """The folders inside the only one, if those are splits (as in ``data/train/cat``); and the names of the outer."""
+    if len(tops) != 1:
+        return tops, []
+    (outer, folder), *_ = tops.items()
+    if folder.direct or role_of(outer) or outer in chosen or not all(role_of(n) or n in chosen for n in folder.below):
+        return tops, []
+    inner: Tops = {}
+    for name, paths in folder.below.items():
+        inner[name] = Folder()
+        for path in paths:
+            rest = path.split("/", 3)[2:]
+            (inner[name].below[rest[0]] if len(rest) > 1 else inner[name].direct).append(path)
+    return (inner, [outer]) if any(folder.below for folder in inner.values()) else (tops, [])
+
+
+def _two_readings(root: Path, tops: Tops, split: str, other: str) -> TinyTLError:
+    inside = ", ".join(list(tops[split].below)[:SHOWN])
+    return TinyTLError(
+        f"data.dataset={root}: {split}/ can be a split with the classes {inside} ({tops[split].example}), or a class "
+        f"beside {other} ({tops[other].example}); name {root / split} for the first, and for the second put all "
+        f"images right into {split}/"
+    )
+
+
+def _say_odd_names(tops: Tops) -> None:
+    odd = [top for top in tops if SPLIT_WORDS & set(re.split(r"[^a-z]+", top.lower()))]
+    if (odd and len(odd) == len(tops)) or any(role_of(top) for top in odd):
+        logger.warning(
+            "%s: read as %s, as splits hold class folders and are called train, validation and test",
+            ", ".join(odd[:SHOWN]),
+            "classes" if len(odd) > 1 else "a class",
+        )
+
+
+def _say_depths(found: dict[str, dict[str, list[str]]], depth: int) -> None:
+    """Say if images lie at different depths, with one of each."""
+    examples: dict[int, str] = {}
+    for classes in found.values():
+        for paths in classes.values():
+            for path in paths:
+                examples.setdefault(path.count("/"), path)
+    if len(examples) > 1:
+        shown = ", ".join(examples[key] for key in sorted(examples)[:SHOWN])
+        logger.info(
+            "images lie at different depths (%s): the class is the %s folder, and what is below belongs to it",
+            shown,
+            ("first", "second", "third")[min(depth, 3) - 1],
+        )
+
+
+def _tables(root: Path, found: dict[str, dict[str, list[str]]]) -> datasets.DatasetDict:
+    labels = {folder: as_label(folder) for classes in found.values() for folder in classes}
+    names = class_order(set(labels.values()))
+    number = {folder: names.index(label) for folder, label in labels.items()}
+    features = datasets.Features(image=FEATURES_OF_PATHS, label=datasets.ClassLabel(names=names))
+    tables = datasets.DatasetDict()
+    for split, classes in found.items():
+        rows = sorted((number[folder], path) for folder, paths in classes.items() for path in paths)
+        columns = {"image": [f"{root}/{path}" for _, path in rows], "label": [label for label, _ in rows]}
+        tables[split] = datasets.Dataset.from_dict(columns, features=features)
+    return tables
+
+
+def as_label(folder: str) -> str:
+    """The class that a folder's name says: systems write one accented letter in two ways."""
+    return unicodedata.normalize("NFC", folder)

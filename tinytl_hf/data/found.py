@@ -1,0 +1,78 @@
+"""What was found in a data set, in one line and for the files of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SHOWN = 5  # names that a line lists
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a data set holds, and what a run makes of it.
+
+    Attributes:
+        classes: Names of the classes.
+        images: Number of images of each split.
+        labels: The column that the labels are from, and of which file beside the images.
+        left_out: How many files were left out, by the reason.
+        examples: One of them for each reason.
+        train: Name and number of images of the part to train on.
+        evaluation: That to evaluate on after each epoch.
+        test: That to evaluate on at the end, or None.
+    """
+
+    classes: Sequence[str]
+    images: Mapping[str, int]
+    labels: str
+    left_out: Mapping[str, int]
+    examples: Mapping[str, str]
+    train: tuple[str, int]
+    evaluation: tuple[str, int]
+    test: tuple[str, int] | None
+
+    def __str__(self) -> str:
+        line = f"{len(self.classes)} classes ({named(self.classes)})"
+        for number, (name, count) in enumerate(self.images.items()):
+            unused = " (not used)" if name in self.not_used else ""
+            line += f", {count:,} {'' if number else 'images '}in {name}{unused}"
+        if self.labels != "label":
+            line += f"; labels are from column {self.labels}"
+        if self.left_out:
+            line += f"; {left_out(self.left_out, self.examples)}"
+        name, count = self.evaluation
+        line += f"; training on {self.train[1]:,}, evaluating after each epoch on {count:,} ({name})"
+        return line if self.test is None else f"{line}, and at the end on {self.test[1]:,} ({self.test[0]})"
+
+    @property
+    def not_used(self) -> list[str]:
+        """Names of the splits that the run does not use."""
+        used = {self.train[0], self.evaluation[0], self.test[0] if self.test else None}
+        return [name for name in self.images if name not in used]
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``eval_results.json``: it says nothing of the disk."""
+        return {
+            "classes": len(self.classes),
+            "images": dict(self.images),
+            "not_used": self.not_used,
+            "label_column": self.labels,
+            "left_out": dict(self.left_out),
+        }
+
+
+def left_out(counts: Mapping[str, int], examples: Mapping[str, str]) -> str:
+    """How many files were left out and why, with one of each kind."""
+    parts = [
+        f"{count:,} {reason}{f' ({examples[reason]})' if reason in examples else ''}"
+        for reason, count in counts.items()
+    ]
+    return f"left out: {', '.join(parts)}"
+
+
+def named(names: Sequence[str], count: int | None = None) -> str:
+    """Names for a line: a few of many, ``count`` of them or as many as are given."""
+    more = (count or len(names)) - SHOWN
+    return ", ".join(names) if more <= 0 else f"{', '.join(names[:SHOWN])} and {more:,} more"

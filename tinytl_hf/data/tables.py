@@ -1,0 +1,262 @@
+"""A data set's name to tables, one for each split, from whichever source it is."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import datasets
+import datasets.exceptions
+import numpy as np
+import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.find import ARCHIVES, TABLES, Source, find
+from tinytl_hf.data.folder import class_folders
+from tinytl_hf.data.found import left_out
+from tinytl_hf.data.images import IMAGE_SUFFIXES
+from tinytl_hf.data.listing import Listing, list_folder
+from tinytl_hf.data.metadata import read_csv, read_metadata
+from tinytl_hf.data.roles import chosen_splits, role_of_table
+from tinytl_hf.errors import TinyTLError
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A data set as it was found.
+
+    Attributes:
+        source: Where it is.
+        splits: A table for each split.
+        base: Folder that paths in the tables are relative to; None: they are not on this disk.
+        left_out: How many files were left out, by the reason.
+        examples: One of them for each reason.
+        metadata: The file beside the images that has the labels, or None.
+        hint: What may have gone wrong if there is one class only.
+    """
+
+    source: Source
+    splits: datasets.DatasetDict
+    base: Path | None
+    left_out: dict[str, int]
+    examples: dict[str, str]
+    metadata: str | None = None
+    hint: str = ""
+
+
+def load(config: DataConfig) -> Tables:
+    """Find and open a data set, without decoding an image.
+
+    Raises:
+        TinyTLError: It cannot be found or read.
+    """
+    source = find(config.dataset)
+    path = Path(source.name)
+    if source.place == "local":
+        with explained(config.dataset):
+            return _load_folder(source, path, config) if path.is_dir() else _load_files(source, config)
+    if source.place == "digits":
+        splits = datasets.DatasetDict(train=_digits())
+    else:
+        where = "" if source.place == "url" else "no such folder here, and from the Hub: "
+        with explained(config.dataset, where):
+            splits = _load_url(source.name, config) if source.place == "url" else _load_any(source.name, config)
+    return Tables(source, splits, None, {}, {})
+
+
+@contextmanager
+def explained(name: str, where: str = "") -> Iterator[None]:
+    """Turn what the library datasets raises into one line, with the cause that it hides."""
+    try:
+        yield
+    except TinyTLError:
+        raise
+    except Exception as error:  # damaged files can make datasets raise almost anything
+        raise TinyTLError(
+            f"data.dataset={name}: cannot be loaded ({where}{_reason(error)}); use a Hub id, the path of a folder or "
+            "of a .parquet, .csv or .json file, or digits"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error, and of the one that it was raised from."""
+    cause = error.__cause__
+    while cause is not None and cause.__cause__ is not None:
+        cause = cause.__cause__
+    parts = []
+    for each in (error, cause):
+        lines = [line for line in str(each).strip().splitlines() if line.strip()] if each is not None else []
+        if each is not None and not (lines and lines[0] in parts):
+            is_plain = isinstance(each, (OSError, datasets.exceptions.DatasetsError))
+            parts.append(lines[0] if lines and is_plain else f"{type(each).__name__}: {lines[0] if lines else ''}")
+    return "; ".join(part.rstrip(": ") for part in parts)
+
+
+def _load_folder(source: Source, path: Path, config: DataConfig) -> Tables:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        loaded = datasets.load_from_disk(str(path))
+        splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
+        return Tables(source, splits, path, {}, {})
+    listing = list_folder(path)
+    if _holds_images(listing):
+        if config.subset is not None:
+            raise TinyTLError(f"data.subset={config.subset}: {path} is a folder of images, which has no subsets")
+        for name in (*listing.tables, *listing.archives):
+            if os.path.splitext(name)[1].lower() in {".parquet", ".arrow", ".tar", *ARCHIVES}:
+                listing.leave_out(os.path.splitext(name)[1].lower(), name)
+        splits, metadata = _label_images(listing, config)
+        return _as_tables(source, listing, splits, metadata, _hint(listing))
+    for name in listing.images:
+        listing.leave_out(os.path.splitext(name)[1].lower(), name)
+    if listing.tables:
+        if config.subset is not None or _has_configs(path):
+            if glob.has_magic(str(path)):
+                raise TinyTLError(
+                    f"data.dataset={path}: its README names files by patterns; take [, ], * and ? out of the path"
+                )
+            return _as_tables(source, listing, _load_any(str(path), config))
+        return _as_tables(source, listing, _load_tables(_by_split(listing)))
+    aside = f"; {left_out(listing.left_out, listing.examples)}" if listing.left_out else ""
+    what = f"no image, but {listing.archives[0]}; unpack it first" if listing.archives else "no image and no table"
+    raise TinyTLError(
+        f"data.dataset={path}: cannot be loaded (it holds {what}{aside}); use a folder of images or tables"
+    )
+
+
+def _label_images(listing: Listing, config: DataConfig) -> tuple[datasets.DatasetDict, str | None]:
+    """Tables of images with their labels, and the metadata file that these are from, if they are."""
+    has_classes = any("/" in path for path in listing.images)
+    splits = read_metadata(listing, config, has_classes=len(_tops(listing)) > 1)
+    if splits is None and not has_classes and (tables := [t for t in listing.tables if not t.endswith(".json")]):
+        raise TinyTLError(
+            f"data.dataset={listing.root}: its images lie in no class folder ({listing.images[0]}); if {tables[0]} "
+            f"has their paths and labels, name that file, {listing.root / tables[0]}"
+        )
+    if splits is not None:
+        return splits, listing.metadata[0]
+    return class_folders(listing, chosen_splits(config)), None
+
+
+def _holds_images(listing: Listing) -> bool:
+    """Whether a folder is one of images: with tables beside them they must lie in class folders or have metadata."""
+    large = [
+        name for name in listing.tables if os.path.splitext(name)[1].lower() not in {".csv", ".tsv", ".json", ".jsonl"}
+    ]
+    if not listing.images or not large:
+        return bool(listing.images)
+    return bool(listing.metadata) or (len(_tops(listing)) > 1 and not _has_configs(listing.root))
+
+
+def _tops(listing: Listing) -> set[str]:
+    return {path.split("/")[0] for path in listing.images if "/" in path}
+
+
+def _hint(listing: Listing) -> str:
+    """What to try if a folder of images turns out to have one class."""
+    tops = _tops(listing)
+    below = sorted({path.split("/")[1] for path in listing.images if path.count("/") > 1})
+    if len(tops) == 1 and len(below) > 1:
+        (top,) = tops
+        return f"; if {', '.join(below[:5])} are the classes, name {listing.root / top}"
+    tables = [name for name in listing.tables if name.endswith((".csv", ".tsv", ".jsonl"))]
+    return f"; if {tables[0]} has the paths and labels of images, name {listing.root / tables[0]}" if tables else ""
+
+
+def _as_tables(
+    source: Source, listing: Listing, splits: datasets.DatasetDict, metadata: str | None = None, hint: str = ""
+) -> Tables:
+    return Tables(source, splits, listing.root, dict(listing.left_out), listing.examples, metadata, hint)
+
+
+def _by_split(listing: Listing) -> dict[str, list[str]]:
+    """Table files of one kind, the first of ``TABLES``, by the split that their names say, as on the Hub."""
+    present = {TABLES[os.path.splitext(name)[1].lower()] for name in listing.tables}
+    kind = next(kind for kind in TABLES.values() if kind in present)
+    tables = [name for name in listing.tables if TABLES[os.path.splitext(name)[1].lower()] == kind]
+    roles = {name: role_of_table(name) for name in tables}
+    result: dict[str, list[str]] = defaultdict(list)
+    for name in listing.tables:
+        role = roles.get(name) if any(roles.values()) else ("train" if name in roles else None)
+        if role is None:
+            listing.leave_out(os.path.splitext(name)[1].lower(), name)
+        else:
+            result[role].append(str(listing.root / name))
+    return dict(result)
+
+
+def _load_files(source: Source, config: DataConfig) -> Tables:
+    """A file, or all files that a pattern matches."""
+    is_file = os.path.isfile(source.name)
+    files = (
+        [source.name] if is_file else sorted(f for f in glob.glob(source.name, recursive=True) if os.path.isfile(f))
+    )
+    for file in files or [source.name]:
+        suffix = os.path.splitext(file)[1].lower()
+        if suffix not in TABLES:
+            fix = "name the folder of the images" if suffix in IMAGE_SUFFIXES else "name a folder, or such a file"
+            fix = "unpack it, and name the folder" if suffix in ARCHIVES else fix
+            raise TinyTLError(f"data.dataset={config.dataset}: {file} is no {', '.join(TABLES)} file; {fix}")
+    return Tables(source, _load_tables({"train": files}), Path(files[0]).parent, {}, {})
+
+
+def _load_tables(files: dict[str, list[str]]) -> datasets.DatasetDict:
+    kinds = {TABLES[os.path.splitext(file)[1].lower()] for each in files.values() for file in each}
+    if len(kinds) > 1:
+        raise TinyTLError(f"{', '.join(sorted(kinds))} files cannot be put together; name those of one kind")
+    (kind,) = kinds
+    if kind == "csv":
+        return datasets.DatasetDict({name: _csv(each) for name, each in files.items()})
+    escaped = {name: [glob.escape(file) for file in each] for name, each in files.items()}
+    return datasets.load_dataset(kind, data_files=escaped)
+
+
+def _csv(places: list[str]) -> datasets.Dataset:
+    tables = [datasets.Dataset.from_pandas(read_csv(place), preserve_index=False) for place in places]
+    return datasets.concatenate_datasets(tables)
+
+
+def _load_url(url: str, config: DataConfig) -> datasets.DatasetDict:
+    suffix = os.path.splitext(urlparse(url).path)[1].lower()
+    if suffix in TABLES and TABLES[suffix] == "csv":
+        return datasets.DatasetDict(train=_csv([url]))
+    if suffix in TABLES:
+        return datasets.load_dataset(TABLES[suffix], data_files={"train": [url]})
+    if url.startswith("hf://"):
+        return _load_any(url, config)
+    raise TinyTLError(
+        f"data.dataset={url}: not the address of a {', '.join(TABLES)} file; download it, and name the folder"
+    )
+
+
+def _load_any(name: str, config: DataConfig) -> datasets.DatasetDict:
+    loaded: Any = datasets.load_dataset(name, config.subset)
+    return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
+
+
+def _has_configs(folder: Path) -> bool:
+    """Whether the README of a data set in the Hub's layout says which files are which split."""
+    try:
+        head = REGEX_YAML_BLOCK.search((folder / "README.md").read_text(encoding="utf-8-sig"))
+        values = yaml.safe_load(head[2]) if head else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(values, dict) and "configs" in values
+
+
+def _digits() -> datasets.Dataset:
+    digits = load_digits()
+    images = [Image.fromarray((image / 16 * 255).round().astype(np.uint8)) for image in digits.images]
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=[str(name) for name in digits.target_names])
+    )
+    return datasets.Dataset.from_dict({"image": images, "label": digits.target}, features=features)
