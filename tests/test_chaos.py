@@ -14,6 +14,8 @@ from tinytl_hf.train.checkpoint import find_damage
 
 OPTIONS = ["--train.global_batch_size", "4", "--head.dropout", "0.2", "--train.checkpoint_every", "1"]
 OPTIONS += ["--train.threads", "1", "--train.resume", "auto"]
+# A schedule that is the same whatever the number of epochs.
+OPTIONS += ["--train.schedule", "exponential", "--train.warmup_epochs", "0"]
 KILLS = 20
 # Where a save can be cut: while files are written, synced, renamed or removed.
 IN_A_SAVE = [

@@ -254,7 +254,7 @@ def test_a_webdataset_has_its_labels_in_cls(tmp_path):
         ("table.csv", r"cannot be loaded \(there is no /.*/table.csv\)"),
         ("./plain", r"cannot be loaded \(there is no /.*/plain\)"),
         ("*.parquet", r"cannot be loaded \(there is no "),
-        ("", r"cannot be loaded \(it is empty\)"),
+        ("", r"data.dataset: missing; name a folder of images"),
         ("photo.png", r"photo.png is no .parquet, .* file; name the folder of the images"),
         ("photos.zip", r"photos.zip is no .* file; unpack it, and name the folder"),
         ("http://127.0.0.1:9/photos.zip", r"not the address of a .parquet, .* file; download it"),

@@ -66,16 +66,16 @@ def set_up(config: Config) -> Run:
     metrics = load_metrics(config.metrics)
     opened = sets.open_data(config.data)
     train_split, eval_split, test_split = opened.train, opened.evaluation, opened.test
-    asked, config = config, recipe.resolve(config, len(train_split.labels))
-    check_free(config)
-    resume_from = checkpoint.find(config)
-    set_seed(config.seed)
-
     if config.adapter.keep == "best":
         reported = "the same images" if test_split is None else test_split.title
         logger.info(
             "the adapter of the epoch that is best on %s is kept; its figures are of %s", eval_split.title, reported
         )
+    asked, config = config, recipe.resolve(config, len(train_split.labels))
+    check_free(config)
+    resume_from = checkpoint.find(config)
+    set_seed(config.seed)
+
     model = TinyTLModel.from_config(config, train_split.label_names)
     if config.adapter.init is not None:
         warm_start(model, config.adapter.init, config.backbone.weights)
@@ -87,8 +87,6 @@ def set_up(config: Config) -> Run:
     train_set: Any = train_images
     eval_set: Any = eval_images
     in_memory = {"train": train_images.in_memory, "eval": eval_images.in_memory}
-    if test_images is not None:
-        in_memory["test"] = test_images.in_memory
     start = time.perf_counter()
     if options.cache_features:
         train_set = compute_features(accelerator, model, train_images, config, trains=True)
@@ -99,6 +97,8 @@ def set_up(config: Config) -> Run:
             "eval features": eval_set.in_memory,
             "eval": eval_images.in_memory,
         }
+    if test_images is not None:
+        in_memory["test"] = test_images.in_memory
     feature_seconds = seconds_since(start, accelerator.device)
     shuffled = batches.ShuffledBatches(
         len(train_images), options.global_batch_size, options.gradient_accumulation_steps, config.seed
