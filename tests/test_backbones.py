@@ -8,8 +8,8 @@ from conftest import BACKBONES
 from safetensors.torch import save_file
 
 from tinytl_hf import TinyTLError, TinyTLModel
+from tinytl_hf.network.backbones import create_backbone, sha256
 from tinytl_hf.network.blocks import TinyTLBlock
-from tinytl_hf.network.torchvision_nets import create_backbone, sha256
 
 WHEEL_SHA256 = "d0a97ec32587ffbe53bf2c9f71890c723b2e5d246d25339f80dd010d0115a98f"
 BLOCKS = {

@@ -13,10 +13,30 @@ from tinytl_hf.config.engine import Engine
 from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.lean.convert import convert
 from tinytl_hf.network import blocks as network_blocks
+from tinytl_hf.network import timm_nets, torchvision_nets
 from tinytl_hf.network.blocks import BLOCK_KINDS, convert_blocks
 from tinytl_hf.network.head import Head
+from tinytl_hf.network.kinds import class_name
 from tinytl_hf.network.methods import apply_method, changing_buffers
 
+OF_KNOWN_KINDS = (
+    *("mobilenet_v2", "mobilenet_v3_small", "efficientnet_v2_s", "mnasnet1_0", "resnet18"),
+    # ConvBnAct and InvertedResidual; UniversalInvertedResidual; EdgeResidual and SAME padding; DepthwiseSeparableConv
+    *(
+        "timm/mobilenetv3_small_050",
+        "timm/mobilenetv4_conv_small_035",
+        "timm/test_efficientnet",
+        "timm/tf_efficientnet_lite0",
+    ),
+    *(
+        "timm/tf_efficientnet_lite0",
+        "timm/mobilenetv1_100",
+        "timm/test_resnet",
+        "timm/resnet18",
+        "timm/regnetx_002",
+        "timm/efficientnet_es",
+    ),
+)
 IMAGES = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
@@ -151,19 +171,19 @@ def test_a_parameter_of_another_name_than_weight_and_bias_is_refused():
         apply_method(network, convert_blocks(network), "TinyTL-B", 64, LiteConfig())
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small", "efficientnet_v2_s", "mnasnet1_0", "resnet18"])
+@pytest.mark.parametrize("name", OF_KNOWN_KINDS)
 def test_the_table_of_blocks_says_what_a_block_computes(name):
     """The layers of each kind, run in the order of its row, give what the block's own forward pass gives."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = torchvision.models.get_model(name).double().eval()
-    kinds = {kind.block_class: kind for kind in BLOCK_KINDS}
+        library = timm_nets if name.startswith("timm/") else torchvision_nets
+        network = library.build(name).double().eval()
     seen = []
 
     def check(block, inputs, output):
-        kind, x = kinds[type(block)], inputs[0].clone()
+        kind, x = BLOCK_KINDS[class_name(type(block))], inputs[0].clone()
         y = x.clone()
-        if any(isinstance(layer, nn.AdaptiveAvgPool2d) for layer in kind.layers(block)):
+        if any(isinstance(layer, nn.AdaptiveAvgPool2d) for layer in kind.layers(block)):  # torchvision's
             return  # squeeze-and-excitation multiplies: no sequence of layers
         for layer in kind.layers(block):
             y = layer(y)
@@ -174,7 +194,7 @@ def test_the_table_of_blocks_says_what_a_block_computes(name):
         seen.append(type(block).__name__)
 
     for module in network.modules():
-        if type(module) in kinds:
+        if class_name(type(module)) in BLOCK_KINDS:
             module.register_forward_hook(check)
     with torch.no_grad():
         network(IMAGES)
@@ -191,8 +211,7 @@ def test_every_block_of_efficientnet_v2_gets_a_lite_residual(make_model, caplog)
 
 
 def test_blocks_without_a_lite_residual_are_named(make_model, caplog, monkeypatch):
-    known = {k: v for k, v in network_blocks.CLASSES_WITH_DELTA.items() if k is not efficientnet.FusedMBConv}
-    monkeypatch.setattr(network_blocks, "CLASSES_WITH_DELTA", known)
+    monkeypatch.delitem(network_blocks.BLOCK_KINDS, class_name(efficientnet.FusedMBConv))
     with caplog.at_level(logging.WARNING):
         make_model("TinyTL-L", "efficientnet_v2_s")
     assert "30 of 40 blocks get a lite residual" in caplog.text and "features.1.0 (FusedMBConv)" in caplog.text

@@ -33,16 +33,16 @@ from tinytl_hf.lean.int8 import quantise
 from tinytl_hf.lean.notes import training_paths
 from tinytl_hf.lean.prefix import find_prefix
 from tinytl_hf.network import methods
+from tinytl_hf.network.backbones import find_backbone, on_this_disk, pin_weights, sha256
 from tinytl_hf.network.blocks import name_unknown_blocks
 from tinytl_hf.network.head import Head, without_head
-from tinytl_hf.network.torchvision_nets import pin_weights, sha256
 
 
 class TinyTLModel(nn.Module):
     """An image classifier whose heavy weights are frozen and whose deltas train.
 
-    Build it with :meth:`from_backbone` or :meth:`from_pretrained`. Parameter names under ``backbone`` are
-    torchvision's, with ``lite_residual`` added to the blocks that have one.
+    Build it with :meth:`from_backbone` or :meth:`from_pretrained`. Parameter names under ``backbone`` are those of
+    torchvision or timm, with ``lite_residual`` added to the blocks that have one.
 
     More adapters can share its frozen weights (:meth:`load_adapter`); everything else is about the active one.
 
@@ -101,7 +101,7 @@ class TinyTLModel(nn.Module):
         frozen_weights: Literal["fp32", "int8"] = "fp32",
         train_size: int = 224,
         eval_size: int | None = None,
-        crop_pct: float = 0.875,
+        crop_pct: float | None = None,
         lite: LiteConfig | None = None,
         head: HeadConfig | None = None,
         trained_blocks: int | None = None,
@@ -113,7 +113,7 @@ class TinyTLModel(nn.Module):
         """Build a model to train.
 
         Args:
-            name: torchvision's name of the backbone.
+            name: The backbone, as :class:`~tinytl_hf.config.network.BackboneConfig` takes names.
             method: One of the seven methods, or an alias.
             num_classes: Number of classes, where ``label_names`` does not say it.
             label_names: Names of the classes, strings or numbers; ``"0"``, ``"1"``, ... by default.
@@ -121,7 +121,7 @@ class TinyTLModel(nn.Module):
             frozen_weights: How to store frozen convolution weights in memory.
             train_size: Side of the training images in px.
             eval_size: Side of the images at evaluation and in use; None: ``train_size``.
-            crop_pct: Side of the evaluation crop as a share of an image's shorter side.
+            crop_pct: Side of the evaluation crop as a share of an image's shorter side; None: as the backbone has it.
             lite: Options of the lite residuals.
             head: Options of the head.
             trained_blocks: How many of the last residual blocks train, with what follows them; None: all.
@@ -134,10 +134,11 @@ class TinyTLModel(nn.Module):
             TinyTLError: A name, source or option that does not fit, with the fix.
         """
         names = label_strings(label_names, num_classes)
+        found = find_backbone(name, weights)
         config = AdapterConfig(
-            backbone=BackboneRecord(name, weights, frozen_weights=frozen_weights),
+            backbone=BackboneRecord(found.name, found.weights, frozen_weights=frozen_weights, license=found.license),
             method=methods.by_name(method),
-            preprocessing=Preprocessing(train_size, eval_size or train_size, crop_pct),
+            preprocessing=Preprocessing.of(found, train_size, eval_size, crop_pct),
             label_names=names,
             trained_blocks=trained_blocks,
             lite=lite or LiteConfig(),
@@ -146,8 +147,6 @@ class TinyTLModel(nn.Module):
         model = cls(config, Engine(lean, backend, slice_mb, gradient_checkpointing))
         if methods.METHODS[config.method].lite_residual:
             name_unknown_blocks(model.backbone, model._blocks)
-        pinned = replace(model.config.backbone, weights=pin_weights(name, weights))
-        model.config = replace(model.config, backbone=pinned)
         return model
 
     @classmethod
@@ -183,17 +182,21 @@ class TinyTLModel(nn.Module):
         folder = find_adapter(pretrained_model_name_or_path, revision, token, **download)
         saved = read_config(folder)
         source = weights or saved.backbone.weights
-        model = cls._with_tensors(folder, saved, source, Engine(lean, backend, slice_mb, gradient_checkpointing))
+        engine = Engine(lean, backend, slice_mb, gradient_checkpointing)
+        model = cls._with_tensors(folder, saved, source, engine, token=token, **download)
         check_weights(saved, model.config.backbone.sha256, source, str(folder))
         return model
 
     @classmethod
-    def _with_tensors(cls, folder: Path, saved: AdapterConfig, source: str, engine: Engine) -> TinyTLModel:
+    def _with_tensors(cls, folder: Path, saved: AdapterConfig, source: str, engine: Engine, **net: Any) -> TinyTLModel:
         """The adapter in ``folder`` over the weights from ``source``, whose hash is still to be compared."""
         tensors = read_tensors(folder)
         check_fits(saved, tensors, str(folder))
         # A method that trains everything needs nothing of the backbone but its shape.
-        weights = "none" if saved.backbone.sha256 is None else source
+        weights = "none"
+        if saved.backbone.sha256 is not None:
+            source = pin_weights(saved.backbone.name, source, **net)
+            weights = on_this_disk(source, **net)
         model = cls(replace(saved, backbone=replace(saved.backbone, weights=weights)), engine)
         load_tensors(model.backbone, tensors, source=str(folder))
         model.config = replace(model.config, backbone=replace(model.config.backbone, weights=source))
@@ -276,7 +279,7 @@ class TinyTLModel(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """What the head gets of images, as of :meth:`forward`: ``[N, features]``, without gradients; in any thread."""
         with torch.no_grad():
-            return without_head(self.backbone)(images.contiguous(memory_format=torch.channels_last))
+            return without_head(self.backbone)(images.contiguous(memory_format=torch.channels_last)).flatten(1)
 
     @property
     def label_names(self) -> list[str]:
@@ -379,7 +382,8 @@ class TinyTLModel(nn.Module):
         """
         options, head = self.config.preprocessing, self._head.weight
         boxes = centre_boxes(sizes, options.crop_pct)
-        view = resample(pixels.to(head.device), sizes, boxes, options.eval_size, options.mean, options.std)
+        normal = (options.mean, options.std, None, options.interpolation)
+        view = resample(pixels.to(head.device), sizes, boxes, options.eval_size, *normal)
         return view.to(head.dtype)
 
     @property

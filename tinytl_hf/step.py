@@ -39,7 +39,7 @@ def training_view(
     """A batch of decoded photos, cropped, flipped, resized, normalised, and changed where the run does that.
 
     Args:
-        model: For the mean and standard deviation of its preprocessing.
+        model: For mean, standard deviation and interpolation of its preprocessing.
         batch: ``pixels``, ``sizes`` and ``index``, as :mod:`tinytl_hf.data.batches` describes them.
         augment: What draws the crops.
         size: Side of the result in px.
@@ -51,9 +51,9 @@ def training_view(
     boxes, flips = augment(batch["sizes"], batch["index"])
     options = model.config.preprocessing
     if not (changes.acts and changes.operates):
-        images = resample(batch["pixels"], batch["sizes"], boxes, size, options.mean, options.std, flips)
+        images = resample(batch["pixels"], batch["sizes"], boxes, size, *options.normal, flips)
     else:
-        pixels = resample(batch["pixels"], batch["sizes"], boxes, size, *AS_THEY_ARE, flips)
+        pixels = resample(batch["pixels"], batch["sizes"], boxes, size, *AS_THEY_ARE, options.interpolation, flips)
         images = normalise(changes.operate(pixels, batch["index"]).float(), options.mean, options.std)
     return changes.mix(images, batch["index"]) if changes.acts and changes.mixes else images
 

@@ -12,8 +12,8 @@ from tinytl_hf.adapter.record import AdapterConfig
 from tinytl_hf.config.engine import Engine
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network import methods
+from tinytl_hf.network.backbones import check_size, create_backbone
 from tinytl_hf.network.blocks import TinyTLBlock, convert_blocks
-from tinytl_hf.network.torchvision_nets import check_size, create_backbone
 
 
 def build_network(

@@ -19,7 +19,7 @@ from packaging.version import InvalidVersion, Version
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.network import HeadConfig, LiteConfig, MethodName
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.network.torchvision_nets import IMAGENET_MEAN, IMAGENET_STD
+from tinytl_hf.network.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, Interpolation
 from tinytl_hf.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -38,16 +38,18 @@ class BackboneRecord:
     """The backbone an adapter was trained on.
 
     Attributes:
-        name: torchvision's name.
-        weights: Source of the weights.
+        name: torchvision's name, or timm's as ``timm/NAME`` with the tag of the weights, if any.
+        weights: Source of the weights; on the Hub ``hf-hub:user/repo@commit``.
         sha256: Hash of the frozen tensors as they came; None where the method trains everything.
         frozen_weights: How frozen convolution weights are stored in memory, ``fp32`` or ``int8``.
+        license: Licence of the weights as their author names it; None where it is not known.
     """
 
     name: str
     weights: str
     sha256: str | None = None
     frozen_weights: Literal["fp32", "int8"] = "fp32"
+    license: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Preprocessing:
         crop_pct: Side of the centre crop as a share of the image's shorter side.
         mean: Mean of each RGB channel, on a scale of 0 to 1.
         std: Standard deviation of each RGB channel, on the same scale.
+        interpolation: How images are resized, in training too.
     """
 
     train_size: int
@@ -67,6 +70,14 @@ class Preprocessing:
     crop_pct: float = 0.875
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: Interpolation = "bilinear"
+
+    @classmethod
+    def of(cls, backbone: Backbone, train_size: int, eval_size: int | None, crop_pct: float | None) -> Preprocessing:
+        """That of a backbone's weights, at these sizes; None: ``train_size``, and the backbone's own share."""
+        share = backbone.crop_pct if crop_pct is None else crop_pct
+        as_trained = (backbone.mean, backbone.std, backbone.interpolation)
+        return cls(train_size, eval_size or train_size, share, *as_trained)
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:

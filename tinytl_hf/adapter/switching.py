@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tinytl_hf.adapter.delta import frozen_tensors
 from tinytl_hf.adapter.record import AdapterConfig
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.network.backbones import same_network
 from tinytl_hf.network.blocks import TinyTLBlock
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Adapters:
         if not name or name in self.names:
             taken = "is loaded already; unload it first or choose another" if name else "choose a name"
             raise TinyTLError(f"name={name}: {taken}")
-        if saved.backbone.name != current.backbone.name:
+        if not same_network(saved.backbone.name, current.backbone.name):
             raise _other_backbone(folder, current, f"it is for {saved.backbone.name}")
 
     def source(self, current: AdapterConfig, own: str) -> str:

@@ -53,8 +53,9 @@ class DataConfig:
     auto_augment: Literal["none", "trivial"] = "none"
     """Training: trivial changes each crop by one operation at random strength (TrivialAugment, Mueller and Hutter
     2021). Not in the last fifth of the epochs, which see images as they are."""
-    crop_pct: float = 0.875
-    """Evaluation: side of the centre crop as a share of the image's shorter side."""
+    crop_pct: float | None = None
+    """Evaluation: side of the centre crop as a share of the image's shorter side; null: as the backbone's weights have
+    it (0.875 for torchvision's)."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read and report how many (true), or stop at the first (false)."""
     memory_limit_mb: int = 2048
@@ -84,7 +85,12 @@ class DataConfig:
             list(self.crop_scale),
             "use two shares with 0 < least <= greatest <= 1",
         )
-        check(0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "use a share above 0, at most 1")
+        check(
+            self.crop_pct is None or 0 < self.crop_pct <= 1,
+            "data.crop_pct",
+            self.crop_pct,
+            "use a share above 0, at most 1",
+        )
         check(self.workers >= 0, "data.workers", self.workers, "use 0 or more")
         for name in ("max_train_samples", "max_eval_samples"):
             count = getattr(self, name)

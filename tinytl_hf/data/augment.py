@@ -1,7 +1,7 @@
 """Crop, flip, resize and normalise a batch, each image by its own box.
 
 One matrix product per axis resamples a few images at a time: row ``i`` of an image's matrix holds the
-weights of the source pixels that make up output pixel ``i``. Those are the weights of bilinear resizing
+weights of the source pixels that make up output pixel ``i``. Those are the weights of bilinear or bicubic resizing
 with anti-aliasing, as in Pillow and torchvision, whose transforms draw one box for a whole batch.
 
 Boxes are ``[N, 4]`` (top, left, height, width) in source pixels and may have fractions.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
+REACH = {"bilinear": 1, "bicubic": 2}  # of a source pixel's weight, in px of the coarser of the two grids
 GROUP_MB = 1.0  # of pixels as floats at a time, so that large photos need little more than what the network gets
 
 
@@ -93,6 +94,7 @@ def resample(
     mean: Sequence[float],
     std: Sequence[float],
     flips: Tensor | None = None,
+    interpolation: str = "bilinear",
 ) -> Tensor:
     """Resize each image's box to a square and normalise it.
 
@@ -104,6 +106,7 @@ def resample(
         mean: Per channel, on a scale of 0 to 1: what the backbone was trained with.
         std: Per channel, on the same scale.
         flips: ``[N]`` images to mirror.
+        interpolation: ``bilinear`` or ``bicubic``.
 
     Returns:
         ``float32`` ``[N, 3, size, size]``, channels last, on the device of ``pixels``.
@@ -113,13 +116,15 @@ def resample(
     shape = (len(pixels), pixels.shape[1], size, size)
     images = torch.empty(shape, device=device, memory_format=torch.channels_last)
     for part in _groups(pixels, size):
-        top, bottom = _span(boxes[part, 0], boxes[part, 2], pixels.shape[2], size)
-        left, right = _span(boxes[part, 1], boxes[part, 3], pixels.shape[3], size)
-        rows = _weights(boxes[part, 0], boxes[part, 2], sizes[part, 0], range(top, bottom), size)
-        columns = _weights(boxes[part, 1], boxes[part, 3], sizes[part, 1], range(left, right), size)
+        top, bottom = _span(boxes[part, 0], boxes[part, 2], pixels.shape[2], size, interpolation)
+        left, right = _span(boxes[part, 1], boxes[part, 3], pixels.shape[3], size, interpolation)
+        rows = _weights(boxes[part, 0], boxes[part, 2], sizes[part, 0], range(top, bottom), size, interpolation)
+        columns = _weights(boxes[part, 1], boxes[part, 3], sizes[part, 1], range(left, right), size, interpolation)
         if flips is not None:
             columns = torch.where(flips[part].to(device)[:, None, None], columns.flip(1), columns)
         images[part] = rows[:, None] @ pixels[part, :, top:bottom, left:right].float() @ columns.mT[:, None]
+    if interpolation == "bicubic":
+        images.clamp_(0, 255)  # some of its weights are below zero, so that it overshoots
     return normalise(images, mean, std)
 
 
@@ -139,11 +144,11 @@ def _groups(pixels: Tensor, size: int) -> Iterator[slice]:
         yield slice(start, start + count)
 
 
-def _span(start: Tensor, length: Tensor, source: int, target: int) -> tuple[int, int]:
-    """The range of an axis that boxes need, with what bilinear weights reach beyond their ends."""
+def _span(start: Tensor, length: Tensor, source: int, target: int, interpolation: str) -> tuple[int, int]:
+    """The range of an axis that boxes need, with what the weights reach beyond their ends."""
     if start.device.type != "cpu":  # to know it would mean to wait for the device
         return 0, source
-    reach = (length / target).clamp(min=1)
+    reach = (length / target).clamp(min=1) * REACH[interpolation]
     return max(0, math.floor((start - reach).min())), min(source, math.ceil((start + length + reach).max()))
 
 
@@ -154,12 +159,20 @@ def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torc
     return 1 / (255 * stds), -means / stds
 
 
-def _weights(start: Tensor, length: Tensor, size: Tensor, source: range, target: int) -> Tensor:
+def _weights(start: Tensor, length: Tensor, size: Tensor, source: range, target: int, interpolation: str) -> Tensor:
     """Resampling matrices ``[N, target, len(source)]`` of one axis; each row sums to 1."""
     step = length / target
     centre = start[:, None] + (torch.arange(target, device=start.device) + 0.5) * step[:, None]
-    support = step.clamp(min=1)[:, None, None]
+    grid = step.clamp(min=1)[:, None, None]
     position = torch.arange(source.start, source.stop, device=start.device) + 0.5
-    weights = (1 - (position - centre[:, :, None]).abs() / support).clamp(min=0)
+    distance = (position - centre[:, :, None]).abs() / grid
+    weights = (1 - distance).clamp(min=0) if interpolation == "bilinear" else _cubic(distance)
     weights = weights * (position < size[:, None])[:, None]
     return weights / weights.sum(2, keepdim=True)
+
+
+def _cubic(distance: Tensor) -> Tensor:
+    """Keys' cubic convolution kernel (1981) with a = -0.5, as Pillow has it."""
+    near = (1.5 * distance - 2.5) * distance * distance + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))

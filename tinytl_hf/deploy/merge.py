@@ -1,7 +1,7 @@
 """Backbone and adapter as one file of weights: the verb ``merge``.
 
-Where an adapter only changes values, that is a state dict of torchvision's own network. Lite residuals are layers
-that torchvision does not have, so with them the file is for :func:`load_merged`.
+Where an adapter only changes values, that is a state dict of torchvision's or timm's own network. Lite residuals are
+layers that they do not have, so with them the file is for :func:`load_merged`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from tinytl_hf.disk import write_bytes
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.int8 import dequantise
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.network.backbones import sha256
 from tinytl_hf.network.methods import METHODS
-from tinytl_hf.network.torchvision_nets import sha256
+from tinytl_hf.network.timm_nets import PREFIX, architecture
 
 
 def merge(config: MergeConfig) -> str:
@@ -84,8 +85,11 @@ def _description(config: AdapterConfig, file: str) -> tuple[str, str]:
     """What the file is, and the expression that loads it."""
     name, classes = config.backbone.name, len(config.label_names)
     if METHODS[config.method].lite_residual:
-        what = f"{name} with lite residuals ({config.method}, {classes} classes), not a torchvision model"
+        what = f"{name} with lite residuals ({config.method}, {classes} classes), which no other library knows"
         return what, f'tinytl_hf.load_merged("{file}")'
-    what = f"torchvision's {name} with {classes} classes"
-    network = f'torchvision.models.get_model("{name}", num_classes={classes})'
+    library, own_name, build = "torchvision", name, "torchvision.models.get_model"
+    if name.startswith(PREFIX):
+        library, own_name, build = "timm", architecture(name).removeprefix(PREFIX), "timm.create_model"
+    what = f"{library}'s {own_name} with {classes} classes"
+    network = f'{build}("{own_name}", num_classes={classes})'
     return what, f'{network}.load_state_dict(safetensors.torch.load_file("{file}"))'

@@ -23,31 +23,46 @@ from tinytl_hf.lean.independence import (
     inputs_of,
     may_be_independent,
 )
-from tinytl_hf.lean.int8 import Int8Conv2d
+from tinytl_hf.lean.int8 import Int8Conv2d, Int8SameConv2d
 from tinytl_hf.lean.layers import (
     LeanConv2d,
     LeanConvNormActivation,
     LeanFrozenBatchNorm2d,
+    LeanFrozenBatchNormAct2d,
     LeanInt8Conv2d,
+    LeanInt8SameConv2d,
     LeanReLU,
     LeanReLU6,
+    LeanSameConv2d,
+    NormOfConvolution,
 )
 from tinytl_hf.lean.lite_branch import Branch
 from tinytl_hf.lean.max_pool import LeanMaxPool2d, is_plain
-from tinytl_hf.lean.paths import Activated, LeanBlockPath, LeanOpening, LeanResNetPath, lean_part
+from tinytl_hf.lean.paths import Activated, DoneByStem, LeanBlockPath, LeanOpening, LeanResNetPath, lean_part
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.runs import join_recomputed
 from tinytl_hf.lean.stage import UPPER, Stage
-from tinytl_hf.network.blocks import TinyTLBlock, leaves, own_layers, own_modules, unknown_blocks
-from tinytl_hf.network.head import Head
-from tinytl_hf.network.norms import FrozenBatchNorm2d
+from tinytl_hf.network.blocks import TinyTLBlock, is_layer, leaves, own_layers, own_modules, unknown_blocks
+from tinytl_hf.network.head import Head, PointwiseHead
+from tinytl_hf.network.kinds import class_name
+from tinytl_hf.network.norms import FrozenBatchNorm2d, FrozenBatchNormAct2d
+from tinytl_hf.network.same_padding import SameConv2d
 from tinytl_hf.network.trained_blocks import modules_before
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
-LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+CONVOLUTIONS: dict[type[nn.Module], type[LeanConv2d]] = {
     nn.Conv2d: LeanConv2d,
     Int8Conv2d: LeanInt8Conv2d,
+    SameConv2d: LeanSameConv2d,
+    Int8SameConv2d: LeanInt8SameConv2d,
+}
+NORMS: dict[type[nn.Module], type[nn.Module]] = {
     FrozenBatchNorm2d: LeanFrozenBatchNorm2d,
+    FrozenBatchNormAct2d: LeanFrozenBatchNormAct2d,
+}
+LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    **CONVOLUTIONS,
+    **NORMS,
     nn.ReLU: LeanReLU,
     nn.ReLU6: LeanReLU6,
     nn.MaxPool2d: LeanMaxPool2d,
@@ -63,8 +78,21 @@ KEEP_NOTHING = {
     Permute,
     nn.Linear,
     Head,
+    PointwiseHead,
     nn.ReLU,
     nn.ReLU6,
+}
+NAMES_THAT_KEEP_NOTHING = {
+    *(
+        "timm.layers.adaptive_avgmax_pool.FastAdaptiveAvgPool",
+        "timm.layers.drop.DropPath",
+        "timm.layers.linear.Linear",
+    ),
+}
+# Networks whose stem is a convolution and the norm that it alone feeds, and which alone feeds the first block.
+STEMS = {
+    "timm.models.efficientnet.EfficientNet": ("conv_stem", "bn1"),
+    "timm.models.mobilenetv3.MobileNetV3": ("conv_stem", "bn1"),
 }
 
 
@@ -108,6 +136,7 @@ def convert(
     for module in backbone.modules():
         if type(module) is nn.Sequential and module not in done:
             again.update(join_recomputed(module, engine.slice_mb, prefix))
+    done.update(_join_stem(backbone, blocks, engine))
     frozen = any(isinstance(m, nn.Conv2d) and not m.weight.requires_grad for m in backbone.modules())
     for module in backbone.modules():
         if module in done | again or not frozen:
@@ -133,7 +162,7 @@ def convert(
     return [
         f"{name} ({type(module).__name__})"
         for name, module in backbone.named_modules()
-        if module not in done | again and not list(module.children()) and may_keep_maps(module)
+        if module not in done | again and is_layer(module) and may_keep_maps(module)
     ]
 
 
@@ -199,6 +228,29 @@ def _join_opening(layers: nn.Sequential, prefix: Collection[nn.Module]) -> None:
         layers.opening = replace(path, main=joined) if isinstance(path, LeanBlockPath) else joined  # type: ignore[assignment]
 
 
+def _join_stem(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine) -> set[nn.Module]:
+    """Let a timm stem and, if masks serve it, the block that follows train as one chain, which the stem's convolution
+    runs; returns the stem's modules.
+    """
+    if class_name(type(backbone)) not in STEMS or not blocks:
+        return set()
+    conv, norm = (backbone.get_submodule(name) for name in STEMS[class_name(type(backbone))])
+    stages = _as_stages([conv, norm])
+    if stages is None or type(norm) is not FrozenBatchNormAct2d or stages[0].norm is None:
+        return set()
+    _make_lean(conv, engine)
+    norm.__class__ = NormOfConvolution
+    conv.chain = _chain(stages, engine)  # type: ignore[assignment]
+    block = next(iter(blocks.values()))
+    path = block.lean_path
+    main = path.main if isinstance(path, LeanBlockPath) else path
+    if isinstance(main, Chain) and not main.residual and not block.gradient_checkpointing:
+        joined = replace(main, stages=(*stages, *main.stages), branch=len(stages))
+        conv.chain = replace(path, main=joined) if isinstance(path, LeanBlockPath) else joined  # type: ignore[assignment]
+        block.lean_path = DoneByStem()
+    return {conv, *norm.modules()}
+
+
 def _block_path(block: TinyTLBlock, engine: Engine) -> Chain | LeanResNetPath | None:
     """The block's training pass as chains, or None if one of its layers does not fit in."""
     main = _as_stages(block.kind.layers(block))
@@ -209,7 +261,7 @@ def _block_path(block: TinyTLBlock, engine: Engine) -> Chain | LeanResNetPath | 
         return _chain(main, engine, block.kind.adds_input(block)) if shortcut is None else None
     projection = None if shortcut is None else _as_stages(leaves(shortcut))
     upper = UPPER.get(ACTIVATIONS.get(type(last), ""))
-    if upper is None or (shortcut is not None and projection is None):
+    if upper is None or not block.kind.adds_input(block) or (shortcut is not None and projection is None):
         return None
     added = None if projection is None else _chain(projection, engine)
     return LeanResNetPath(_chain(main, engine), added, upper)
@@ -222,17 +274,19 @@ def _chain(stages: tuple[Stage, ...], engine: Engine, residual: bool = False) ->
 def _as_stages(layers: Iterable[nn.Module]) -> tuple[Stage, ...] | None:
     """Group layers into frozen convolutions with norm and activation; None if they do not make such."""
     stages: list[Stage] = []
-    for layer in layers:
+    for layer in (each for each in layers if type(each) is not nn.Identity):
         last = stages[-1] if stages else None
         if _is_frozen_convolution(layer):
             assert isinstance(layer, nn.Conv2d)
             stages.append(Stage(layer))
         elif last is None or last.activation is not None:
             return None
-        elif type(layer) is FrozenBatchNorm2d and last.norm is None and last.conv.bias is None:
-            if layer.weight.requires_grad:
+        elif isinstance(layer, FrozenBatchNorm2d) and last.norm is None and last.conv.bias is None:
+            held = layer.act if type(layer) is FrozenBatchNormAct2d else nn.Identity()
+            known = type(layer) in NORMS and (type(held) is nn.Identity or type(held) in ACTIVATIONS)
+            if layer.weight is None or layer.weight.requires_grad or not known:
                 return None
-            stages[-1] = Stage(last.conv, layer)
+            stages[-1] = Stage(last.conv, layer, ACTIVATIONS.get(type(held)))
         elif type(layer) in ACTIVATIONS:
             stages[-1] = Stage(last.conv, last.norm, ACTIVATIONS[type(layer)])
         else:
@@ -243,7 +297,8 @@ def _as_stages(layers: Iterable[nn.Module]) -> tuple[Stage, ...] | None:
 def _is_frozen_convolution(layer: nn.Module) -> bool:
     """Whether it is a plain convolution with a frozen weight, whose padding is zeros that are known beforehand."""
     return (
-        type(layer) in (nn.Conv2d, Int8Conv2d)
+        isinstance(layer, nn.Conv2d)
+        and type(layer) in CONVOLUTIONS
         and not layer.weight.requires_grad
         and layer.padding_mode == "zeros"
         and isinstance(layer.padding, tuple)
@@ -251,15 +306,17 @@ def _is_frozen_convolution(layer: nn.Module) -> bool:
 
 
 def _becomes_lean(layer: nn.Module) -> bool:
-    if type(layer) in (nn.Conv2d, Int8Conv2d):
+    if type(layer) in CONVOLUTIONS:
         return _is_frozen_convolution(layer)
     if type(layer) is nn.MaxPool2d:
         return is_plain(layer)
-    return type(layer) in LAYERS and not (type(layer) is FrozenBatchNorm2d and layer.weight.requires_grad)
+    if isinstance(layer, FrozenBatchNorm2d) and (layer.weight is None or layer.weight.requires_grad):
+        return False
+    return type(layer) in LAYERS
 
 
 def may_keep_maps(layer: nn.Module) -> bool:
     """Whether a stock layer can keep tensors of the size of its maps for the backward pass."""
     if type(layer) is nn.AdaptiveAvgPool2d:
         return layer.output_size not in (1, (1, 1))
-    return type(layer) not in KEEP_NOTHING
+    return type(layer) not in KEEP_NOTHING and class_name(type(layer)) not in NAMES_THAT_KEEP_NOTHING

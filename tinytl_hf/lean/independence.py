@@ -21,30 +21,44 @@ from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import Permute, SqueezeExcitation, StochasticDepth
 from torchvision.ops.misc import Conv2dNormActivation
 
-from tinytl_hf.lean.int8 import Int8Conv2d
-from tinytl_hf.network.blocks import CLASSES_WITH_DELTA, TinyTLBlock, own_modules
-from tinytl_hf.network.norms import AlwaysEvaluates, FrozenBatchNorm2d
+from tinytl_hf.lean.int8 import Int8Conv2d, Int8SameConv2d
+from tinytl_hf.network.blocks import TinyTLBlock, own_modules
+from tinytl_hf.network.kinds import class_name
+from tinytl_hf.network.norms import AlwaysEvaluates, FrozenBatchNorm2d, FrozenBatchNormAct2d
+from tinytl_hf.network.same_padding import SameConv2d
 
 # Modules that compute of an image what depends on that image alone, and the same each time (dropout is off).
 OF_ONE_IMAGE: set[type[nn.Module]] = {
-    *(nn.Conv2d, Int8Conv2d, nn.Linear, FrozenBatchNorm2d, nn.LayerNorm, LayerNorm2d, nn.GroupNorm),
+    *(nn.Conv2d, Int8Conv2d, SameConv2d, Int8SameConv2d, nn.Linear),
+    *(FrozenBatchNorm2d, FrozenBatchNormAct2d, nn.LayerNorm, LayerNorm2d, nn.GroupNorm),
     *(nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d),
     *(nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU, nn.Hardsigmoid, nn.Sigmoid),
     *(nn.Identity, nn.Dropout, StochasticDepth, Permute),
-    *(nn.Sequential, Conv2dNormActivation, SqueezeExcitation, *CLASSES_WITH_DELTA.values()),
+    *(nn.Sequential, Conv2dNormActivation, SqueezeExcitation),
+}
+# The same of timm, by their full names, with DropPath, which is off.
+NAMES_OF_ONE_IMAGE = {
+    *(f"timm.layers.activations.{name}" for name in ("GELU", "HardSigmoid", "HardSwish", "Sigmoid", "Swish")),
+    *("timm.layers.conv_bn_act.ConvNormAct", "timm.layers.drop.DropPath", "timm.layers.linear.Linear"),
+    *("timm.layers.norm.LayerNorm", "timm.layers.norm.LayerNorm2d", "timm.layers.norm.GroupNorm1"),
+    *("timm.layers.layer_scale.LayerScale2d", "timm.layers.grn.GlobalResponseNorm", "timm.layers.mlp.Mlp"),
+    *("timm.layers.squeeze_excite.SEModule", "timm.models._efficientnet_blocks.SqueezeExcite"),
 }
 TOLERANCE = 1e-9  # of float64, relative to the largest value: kernels for one and for two images round differently
 
 
 def heavy_weights_are_frozen(module: nn.Module) -> bool:
     """Whether no weight trains whose gradient needs its layer's input; a norm's scale may."""
-    heavy = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
+    heavy = (nn.Conv2d, nn.Conv1d, nn.Linear, nn.BatchNorm2d)
     return not any(m.weight.requires_grad for m in own_modules(module) if isinstance(m, heavy))
 
 
 def independent_by_type(module: nn.Module) -> bool:
     """Whether the images are independent by the exact types of all that ``module`` is made of."""
-    return all(type(part) in OF_ONE_IMAGE for part in own_modules(module))
+    return all(
+        type(part) in OF_ONE_IMAGE or isinstance(part, TinyTLBlock) or class_name(type(part)) in NAMES_OF_ONE_IMAGE
+        for part in own_modules(module)
+    )
 
 
 def may_be_independent(module: nn.Module) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tinytl_hf.network.same_padding import SameConv2d
+
 LARGEST = 127  # symmetric: -128 is not used
 
 
@@ -29,6 +31,13 @@ class Int8Conv2d(nn.Conv2d):
         return self._conv_forward(input, self.dequantised(), self.bias)
 
 
+class Int8SameConv2d(Int8Conv2d, SameConv2d):
+    """A convolution with SAME padding whose ``weight`` is int8."""
+
+
+STORED_AS_INT8: dict[type[nn.Conv2d], type[Int8Conv2d]] = {nn.Conv2d: Int8Conv2d, SameConv2d: Int8SameConv2d}
+
+
 def weight_of(conv: nn.Conv2d) -> Tensor:
     """The weight of a convolution, however it is stored."""
     return conv.dequantised() if isinstance(conv, Int8Conv2d) else conv.weight
@@ -36,23 +45,23 @@ def weight_of(conv: nn.Conv2d) -> Tensor:
 
 @torch.no_grad()
 def quantise(backbone: nn.Module) -> None:
-    """Store every frozen weight of a plain ``nn.Conv2d`` as int8, in place: the nearest of 255 steps."""
+    """Store every frozen weight of a plain convolution as int8, in place: the nearest of 255 steps."""
     for module in backbone.modules():
-        if type(module) is nn.Conv2d and not module.weight.requires_grad:
+        if isinstance(module, nn.Conv2d) and type(module) in STORED_AS_INT8 and not module.weight.requires_grad:
             scale = module.weight.abs().amax((1, 2, 3)) / LARGEST
             scale[scale == 0] = 1.0
             steps = (module.weight / scale[:, None, None, None]).round_().to(torch.int8)
-            module.__class__ = Int8Conv2d
+            module.__class__ = STORED_AS_INT8[type(module)]
             module.weight = nn.Parameter(steps, requires_grad=False)
             module.register_buffer("weight_scale", scale)
 
 
 @torch.no_grad()
 def dequantise(backbone: nn.Module) -> None:
-    """Turn what :func:`quantise` stored back into ``nn.Conv2d`` with an fp32 weight, in place."""
+    """Turn what :func:`quantise` stored back into convolutions with an fp32 weight, in place."""
     for module in backbone.modules():
         if isinstance(module, Int8Conv2d):
             weight = module.dequantised()
-            module.__class__ = nn.Conv2d  # type: ignore[assignment]
+            module.__class__ = SameConv2d if isinstance(module, SameConv2d) else nn.Conv2d  # type: ignore[assignment]
             module.weight = nn.Parameter(weight, requires_grad=False)
             del module.weight_scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,20 +15,21 @@ from torchvision.ops.misc import Conv2dNormActivation
 from tinytl_hf.config.engine import BackendName
 from tinytl_hf.lean import backend, bits, operators
 from tinytl_hf.lean.chain import Chain
-from tinytl_hf.lean.int8 import Int8Conv2d
+from tinytl_hf.lean.int8 import Int8Conv2d, Int8SameConv2d
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.stage import UPPER
-from tinytl_hf.network.norms import FrozenBatchNorm2d
+from tinytl_hf.network.norms import FrozenBatchNorm2d, FrozenBatchNormAct2d
+from tinytl_hf.network.same_padding import SameConv2d
 
 
 class LeanConv2d(nn.Conv2d):
     """A convolution with a frozen weight: keeps nothing.
 
     Attributes:
-        chain: Its training pass.
+        chain: Its training pass, of a stem with what follows it.
     """
 
-    chain: Chain
+    chain: Callable[[Tensor], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Conv2d``."""
@@ -38,6 +40,14 @@ class LeanConv2d(nn.Conv2d):
 
 class LeanInt8Conv2d(LeanConv2d, Int8Conv2d):
     """A lean convolution whose weight is stored as int8."""
+
+
+class LeanSameConv2d(LeanConv2d, SameConv2d):
+    """A lean convolution with SAME padding."""
+
+
+class LeanInt8SameConv2d(LeanConv2d, Int8SameConv2d):
+    """A lean convolution with SAME padding whose weight is stored as int8."""
 
 
 class LeanFrozenBatchNorm2d(FrozenBatchNorm2d):
@@ -51,6 +61,22 @@ class LeanFrozenBatchNorm2d(FrozenBatchNorm2d):
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         shift = self.bias - self.running_mean * scale
         return (input * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
+
+
+class LeanFrozenBatchNormAct2d(LeanFrozenBatchNorm2d, FrozenBatchNormAct2d):
+    """A frozen norm that holds its activation: keeps nothing of its input itself."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As :class:`~tinytl_hf.network.norms.FrozenBatchNormAct2d`."""
+        return self.act(LeanFrozenBatchNorm2d.forward(self, input)) if self.training else super().forward(input)
+
+
+class NormOfConvolution(FrozenBatchNormAct2d):
+    """A frozen norm and its activation that train as a part of the convolution before them, which does their work."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As :class:`~tinytl_hf.network.norms.FrozenBatchNormAct2d`; in training, what it is given."""
+        return input if self.training else super().forward(input)
 
 
 class LeanReLU(nn.ReLU):

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from tinytl_hf.lean import eager_backend
 from tinytl_hf.lean.int8 import Int8Conv2d
 from tinytl_hf.lean.native_branch import branch_backward as branch_backward
 from tinytl_hf.lean.native_branch import branch_fits as branch_fits
@@ -31,6 +33,7 @@ from tinytl_hf.lean.native_library import (
     unfit_types,
 )
 from tinytl_hf.lean.stage import UPPER, Stage
+from tinytl_hf.network.same_padding import SameConv2d, same_padding
 
 if TYPE_CHECKING:
     from tinytl_hf.lean.chain import Chain
@@ -63,24 +66,69 @@ def _geometry_fits(chain: Chain) -> str | None:
     for stage in chain.stages:
         conv = stage.conv
         depthwise = conv.groups == conv.in_channels == conv.out_channels > 1
-        one_size = len({*conv.kernel_size}) == len({*conv.stride}) == len({*conv.padding}) == 1
+        padding = (0,) if isinstance(conv, SameConv2d) else conv.padding
+        one_size = len({*conv.kernel_size}) == len({*conv.stride}) == len({*padding}) == 1
         if (conv.groups > 1 and not depthwise) or conv.dilation != (1, 1) or not one_size:
             return "a grouped, dilated or oblong convolution"
-        if not conv.stride[0] <= conv.kernel_size[0] <= LARGEST_KERNEL or int(conv.padding[0]) >= conv.kernel_size[0]:
+        room = 1 if isinstance(conv, SameConv2d) else 0
+        fits_taps = conv.stride[0] <= conv.kernel_size[0] <= LARGEST_KERNEL - room
+        if not fits_taps or int(padding[0]) >= conv.kernel_size[0]:
             return "a convolution that skips pixels, or a large kernel"
         if stage.activation is not None and conv.out_channels % 8:
             return "a number of channels that is no multiple of 8"
     return None
 
 
-def _stages(chain: Chain, masks: list[Tensor | None], grads: list[Tensor | None]) -> Any:
+@dataclass(frozen=True)
+class _Padding:
+    """The zeros around a stage's input, as the kernels know them: equally many on all sides.
+
+    SAME padding can have one more at the bottom right. A kernel with a row and a column of zeros before its first ones
+    computes the same with as many zeros on all sides as there are there.
+
+    Attributes:
+        size: Zeros on each side, in px.
+        shift: Rows and columns of zeros to put before those of the kernel, 0 or 1.
+    """
+
+    size: int
+    shift: int = 0
+
+    def weight(self, conv: nn.Conv2d) -> Tensor:
+        """The convolution's weight, as it is stored, for this padding."""
+        return F.pad(conv.weight.detach(), (self.shift, 0, self.shift, 0)) if self.shift else conv.weight
+
+
+def _padding(stage: Stage, size: tuple[int, int, int]) -> _Padding | None:
+    """The padding of a stage for an input of ``size`` (channels, height, width); None if rows and columns differ."""
+    if not isinstance(stage.conv, SameConv2d):
+        return _Padding(int(stage.conv.padding[0]))
+    left, right, top, bottom = same_padding(stage.conv, *size[1:])
+    return _Padding(right, right - left) if (left, right) == (top, bottom) else None
+
+
+def _paddings(chain: Chain, shape: torch.Size) -> list[_Padding] | None:
+    """The padding of each stage for a chain's input of ``shape``; None if that is not for the kernels."""
+    found = [_padding(stage, size) for stage, size in zip(chain.stages, chain.input_sizes(shape), strict=True)]
+    known = [padding for padding in found if padding is not None]
+    return known if len(known) == len(found) else None
+
+
+def _stages(
+    chain: Chain,
+    paddings: list[_Padding],
+    weights: list[Tensor],
+    masks: list[Tensor | None],
+    grads: list[Tensor | None],
+) -> Any:
     """The chain's stages as an array; what never changes is worked out once, pointers each time."""
     if "stages" not in chain.facts:
         chain.facts["stages"] = (StageArguments * len(chain.stages))(*map(_geometry, chain.stages))
     array = type(chain.facts["stages"]).from_buffer_copy(chain.facts["stages"])
-    for to, stage, mask, grad in zip(array, chain.stages, masks, grads, strict=True):
+    of_stages = zip(array, chain.stages, paddings, weights, masks, grads, strict=True)
+    for to, stage, padding, weight, mask, grad in of_stages:
         conv, norm, bias = stage.conv, stage.norm, stage.bias
-        weight = conv.weight
+        to.kernel, to.padding = conv.kernel_size[0] + padding.shift, padding.size
         to.weight_strides[:] = weight.stride()
         if isinstance(conv, Int8Conv2d):
             to.int8_weight, to.int8_scale = weight.data_ptr(), conv.weight_scale.data_ptr()
@@ -101,7 +149,7 @@ def _geometry(stage: Stage) -> StageArguments:
         conv.out_channels,
         conv.kernel_size[0],
         conv.stride[0],
-        int(conv.padding[0]),
+        0,
         conv.groups > 1,
         eps=0.0 if stage.norm is None else stage.norm.eps,
         activated=stage.activation is not None,
@@ -122,11 +170,14 @@ class _Call:
 
     @classmethod
     def of(cls, chain: Chain, shape: torch.Size, masks: list[Tensor | None], grads: list[Tensor | None]) -> _Call:
-        stages = _stages(chain, masks, grads)
+        paddings = _paddings(chain, shape)
+        assert paddings is not None
+        weights = [padding.weight(stage.conv) for padding, stage in zip(paddings, chain.stages, strict=True)]
+        stages = _stages(chain, paddings, weights, masks, grads)
         arguments = ChainArguments(shape[0], shape[2], shape[3], len(stages), stages, chain.branch, chain.residual)
         arguments.threads = torch.get_num_threads()
         arguments.cache = cache_bytes() if chain.slice_mb is None else int(chain.slice_mb * 1e6)
-        return cls(arguments, [*masks, *grads])
+        return cls(arguments, [*weights, *masks, *grads])
 
     def set(self, name: str, maps: Tensor | None) -> None:
         """Pass channels-last maps."""
@@ -146,6 +197,8 @@ def chain_forward(
     chain: Chain, x: Tensor, dtype: torch.dtype, keeps: bool, pools: bool
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """See :class:`~tinytl_hf.lean.backend.Backend`."""
+    if _paddings(chain, x.shape) is None:
+        return eager_backend.chain_forward(chain, x, dtype, keeps, pools)
     images, sizes = x.shape[0], chain.map_sizes(x.shape)
     masks = chain.empty_masks(x, keeps)
     call = _Call.of(chain, x.shape, masks, [None] * len(masks))
@@ -170,6 +223,8 @@ def chain_backward(
     needs_bias: list[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """See :class:`~tinytl_hf.lean.backend.Backend`."""
+    if _paddings(chain, shape) is None:
+        return eager_backend.chain_backward(chain, kept, shape, dtype, grad, grad_pooled, needs_input, needs_bias)
     grads = [
         torch.empty(stage.conv.out_channels) if needed else None
         for stage, needed in zip(chain.stages, needs_bias, strict=True)

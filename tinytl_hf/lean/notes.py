@@ -13,11 +13,11 @@ from torch import nn
 
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.convert import LAYERS, may_keep_maps
-from tinytl_hf.lean.layers import LeanConvNormActivation
-from tinytl_hf.lean.paths import LeanBlockPath, LeanPart, LeanResNetPath
+from tinytl_hf.lean.layers import LeanConvNormActivation, NormOfConvolution
+from tinytl_hf.lean.paths import DoneByStem, LeanBlockPath, LeanPart, LeanResNetPath
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.runs import LeanSequence
-from tinytl_hf.network.blocks import TinyTLBlock, own_modules
+from tinytl_hf.network.blocks import TinyTLBlock, is_layer, own_modules
 
 MASKS, RECOMPUTE, BY_LAYER, STOCK = "masks", "recompute", "layer by layer", "stock"
 
@@ -55,9 +55,9 @@ def _paths(name: str, part: nn.Module, in_runs: set[nn.Module]) -> Iterator[tupl
         yield name, RECOMPUTE
     elif isinstance(part, TinyTLBlock):
         yield name, _block_path(part)
-    elif isinstance(part, (LeanConvNormActivation, *LAYERS.values())):
+    elif isinstance(part, (LeanConvNormActivation, NormOfConvolution, *LAYERS.values())):
         yield name, MASKS
-    elif not list(part.children()):
+    elif is_layer(part):
         if may_keep_maps(part):
             yield name, STOCK
     else:
@@ -69,7 +69,9 @@ def _block_path(block: TinyTLBlock) -> str:
     main = block.lean_path.main if isinstance(block.lean_path, LeanBlockPath) else block.lean_path
     if isinstance(main, Recomputed):
         return RECOMPUTE
-    if isinstance(main, (Chain, LeanResNetPath)):
+    if isinstance(main, (Chain, DoneByStem, LeanResNetPath)):
         return MASKS
-    lean = any(isinstance(part, (LeanConvNormActivation, *LAYERS.values())) for part in own_modules(block))
+    lean = any(
+        isinstance(part, (LeanConvNormActivation, NormOfConvolution, *LAYERS.values())) for part in own_modules(block)
+    )
     return BY_LAYER if lean else STOCK

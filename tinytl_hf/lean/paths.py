@@ -100,6 +100,15 @@ class LeanBlockPath:
 
 
 @dataclass(frozen=True)
+class DoneByStem:
+    """The training pass of a first block whose chain the stem before it runs."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What it is given, which is the block's output already."""
+        return x
+
+
+@dataclass(frozen=True)
 class Activated:
     """A chain, and an activation that is computed again with it.
 

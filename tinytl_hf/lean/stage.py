@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tinytl_hf.lean import bits
 from tinytl_hf.lean.int8 import weight_of
+from tinytl_hf.network.same_padding import SameConv2d, same_padding
 
 UPPER = {"relu": float("inf"), "relu6": 6.0}  # activations whose gradient is a mask
 
@@ -60,6 +61,8 @@ class Stage:
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output for an input of this size."""
         conv = self.conv
+        if isinstance(conv, SameConv2d):
+            return -(-height // conv.stride[0]), -(-width // conv.stride[1])
         padding = conv.padding
         assert isinstance(padding, tuple)
         sizes = [
@@ -89,7 +92,8 @@ class Stage:
         """The gradient of the convolution's input, for which that input itself is not needed."""
         conv = self.conv
         stays = tuple(size // 2 for size in conv.kernel_size)
-        keeps_size = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.padding == stays
+        same = isinstance(conv, SameConv2d)
+        keeps_size = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.padding == stays and not same
         depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.kernel_size[0] % 2 == 1
         if keeps_size and conv.kernel_size == (1, 1) and conv.groups == 1:
             grad_input = F.conv2d(grad, weight.transpose(0, 1))
@@ -100,15 +104,20 @@ class Stage:
             # without AVX-512 it also rounds each partial sum.
             in_fp32 = grad.device.type == "cpu" and (depthwise or torch.backends.cpu.get_cpu_capability() != "AVX512")
             dtype = torch.promote_types(grad.dtype, torch.float32) if in_fp32 else grad.dtype
+            left, right, top, bottom = same_padding(conv, *input_shape[2:]) if same else (0, 0, 0, 0)
+            images, channels, height, width = input_shape
+            padded_shape = (images, channels, height + top + bottom, width + left + right)
             # The kernel wants a tensor of the input's shape and layout, and does not read it.
-            unread = torch.empty(input_shape, dtype=dtype, device=grad.device, memory_format=torch.channels_last)
+            unread = torch.empty(padded_shape, dtype=dtype, device=grad.device, memory_format=torch.channels_last)
             grad_input = convolution_backward(conv, grad.to(dtype), unread, weight.to(dtype), [True, False])[0]
-            grad_input = grad_input.to(grad.dtype)
+            grad_input = grad_input[:, :, top : top + height, left : left + width].to(grad.dtype)
         return grad_input.contiguous(memory_format=torch.channels_last)
 
 
 def convolve(conv: nn.Conv2d, maps: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """What ``conv`` computes with another weight and bias, channels-last."""
+    if isinstance(conv, SameConv2d):
+        maps = F.pad(maps, same_padding(conv, *maps.shape[-2:]))
     maps = F.conv2d(maps, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     return maps.contiguous(memory_format=torch.channels_last)
 

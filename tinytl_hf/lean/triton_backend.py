@@ -19,6 +19,7 @@ from tinytl_hf.lean.triton_branch import branch_backward as branch_backward
 from tinytl_hf.lean.triton_branch import branch_fits as branch_fits
 from tinytl_hf.lean.triton_branch import branch_forward as branch_forward
 from tinytl_hf.lean.triton_maps import DTYPES, as_given, empty_maps, matrix, nchw, nhwc, rows_of
+from tinytl_hf.network.same_padding import SameConv2d
 
 if TYPE_CHECKING:
     from tinytl_hf.lean.chain import Chain
@@ -29,6 +30,8 @@ def fits(chain: Chain, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"{str(dtype).removeprefix('torch.')} maps"
     for stage in chain.stages:
+        if isinstance(stage.conv, SameConv2d):
+            return "a convolution whose padding depends on the size of the maps"
         if stage.activation is not None and stage.conv.out_channels % 8:
             return f"{stage.conv.out_channels} channels before an activation, not a multiple of 8"
     return None

@@ -27,7 +27,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.metrics import compute_metrics, load_metrics
 from tinytl_hf.measure.results import Evaluated, make_folder_of, save_results
 from tinytl_hf.model import TinyTLModel
-from tinytl_hf.network.torchvision_nets import check_size
+from tinytl_hf.network.backbones import check_size
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)
     eval_size = data_config.eval_size or data_config.train_size
     check_size(model.config.backbone.name, "eval_size", eval_size)
-    options = replace(model.config.preprocessing, eval_size=eval_size, crop_pct=data_config.crop_pct)
+    crop_pct = data_config.crop_pct or model.config.preprocessing.crop_pct
+    options = replace(model.config.preprocessing, eval_size=eval_size, crop_pct=crop_pct)
     model.config = replace(model.config, preprocessing=options)
     split, train = _open(data_config, model.config.data)
     split = sets.with_label_names(split, model.label_names)

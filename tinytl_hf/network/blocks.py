@@ -7,6 +7,7 @@ of blocks is a row of :data:`BLOCK_KINDS`, and nowhere else.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models import convnext, efficientnet, mnasnet, mobilenetv2, mobilenetv3, resnet
 
 from tinytl_hf.config.network import LiteConfig
+from tinytl_hf.network.kinds import class_name
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.norms import recompute_contexts
 
@@ -32,15 +33,13 @@ class BlockKind:
     each channel before the addition.
 
     Attributes:
-        block_class: The exact class. Subclasses do not match, as their forward pass may differ.
-        layers: Its layers without children, in forward order, up to the addition.
+        layers: Its layers, in forward order, up to the addition; a norm with what it holds is one.
         adds_input: Whether the input, or its shortcut, is added to what they give.
         shortcut: What the input passes through before it is added; None where it is added as it is.
         last: The activation after the addition; None where there is none.
         wide: Whether the block's input is a large share of all that stock PyTorch keeps of it.
     """
 
-    block_class: type[nn.Module]
     layers: Callable[[Any], list[nn.Module]]
     adds_input: Callable[[Any], bool]
     shortcut: Callable[[Any], nn.Module | None] = lambda block: None
@@ -48,9 +47,14 @@ class BlockKind:
     wide: bool = False
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a single layer: it has no children, or is a norm, which may hold its activation."""
+    return isinstance(module, nn.BatchNorm2d) or not list(module.children())
+
+
 def leaves(module: nn.Module) -> list[nn.Module]:
-    """The layers of ``module`` that have no children, in the order in which they were made."""
-    return [layer for layer in module.modules() if not list(layer.children())]
+    """The layers of ``module`` in the order in which they were made; what a norm holds is a part of the norm."""
+    return [module] if is_layer(module) else [leaf for child in module.children() for leaf in leaves(child)]
 
 
 def own_modules(module: nn.Module) -> list[nn.Module]:
@@ -61,8 +65,8 @@ def own_modules(module: nn.Module) -> list[nn.Module]:
 
 
 def own_layers(module: nn.Module) -> list[nn.Module]:
-    """Those of :func:`own_modules` that have no children."""
-    return [part for part in own_modules(module) if not list(part.children())]
+    """Those of :func:`own_modules` that are single layers, an activation in a norm too."""
+    return [part for part in own_modules(module) if is_layer(part)]
 
 
 def own_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -70,28 +74,74 @@ def own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for part in own_modules(module) for parameter in part.parameters(recurse=False)]
 
 
-BLOCK_KINDS = (
-    BlockKind(mobilenetv2.InvertedResidual, lambda b: leaves(b.conv), lambda b: b.use_res_connect),
-    BlockKind(mobilenetv3.InvertedResidual, lambda b: leaves(b.block), lambda b: b.use_res_connect),
-    BlockKind(efficientnet.MBConv, lambda b: leaves(b.block), lambda b: b.use_res_connect),
-    BlockKind(efficientnet.FusedMBConv, lambda b: leaves(b.block), lambda b: b.use_res_connect),
-    BlockKind(mnasnet._InvertedResidual, lambda b: leaves(b.layers), lambda b: b.apply_residual),
-    BlockKind(convnext.CNBlock, lambda b: leaves(b.block), lambda b: True, wide=True),
-    BlockKind(
-        resnet.BasicBlock,
+def _present(*layers: nn.Module | None) -> list[nn.Module]:
+    """Layers of a block, some of which only some blocks of a kind have; parts that are made of layers give these."""
+    return [leaf for layer in layers if layer is not None for leaf in _of_part(layer)]
+
+
+def _of_part(part: nn.Module) -> list[nn.Module]:
+    return leaves(part) if class_name(type(part)) == "timm.layers.conv_bn_act.ConvNormAct" else [part]
+
+
+_TORCHVISION, _TIMM = "torchvision.models", "timm.models"
+# By the full name of the exact class: subclasses do not match, as their forward pass may differ.
+BLOCK_KINDS = {
+    f"{_TORCHVISION}.mobilenetv2.InvertedResidual": BlockKind(lambda b: leaves(b.conv), lambda b: b.use_res_connect),
+    f"{_TORCHVISION}.mobilenetv3.InvertedResidual": BlockKind(lambda b: leaves(b.block), lambda b: b.use_res_connect),
+    f"{_TORCHVISION}.efficientnet.MBConv": BlockKind(lambda b: leaves(b.block), lambda b: b.use_res_connect),
+    f"{_TORCHVISION}.efficientnet.FusedMBConv": BlockKind(lambda b: leaves(b.block), lambda b: b.use_res_connect),
+    f"{_TORCHVISION}.mnasnet._InvertedResidual": BlockKind(lambda b: leaves(b.layers), lambda b: b.apply_residual),
+    f"{_TORCHVISION}.convnext.CNBlock": BlockKind(lambda b: leaves(b.block), lambda b: True, wide=True),
+    f"{_TORCHVISION}.resnet.BasicBlock": BlockKind(
         lambda b: [b.conv1, b.bn1, b.relu, b.conv2, b.bn2],
         lambda b: True,
         shortcut=lambda b: b.downsample,
         last=lambda b: b.relu,
     ),
-    BlockKind(
-        resnet.Bottleneck,
+    f"{_TORCHVISION}.resnet.Bottleneck": BlockKind(
         lambda b: [b.conv1, b.bn1, b.relu, b.conv2, b.bn2, b.relu, b.conv3, b.bn3],
         lambda b: True,
         shortcut=lambda b: b.downsample,
         last=lambda b: b.relu,
     ),
-)
+    f"{_TIMM}._efficientnet_blocks.ConvBnAct": BlockKind(lambda b: [b.conv, b.bn1, b.aa], lambda b: b.has_skip),
+    f"{_TIMM}._efficientnet_blocks.DepthwiseSeparableConv": BlockKind(
+        lambda b: _present(b.conv_s2d, b.bn_s2d, b.conv_dw, b.bn1, b.aa, b.se, b.conv_pw, b.bn2), lambda b: b.has_skip
+    ),
+    f"{_TIMM}._efficientnet_blocks.InvertedResidual": BlockKind(
+        lambda b: _present(
+            *(b.conv_s2d, b.bn_s2d, b.conv_pw, b.bn1, b.conv_dw, b.bn2, b.aa, b.se, b.conv_pwl, b.bn3),
+        ),
+        lambda b: b.has_skip,
+    ),
+    f"{_TIMM}._efficientnet_blocks.EdgeResidual": BlockKind(
+        lambda b: [b.conv_exp, b.bn1, b.aa, b.se, b.conv_pwl, b.bn2], lambda b: b.has_skip
+    ),
+    f"{_TIMM}._efficientnet_blocks.UniversalInvertedResidual": BlockKind(
+        lambda b: _present(b.dw_start, b.pw_exp, b.dw_mid, b.se, b.pw_proj, b.dw_end, b.layer_scale),
+        lambda b: b.has_skip,
+    ),
+    f"{_TIMM}.resnet.BasicBlock": BlockKind(
+        lambda b: _present(b.conv1, b.bn1, b.drop_block, b.act1, b.aa, b.conv2, b.bn2, b.se),
+        lambda b: True,
+        shortcut=lambda b: b.downsample,
+        last=lambda b: b.act2,
+    ),
+    f"{_TIMM}.resnet.Bottleneck": BlockKind(
+        lambda b: _present(
+            *(b.conv1, b.bn1, b.act1, b.conv2, b.bn2, b.drop_block, b.act2, b.aa, b.conv3, b.bn3, b.se),
+        ),
+        lambda b: True,
+        shortcut=lambda b: b.downsample,
+        last=lambda b: b.act3,
+    ),
+    f"{_TIMM}.regnet.Bottleneck": BlockKind(
+        lambda b: _present(b.conv1, b.conv2, b.se, b.conv3),
+        lambda b: b.downsample is not None,
+        shortcut=lambda b: None if isinstance(b.downsample, nn.Identity) else b.downsample,
+        last=lambda b: b.act3,
+    ),
+}
 
 
 class TinyTLBlock(nn.Module):
@@ -133,13 +183,12 @@ class TinyTLBlock(nn.Module):
         return output + self.lite_residual(x, (height, width))
 
 
-def _with_delta(kind: BlockKind) -> type[TinyTLBlock]:
+@functools.cache
+def _with_delta(block_class: type) -> type[TinyTLBlock]:
     """The class of blocks of a kind that take a delta."""
-    name = f"TinyTL{kind.block_class.__name__.strip('_')}"
-    return type(name, (TinyTLBlock, kind.block_class), {"__module__": __name__, "kind": kind})
-
-
-CLASSES_WITH_DELTA = {kind.block_class: _with_delta(kind) for kind in BLOCK_KINDS}
+    kind = BLOCK_KINDS[class_name(block_class)]
+    name = f"TinyTL{block_class.__name__.strip('_')}"
+    return type(name, (TinyTLBlock, block_class), {"__module__": __name__, "kind": kind})
 
 
 def convert_blocks(backbone: nn.Module, gradient_checkpointing: bool = False) -> dict[str, TinyTLBlock]:
@@ -150,9 +199,9 @@ def convert_blocks(backbone: nn.Module, gradient_checkpointing: bool = False) ->
     """
     blocks = {}
     for name, module in backbone.named_modules():
-        if type(module) in CLASSES_WITH_DELTA:
+        if class_name(type(module)) in BLOCK_KINDS:
             # The layout of the object stays that of its class, as in torch.nn.utils.parametrize.
-            module.__class__ = CLASSES_WITH_DELTA[type(module)]
+            module.__class__ = _with_delta(type(module))  # type: ignore[arg-type]
             assert isinstance(module, TinyTLBlock)
             module.register_module("lite_residual", None)
             module.gradient_checkpointing = gradient_checkpointing

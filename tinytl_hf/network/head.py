@@ -64,3 +64,19 @@ def with_own_children(module: nn.Module) -> nn.Module:
     alone = copy.copy(module)
     alone._modules = dict(module._modules)
     return alone
+
+
+class PointwiseHead(Head):
+    """A head in the place of a classifier that is a 1x1 convolution, whose shapes it keeps; its maps have one px."""
+
+    def __init__(self, in_features: int, num_classes: int, dropout: float = 0.0) -> None:
+        super().__init__(in_features, num_classes, dropout)
+        self.weight = nn.Parameter(self.weight.detach()[..., None, None])
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[N, in_features, 1, 1]`` to ``[N, num_classes, 1, 1]``, or both without the last two dimensions."""
+        features = input.flatten(1)
+        if self.training and self.dropout > 0:
+            features = features * self._mask(features)
+        logits = F.linear(features, self.weight.flatten(1), self.bias)
+        return logits if input.ndim == 2 else logits[..., None, None]

@@ -11,13 +11,13 @@ from enum import Enum
 from typing import Any
 
 from torch import nn
-from torchvision.models.convnext import CNBlock
 
 from tinytl_hf.config.network import METHOD_ALIASES, LiteConfig, MethodName
 from tinytl_hf.config.train import LrFactors
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.blocks import TinyTLBlock, add_lite_residuals
 from tinytl_hf.network.head import Head
+from tinytl_hf.network.kinds import class_name
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.norms import AlwaysEvaluates, FrozenBatchNorm2d, GlobalBatchNorm2d, replace_batch_norms
 from tinytl_hf.network.trained_blocks import last_blocks, prefix_modules
@@ -26,8 +26,8 @@ from tinytl_hf.network.trained_blocks import last_blocks, prefix_modules
 class Role(Enum):
     """What a parameter is, as far as the methods care.
 
-    ConvNeXt's layer scales, a factor for each channel of what a block adds to its input, have the role of a norm's
-    scale: in other networks the last norm of a block does their work.
+    Layer scales (ConvNeXt's, say), a factor for each channel of what a block adds to its input, have the role of a
+    norm's scale: in other networks the last norm of a block does their work.
     """
 
     HEAD = "head"
@@ -82,6 +82,16 @@ def by_name(name: str) -> MethodName:
         raise TinyTLError(f"method={name}: use one of {', '.join(METHODS)}")
     return method  # type: ignore[return-value]
 
+# The layer scale of classes that have one, by their full name.
+LAYER_SCALES = {
+    "torchvision.models.convnext.CNBlock": "layer_scale",
+    "timm.models.convnext.ConvNeXtBlock": "gamma",
+    "timm.models.mambaout.GatedConvBlock": "gamma",
+    "timm.models.metaformer.Scale": "scale",
+    "timm.models.metanext.MetaNeXtBlock": "gamma",
+    "timm.layers.layer_scale.LayerScale": "gamma",
+    "timm.layers.layer_scale.LayerScale2d": "gamma",
+}
 
 LAYERWISE_LAST_BLOCKS = 5
 LAYERWISE_LAST_SCALE = 0.6
@@ -215,9 +225,9 @@ def _role(module: nn.Module, name: str) -> Role:
     if own_name in ("weight", "bias"):
         if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
             return Role.NORM_BIAS if is_bias else Role.NORM_SCALE
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, (nn.Conv2d, nn.Conv1d, nn.Linear)):
             return Role.BIAS if is_bias else Role.WEIGHT
-    if isinstance(module, CNBlock) and own_name == "layer_scale":
+    if own_name in {LAYER_SCALES.get(class_name(kind)) for kind in type(module).__mro__}:
         return Role.NORM_SCALE
     raise TinyTLError(
         f"parameter {name} belongs to a {type(module).__name__}, which no method knows how to train; "

@@ -19,6 +19,9 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.network.kinds import class_name
+
+NORM_WITH_ACTIVATION = "timm.layers.norm_act.BatchNormAct2d"
 
 
 class _Recomputing(threading.local):
@@ -122,6 +125,32 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
+class FrozenBatchNormAct2d(FrozenBatchNorm2d):
+    """A frozen batch norm that holds the activation after it, as timm's ``BatchNormAct2d`` does."""
+
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[N, C, H, W]`` to the same shape."""
+        return self.act(super().forward(input))
+
+
+class GlobalBatchNormAct2d(GlobalBatchNorm2d):
+    """A batch norm on the statistics of the global batch that holds the activation after it."""
+
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[N, C, H, W]`` to the same shape."""
+        return self.act(super().forward(input))
+
+
+WITH_ACTIVATION: dict[type[nn.BatchNorm2d], type[nn.BatchNorm2d]] = {
+    FrozenBatchNorm2d: FrozenBatchNormAct2d,
+    GlobalBatchNorm2d: GlobalBatchNormAct2d,
+}
+
+
 class AlwaysEvaluates(nn.Module):
     """Mixed in before a norm of an unknown class, which then never leaves evaluation mode."""
 
@@ -135,19 +164,29 @@ def replace_batch_norms(module: nn.Module, norm: type[nn.BatchNorm2d], frozen: C
 
     Those in the parts ``frozen``, or among them, are frozen in any case.
 
-    A subclass may do more than normalise, so it keeps its own forward pass: where ``norm`` is a frozen one, it becomes
-    a type that stays in evaluation mode, else it stays as it is.
+    One that holds its activation, as timm has them, goes on to hold it. Any other subclass may do more than normalise,
+    so it keeps its own forward pass: where ``norm`` is a frozen one, it becomes a type that stays in evaluation mode,
+    else it stays as it is.
     """
     for name, child in module.named_children():
         kind: type[nn.BatchNorm2d] = FrozenBatchNorm2d if child in frozen else norm
         if type(child) is nn.BatchNorm2d:
             setattr(module, name, _with_tensors_of(child, kind))
+        elif isinstance(child, nn.BatchNorm2d) and _holds_activation(child):
+            replaced = _with_tensors_of(child, WITH_ACTIVATION[kind])
+            replaced.act = child.act
+            setattr(module, name, replaced)
         elif not isinstance(child, nn.BatchNorm2d):
             replace_batch_norms(child, kind, frozen)
         elif kind is FrozenBatchNorm2d:
             own_class = type(f"Frozen{type(child).__name__}", (AlwaysEvaluates, type(child)), {"__module__": __name__})
             child.__class__ = own_class
             child.eval()
+
+
+def _holds_activation(norm: nn.Module) -> bool:
+    """Whether it is a norm with an activation and nothing else."""
+    return class_name(type(norm)) == NORM_WITH_ACTIVATION and type(norm.drop) is nn.Identity
 
 
 def _with_tensors_of(old: nn.BatchNorm2d, norm: type[nn.BatchNorm2d]) -> nn.BatchNorm2d:

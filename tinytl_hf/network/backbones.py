@@ -1,0 +1,264 @@
+"""Backbones: a name and a source of weights become a network with a new head, its preprocessing and its provenance.
+
+A name says the architecture, a source says where the tensors come from. torchvision's names are plain; timm's are
+``timm/NAME`` or ``timm/NAME.TAG``, where the tag names weights. ``hf-hub:user/repo`` and ``local-dir:PATH`` stand for
+both at once, and are taken apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from tinytl_hf.config.data import TOTAL_STRIDE
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.network import hub_weights, timm_nets, torchvision_nets
+from tinytl_hf.network.head import Head, PointwiseHead
+from tinytl_hf.network.hub_weights import HUB
+from tinytl_hf.network.timm_nets import LOCAL, PREFIX
+from tinytl_hf.network.weights import (
+    WHEELS,
+    copy_weights,
+    is_weights_file,
+    read_file,
+    read_wheel,
+    renamed,
+    tensor_names,
+)
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_IMAGE_SIZE = 2048
+Interpolation = Literal["bilinear", "bicubic"]
+
+# Networks that the two libraries have with the same tensors in the same order, under other names, and which give the
+# same outputs. (Those of ResNet and ConvNeXt have the same names as well.)
+SAME_TENSORS = {
+    "mobilenet_v2": "timm/mobilenetv2_100",
+    "efficientnet_b0": "timm/efficientnet_b0",
+    "mnasnet1_0": "timm/mnasnet_100",
+}
+SAME_TENSORS |= {theirs: ours for ours, theirs in SAME_TENSORS.items()}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network, where its weights come from, and what images they were trained on.
+
+    Attributes:
+        name: torchvision's name, or ``timm/NAME`` with the tag of its weights, if any.
+        weights: Source of the weights, such that a later load gets the same ones.
+        mean: Mean of each RGB channel, on a scale of 0 to 1.
+        std: Standard deviation of each RGB channel, on the same scale.
+        crop_pct: Side of the centre crop as a share of the image's shorter side.
+        interpolation: How images are resized.
+        license: Licence of the weights as their author names it; None where it is not known.
+    """
+
+    name: str
+    weights: str
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    crop_pct: float = 0.875
+    interpolation: Interpolation = "bilinear"
+    license: str | None = None
+
+
+def find_backbone(name: str, weights: str, **download: Any) -> Backbone:
+    """Say what a name and a source stand for; weights on the Hub are downloaded, which pins them to their commit.
+
+    Args:
+        name: See :class:`~tinytl_hf.config.network.BackboneConfig`.
+        weights: See there.
+        **download: Options of a download, see :data:`~tinytl_hf.network.hub_weights.OPTIONS`.
+
+    Raises:
+        TinyTLError: An unknown network, or a source that cannot be had.
+    """
+    if name.startswith(HUB) or name.startswith(LOCAL):
+        return _of_saved_model(name, weights, download)
+    if not name.startswith(PREFIX) and not torchvision_nets.has(name) and timm_nets.has(name):
+        logger.info("backbone.name=%s: torchvision has no such network; timm's is taken", name)
+        name = PREFIX + name
+    if not name.startswith(PREFIX):
+        torchvision_nets.check(name)
+        return Backbone(name, pin_weights(name, weights, **download))
+    cfg = timm_nets.pretrained_cfg(name)
+    if weights == "imagenet" and "." not in name and cfg.tag:
+        name = f"{name}.{cfg.tag}"
+    return _described(Backbone(name, pin_weights(name, weights, **download)), vars(cfg))
+
+
+def pin_weights(name: str, weights: str, **download: Any) -> str:
+    """A source of weights such that a later load gets the same ones.
+
+    ``imagenet`` becomes the name of torchvision's best weights today or, of a timm network, ``hf-hub:timm/NAME.TAG``,
+    and what is on the Hub gets its commit.
+
+    Raises:
+        TinyTLError: There are no such weights, or they cannot be had.
+    """
+    if weights == "imagenet":
+        if not name.startswith(PREFIX):
+            return torchvision_nets.best_weights(name)
+        repo = timm_nets.pretrained_cfg(name).hf_hub_id
+        if not repo:
+            raise TinyTLError(f"backbone.weights=imagenet: the Hub has no weights of {name}; name a file, or use none")
+        weights = HUB + repo
+    return hub_weights.pinned(weights, hub_weights.fetch(weights, **download)) if weights.startswith(HUB) else weights
+
+
+def on_this_disk(weights: str, **download: Any) -> str:
+    """A source that needs no network: the file in the client's cache for weights on the Hub, others as they are."""
+    return str(hub_weights.fetch(weights, **download)) if weights.startswith(HUB) else weights
+
+
+def create_backbone(name: str, weights: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
+    """Build a classifier with pretrained weights and a new head.
+
+    The network's own dropout and stochastic depth are switched off: what regularises is an option of ours.
+
+    Args:
+        name: torchvision's name of the network, or timm's as ``timm/NAME`` or ``timm/NAME.TAG``.
+        weights: Source of the weights, see :class:`~tinytl_hf.config.network.BackboneConfig`.
+        num_classes: Outputs of the new head.
+        dropout: Dropout of the new head.
+
+    Raises:
+        TinyTLError: Unknown network or source, or weights that do not fit the network.
+    """
+    library = timm_nets if name.startswith(PREFIX) else torchvision_nets
+    with torch.random.fork_rng(devices=[]):
+        # Weights "none" are the same each time, so that their adapters load. Other devices keep their states.
+        torch.default_generator.manual_seed(0)
+        backbone = library.build(name)
+    for module in backbone.modules():
+        if isinstance(module, (nn.Dropout, nn.Dropout2d, StochasticDepth)):
+            module.p = 0.0
+    head_name = library.head_name(name, backbone)
+    if weights != "none":
+        copy_weights(backbone, _read_weights(name, weights, backbone, head_name), head_name, source=weights)
+    old_head = backbone.get_submodule(head_name)
+    if isinstance(old_head, nn.Conv2d):
+        backbone.set_submodule(head_name, PointwiseHead(old_head.in_channels, num_classes, dropout))
+    else:
+        assert isinstance(old_head, nn.Linear)
+        backbone.set_submodule(head_name, Head(old_head.in_features, num_classes, dropout))
+    return backbone
+
+
+def same_network(one: str, other: str) -> bool:
+    """Whether two names stand for one architecture."""
+    return timm_nets.architecture(one) == timm_nets.architecture(other)
+
+
+def check_size(name: str, key: str, size: int) -> None:
+    """Raise unless images of ``size`` px leave something of the last map, and fits into a memory."""
+    if size < TOTAL_STRIDE:
+        raise TinyTLError(
+            f"data.{key}={size}: {name} reduces an image {TOTAL_STRIDE} times; use {TOTAL_STRIDE} or more"
+        )
+    if size > MAX_IMAGE_SIZE:
+        raise TinyTLError(f"data.{key}={size}: use {MAX_IMAGE_SIZE} or less")
+
+
+def sha256(tensors: Mapping[str, Tensor]) -> str | None:
+    """Hash names, types, shapes and bytes of ``tensors``; None where there are none."""
+    if not tensors:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _of_saved_model(name: str, weights: str, download: Mapping[str, Any]) -> Backbone:
+    """A timm model in a folder or a repository, taken apart into architecture and weights."""
+    if name.startswith(HUB):
+        path = hub_weights.fetch(name, hub_weights.CONFIG_FILE, **download)
+        own = hub_weights.pinned(name, path)
+    else:
+        path = Path(name.removeprefix(LOCAL)).expanduser().resolve() / hub_weights.CONFIG_FILE
+        own = str(path.with_name(hub_weights.WEIGHTS_FILE))
+    architecture, cfg = timm_nets.read_model_config(path, name)
+    timm_nets.pretrained_cfg(architecture)
+    source = own if weights == "imagenet" else weights
+    found = Backbone(architecture, pin_weights(architecture, source, **download))
+    return _described(found, cfg)
+
+
+def _described(backbone: Backbone, cfg: Mapping[str, Any]) -> Backbone:
+    """With the preprocessing and the licence of timm's description of the weights."""
+    values = {key: cfg[key] for key in ("mean", "std") if cfg.get(key) is not None}
+    try:
+        found = {key: tuple(map(float, value)) for key, value in values.items()}
+        crop_pct = float(cfg.get("crop_pct") or backbone.crop_pct)
+    except (TypeError, ValueError) as error:
+        raise TinyTLError(f"backbone.name={backbone.name}: its description is damaged ({error})") from error
+    if any(len(value) != 3 for value in found.values()) or not math.isfinite(crop_pct):
+        raise TinyTLError(f"backbone.name={backbone.name}: is not for RGB images; use another")
+    if (mode := cfg.get("crop_mode") or "center") != "center":
+        logger.info("%s was evaluated with crop_mode %s; a centre crop is taken here", backbone.name, mode)
+    resized = cfg.get("interpolation") or "bicubic"
+    if resized not in ("bilinear", "bicubic"):
+        logger.info("%s was evaluated with %s resizing; bicubic is taken here", backbone.name, resized)
+    named = cfg.get("license")
+    return replace(
+        backbone,
+        **found,  # type: ignore[arg-type]
+        crop_pct=min(crop_pct, 1.0),
+        interpolation="bilinear" if resized == "bilinear" else "bicubic",
+        license=named if isinstance(named, str) else None,
+    )
+
+
+def _read_weights(name: str, weights: str, backbone: nn.Module, head: str) -> Mapping[str, Tensor]:
+    """Tensors under the names of ``backbone``, if they are those of this network or of its twin."""
+    architecture = timm_nets.architecture(name)
+    if weights in WHEELS:
+        return read_wheel(weights, architecture, backbone, head)
+    if is_weights_file(weights) or weights.startswith(HUB):
+        tensors = read_file(Path(on_this_disk(weights)).expanduser())
+        return _translated(tensors, architecture, backbone)
+    network = architecture
+    if network.startswith(PREFIX):
+        network = SAME_TENSORS.get(network, network.removeprefix(PREFIX))
+    if weights == "imagenet" and name.startswith(PREFIX):
+        return read_file(hub_weights.fetch(pin_weights(name, weights)))
+    names = torchvision_nets.weights_names(network) if torchvision_nets.has(network) else []
+    chosen = torchvision_nets.best_weights(network) if weights == "imagenet" else weights
+    if chosen not in names:
+        own_wheels = [wheel for wheel, known in WHEELS.items() if architecture in known.networks]
+        of_hub = "hf-hub:user/repo"
+        raise TinyTLError(
+            f"backbone.weights={weights}: use {', '.join(['imagenet', *names, *own_wheels, 'none', of_hub])}, or the "
+            "path of a .safetensors or .pth file"
+        )
+    return _translated(torchvision_nets.download(network, chosen), architecture, backbone)
+
+
+def _translated(tensors: Mapping[str, Tensor], architecture: str, backbone: nn.Module) -> Mapping[str, Tensor]:
+    """``tensors`` under our names, if they are those of the network's twin in the other library."""
+    twin = SAME_TENSORS.get(architecture)
+    if twin is None or set(tensor_names(backbone)) & tensors.keys() or not _can_build(twin):
+        return tensors
+    with torch.device("meta"):
+        theirs = (timm_nets if twin.startswith(PREFIX) else torchvision_nets).build(twin)
+    return renamed(tensors, theirs, backbone) if set(tensor_names(theirs)) & tensors.keys() else tensors
+
+
+def _can_build(name: str) -> bool:
+    return timm_nets.has(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else torchvision_nets.has(name)

