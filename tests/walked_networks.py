@@ -16,7 +16,7 @@ def walk(name, size=64, methods=METHODS):
     """Try a network.
 
     Returns:
-        ``{"refused": reason}``, or the methods that it trains by, each shown to be right, and how lean ``TinyTL-B`` is:
+        ``{"refused": reason}``, or the methods that it trains by, and how ``TinyTL-B`` is lean:
         ``masks``, ``recompute`` (with masks elsewhere) or ``partly`` (something stays stock).
 
     Raises:
@@ -38,7 +38,9 @@ def walk(name, size=64, methods=METHODS):
         if method == "TinyTL-B":
             paths = set(lean.training_paths.values())
             stock = bool(lean.stock_layers)
-            found["lean"] = "partly" if stock or paths - {MASKS, RECOMPUTE} else "masks" if paths == {MASKS} else RECOMPUTE
+            found["lean"] = (
+                "partly" if stock or paths - {MASKS, RECOMPUTE} else "masks" if paths == {MASKS} else RECOMPUTE
+            )
     return found
 
 

@@ -84,12 +84,12 @@ def load_merged(path: str | Path) -> TinyTLModel:
 def _description(config: AdapterConfig, file: str) -> tuple[str, str]:
     """What the file is, and the expression that loads it."""
     name, classes = config.backbone.name, len(config.label_names)
-    if METHODS[config.method].lite_residual:
-        what = f"{name} with lite residuals ({config.method}, {classes} classes), which no other library knows"
-        return what, f'tinytl_hf.load_merged("{file}")'
     library, own_name, build = "torchvision", name, "torchvision.models.get_model"
     if name.startswith(PREFIX):
         library, own_name, build = "timm", architecture(name).removeprefix(PREFIX), "timm.create_model"
+    if METHODS[config.method].lite_residual:
+        what = f"{name} with lite residuals ({config.method}, {classes} classes), not a {library} model"
+        return what, f'tinytl_hf.load_merged("{file}")'
     what = f"{library}'s {own_name} with {classes} classes"
     network = f'{build}("{own_name}", num_classes={classes})'
     return what, f'{network}.load_state_dict(safetensors.torch.load_file("{file}"))'
