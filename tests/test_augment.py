@@ -90,7 +90,7 @@ def test_large_photos_take_little_more_than_what_the_network_gets_of_them(width,
     pixels = torch.zeros(8, 3, 448, width, dtype=torch.uint8)
     sizes = torch.tensor([[448, width]]).expand(8, 2)
     boxes, flips = RandomCropFlip(images=8, seed=0, scale=(0.08, 1.0), flip=True)(sizes, torch.arange(8))
-    peak = cpu_peak(lambda: resample(pixels, sizes, boxes, 224, MEAN, STD, flips))
+    peak = cpu_peak(lambda: resample(pixels, sizes, boxes, 224, MEAN, STD, flips=flips))
     assert 8 * 3 * 224 * 224 * 4 <= peak < megabytes * 1e6  # 4.8 MB are the result
 
 
@@ -99,9 +99,9 @@ def test_an_image_is_the_same_alone_and_in_a_batch_and_of_its_crop_only():
     pixels = torch.randint(0, 256, (5, 3, 300, 280), dtype=torch.uint8, generator=generator)
     sizes = torch.tensor([[300, 280], [120, 280], [300, 90], [64, 64], [299, 279]])
     boxes, flips = RandomCropFlip(images=5, seed=3, scale=(0.08, 1.0), flip=True)(sizes, torch.arange(5))
-    whole = resample(pixels, sizes, boxes, 96, MEAN, STD, flips)
+    whole = resample(pixels, sizes, boxes, 96, MEAN, STD, flips=flips)
     assert whole.is_contiguous(memory_format=torch.channels_last)
     for i in range(5):
         one = slice(i, i + 1)
-        alone = resample(pixels[one], sizes[one], boxes[one], 96, MEAN, STD, flips[one])
+        alone = resample(pixels[one], sizes[one], boxes[one], 96, MEAN, STD, flips=flips[one])
         torch.testing.assert_close(alone[0], whole[i], atol=0.01, rtol=0)  # of values up to 255

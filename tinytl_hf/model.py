@@ -33,7 +33,7 @@ from tinytl_hf.lean.int8 import quantise
 from tinytl_hf.lean.notes import training_paths
 from tinytl_hf.lean.prefix import find_prefix
 from tinytl_hf.network import methods
-from tinytl_hf.network.backbones import find_backbone, on_this_disk, pin_weights, sha256
+from tinytl_hf.network.backbones import find_backbone, locate_weights, sha256
 from tinytl_hf.network.blocks import name_unknown_blocks
 from tinytl_hf.network.head import Head, without_head
 
@@ -41,10 +41,9 @@ from tinytl_hf.network.head import Head, without_head
 class TinyTLModel(nn.Module):
     """An image classifier whose heavy weights are frozen and whose deltas train.
 
-    Build it with :meth:`from_backbone` or :meth:`from_pretrained`. Parameter names under ``backbone`` are those of
-    torchvision or timm, with ``lite_residual`` added to the blocks that have one.
-
-    More adapters can share its frozen weights (:meth:`load_adapter`); everything else is about the active one.
+    Build it with :meth:`from_backbone` or :meth:`from_pretrained`. Parameter names under ``backbone`` are its
+    library's, with ``lite_residual`` added to the blocks that have one. More adapters can share its frozen weights
+    (:meth:`load_adapter`); everything else is about the active one.
 
     Args:
         config: What to build. A ``sha256`` in it is checked against the frozen weights.
@@ -145,8 +144,7 @@ class TinyTLModel(nn.Module):
             head=head or HeadConfig(),
         )
         model = cls(config, Engine(lean, backend, slice_mb, gradient_checkpointing))
-        if methods.METHODS[config.method].lite_residual:
-            name_unknown_blocks(model.backbone, model._blocks)
+        name_unknown_blocks(model.backbone, model._blocks)
         return model
 
     @classmethod
@@ -195,8 +193,7 @@ class TinyTLModel(nn.Module):
         # A method that trains everything needs nothing of the backbone but its shape.
         weights = "none"
         if saved.backbone.sha256 is not None:
-            source = pin_weights(saved.backbone.name, source, **net)
-            weights = on_this_disk(source, **net)
+            source, weights = locate_weights(saved.backbone.name, source, **net)
         model = cls(replace(saved, backbone=replace(saved.backbone, weights=weights)), engine)
         load_tensors(model.backbone, tensors, source=str(folder))
         model.config = replace(model.config, backbone=replace(model.config.backbone, weights=source))
@@ -382,8 +379,7 @@ class TinyTLModel(nn.Module):
         """
         options, head = self.config.preprocessing, self._head.weight
         boxes = centre_boxes(sizes, options.crop_pct)
-        normal = (options.mean, options.std, None, options.interpolation)
-        view = resample(pixels.to(head.device), sizes, boxes, options.eval_size, *normal)
+        view = resample(pixels.to(head.device), sizes, boxes, options.eval_size, *options.normal)
         return view.to(head.dtype)
 
     @property

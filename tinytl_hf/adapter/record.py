@@ -79,6 +79,11 @@ class Preprocessing:
         as_trained = (backbone.mean, backbone.std, backbone.interpolation)
         return cls(train_size, eval_size or train_size, share, *as_trained)
 
+    @property
+    def normal(self) -> tuple[tuple[float, float, float], tuple[float, float, float], Interpolation]:
+        """Mean, standard deviation and interpolation, as :func:`tinytl_hf.data.augment.resample` takes them."""
+        return self.mean, self.std, self.interpolation
+
     def __post_init__(self) -> None:
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)) or min(self.std) <= 0:
             raise TinyTLError(f"mean={self.mean}, std={self.std}: use finite numbers, and a std above 0")

