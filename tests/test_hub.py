@@ -113,7 +113,7 @@ def test_a_fresh_process_loads_by_name_and_by_commit(any_server, adapter, tmp_pa
 def test_the_card_on_the_hub_loads_the_adapter_by_its_name_and_keeps_what_was_written_there(server, adapter):
     push(adapter)
     card = ModelCard.load("me/flowers")
-    assert card.data.library_name == "tinytl_hf" and 'from_pretrained("me/flowers")' in card.text
+    assert card.data.library_name == "tinytl-hf" and 'from_pretrained("me/flowers")' in card.text
     server.add_repo("me/flowers", {"README.md": (str(card) + "\nWritten on the Hub.\n").encode()})
     model = TinyTLModel.from_pretrained(adapter)
     model.save_pretrained(adapter, metrics={"accuracy": 0.4321})

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.data.augment import centre_boxes, resample
+from tinytl_hf.data.view import centre_view
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.stage import Stage
 from tinytl_hf.network import timm_nets, torchvision_nets
@@ -160,6 +161,8 @@ def test_bicubic_resizing_is_pillows(target):
     pixels = torch.from_numpy(photo).permute(2, 0, 1)[None]
     ours = resample(pixels, sizes, centre_boxes(sizes, 1.0), target, (0, 0, 0), (1, 1, 1), interpolation="bicubic")
     off = np.abs(ours[0].permute(1, 2, 0).numpy() * 255 - theirs)
+    view = centre_view(photo, target, 1.0, "bicubic")
+    assert np.abs(view / 255 - ours[0].numpy()).max() < 1e-5  # what exported files get
     assert off.max() <= 1.5 and off.mean() < 0.4  # Pillow rounds between its two passes and after them
 
 

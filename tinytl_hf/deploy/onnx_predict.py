@@ -54,7 +54,8 @@ class OnnxClassifier:
     def logits(self, photos: Sequence[np.ndarray]) -> np.ndarray:
         """Photos ``uint8`` ``[H, W, 3]`` of any sizes to logits ``[N, classes]``."""
         crop_pct = self._preprocessing["crop_pct"]
-        views = np.stack([centre_view(photo, self.eval_size, crop_pct) for photo in photos])
+        interpolation = self._preprocessing.get("interpolation", "bilinear")  # older files have none
+        views = np.stack([centre_view(photo, self.eval_size, crop_pct, interpolation) for photo in photos])
         if self._input["type"] == "uint8":
             images = views.round().clip(0, 255).astype(np.uint8)
         else:

@@ -21,6 +21,8 @@ from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE
 from tinytl_hf.adapter.record import AdapterConfig, DataRecord, InitRecord
 from tinytl_hf.config.network import MethodName
 from tinytl_hf.errors import TinyTLError, one_line
+from tinytl_hf.network.hub_weights import SOURCE
+from tinytl_hf.network.weights import is_weights_file
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 BEGIN, END = "<!-- tinytl_hf: begin -->", "<!-- tinytl_hf: end -->"
@@ -200,7 +202,7 @@ def _metadata(config: AdapterConfig, figures: Mapping[str, float]) -> ModelCardD
     dataset = _hub_dataset(config.data)
     more: dict[str, Any] = {"base_model_relation": "adapter"} if base_model else {}
     return ModelCardData(
-        library_name="tinytl_hf",
+        library_name="tinytl-hf",  # the Hub's ids are in lower case with hyphens
         license=LICENCE,
         pipeline_tag="image-classification",
         tags=["tinytl", config.backbone.name, config.method],
@@ -258,6 +260,8 @@ def _as_list(value: Any) -> list[Any]:
 def _base_model(config: AdapterConfig) -> str | None:
     """The Hub's name of the backbone's weights, where the Hub has those very weights."""
     name, weights = config.backbone.name, config.backbone.weights
+    if config.backbone.sha256 is not None and (on_hub := SOURCE.fullmatch(weights)):
+        return on_hub["repo"]
     if config.backbone.sha256 is None or not ON_THE_HUB.match(name) or not weights.startswith("IMAGENET1K_V"):
         return None
     return f"timm/{name}.tv{'' if weights.endswith('V1') else '2'}_in1k"
@@ -271,20 +275,21 @@ def _weights_in_words(config: AdapterConfig) -> str:
         source = f"a file, {_code(Path(weights).name)}, which is not part of this repository"
     elif weights == "none":
         source = "a random generator with a fixed seed"
+    elif on_hub := SOURCE.fullmatch(weights):
+        repo, revision = on_hub["repo"], on_hub["revision"]
+        at = f" at commit `{revision}`" if revision else ""
+        source = f"[{repo}](https://huggingface.co/{repo}) on the Hub{at}"
     elif weights.startswith("IMAGENET"):
         source = f"torchvision ({_code(weights)}, downloaded once)"
     else:
         source = f"the Python package {_code(weights)}"
-    return f"The frozen weights of {name} come from {source}, and are checked by their hash."
+    words = f"The frozen weights of {name} come from {source}, and are checked by their hash."
+    licence = config.backbone.license
+    return words if licence is None else f"{words} Their author's licence: {_escaped(licence)}."
 
 
 def _weights_option(weights: str) -> str:
     return f" --weights {shlex.quote(Path(weights).name)}"
-
-
-def is_weights_file(weights: str) -> bool:
-    """Whether a source of weights is the path of a file."""
-    return Path(weights).suffix in {".safetensors", ".pth", ".pt", ".bin"}
 
 
 def _hub_dataset(data: DataRecord | None) -> str | None:

@@ -39,11 +39,11 @@ from tinytl_hf.hub.card import (
     files_of_adapter,
     files_of_card,
     is_untouched,
-    is_weights_file,
     read_card,
     update_card,
     with_name,
 )
+from tinytl_hf.network.weights import is_weights_file
 from tinytl_hf.reports.run_folder import ADAPTER
 from tinytl_hf.version import __version__
 

@@ -73,7 +73,7 @@ class _RecomputeFunction(Function):
     """The module's output; keeps its input only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, path: Recomputed, *trained: nn.Parameter) -> Tensor | None:
+    def forward(ctx: Any, x: Tensor, path: Recomputed, *trained: nn.Parameter) -> Tensor:
         device = x.device.type
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(x)
@@ -82,7 +82,9 @@ class _RecomputeFunction(Function):
         output = Gathered(len(x))
         for part in path.slices(x):
             output.put(part, path.run(x[part]).contiguous(memory_format=torch.channels_last))
-        return output.whole
+        assert output.whole is not None
+        # A view that is made here, of a layer norm say, would keep what follows from writing over it.
+        return output.whole.clone() if output.whole._is_view() else output.whole
 
     @staticmethod
     @once_differentiable
