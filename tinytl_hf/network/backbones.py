@@ -21,7 +21,7 @@ from torchvision.ops import StochasticDepth
 
 from tinytl_hf.config.data import TOTAL_STRIDE
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.network import hub_weights, timm_nets, torchvision_nets
+from tinytl_hf.network import hub_weights, proxylessnas, timm_nets, torchvision_nets
 from tinytl_hf.network.head import Head, PointwiseHead
 from tinytl_hf.network.hub_weights import HUB
 from tinytl_hf.network.timm_nets import LOCAL, PREFIX
@@ -88,6 +88,8 @@ def find_backbone(name: str, weights: str, **download: Any) -> Backbone:
     """
     if name.startswith(HUB) or name.startswith(LOCAL):
         return _of_saved_model(name, weights, download)
+    if name == proxylessnas.NAME:
+        return Backbone(name, pin_weights(name, weights, **download))
     if not name.startswith(PREFIX) and not torchvision_nets.has(name) and timm_nets.has(name):
         logger.info("backbone.name=%s: torchvision has no such network; timm's is taken", name)
         name = PREFIX + name
@@ -110,6 +112,11 @@ def pin_weights(name: str, weights: str, **download: Any) -> str:
         TinyTLError: There are no such weights, or they cannot be had.
     """
     if weights == "imagenet":
+        if name == proxylessnas.NAME:
+            raise TinyTLError(
+                f"backbone.weights=imagenet: nobody serves weights of {name} as safetensors; name the authors' file "
+                "(proxyless_mobile of mit-han-lab/proxylessnas), or use none"
+            )
         if not name.startswith(PREFIX):
             return torchvision_nets.best_weights(name)
         repo = timm_nets.pretrained_cfg(name).hf_hub_id
@@ -139,7 +146,7 @@ def create_backbone(name: str, weights: str, num_classes: int, dropout: float = 
     Raises:
         TinyTLError: Unknown network or source, or weights that do not fit the network.
     """
-    library = timm_nets if name.startswith(PREFIX) else torchvision_nets
+    library = _library(name)
     with torch.random.fork_rng(devices=[]):
         # Weights "none" are the same each time, so that their adapters load. Other devices keep their states.
         torch.default_generator.manual_seed(0)
@@ -233,6 +240,8 @@ def _read_weights(name: str, weights: str, backbone: nn.Module, head: str) -> Ma
         return read_wheel(weights, architecture, backbone, head)
     if is_weights_file(weights) or weights.startswith(HUB):
         tensors = read_file(Path(locate_weights(name, weights)[1]).expanduser())
+        if name == proxylessnas.NAME:
+            return proxylessnas.from_authors(tensors)
         return _translated(tensors, architecture, backbone)
     network = architecture
     if network.startswith(PREFIX):
@@ -257,8 +266,15 @@ def _translated(tensors: Mapping[str, Tensor], architecture: str, backbone: nn.M
     if twin is None or set(tensor_names(backbone)) & tensors.keys() or not _can_build(twin):
         return tensors
     with torch.device("meta"):
-        theirs = (timm_nets if twin.startswith(PREFIX) else torchvision_nets).build(twin)
+        theirs = _library(twin).build(twin)
     return renamed(tensors, theirs, backbone) if set(tensor_names(theirs)) & tensors.keys() else tensors
+
+
+def _library(name: str) -> Any:
+    """The module that builds a network of that name."""
+    if name == proxylessnas.NAME:
+        return proxylessnas
+    return timm_nets if name.startswith(PREFIX) else torchvision_nets
 
 
 def _can_build(name: str) -> bool:
