@@ -6,6 +6,7 @@ from conftest import METHODS
 from torch import nn
 
 from tinytl_hf import TinyTLError, TinyTLModel
+from tinytl_hf.measure.paper_rule import paper_rule
 from tinytl_hf.network import proxylessnas
 from tinytl_hf.network.backbones import create_backbone
 
