@@ -22,7 +22,7 @@ def authors_names(network):
             names[key] = f"classifier.linear.{path[0]}"
             continue
         number, tensor = int(path[0]), path[-1]
-        if number in (0, 22):
+        if number in (0, len(network.features) - 1):
             names[key] = (
                 f"{'feature_mix_layer' if number else 'first_conv'}.{'bn' if path[1] == '1' else 'conv'}.{tensor}"
             )
