@@ -85,4 +85,4 @@ def test_an_image_that_one_process_cannot_read_is_an_error_of_all(tmp_path):
         write_image(tmp_path / "data" / "test" / "ab"[i % 2] / f"{i:02}.png", size=(8, 8), seed=i)
     (tmp_path / "data" / "train" / "a" / "74.png").write_bytes(b"damaged")
     ours, theirs = read_by_two(DataConfig(dataset=str(tmp_path / "data")), tmp_path)
-    assert ours == theirs and "image 37 of split train cannot be read" in ours
+    assert ours == theirs and "74.png of split train cannot be read" in ours
