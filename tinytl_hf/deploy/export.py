@@ -41,7 +41,7 @@ def export_as(
 
     Args:
         model: The model; its active adapter is exported.
-        output: The .onnx file, the .pte file or the folder to write.
+        output: The .onnx or the .pte file to write.
         format: What to write.
         data: Images for the check and for calibration; None: those that the adapter names.
         **options: The other fields of :class:`~tinytl_hf.config.export.ExportConfig`.
@@ -81,6 +81,15 @@ def export_model(model: TinyTLModel, config: ExportConfig, data: DataConfig | No
 
 
 def _formats(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> str:
-    from tinytl_hf.deploy.onnx import export_onnx
+    # Imported where they are used: each knows a package that need not be there.
+    if config.format == "onnx":
+        from tinytl_hf.deploy.onnx import export_onnx
 
-    return export_onnx(model, config, data)
+        return export_onnx(model, config, data)
+    if config.train:
+        from tinytl_hf.deploy.device_step import export_device_step
+
+        return export_device_step(model, config, data)
+    from tinytl_hf.deploy.executorch import export_executorch
+
+    return export_executorch(model, config, data)

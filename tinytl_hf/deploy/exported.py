@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
@@ -118,8 +117,9 @@ def check_output(config: ExportConfig) -> Path:
         TinyTLError: There is something already, or the folder around it cannot be made or written.
     """
     path = expanded(config.output)
-    if path.exists() and (not config.overwrite or path.is_dir() != (config.format == "timm")):
-        raise TinyTLError(f"output={path}: exists; name another, or replace an export with --overwrite true")
+    for target in (path, described_by(path)) if config.format == "executorch" else (path,):
+        if target.exists() and (not config.overwrite or target.is_dir()):
+            raise TinyTLError(f"output={target}: exists; name another, or replace an export with --overwrite true")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         trial = path.parent / f".{path.name}.tmp"
@@ -128,6 +128,11 @@ def check_output(config: ExportConfig) -> Path:
     except OSError as error:
         raise _cannot_write(path, error) from error
     return path
+
+
+def described_by(path: Path) -> Path:
+    """The .json file beside a .pte file."""
+    return path.with_suffix(".json")
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
@@ -144,25 +149,6 @@ def write_files(files: Mapping[Path, bytes]) -> None:
     except OSError as error:
         for path in new:
             path.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
-
-
-def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write a folder under another name and give it its name; one that is there and was exported is replaced."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        for name, content in files.items():
-            write_bytes(temporary / name, content)
-        if path.exists():
-            for name in files:
-                (temporary / name).replace(path / name)
-            temporary.rmdir()
-        else:
-            temporary.rename(path)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise _cannot_write(path, error) from error
 
 
