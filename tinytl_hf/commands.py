@@ -220,7 +220,7 @@ VERBS = {
     "bench": Verb(_bench, "time training steps of lean and stock in alternation", (BenchConfig, Config)),
     "predict": Verb(_predict, "label images with an adapter", (PredictConfig,), IMAGES),
     "merge": Verb(_merge, "write backbone and adapter as one file of weights", (MergeConfig,)),
-    "export": Verb(_export, "write a model for ONNX or ExecuTorch", (ExportConfig,), has_data_options=True),
+    "export": Verb(_export, "write a model for ONNX, ExecuTorch or timm", (ExportConfig,), has_data_options=True),
     "push": Verb(_push, "push an adapter to the Hub", (PushConfig,)),
     "pull": Verb(_pull, "download an adapter from the Hub", (PullConfig,)),
     "compare": Verb(_compare, "put finished runs side by side", (CompareConfig,), RUNS),

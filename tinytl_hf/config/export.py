@@ -7,8 +7,8 @@ from typing import Literal
 
 from tinytl_hf.config.check import check, check_text, expand_paths
 
-ExportFormat = Literal["onnx", "executorch"]
-SUFFIXES: dict[str, str] = {"onnx": ".onnx", "executorch": ".pte"}
+ExportFormat = Literal["onnx", "executorch", "timm"]
+SUFFIXES: dict[str, str] = {"onnx": ".onnx", "executorch": ".pte", "timm": ""}
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,10 @@ class ExportConfig:
     adapter: str
     """Folder of the adapter or of the run that made it, or its name on the Hub."""
     format: ExportFormat
-    """onnx (one file), or executorch (a .pte file and a .json file beside it)."""
+    """onnx (one file), executorch (a .pte file and a .json file beside it), or timm (a folder that timm and
+    transformers load; for methods without lite residuals)."""
     output: str
-    """The .onnx or the .pte file to write."""
+    """The .onnx file, the .pte file or the folder to write."""
     weights: str | None = None
     """Where to take the backbone's weights from; null: where the adapter says."""
     revision: str | None = None
@@ -45,11 +46,13 @@ class ExportConfig:
         expand_paths(self, "adapter", "weights", "output")
         check_text("output", self.output)
         suffix = SUFFIXES[self.format]
-        check(self.output.endswith(suffix), "output", self.output, f"name a {suffix} file")
+        fits = self.output.endswith(suffix) and (suffix != "" or not self.output.endswith((".onnx", ".pte")))
+        check(fits, "output", self.output, f"name a {suffix} file" if suffix else "name a folder")
         executorch, onnx = self.format == "executorch", self.format == "onnx"
         check(executorch or not self.train, "train", self.train, "a training step needs --format executorch")
         check(onnx or self.quantize is None, "quantize", self.quantize, "it needs --format onnx")
         plain = self.input == "float" and self.layout == "NCHW"
+        check(plain or self.format != "timm", "input", self.input, "a timm model gets normalised images, NCHW")
         check(plain or not self.train, "input", self.input, "a training step gets normalised images, NCHW")
         for name in ("batch_size", "check_images"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")

@@ -117,8 +117,7 @@ def export_device_step(model: TinyTLModel, config: ExportConfig, data: DataConfi
             f"{described_by(path).name}",
             f"checked in ExecuTorch on {images.source}: {len(about['gradients'])} gradients, largest relative "
             f"difference {worst:.1e}",
-            f"memory of a step: ExecuTorch plans {built.planned / 1e6:.1f} MB for maps and gradients; "
-            f"{beside}",
+            f"memory of a step: ExecuTorch plans {built.planned / 1e6:.1f} MB for maps and gradients; {beside}",
             "it keeps a ReLU's mask in one byte a value, where the lean engine keeps one bit",
         ]
     )

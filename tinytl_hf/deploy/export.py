@@ -41,7 +41,7 @@ def export_as(
 
     Args:
         model: The model; its active adapter is exported.
-        output: The .onnx or the .pte file to write.
+        output: The .onnx file, the .pte file or the folder to write.
         format: What to write.
         data: Images for the check and for calibration; None: those that the adapter names.
         **options: The other fields of :class:`~tinytl_hf.config.export.ExportConfig`.
@@ -86,6 +86,10 @@ def _formats(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> str:
         from tinytl_hf.deploy.onnx import export_onnx
 
         return export_onnx(model, config, data)
+    if config.format == "timm":
+        from tinytl_hf.deploy.timm_repo import export_timm
+
+        return export_timm(model, config, data)
     if config.train:
         from tinytl_hf.deploy.device_step import export_device_step
 

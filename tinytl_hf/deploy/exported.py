@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
@@ -118,7 +119,7 @@ def check_output(config: ExportConfig) -> Path:
     """
     path = expanded(config.output)
     for target in (path, described_by(path)) if config.format == "executorch" else (path,):
-        if target.exists() and (not config.overwrite or target.is_dir()):
+        if target.exists() and (not config.overwrite or target.is_dir() != (config.format == "timm")):
             raise TinyTLError(f"output={target}: exists; name another, or replace an export with --overwrite true")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,6 +151,27 @@ def write_files(files: Mapping[Path, bytes]) -> None:
         for path in new:
             path.unlink(missing_ok=True)
         raise _cannot_write(path, error) from error
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files of a folder under another name, then give them theirs; other files of a folder stay.
+
+    Raises:
+        TinyTLError: It cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        for name, content in files.items():
+            write_bytes(temporary / name, content)
+        path.mkdir(exist_ok=True)
+        for name in files:
+            (temporary / name).replace(path / name)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def layer_of(node: torch.fx.Node) -> str:
