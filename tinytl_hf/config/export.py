@@ -52,7 +52,7 @@ class ExportConfig:
         check(executorch or not self.train, "train", self.train, "a training step needs --format executorch")
         check(onnx or self.quantize is None, "quantize", self.quantize, "it needs --format onnx")
         plain = self.input == "float" and self.layout == "NCHW"
-        check(plain or not self.train, "input", self.input, "a training step gets normalised images, NCHW")
         check(plain or self.format != "timm", "input", self.input, "a timm model gets normalised images, NCHW")
+        check(plain or not self.train, "input", self.input, "a training step gets normalised images, NCHW")
         for name in ("batch_size", "check_images"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")

@@ -81,6 +81,19 @@ def export_model(model: TinyTLModel, config: ExportConfig, data: DataConfig | No
 
 
 def _formats(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> str:
-    from tinytl_hf.deploy.onnx import export_onnx
+    # Imported where they are used: each knows a package that need not be there.
+    if config.format == "onnx":
+        from tinytl_hf.deploy.onnx import export_onnx
 
-    return export_onnx(model, config, data)
+        return export_onnx(model, config, data)
+    if config.format == "timm":
+        from tinytl_hf.deploy.timm_repo import export_timm
+
+        return export_timm(model, config, data)
+    if config.train:
+        from tinytl_hf.deploy.device_step import export_device_step
+
+        return export_device_step(model, config, data)
+    from tinytl_hf.deploy.executorch import export_executorch
+
+    return export_executorch(model, config, data)

@@ -118,8 +118,9 @@ def check_output(config: ExportConfig) -> Path:
         TinyTLError: There is something already, or the folder around it cannot be made or written.
     """
     path = expanded(config.output)
-    if path.exists() and (not config.overwrite or path.is_dir() != (config.format == "timm")):
-        raise TinyTLError(f"output={path}: exists; name another, or replace an export with --overwrite true")
+    for target in (path, described_by(path)) if config.format == "executorch" else (path,):
+        if target.exists() and (not config.overwrite or target.is_dir() != (config.format == "timm")):
+            raise TinyTLError(f"output={target}: exists; name another, or replace an export with --overwrite true")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         trial = path.parent / f".{path.name}.tmp"
@@ -128,6 +129,11 @@ def check_output(config: ExportConfig) -> Path:
     except OSError as error:
         raise _cannot_write(path, error) from error
     return path
+
+
+def described_by(path: Path) -> Path:
+    """The .json file beside a .pte file."""
+    return path.with_suffix(".json")
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
@@ -148,22 +154,24 @@ def write_files(files: Mapping[Path, bytes]) -> None:
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write a folder under another name and give it its name; one that is there and was exported is replaced."""
+    """Write the files of a folder under another name, then give them theirs; other files of a folder stay.
+
+    Raises:
+        TinyTLError: It cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         for name, content in files.items():
             write_bytes(temporary / name, content)
-        if path.exists():
-            for name in files:
-                (temporary / name).replace(path / name)
-            temporary.rmdir()
-        else:
-            temporary.rename(path)
+        path.mkdir(exist_ok=True)
+        for name in files:
+            (temporary / name).replace(path / name)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise _cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def layer_of(node: torch.fx.Node) -> str:

@@ -49,11 +49,13 @@ from tinytl_hf.version import __version__
 
 logger = logging.getLogger(__name__)
 
+TIMM_FILES = ("config.json", "model.safetensors", CARD_FILE)  # of a model that timm loads
+EXAMPLE_NAME = "user/name"  # in the card of such a model, until it has a name on the Hub
 LOGIN = "run `hf auth login` or set HF_TOKEN"
 
 
 def push(config: PushConfig, token: str | None = None) -> str:
-    """Upload an adapter's files in one commit, or in none if the Hub has them already.
+    """Upload the files of an adapter, or of an exported timm model, in one commit, or in none if the Hub has them.
 
     Only the config, the tensors, the card and what the card refers to are uploaded. The card's example
     loads the adapter by its new name; what a person wrote into the card on the Hub stays.
@@ -69,9 +71,11 @@ def push(config: PushConfig, token: str | None = None) -> str:
         TinyTLError: No adapter there, or the Hub cannot be reached or refuses, with the command to retry.
     """
     folder = _own_folder(expanded(config.adapter))
-    record = read_config(folder)
-    read_tensors(folder)
-    message = config.message or f"Upload {record.method} adapter for {record.backbone.name}"
+    record = None if is_timm_model(folder) else read_config(folder)
+    if record is not None:
+        read_tensors(folder)
+    what = "timm model" if record is None else f"{record.method} adapter for {record.backbone.name}"
+    message = config.message or f"Upload {what}"
     with _explained(f"pushing {folder} to {config.repo}", _command("push", config)):
         check_can_push(token)
         api = HfApi(token=token, library_name="tinytl_hf", library_version=__version__)
@@ -163,8 +167,18 @@ def check_can_push(token: str | None = None) -> None:
         raise TinyTLError(f"no Hub token; {LOGIN}")
 
 
-def _operations(api: HfApi, folder: Path, record: AdapterConfig, config: PushConfig) -> list[CommitOperationAdd]:
+def is_timm_model(folder: Path) -> bool:
+    """Whether a folder is no adapter but what ``tinytl-hf export --format timm`` writes."""
+    return not (folder / CONFIG_FILE).exists() and all((folder / name).is_file() for name in TIMM_FILES)
+
+
+def _operations(
+    api: HfApi, folder: Path, record: AdapterConfig | None, config: PushConfig
+) -> list[CommitOperationAdd]:
     card = read_card(folder) or ""
+    if record is None:
+        files = [CommitOperationAdd(name, folder / name) for name in TIMM_FILES if name != CARD_FILE]
+        return [*files, CommitOperationAdd(CARD_FILE, card.replace(EXAMPLE_NAME, config.repo).encode())]
     if is_untouched(card) and (there := _card_there(api, config)) is not None:
         card = update_card(there, card)
     names = [TENSORS_FILE, *(name for name in files_of_card(card) if (folder / name).is_file())]

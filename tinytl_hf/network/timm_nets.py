@@ -80,7 +80,7 @@ def head_name(name: str, backbone: Any) -> str:
         kind = type(head).__name__
         raise TinyTLError(
             f"backbone.name={name}: its classifier is a {kind}, and a linear layer or a 1x1 convolution can be "
-            "replaced; use another network, such as timm/mobilenetv4_conv_small or timm/mobilenetv2_100"
+            "replaced; `tinytl-hf backbones` lists what can be trained"
         )
     return found[0]
 
@@ -98,7 +98,7 @@ def pretrained_cfg(name: str) -> Any:
         close = difflib.get_close_matches(plain, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(PREFIX + each for each in close)}?" if close else ""
         raise TinyTLError(
-            f"backbone.name={name}: timm has no such network; {hint or 'timm.list_models() has their names'}"
+            f"backbone.name={name}: timm has no such network; {hint or '`tinytl-hf backbones` lists them'}"
         )
     tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{plain}.*")]
     if tag and tag not in tags:

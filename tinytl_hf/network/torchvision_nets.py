@@ -23,7 +23,7 @@ def check(name: str) -> None:
         raise TinyTLError(
             f"backbone.name={name}: torchvision has no such classifier with one output; use mobilenet_v2, "
             "mobilenet_v3_large, mobilenet_v3_small, efficientnet_b0, mnasnet1_0, resnet18 or resnet50, or one of "
-            "timm's as timm/NAME"
+            "timm's as timm/NAME (tinytl-hf backbones lists them)"
         )
 
 

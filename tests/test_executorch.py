@@ -1,0 +1,192 @@
+"""ExecuTorch: the same logits in its runtime, and training steps whose gradients and losses are those of PyTorch."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_cli, write_image
+from safetensors.torch import load_file
+from torch.export.experimental import _export_forward_backward
+
+from tinytl_hf import TinyTLError, TinyTLModel
+from tinytl_hf.config.network import LiteConfig
+from tinytl_hf.deploy.device_step import TrainingStep, keep_less
+
+LABELS = ["blue", "red", "grey", "green"]
+GROUP = LiteConfig(norm="group")
+BATCH, SIZE = 4, 32
+METHODS = ("FT-Last", "TinyTL-B", "TinyTL-L+B")
+
+
+@pytest.fixture
+def executorch():
+    return pytest.importorskip("executorch.exir", reason="the extra executorch is not installed")
+
+
+@pytest.fixture
+def make_step(make_model):
+    """A model whose lite residuals are no zeros, and a batch for it."""
+
+    def make(method, backbone="resnet18"):
+        model = make_model(method, backbone, num_classes=None, label_names=LABELS, train_size=SIZE, lite=GROUP)
+        with torch.no_grad():
+            for parameter in model.trainable_parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        images = torch.randn(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+        return model, images, torch.arange(BATCH) % len(LABELS)
+
+    return make
+
+
+def eager_gradients(step, images, labels):
+    loss, _ = step(images, labels)
+    names = [name for name, parameter in step.named_parameters() if parameter.requires_grad]
+    values = torch.autograd.grad(loss, [step.get_parameter(name) for name in names])
+    return dict(zip(names, values, strict=True))
+
+
+def run_graph(program, step, images, labels):
+    """Run the graph of both passes in PyTorch: the gradients by name."""
+    tensors = {**dict(step.named_parameters()), **dict(step.named_buffers())}
+    inputs = iter((images, labels))
+    specs, constants = program.graph_signature.input_specs, program.constants
+    values = [tensors.get(s.target, constants.get(s.target)) if s.target else next(inputs) for s in specs]
+    with torch.no_grad():
+        outputs = torch.fx.Interpreter(program.graph_module).run(*values)
+    kinds = program.graph_signature.output_specs
+    return {k.target: v for k, v in zip(kinds, outputs, strict=True) if k.kind.name == "GRADIENT_TO_PARAMETER"}
+
+
+def bytes_kept(graph):
+    """Bytes of what is computed before the loss and used after it."""
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    (loss,) = (i for node, i in position.items() if node.target is torch.ops.aten._log_softmax.default)
+    kept = [
+        node.meta["val"]
+        for node, i in position.items()
+        if node.op == "call_function" and i < loss and max((position[user] for user in node.users), default=0) > loss
+    ]
+    return sum(value.numel() * value.element_size() for value in kept if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize("method", ["TinyTL-B", pytest.param("TinyTL-L+B", marks=pytest.mark.slow)])
+def test_less_is_kept_for_the_same_gradients(method, make_step):
+    model, images, labels = make_step(method)
+    step = TrainingStep(model)
+    expected = eager_gradients(step, images, labels)
+    program = _export_forward_backward(torch.export.export(step, (images, labels), strict=False))
+    before = bytes_kept(program.graph)
+    keep_less(program.graph)
+    program.graph_module.recompile()
+    gradients = run_graph(program, step, images, labels)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+    assert bytes_kept(program.graph) < 0.5 * before
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("FT-Full", {}, "norms of FT-Full learn from their batch, which a device cannot do; use FT-Last"),
+        ("TinyTL-L+B", {}, "train it with --lite.norm group"),
+        ("FT-Last", {"head_dropout": 0.2}, "head.dropout=0.2; a device step needs 0"),
+    ],
+)
+def test_what_cannot_train_on_a_device_is_refused(method, options, message, make_model, tmp_path):
+    from tinytl_hf.config.network import HeadConfig
+
+    model = make_model(method, "resnet18", head=HeadConfig(options.get("head_dropout", 0.0)))
+    with pytest.raises(TinyTLError, match=message):
+        model.export(tmp_path / "step.pte", format="executorch", train=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_package_the_extra_is_named(make_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "executorch.exir", None)
+    for train in (True, False):
+        with pytest.raises(TinyTLError, match=r"run pip install 'tinytl-hf\[executorch\]'"):
+            make_model("FT-Last", "resnet18").export(tmp_path / "m.pte", format="executorch", train=train)
+
+
+def test_two_files_are_written_or_none(make_model, tmp_path, executorch):
+    (tmp_path / "m.json").write_text("mine")
+    with pytest.raises(TinyTLError, match=r"m.json: exists"):
+        make_model("FT-Last", "resnet18").export(tmp_path / "m.pte", format="executorch", check_images=2)
+    assert (tmp_path / "m.json").read_text() == "mine" and not (tmp_path / "m.pte").exists()
+
+
+@pytest.mark.slow
+def test_the_runtime_gives_pytorchs_logits(make_step, tmp_path, executorch):
+    from executorch.runtime import Runtime
+
+    model, images, _ = make_step("TinyTL-L+B")
+    text = model.export(tmp_path / "m.pte", format="executorch", check_images=3)
+    assert "checked in ExecuTorch on 3 images" in text and "same label for 3 of 3" in text
+    method = Runtime.get().load_program(tmp_path / "m.pte").load_method("forward")
+    logits = method.execute([images[:1]])[0]
+    torch.testing.assert_close(logits, model.eval()(images[:1]).detach(), atol=1e-4, rtol=0)
+    about = json.loads((tmp_path / "m.json").read_text())
+    assert about["labels"] == LABELS and about["input"]["shape"] == [3, SIZE, SIZE]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_fifty_steps_on_a_device_are_fifty_steps_in_pytorch_and_the_adapter_comes_back(
+    method, make_step, tmp_path, executorch, figure
+):
+    from tinytl_hf.deploy.device_training import DeviceTraining
+
+    model, _, _ = make_step(method)
+    model.save_pretrained(tmp_path / "before")
+    text = model.export(tmp_path / "step.pte", format="executorch", train=True, batch_size=BATCH)
+    figure(f"{method} of resnet18: {text.splitlines()[2]}")
+    training, step = DeviceTraining(tmp_path / "step.pte", lr=0.05), TrainingStep(model)
+    random = np.random.default_rng(0)
+    images = random.standard_normal((6, BATCH, 3, SIZE, SIZE)).astype(np.float32)
+    labels = random.integers(0, len(LABELS), (6, BATCH))
+    optimizer = torch.optim.SGD([p for p in step.parameters() if p.requires_grad], 0.05)
+    for i in range(50):
+        ours = training.step(images[i % 6], labels[i % 6])
+        loss, _ = step(torch.from_numpy(images[i % 6]), torch.from_numpy(labels[i % 6]))
+        assert ours == pytest.approx(loss.item(), abs=1e-3), i
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    training.save_adapter(tmp_path / "after")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after"))
+    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in after)
+    back = TinyTLModel.from_pretrained(tmp_path / "after").eval()
+    expected = step.backbone.eval()(torch.from_numpy(images[0])).detach()
+    torch.testing.assert_close(back(torch.from_numpy(images[0])).detach(), expected, atol=2e-3, rtol=1e-3)
+
+
+def test_the_photos_of_a_folder_are_read_by_class(tmp_path):
+    from tinytl_hf.deploy.device_training import read_folder
+
+    for i, name in enumerate(("red", "blue", "red")):
+        write_image(tmp_path / name / f"{i}.png", seed=i)
+    (tmp_path / "red" / "notes.txt").write_text("no photo")
+    photos, labels = read_folder(tmp_path, LABELS, SIZE)
+    assert labels == [0, 1, 1] and photos[0].shape == (36, 40, 3)
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(TinyTLError, match="has a sub-folder cat"):
+        read_folder(tmp_path, LABELS, SIZE)
+    with pytest.raises(TinyTLError, match="has no sub-folder"):
+        read_folder(tmp_path / "cat", LABELS, SIZE)
+
+
+def test_a_step_that_is_none_is_named(tmp_path):
+    pytest.importorskip("executorch.extension.training", reason="the extra executorch is not installed")
+    from tinytl_hf.deploy.device_training import DeviceTraining
+
+    with pytest.raises(TinyTLError, match=r"step\.json: is not the description of a training step"):
+        DeviceTraining(tmp_path / "step.pte", lr=0.1)
+
+
+def test_the_verb_refuses_a_pte_without_its_suffix(make_model, tmp_path):
+    make_model("FT-Last", "resnet18").save_pretrained(tmp_path / "x")
+    done = run_cli("export", "--adapter", tmp_path / "x", "--format", "executorch", "--output", tmp_path / "m.bin")
+    assert done.returncode == 1 and "m.bin: name a .pte file" in done.stderr and done.stderr.count("\n") == 1

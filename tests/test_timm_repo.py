@@ -1,0 +1,80 @@
+"""Models for timm and transformers: a folder with equal logits, and the Hub."""
+
+import json
+
+import pytest
+import torch
+from conftest import run_cli
+from test_methods import train_steps
+
+from tinytl_hf import TinyTLError
+
+timm = pytest.importorskip("timm", reason="the extra timm is not installed")
+
+LABELS = ["blue", "red", "grey", "green"]
+IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def exported(make_model, tmp_path):
+    def export(method, backbone, **options):
+        model = make_model(method, backbone, num_classes=None, label_names=LABELS, **options)
+        train_steps(model, steps=1)
+        text = model.export(tmp_path / "repo", format="timm", check_images=4)
+        return model.eval(), tmp_path / "repo", text
+
+    return export
+
+
+@pytest.mark.parametrize(
+    ("method", "backbone", "theirs"),
+    [
+        ("TinyTL-B", "mobilenet_v2", "mobilenetv2_100"),
+        ("FT-Norm+Last", "mnasnet1_0", "mnasnet_100"),
+        ("FT-Full", "resnet18", "resnet18"),
+        ("FT-Last", "efficientnet_b0", "efficientnet_b0"),
+        ("TinyTL-B", "timm/test_efficientnet", "test_efficientnet"),
+    ],
+)
+def test_timm_loads_the_folder_with_equal_logits(method, backbone, theirs, exported):
+    model, folder, text = exported(method, backbone)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IMAGES), model(IMAGES), atol=1e-5, rtol=1e-5)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == theirs and config["label_names"] == LABELS and config["num_classes"] == 4
+    options = model.config.preprocessing
+    cfg = timm.data.resolve_model_data_config(loaded)
+    assert tuple(cfg["input_size"]) == (3, 64, 64) and cfg["crop_pct"] == options.crop_pct
+    assert (tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"]) == options.normal
+    assert "same label for 4 of 4" in text and f"timm's {theirs}" in text
+
+
+@pytest.mark.parametrize(
+    ("method", "backbone", "message"),
+    [
+        (
+            "TinyTL-L+B",
+            "mobilenet_v2",
+            "adds lite residuals, which timm's networks lack; use --format onnx, or",
+        ),
+        ("FT-Last", "mobilenet_v3_small", "timm has no network with the tensors of torchvision's mobilenet_v3_small"),
+    ],
+)
+def test_what_timm_cannot_hold_is_refused_by_name(method, backbone, message, make_model, tmp_path):
+    with pytest.raises(TinyTLError, match=message):
+        make_model(method, backbone).export(tmp_path / "repo", format="timm")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_push_puts_it_on_the_hub_in_one_commit(exported, server):
+    _, folder, _ = exported("FT-Last", "resnet18")
+    done = run_cli("push", "--adapter", folder, "--repo", "me/flowers")
+    assert done.returncode == 0, done.stderr
+    repo = server.repos["me/flowers"]
+    assert {"README.md", "config.json", "model.safetensors"} <= set(repo.files())
+    assert repo.messages()[-1] == "Upload timm model"
+    assert b'timm.create_model("hf-hub:me/flowers"' in repo.files()["README.md"].content
+    run_cli("push", "--adapter", folder, "--repo", "me/flowers")
+    assert len(repo.commits) == 2  # the second push had nothing to add

@@ -1,0 +1,180 @@
+"""Train on a device: an exported step, photos, and an adapter in the end, without PyTorch's autograd.
+
+``python -m tinytl_hf.deploy.device_training --step step.pte --images folder --output adapter`` trains on a folder that
+has a sub-folder of photos for each class. ExecuTorch computes losses and gradients and changes the parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinytl_hf.adapter.format import write_adapter
+from tinytl_hf.adapter.record import config_from
+from tinytl_hf.data.images import IMAGE_SUFFIXES, UnreadableImageError, decode_pixels
+from tinytl_hf.data.view import centre_view, normalised
+from tinytl_hf.disk import expanded
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.hub.card import read_card, render_card
+
+
+class DeviceTraining:
+    """Trains from a step that ``tinytl-hf export --format executorch --train true`` wrote.
+
+    Args:
+        path: The .pte file, with its .json file beside it.
+        lr: Learning rate of SGD.
+        momentum: Momentum of SGD.
+
+    Attributes:
+        label_names: Names of the classes.
+        batch_size: Images a step.
+        size: Side of the images in px.
+
+    Raises:
+        TinyTLError: ExecuTorch is not installed, or a file is absent, damaged or of another kind.
+    """
+
+    def __init__(self, path: str | Path, lr: float, momentum: float = 0.0) -> None:
+        try:
+            from executorch.extension import training
+        except ImportError as error:
+            raise TinyTLError(
+                f"{path}: the package executorch is not installed ({error}); run pip install 'tinytl-hf[executorch]'"
+            ) from error
+        path = expanded(path)
+        self._about_path = path.with_suffix(".json")
+        try:
+            about = json.loads(self._about_path.read_text(encoding="utf-8"))
+            self._adapter_names: dict[str, str] = about["gradients"]
+            self._preprocessing = about["preprocessing"]
+            self.batch_size, _, self.size, _ = about["input"]["shape"]
+            self._config = config_from(about["adapter_config"], self._about_path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TinyTLError(
+                f"{self._about_path}: is not the description of a training step ({error}); write both files with "
+                "tinytl-hf export --format executorch --train true"
+            ) from error
+        self.label_names = self._config.label_names
+        try:
+            self._module = training._load_for_executorch_for_training(str(path))
+            parameters = self._module.named_parameters()
+        except Exception as error:  # its errors have no class in common but this one
+            raise TinyTLError(f"{path}: ExecuTorch cannot load it ({error}); export it again") from error
+        self._optimizer = training.get_sgd_optimizer(parameters, lr, momentum, 0.0, 0.0, False)
+
+    def view(self, photo: np.ndarray) -> np.ndarray:
+        """A photo ``uint8`` ``[H, W, 3]`` as the step gets it, ``float32`` ``[3, S, S]``."""
+        options = (self.size, self._preprocessing["crop_pct"], self._preprocessing.get("interpolation", "bilinear"))
+        view = centre_view(photo, *options)
+        return normalised(view[None], self._preprocessing)[0]
+
+    def step(self, views: np.ndarray, labels: np.ndarray) -> float:
+        """Take a step of SGD.
+
+        Args:
+            views: ``float32`` ``[batch_size, 3, S, S]``.
+            labels: Class numbers ``[batch_size]``.
+
+        Returns:
+            The mean loss before the step.
+        """
+        inputs = [torch.from_numpy(np.ascontiguousarray(views)), torch.from_numpy(np.asarray(labels, np.int64))]
+        loss = float(self._module.forward_backward("forward", inputs)[0])
+        self._optimizer.step(self._module.named_gradients())
+        return loss
+
+    def train(self, photos: Sequence[np.ndarray], labels: Sequence[int], steps: int, seed: int = 0) -> list[float]:
+        """Take steps on photos in random order, each photo once before any comes again.
+
+        Args:
+            photos: ``uint8`` ``[H, W, 3]`` of any sizes.
+            labels: Their class numbers.
+            steps: How many.
+            seed: Of the order.
+
+        Returns:
+            The mean loss of each step's batch, before the step.
+        """
+        views, numbers = np.stack([self.view(photo) for photo in photos]), np.asarray(labels)
+        random, order, losses = np.random.default_rng(seed), np.empty(0, int), []
+        for _ in range(steps):
+            while len(order) < self.batch_size:
+                order = np.concatenate([order, random.permutation(len(photos))])
+            batch, order = order[: self.batch_size], order[self.batch_size :]
+            losses.append(self.step(views[batch], numbers[batch]))
+        return losses
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """What was trained, by the names that it has in an adapter."""
+        parameters = self._module.named_parameters()
+        return {name: parameters[key].detach().clone() for key, name in self._adapter_names.items()}
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write an adapter folder that ``TinyTLModel.from_pretrained`` loads.
+
+        Raises:
+            TinyTLError: The folder cannot be written, or training went to values that are not finite.
+        """
+        target = expanded(folder)
+        card = render_card(self._config, None, read_card(target))
+        write_adapter(target, self._config, self.adapter_tensors(), card)
+
+
+def read_folder(folder: str | Path, label_names: Sequence[str], size: int) -> tuple[list[np.ndarray], list[int]]:
+    """The photos of a folder with a sub-folder for each class, decoded for an input of ``size`` px.
+
+    Raises:
+        TinyTLError: No such folder, one of another class, a photo that cannot be read, or no photo.
+    """
+    root = expanded(folder)
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    unknown = [name for name in classes if name not in label_names]
+    if not classes or unknown:
+        what = f"has a sub-folder {unknown[0]}" if unknown else "has no sub-folder"
+        raise TinyTLError(f"images={root}: {what}; use one for each class ({', '.join(label_names[:5])}, ...)")
+    photos, labels = [], []
+    for name in classes:
+        for path in sorted((root / name).iterdir()):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                try:
+                    photos.append(decode_pixels({"bytes": None, "path": str(path)}, size))
+                except UnreadableImageError as error:
+                    raise TinyTLError(f"{path} cannot be read ({error}); mend or remove it") from error
+                labels.append(label_names.index(name))
+    if not photos:
+        raise TinyTLError(f"images={root}: there is no photo in its sub-folders")
+    return photos, labels
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train on a folder of photos from the command line."""
+    parser = argparse.ArgumentParser(description="Train an adapter with an exported training step.")
+    parser.add_argument("--step", required=True, help="The .pte file of the step.")
+    parser.add_argument("--images", required=True, help="Folder with a sub-folder of photos for each class.")
+    parser.add_argument("--output", required=True, help="Folder of the adapter to write.")
+    parser.add_argument("--steps", type=int, default=50, help="Steps of SGD.")
+    parser.add_argument("--lr", type=float, default=0.01, help="Learning rate.")
+    parser.add_argument("--momentum", type=float, default=0.0, help="Momentum.")
+    options = parser.parse_args(arguments)
+    try:
+        training = DeviceTraining(options.step, options.lr, options.momentum)
+        photos, labels = read_folder(options.images, training.label_names, training.size)
+        losses = training.train(photos, labels, options.steps)
+        training.save_adapter(options.output)
+    except TinyTLError as error:
+        sys.exit(f"error: {error}")
+    share = max(1, len(losses) // 10)
+    first, last = np.mean(losses[:share]), np.mean(losses[-share:])
+    print(f"{options.output}: {options.steps} steps on {len(photos)} photos, loss {first:.3f} to {last:.3f}")
+
+
+if __name__ == "__main__":
+    main()
