@@ -143,11 +143,11 @@ def test_fifty_steps_on_a_device_are_fifty_steps_in_pytorch_and_the_adapter_come
     model.save_pretrained(tmp_path / "before")
     text = model.export(tmp_path / "step.pte", format="executorch", train=True, batch_size=BATCH)
     figure(f"{method} of resnet18: {text.splitlines()[2]}")
-    training, step = DeviceTraining(tmp_path / "step.pte", lr=0.05), TrainingStep(model)
+    training, step = DeviceTraining(tmp_path / "step.pte", lr=0.01), TrainingStep(model)
     random = np.random.default_rng(0)
     images = random.standard_normal((6, BATCH, 3, SIZE, SIZE)).astype(np.float32)
     labels = random.integers(0, len(LABELS), (6, BATCH))
-    optimizer = torch.optim.SGD([p for p in step.parameters() if p.requires_grad], 0.05)
+    optimizer = torch.optim.SGD([p for p in step.parameters() if p.requires_grad], 0.01)
     for i in range(50):
         ours = training.step(images[i % 6], labels[i % 6])
         loss, _ = step(torch.from_numpy(images[i % 6]), torch.from_numpy(labels[i % 6]))
