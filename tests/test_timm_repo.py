@@ -44,6 +44,7 @@ def test_timm_loads_the_folder_with_equal_logits(method, backbone, theirs, expor
         torch.testing.assert_close(loaded(IMAGES), model(IMAGES), atol=1e-5, rtol=1e-5)
     config = json.loads((folder / "config.json").read_text())
     assert config["architecture"] == theirs and config["label_names"] == LABELS and config["num_classes"] == 4
+    assert "model_args" not in config  # transformers would pass num_classes twice
     options = model.config.preprocessing
     cfg = timm.data.resolve_model_data_config(loaded)
     assert tuple(cfg["input_size"]) == (3, 64, 64) and cfg["crop_pct"] == options.crop_pct

@@ -118,6 +118,7 @@ def _save(timm: Any, network: Any, model: TinyTLModel, folder: Path) -> None:
         key: value for key, value in network.pretrained_cfg.items() if not key.startswith(("test_", "tag", "origin"))
     }
     timm.models.save_for_hf(network, str(folder), model_config=about, safe_serialization=True, data_config=view)
+    _without_model_args(folder / "config.json")
     shown = ", ".join(labels[:SHOWN_LABELS]) + ", ..." * (len(labels) > SHOWN_LABELS)
     tags = ["image-classification", "timm", "tinytl", model.config.method]
     metadata = ModelCardData(library_name="timm", license=licence, pipeline_tag="image-classification", tags=tags)
@@ -132,3 +133,10 @@ def _save(timm: Any, network: Any, model: TinyTLModel, folder: Path) -> None:
         size=options.eval_size,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _without_model_args(path: Path) -> None:
+    """Leave out the arguments, which say the number of classes again: transformers would pass it on twice."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values.pop("model_args", None)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
