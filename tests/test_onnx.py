@@ -71,14 +71,16 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("options", [(), ("--input", "uint8", "--layout", "NHWC")], ids=["float", "uint8"])
-def test_predict_needs_no_torch_and_gives_the_adapters_labels(options, save_adapter, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "mirror"), [((), ["--mirror"]), (("--input", "uint8", "--layout", "NHWC"), [])], ids=["float", "uint8"]
+)
+def test_predict_needs_no_torch_and_gives_the_adapters_labels(options, mirror, save_adapter, tmp_path):
     _, adapter = save_adapter("TinyTL-B")
     export(adapter, tmp_path / "m.onnx", *options)
     for i, (mode, size) in enumerate([("RGB", (90, 70)), ("L", (64, 64)), ("RGBA", (31, 200))]):
         write_image(tmp_path / "images" / f"{i}.png", mode, size, seed=i)
     (tmp_path / "images" / "bad.png").write_bytes(b"no image")
-    words = ["predict", "--json", "--top_k", "2", str(tmp_path / "images")]
+    words = ["predict", "--json", "--top_k", "2", *mirror, str(tmp_path / "images")]
     expected = run_cli(*words, "--adapter", adapter)
     code = [sys.executable, "-c", NO_TORCH, *words, "--adapter", str(tmp_path / "m.onnx")]
     done = subprocess.run(code, capture_output=True, text=True, cwd=ROOT)
@@ -88,6 +90,7 @@ def test_predict_needs_no_torch_and_gives_the_adapters_labels(options, save_adap
     assert ours[3]["error"] == theirs[3]["error"]
     rounding = 1e-4 if not options else 1e-2
     for one, other in zip(ours[:3], theirs[:3], strict=True):
+        assert one.get("views") == other.get("views") == (2 if mirror else None)
         assert [label["label"] for label in one["labels"]] == [label["label"] for label in other["labels"]]
         for ours_label, their_label in zip(one["labels"], other["labels"], strict=True):
             assert ours_label["probability"] == pytest.approx(their_label["probability"], abs=rounding)

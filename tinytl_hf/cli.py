@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
 def _main(argv: list[str]) -> None:
     debug = "--debug" in argv
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    for library in ("huggingface_hub", "datasets"):  # they print their own lines, which would come twice
+        logging.getLogger(library).propagate = False
     logging.getLogger("tinytl_hf").setLevel(logging.INFO if is_main_process() else logging.ERROR)
     if not debug:
         warnings.filterwarnings("ignore")
