@@ -46,6 +46,13 @@ ODD = [
 ]
 
 
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "shufflenet_v2_x0_5", "proxylessnas_mobile"])
+def test_an_adapter_of_another_network_loads(name, make_model, tmp_path):
+    model = make_model("TinyTL-B", name, train_size=32)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(save_and_load(model, tmp_path).eval()(images), model.eval()(images))
+
+
 def save_and_load(model, folder, **options):
     model.save_pretrained(folder, **options)
     return TinyTLModel.from_pretrained(folder)

@@ -17,6 +17,7 @@ from tinytl_hf.config.export import ExportConfig
 from tinytl_hf.config.hub import PullConfig, PushConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import (
+    BackbonesConfig,
     BenchConfig,
     CompareConfig,
     EvalConfig,
@@ -151,6 +152,13 @@ def _bench(values: Namespace) -> None:
     _print_measured(conditions, speed.bench_table(rows, config.method), content)
 
 
+def _backbones(values: Namespace) -> None:
+    from tinytl_hf.measure.backbone_table import backbones
+
+    for line in backbones(_build(BackbonesConfig, values), values.pattern):
+        print(line, flush=True)
+
+
 def _compare(values: Namespace) -> None:
     from tinytl_hf.reports.compare import compare
 
@@ -208,6 +216,7 @@ class Verb:
 
 
 IMAGES = Argument("images", "IMAGE", "Files, folders, patterns, or - for an image on standard input.", "+")
+PATTERN = Argument("pattern", "PATTERN", "Names such as 'timm/mobilenet*'; all but timm's without one.", "?")
 RUNS = Argument("runs", "RUN", "Folders of finished runs.", "+")
 RUN = Argument("run", "RUN", "Folder of a finished run.")
 
@@ -218,6 +227,7 @@ VERBS = {
         _memory, "measure the training memory of every method, lean and stock", (MemoryTableConfig, Config)
     ),
     "bench": Verb(_bench, "time training steps of lean and stock in alternation", (BenchConfig, Config)),
+    "backbones": Verb(_backbones, "list the backbones that can be trained", (BackbonesConfig,), PATTERN),
     "predict": Verb(_predict, "label images with an adapter", (PredictConfig,), IMAGES),
     "merge": Verb(_merge, "write backbone and adapter as one file of weights", (MergeConfig,)),
     "export": Verb(_export, "write a model for ONNX, ExecuTorch or timm", (ExportConfig,), has_data_options=True),

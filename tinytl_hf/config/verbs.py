@@ -170,3 +170,11 @@ class BenchConfig:
             values = getattr(self, name)
             check(bool(values) and min(values) >= 1, name, values, "use numbers of 1 or more")
         check(self.repeats >= 1, "repeats", self.repeats, "use 1 or more")
+
+
+@dataclass(frozen=True)
+class BackbonesConfig:
+    """List what can be trained."""
+
+    json: bool = False
+    """Print JSON instead of a table."""

@@ -188,16 +188,28 @@ def _fold_norm(module: nn.Module, engine: Engine) -> None:
         _make_lean(module, engine)
 
 
-def _independent_parts(backbone: nn.Module, blocks: dict[str, TinyTLBlock], train_size: int) -> set[nn.Module]:
-    """Blocks and the like that masks do not serve, frozen, whose images do not depend on one another."""
+def parts_to_try(backbone: nn.Module, blocks: dict[str, TinyTLBlock]) -> set[nn.Module]:
+    """Those with layers of unknown types, which are computed again if a trial shows that they may be."""
+    parts = _parts_without_masks(backbone, blocks)
+    return {part for part in parts if not independent_by_type(part) and may_be_independent(part)}
+
+
+def _parts_without_masks(backbone: nn.Module, blocks: dict[str, TinyTLBlock]) -> set[nn.Module]:
+    """Blocks and the like that are frozen, and that masks do not serve."""
     stems = [module for module in backbone.modules() if type(module) is Conv2dNormActivation]
-    parts = {
+    return {
         part
         for part in (*blocks.values(), *stems, *unknown_blocks(backbone, blocks).values())
         if heavy_weights_are_frozen(part) and not all(map(_keeps_little, own_layers(part)))
     }
-    known = {part for part in parts if independent_by_type(part)}
-    unknown = {part for part in parts - known if may_be_independent(part)}
+
+
+def _independent_parts(backbone: nn.Module, blocks: dict[str, TinyTLBlock], train_size: int) -> set[nn.Module]:
+    """Blocks and the like that masks do not serve, frozen, whose images do not depend on one another."""
+    known = {part for part in _parts_without_masks(backbone, blocks) if independent_by_type(part)}
+    unknown = parts_to_try(backbone, blocks)
+    if any(parameter.is_meta for parameter in backbone.parameters()):
+        return known  # without values, nothing can be tried out
     inputs = inputs_of(backbone, unknown, train_size) if unknown else {}
     return known | {part for part, images in inputs.items() if independent_by_trial(part, images)}
 

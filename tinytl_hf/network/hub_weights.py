@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from tinytl_hf.errors import TinyTLError
@@ -48,6 +48,11 @@ def fetch(source: str, file: str = WEIGHTS_FILE, **options: Any) -> Path:
             f"into the cache, or name a copy of the file with --backbone.weights path/to/{WEIGHTS_FILE} (weights=)"
         ) from error
     return Path(path)
+
+
+def is_cached(repo: str) -> bool:
+    """Whether the weights of a repository's main branch are in the client's cache."""
+    return isinstance(try_to_load_from_cache(repo, WEIGHTS_FILE), str)
 
 
 def pinned(source: str, path: Path) -> str:

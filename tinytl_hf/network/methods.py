@@ -83,6 +83,11 @@ def by_name(name: str) -> MethodName:
     return method  # type: ignore[return-value]
 
 
+def possible_methods(blocks: dict[str, TinyTLBlock]) -> list[str]:
+    """Those that can train a backbone with these residual blocks; without any, not those that are about blocks."""
+    return [name for name, plan in METHODS.items() if blocks or not (plan.lite_residual or name == "FT-Layerwise")]
+
+
 # The layer scale of classes that have one, by their full name.
 LAYER_SCALES = {
     "torchvision.models.convnext.CNBlock": "layer_scale",
@@ -121,10 +126,10 @@ def apply_method(
         TinyTLError: The backbone has no such blocks where the method needs them, or a parameter of unknown role.
     """
     plan = METHODS[method]
-    if not blocks and (plan.lite_residual or method == "FT-Layerwise"):
+    if method not in (possible := possible_methods(blocks)):
         raise TinyTLError(
             f"method={method}: this backbone has no inverted-residual or residual blocks; it supports "
-            "FT-Last, TinyTL-B, FT-Norm+Last and FT-Full"
+            f"{', '.join(possible[:-1])} and {possible[-1]}"
         )
     prefix = prefix_modules(backbone, blocks, trained_blocks)
     untrained = {parameter for part in prefix for parameter in part.parameters()}

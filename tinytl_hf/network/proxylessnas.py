@@ -16,6 +16,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 NAME = "proxylessnas_mobile"
 HEAD = "classifier"
 NORM_EPS = 1e-3
+INPUT_SIZE = 224  # px
 STEM, FEATURES, CLASSES = 32, 1280, 1000
 # Of each block: output channels, stride, expansion, kernel size.
 BLOCKS = (

@@ -22,13 +22,18 @@ CONFIG = "config.json"
 OF_NO_CONSEQUENCE = ("num_classes", "in_chans", "drop_rate", "drop_path_rate", "drop_block_rate")
 
 
+def is_installed() -> bool:
+    """Whether the package timm is there."""
+    return find_spec("timm") is not None
+
+
 def require_timm(name: str) -> ModuleType:
     """The package timm.
 
     Raises:
         TinyTLError: It is not installed.
     """
-    if find_spec("timm") is None:
+    if not is_installed():
         raise TinyTLError(f"backbone.name={name}: needs timm; run pip install 'tinytl-hf[timm]' (or pip install timm)")
     import timm
 
@@ -37,7 +42,26 @@ def require_timm(name: str) -> ModuleType:
 
 def has(name: str) -> bool:
     """Whether timm is there and has a network of that name, with or without a tag."""
-    return find_spec("timm") is not None and require_timm(name).is_model(name.partition(".")[0])
+    return is_installed() and require_timm(name).is_model(name.partition(".")[0])
+
+
+def names(asked: str, with_tags: bool = False) -> list[str]:
+    """Networks of timm as ``timm/NAME``, or ``timm/NAME.TAG`` for all that it has weights of.
+
+    Raises:
+        TinyTLError: No timm; names what was asked for.
+    """
+    timm = require_timm(asked)
+    return [PREFIX + name for name in (timm.list_pretrained() if with_tags else timm.list_models())]
+
+
+def repos_of_weights(name: str) -> list[str]:
+    """Repositories of the Hub with weights of ``timm/NAME``, the default ones first, or of ``timm/NAME.TAG``."""
+    short = name.removeprefix(PREFIX)
+    timm = require_timm(name)
+    every = [short] if "." in short else [short, *timm.list_pretrained(f"{short}.*")]
+    repos = [pretrained_cfg(PREFIX + each).hf_hub_id for each in every]
+    return list(dict.fromkeys(repo for repo in repos if repo))
 
 
 def architecture(name: str) -> str:

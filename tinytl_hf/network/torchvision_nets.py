@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import torch
 import torchvision
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tinytl_hf.errors import TinyTLError
 
 AUXILIARY_HEADS = {"googlenet", "inception_v3"}
 
 
+def names() -> list[str]:
+    """Names of torchvision's classifiers with one output."""
+    return [name for name in torchvision.models.list_models(module=torchvision.models) if name not in AUXILIARY_HEADS]
+
+
 def has(name: str) -> bool:
     """Whether torchvision has a classifier of that name with one output."""
-    return name in torchvision.models.list_models(module=torchvision.models) and name not in AUXILIARY_HEADS
+    return name in names()
 
 
 def check(name: str) -> None:
@@ -27,6 +36,17 @@ def check(name: str) -> None:
         )
 
 
+class WidthsHaveValues(TorchFunctionMode):
+    """Lets RegNet compute its widths, for which it uses tensors, while it is built on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Put tensors of numbers on the CPU, but for those that a layer asks for."""
+        kwargs = kwargs or {}
+        if func in (torch.arange, torch.tensor) and "device" not in kwargs:
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
 def build(name: str) -> nn.Module:
     """The network with random weights and torchvision's own classifier.
 
@@ -34,7 +54,8 @@ def build(name: str) -> nn.Module:
         TinyTLError: torchvision has no such classifier.
     """
     check(name)
-    return torchvision.models.get_model(name, weights=None)
+    with WidthsHaveValues():
+        return torchvision.models.get_model(name, weights=None)
 
 
 def head_name(name: str, backbone: nn.Module) -> str:
@@ -55,6 +76,18 @@ def weights_names(name: str) -> list[str]:
 def best_weights(name: str) -> str:
     """The name of torchvision's best weights today, which a later load repeats."""
     return torchvision.models.get_model_weights(name).DEFAULT.name
+
+
+def input_size(name: str) -> int:
+    """Side of the images that torchvision's best weights of a network were made for, in px."""
+    return int(torchvision.models.get_model_weights(name).DEFAULT.transforms.keywords["crop_size"])
+
+
+def in_cache(name: str) -> list[str]:
+    """Names of those weights of a network that have been downloaded."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    weights = torchvision.models.get_model_weights(name)
+    return [member.name for member in weights if (folder / Path(member.url).name).is_file()]
 
 
 def download(name: str, weights: str) -> Mapping[str, Tensor]:

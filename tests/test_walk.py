@@ -1,0 +1,140 @@
+"""Every network of timm with up to 10 M parameters trains by the methods that it claims, or is refused with a reason.
+
+It trains: lean gives the outputs and gradients of stock layers in float64, and step 0 is the base network itself.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tinytl_hf import TinyTLError, TinyTLModel
+from tinytl_hf.adapter.build import check_fits
+from tinytl_hf.network import timm_nets
+from tinytl_hf.network.backbones import create_backbone
+from tinytl_hf.network.methods import METHODS
+
+timm = pytest.importorskip("timm")
+BOUND = 1e-9  # relative to the largest output or gradient
+IMAGES, CLASSES, SIZE = 2, 3, 64
+LARGEST = 10_000_000  # parameters
+SAMPLE = {  # how the biases train, and whether there are lite residuals
+    "test_efficientnet_ln": ({"masks", "recompute", "stock"}, True),
+    "test_byobnet": ({"masks", "recompute"}, False),
+    "regnetx_002": ({"masks"}, True),
+    "test_vit": "cls_token belongs to a VisionTransformer",
+    "test_nfnet": "gain belongs to a ScaledStdConv2d",
+    "levit_conv_128s": "its classifier is a tuple",
+}
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_network_trains_by_the_methods_that_it_claims_or_says_why_not(name):
+    methods = ("TinyTL-B", "TinyTL-L+B", "FT-Full")
+    found = walk(name, methods)
+    if isinstance(SAMPLE[name], str):
+        assert SAMPLE[name] in found["refused"]
+    else:
+        paths, lite = SAMPLE[name]
+        assert set(found["paths"]["TinyTL-B"]) == paths
+        assert found["methods"] == [method for method in methods if lite or method != "TinyTL-L+B"]
+
+
+@pytest.mark.slow
+def test_every_network_trains_by_the_methods_that_it_claims_or_says_why_not():
+    """With ``TINYTL_WALK`` set to a file, what was found goes there, and what it holds is not tried again."""
+    log = Path(os.environ["TINYTL_WALK"]) if "TINYTL_WALK" in os.environ else None
+    known = {} if log is None or not log.exists() else dict(map(json.loads, log.read_text().splitlines()))
+    for name in timm.list_models():
+        if name in known or parameters(name) > LARGEST:
+            continue
+        try:
+            known[name] = walk(name)
+        except Exception as error:  # the walk goes on, and tells at its end
+            known[name] = {"wrong": f"{type(error).__name__}: {error}"}
+        if log is not None:
+            with log.open("a") as file:
+                file.write(json.dumps([name, known[name]]) + "\n")
+    assert {name: found["wrong"] for name, found in known.items() if "wrong" in found} == {}
+    assert sum("methods" in found for found in known.values()) > len(known) / 2
+
+
+def parameters(name):
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+
+
+def walk(name, methods=tuple(METHODS)):
+    """Try a network.
+
+    Returns:
+        ``{"refused": reason}``, or the methods that it trains by, why by no others, how many of its blocks have lite
+        residuals, and by method how its parts train.
+
+    Raises:
+        AssertionError: It trains by a method and is wrong.
+    """
+    name = timm_nets.PREFIX + name
+    cfg = timm_nets.pretrained_cfg(name)
+    size = cfg.input_size[-1] if cfg.fixed_input_size else SIZE
+    images = torch.randn(IMAGES, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found, base = {"methods": [], "without": {}, "paths": {}, "lite": 0}, None
+    for method in methods:
+        try:
+            lean, stock = (_model(name, method, size, lean) for lean in (True, False))
+        except TinyTLError as error:
+            assert "\n" not in str(error)
+            found["without"][method] = str(error)
+            continue
+        base = create_backbone(name, "none", CLASSES).double().eval() if base is None else base
+        _check_step_0(method, lean, base, images)
+        _check_gradients(method, lean, stock, images)
+        found["methods"].append(method)
+        found["paths"][method] = sorted(set(lean.training_paths.values()))
+        found["lite"] = max(found["lite"], sum(block.lite_residual is not None for block in lean._blocks.values()))
+    if found["methods"]:
+        check_fits(lean.config, lean.adapter_tensors(), name)  # what an adapter of it is checked by when it is loaded
+    return found if found["methods"] else {"refused": next(iter(found["without"].values()))}
+
+
+def _model(name, method, size, lean):
+    torch.manual_seed(0)
+    options = {"num_classes": CLASSES, "weights": "none", "train_size": size, "lean": lean}
+    return TinyTLModel.from_backbone(name, method=method, **options).double()
+
+
+def _check_step_0(method, model, base, images):
+    own = model.backbone.state_dict()
+    for key, tensor in base.state_dict().items():
+        assert key in own, f"{method}: {key} is gone"
+        tensor.copy_(own[key])
+    with torch.no_grad():
+        _check_close(model.eval()(images), base(images), f"{method}: step 0")
+
+
+def _check_gradients(method, lean, stock, images):
+    results = []
+    for model in (lean.train(), stock.train()):
+        for key, parameter in model.backbone.named_parameters():
+            if key.endswith("lite_residual.norm2.weight"):
+                nn.init.constant_(parameter, 0.3)  # so that lite residuals matter
+        output = model(images)
+        output.square().mean().backward()
+        results.append((output, {k: p.grad for k, p in model.backbone.named_parameters() if p.requires_grad}))
+    (ours, our_grads), (theirs, their_grads) = results
+    _check_close(ours, theirs, f"{method}: output")
+    largest = max(gradient.abs().max() for gradient in their_grads.values() if gradient is not None)
+    assert largest > 0, f"{method}: nothing trains"
+    for key, gradient in their_grads.items():
+        if gradient is None:
+            assert our_grads[key] is None, f"{method}: gradient of {key}"
+        else:
+            assert (our_grads[key] - gradient).abs().max() <= BOUND * largest, f"{method}: gradient of {key}"
+
+
+def _check_close(ours, theirs, what):
+    assert theirs.isfinite().all(), f"{what}: not finite"
+    assert (ours - theirs).abs().max() <= BOUND * theirs.abs().max(), what
