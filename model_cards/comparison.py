@@ -21,6 +21,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import defaults
+
+from tinytl_hf.config.verbs import CompareConfig
 from tinytl_hf.reports.plots import save_confusion, save_curves
 
 CONFIG = "configs/cifar10_comparison.yaml"
@@ -66,6 +69,8 @@ def main() -> None:
         if options.step == "publish":
             publish(options.output)
         draw()
+        for name in defaults.SETS:
+            defaults.draw(name)
 
 
 def run_verb(*words: str) -> str:
@@ -122,12 +127,13 @@ def publish(runs: Path) -> None:
 
 def draw() -> None:
     """Draw every table and picture from what has been published."""
-    from tinytl_hf.reports.finished_run import read_run  # torch comes with it, which the other steps do without
+    from tinytl_hf.reports.compare import compare  # torch comes with it, which the other steps do without
+    from tinytl_hf.reports.finished_run import read_run
 
     published = [run for method in LEARNING_RATES for run in sorted(CARDS.glob(f"runs/{method}/seed*"))]
     if not published:
         sys.exit(f"{CARDS}/runs holds no run: publish finished ones first")
-    print(run_verb("compare", *map(str, published), "--output", str(CARDS / "comparison")))
+    print(compare(CompareConfig(output=str(CARDS / "comparison")), map(str, published))[0])
     for run in map(read_run, published):
         if run.folder.name == CARD_SEED:
             save_curves(CARDS / run.method / "curves.png", {run.method: run.epochs})

@@ -21,9 +21,35 @@ def test_tuning_takes_the_best_learning_rate_of_finished_runs_and_trains_none_of
         for folder in (run, run / "adapter"):
             (folder / "eval_results.json").write_text(json.dumps({"accuracy": figure}))
     monkeypatch.setattr(sys, "argv", ["comparison.py", "tune", "--methods", "FT-Last"])
+    monkeypatch.syspath_prepend(ROOT / "model_cards")
     runpy.run_path(str(ROOT / "model_cards" / "comparison.py"), run_name="__main__")
     tuned = json.loads((tmp_path / "model_cards" / "tuning.json").read_text())
     assert tuned == {"FT-Last": {"best": 0.003, "accuracy": accuracy}}
+
+
+def test_runs_of_the_defaults_are_published_without_the_place_of_their_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = ROOT / "model_cards" / "runs"
+    for method, name in (
+        ("TinyTL-L+B", "TinyTL-L+B/seed0"),
+        ("TinyTL-L+B", "last6/seed0"),
+        ("FT-Full", "FT-Full/seed0"),
+    ):
+        run = tmp_path / "runs" / "defaults" / "caltech101" / "mobilenet_v2" / name
+        shutil.copytree(source / method / "seed0", run)
+        (run / "adapter").mkdir()
+        shutil.move(run / "eval_results.json", run / "adapter")
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["data"]["dataset"] = str(tmp_path / "place" / "caltech101")
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "adapter" / "eval_results.json").unlink()  # as of a run that is not finished
+    monkeypatch.setattr(sys, "argv", ["defaults.py", "publish", "caltech101"])
+    runpy.run_path(str(ROOT / "model_cards" / "defaults.py"), run_name="__main__")
+    published = tmp_path / "model_cards" / "defaults" / "caltech101"
+    assert {path.parent.parent.name for path in published.rglob("metrics.jsonl")} == {"TinyTL-L+B", "last6"}
+    assert not [p for p in published.rglob("*") if p.is_file() and str(tmp_path).encode() in p.read_bytes()]
+    assert "caltech101" in (published / "mobilenet_v2/last6/seed0/config.yaml").read_text()
+    assert (published / "accuracy_memory.png").is_file() and "85." in (published / "compare.md").read_text()
 
 
 @pytest.mark.slow

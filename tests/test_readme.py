@@ -81,6 +81,7 @@ def test_every_command_runs(command, home, monkeypatch):
         assert re.search(rf"^{command.removeprefix('make ')}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif command.startswith("python "):
         monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+        monkeypatch.syspath_prepend(home / "model_cards")
         runpy.run_path(sys.argv[0], run_name="__main__")
         assert not (home / "runs" / "comparison").exists()  # nothing to train: all is published
     else:
