@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_cli
+from PIL import Image
 from test_methods import train_steps
 
 from tinytl_hf import TinyTLError
@@ -50,6 +52,18 @@ def test_timm_loads_the_folder_with_equal_logits(method, backbone, theirs, expor
     assert tuple(cfg["input_size"]) == (3, 64, 64) and cfg["crop_pct"] == options.crop_pct
     assert (tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"]) == options.normal
     assert "same label for 4 of 4" in text and f"timm's {theirs}" in text
+
+
+def test_the_pipeline_of_transformers_gives_the_same_probabilities(exported):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model, folder, _ = exported("TinyTL-B", "timm/test_efficientnet")
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IMAGES).logits, model(IMAGES), atol=1e-5, rtol=1e-5)
+        ours = model(model.preprocess(photo)).softmax(1)[0]
+    for line in transformers.pipeline("image-classification", model=str(folder))(photo):
+        assert line["score"] == pytest.approx(ours[LABELS.index(line["label"])].item(), abs=0.02)  # resized by Pillow
 
 
 @pytest.mark.parametrize(
