@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import re
+import select
 import sys
 import traceback
 import warnings
@@ -77,10 +78,17 @@ def _main(argv: list[str]) -> None:
 
 
 def _output_is_closed() -> bool:
+    """Whether nobody reads our output any more; else a broken pipe was another one, such as to a server."""
     try:
         sys.stdout.flush()
+        if os.name == "posix":  # of a long text nothing is left to flush: the pipe itself tells
+            poll = select.poll()
+            poll.register(sys.stdout, 0)
+            return bool(poll.poll(0))
     except BrokenPipeError:
         return True
+    except OSError:  # output into no file, as in a notebook
+        return False
     return False
 
 
