@@ -1,12 +1,15 @@
 """Backbones of timm: names, weights, preprocessing, heads, and their layers in the lean engine."""
 
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_cli, write_image
+from conftest import ROOT, run_cli, write_image
+from hub_server import READER, File
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 from torch import nn
@@ -105,10 +108,74 @@ def test_weights_of_the_hub_are_pinned_to_their_commit_and_load_later_and_offlin
     assert "\n" not in str(error.value) and f"--revision {commit}" in str(error.value)
 
 
-def test_an_adapters_own_cache_serves_its_backbone_too(hub, tmp_path):
-    TinyTLModel.from_backbone(REPO, method="FT-Last", num_classes=3, train_size=64).save_pretrained(tmp_path / "a")
-    TinyTLModel.from_pretrained(tmp_path / "a", cache_dir=tmp_path / "other")
-    assert list((tmp_path / "other").glob("models--timm--test_efficientnet*/snapshots/*/model.safetensors"))
+@pytest.fixture
+def pushed(hub, tmp_path, monkeypatch):
+    """An adapter on the Hub whose base is there, too; the cache that follows is empty."""
+    model = TinyTLModel.from_backbone(REPO, method="TinyTL-B", num_classes=3, train_size=64)
+    model.push_to_hub("me/flowers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    return model
+
+
+def downloads(hub):
+    """How often the base's weights were fetched."""
+    return sum(verb == "GET" and REPO in path and "model.safetensors" in path for verb, path in hub.requests)
+
+
+def test_the_options_of_a_download_hold_for_an_adapter_and_its_base(pushed, hub, tmp_path):
+    images, cache, before = torch.randn(2, 3, 64, 64), tmp_path / "own", downloads(hub)
+    with pytest.raises(TinyTLError, match="loading it from the Hub failed"):
+        TinyTLModel.from_pretrained("me/flowers", cache_dir=cache, local_files_only=True)
+    TinyTLModel.from_pretrained("me/flowers", cache_dir=cache)
+    assert {path.name for path in cache.glob("models--*")} == {
+        "models--me--flowers",
+        f"models--{REPO}".replace("/", "--"),
+    }
+    assert downloads(hub) == before + 1 and not (tmp_path / "empty").exists()
+    asked = len(hub.requests)
+    model = TinyTLModel.from_pretrained("me/flowers", cache_dir=cache, local_files_only=True)
+    model.load_adapter("me/flowers", "again", cache_dir=cache, local_files_only=True)
+    assert len(hub.requests) == asked and torch.equal(model.eval()(images), pushed.eval()(images))
+    TinyTLModel.from_pretrained("me/flowers", cache_dir=cache, force_download=True)
+    assert downloads(hub) == before + 2
+
+
+def test_a_token_is_for_the_adapter_and_for_its_base(pushed, hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    hub.repos[REPO].private = True
+    with pytest.raises(TinyTLError, match=f"{REPO}@.*: model.safetensors cannot be had from the Hub"):
+        TinyTLModel.from_pretrained("me/flowers")
+    model = TinyTLModel.from_pretrained("me/flowers", token=READER)
+    model.load_adapter("me/flowers", "again", token=READER, force_download=True)
+
+
+def test_what_one_process_trains_and_pushes_another_one_loads_by_name_though_the_base_has_changed(
+    hub, colour_folder, tmp_path
+):
+    options = ["--backbone.name", REPO, "--data.dataset", colour_folder, "--output_dir", tmp_path / "run"]
+    options += ["--data.train_size", "64", "--train.epochs", "1", "--train.global_batch_size", "8"]
+    options += ["--train.threads", "1", "--memory.report", "false", "--hub.push", "--hub.repo", "me/colours"]
+    done = run_cli("train", *options)
+    assert done.returncode == 0, done.stderr
+    commit = hub.repos[REPO].refs["main"]
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = TinyTLModel.from_pretrained(tmp_path / "run").eval()(images)
+    other = {"model.safetensors": File(save(random_weights("test_efficientnet", seed=4)), large=True)}
+    hub.stored[other["model.safetensors"].oid] = other["model.safetensors"].content
+    hub.repos[REPO].commit("main", "other weights", other)
+    code = (
+        "import sys, torch; from tinytl_hf import TinyTLModel\n"
+        "images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))\n"
+        "model = TinyTLModel.from_pretrained('me/colours').eval()\n"
+        "with torch.no_grad(): torch.save((model(images), model.config.backbone.weights), sys.argv[1])"
+    )
+    fresh = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    fresh |= {"HF_HUB_DISABLE_XET": "1"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "found.pt"], check=True, cwd=ROOT, env=os.environ | fresh)
+    logits, source = torch.load(tmp_path / "found.pt")
+    assert torch.equal(logits, expected) and source == f"hf-hub:{REPO}@{commit}"
+    card = hub.repos["me/colours"].files()["README.md"].content.decode()
+    assert f"base_model: {REPO}" in card and "base_model_relation: adapter" in card
 
 
 def test_a_model_of_the_hub_is_taken_apart_into_network_weights_and_preprocessing(hub, tmp_path):

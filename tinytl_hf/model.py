@@ -326,7 +326,7 @@ class TinyTLModel(nn.Module):
         saved = read_config(folder)
         self._adapters.check_new(name, saved, self.config, folder)
         source = weights or self._adapters.source(self.config, own=saved.backbone.weights)
-        new = self._with_tensors(folder, saved, source, self.engine)
+        new = self._with_tensors(folder, saved, source, self.engine, **download)
         self._adapters.add(name, new._loaded(), self._loaded(), folder, saved.backbone.sha256)
 
     def set_adapter(self, name: str) -> None:

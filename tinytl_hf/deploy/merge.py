@@ -20,6 +20,7 @@ from tinytl_hf.adapter.record import AdapterConfig, config_from
 from tinytl_hf.config.verbs import MergeConfig
 from tinytl_hf.disk import expanded, write_bytes
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.hub.transfer import without_paths
 from tinytl_hf.lean.int8 import dequantise
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.backbones import sha256
@@ -46,7 +47,8 @@ def merge(config: MergeConfig) -> str:
         model.config = replace(model.config, backbone=record)
     what, how = _description(model.config, path.name)
     tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
-    metadata = {"format": "pt", "content": what, "load_with": how, "adapter_config": model.config.to_json()}
+    shown = without_paths(model.config).to_json()
+    metadata = {"format": "pt", "content": what, "load_with": how, "adapter_config": shown}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, save(tensors, metadata=metadata))

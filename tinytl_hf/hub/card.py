@@ -284,7 +284,8 @@ def _weights_in_words(config: AdapterConfig) -> str:
         source = f"torchvision ({_code(weights)}, downloaded once)"
     else:
         source = f"the Python package {_code(weights)}"
-    words = f"The frozen weights of {name} come from {source}, and are checked by their hash."
+    of_file = f" (sha256 of the frozen tensors `{config.backbone.sha256}`)" if is_weights_file(weights) else ""
+    words = f"The frozen weights of {name} come from {source}, and are checked by their hash{of_file}."
     licence = config.backbone.license
     return words if licence is None else f"{words} Their author's licence: {_escaped(licence)}."
 

@@ -112,25 +112,31 @@ def pin_weights(name: str, weights: str, **download: Any) -> str:
     Raises:
         TinyTLError: There are no such weights, or they cannot be had.
     """
-    if weights == "imagenet":
-        if name == proxylessnas.NAME:
-            raise TinyTLError(
-                f"backbone.weights=imagenet: nobody serves weights of {name} as safetensors; name the authors' file "
-                "(proxyless_mobile of mit-han-lab/proxylessnas), or use none"
-            )
-        if not name.startswith(PREFIX):
-            return torchvision_nets.best_weights(name)
-        repo = timm_nets.pretrained_cfg(name).hf_hub_id
-        if not repo:
-            raise TinyTLError(f"backbone.weights=imagenet: the Hub has no weights of {name}; name a file, or use none")
-        weights = HUB + repo
-    return hub_weights.pinned(weights, hub_weights.fetch(weights, **download)) if weights.startswith(HUB) else weights
+    return locate_weights(name, weights, **download)[0]
 
 
 def locate_weights(name: str, weights: str, **download: Any) -> tuple[str, str]:
-    """A source of weights, pinned, and one that needs no network: of weights on the Hub the file in the cache."""
-    source = pin_weights(name, weights, **download)
-    return source, str(hub_weights.fetch(source, **download)) if source.startswith(HUB) else source
+    """A source as of :func:`pin_weights`, and where it is: of weights on the Hub, the file in the client's cache."""
+    source = _of_library(name) if weights == "imagenet" else weights
+    if not source.startswith(HUB):
+        return source, source
+    path = hub_weights.fetch(source, **download)
+    return hub_weights.pinned(source, path), str(path)
+
+
+def _of_library(name: str) -> str:
+    """The source that ``imagenet`` stands for."""
+    if name == proxylessnas.NAME:
+        raise TinyTLError(
+            f"backbone.weights=imagenet: nobody serves weights of {name} as safetensors; name the authors' file "
+            "(proxyless_mobile of mit-han-lab/proxylessnas), or use none"
+        )
+    if not name.startswith(PREFIX):
+        return torchvision_nets.best_weights(name)
+    repo = timm_nets.pretrained_cfg(name).hf_hub_id
+    if not repo:
+        raise TinyTLError(f"backbone.weights=imagenet: the Hub has no weights of {name}; name a file, or use none")
+    return f"{HUB}{repo}"
 
 
 def create_backbone(name: str, weights: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
