@@ -25,6 +25,7 @@ from started_runs import CONTEXT
 
 from tinytl_hf import TinyTLModel, cli
 from tinytl_hf.measure import memory, speed
+from tinytl_hf.train import budget, fit
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("FT-Last", "TinyTL-B", "TinyTL-L", "TinyTL-L+B", "FT-Norm+Last", "FT-Full", "FT-Layerwise")
@@ -92,9 +93,10 @@ def use_server(tmp_path, monkeypatch):
 
 @pytest.fixture
 def ready_processes(monkeypatch):
-    """``memory`` and ``bench`` get processes that have imported torch already; of their own all the same."""
-    for module in (memory, speed):
+    """What measures in processes of its own gets such that have imported torch already."""
+    for module in (memory, speed, budget):
         monkeypatch.setattr(module, "get_context", lambda _: CONTEXT)
+    monkeypatch.setattr(fit, "quick_processes", lambda: CONTEXT)
 
 
 @pytest.fixture

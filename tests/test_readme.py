@@ -44,6 +44,8 @@ def run_small(command):
         arguments += [*SMALL, "--data.dataset", "path/to/images", "--memory.report", "false", "--overwrite", "true"]
     elif arguments[0] == "bench":
         arguments += [*SMALL[:2], "--train_sizes", "[32]", "--batch_sizes", "[2]", "--repeats", "1"]
+    elif arguments[0] == "fit":
+        arguments += [*SMALL[:2], "--methods", "[FT-Last]", "--train_sizes", "[32]"]
     elif arguments[0] == "memory":
         arguments += [*SMALL[:4], "--batch_size", "2", "--repeats", "1"]
     done = run_cli(*arguments)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from jsonargparse import Namespace
 
 from tinytl_hf.config.export import ExportConfig
+from tinytl_hf.config.fit import FitConfig
 from tinytl_hf.config.hub import PullConfig, PushConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import (
@@ -29,6 +30,7 @@ from tinytl_hf.config.verbs import (
 from tinytl_hf.errors import TinyTLError, one_line
 
 PROG = "tinytl-hf"
+VARIED_BY_FIT = {"gradient_accumulation_steps", "frozen_weights", "trained_blocks", "precision"}  # its rows have them
 T = TypeVar("T")
 
 
@@ -159,6 +161,21 @@ def _backbones(values: Namespace) -> None:
         print(line, flush=True)
 
 
+def _fit(values: Namespace) -> None:
+    from tinytl_hf.device import set_threads
+    from tinytl_hf.measure import memory
+    from tinytl_hf.train.fit import fit
+    from tinytl_hf.train.fit_table import fit_table, to_json
+
+    config, options = _build(Config, values), _build(FitConfig, values)
+    set_threads(config.train.threads)
+    found = fit(config, options)
+    conditions = {key: value for key, value in memory.conditions(config).items() if key not in VARIED_BY_FIT}
+    _print_measured(conditions, fit_table(found), to_json(found, conditions) if options.json else None)
+    if options.output is not None:
+        print(f"{PROG}: next: {PROG} train --config {shlex.quote(options.output)}", file=sys.stderr)
+
+
 def _compare(values: Namespace) -> None:
     from tinytl_hf.reports.compare import compare
 
@@ -228,6 +245,7 @@ VERBS = {
     ),
     "bench": Verb(_bench, "time training steps of lean and stock in alternation", (BenchConfig, Config)),
     "backbones": Verb(_backbones, "list the backbones that can be trained", (BackbonesConfig,), PATTERN),
+    "fit": Verb(_fit, "find what trains best within a budget of memory and time", (FitConfig, Config)),
     "predict": Verb(_predict, "label images with an adapter", (PredictConfig,), IMAGES),
     "merge": Verb(_merge, "write backbone and adapter as one file of weights", (MergeConfig,)),
     "export": Verb(_export, "write a model for ONNX, ExecuTorch or timm", (ExportConfig,), has_data_options=True),

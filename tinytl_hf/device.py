@@ -6,6 +6,8 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import joblib
@@ -31,6 +33,7 @@ NOT_SUPPORTED = {
 }
 NONE_OF_IT = {"", "no", "none", "false", "0", "off", "f", "n"}
 PRECISIONS = ("no", "bf16", "fp16")
+NO_LIMIT = 2**60  # bytes; version 1 of control groups says no limit by a huge number
 CPU_PIXELS = 2 * 224 * 224  # maps of so many pixels stay below 32 MB in the usual networks
 
 
@@ -147,6 +150,39 @@ def check_divides(batch_size: int, key: str, processes: int, accumulation_steps:
             f"{key}={batch_size}: must be a multiple of {parts} ({processes} processes times "
             f"{accumulation_steps} accumulation steps)"
         )
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bf16: others emulate it, which takes no less time."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """The most memory that the container or control group of this process may use, in bytes; None: no limit.
+
+    Args:
+        root: Of the file system.
+    """
+    return min(_group_limits(root), default=None)
+
+
+def _group_limits(root: Path) -> Iterator[int]:
+    """Limits of this process's control groups, of versions 1 and 2, from its own up to the root."""
+    own = root / "proc/self/cgroup"
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, controllers, name = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount, file = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        top = root / "sys/fs/cgroup" / mount
+        for group in (top / name.lstrip("/"), *(top / name.lstrip("/")).parents):
+            text = (group / file).read_text().strip() if (group / file).is_file() else "max"
+            if text.isdecimal() and int(text) < NO_LIMIT:
+                yield int(text)
+            if group == top:
+                break
 
 
 def forward_in_parts(model: nn.Module, inputs: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ RENAMED = {
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """How much training keeps in memory: an execution choice that changes no name and no result."""
+    """How much training keeps in memory: execution choices that change no name and, the budget aside, no result."""
 
     lean: bool = Engine.lean
     """Keep only what the gradients need (true), or what stock PyTorch keeps (false)."""
@@ -41,12 +41,17 @@ class MemoryConfig:
     slice_mb: float | None = Engine.slice_mb
     """Work through frozen blocks in slices of the batch whose widest map takes about this many MB: smaller
     slices need less memory; null: what suits the back-end."""
+    budget_mb: float | None = None
+    """Most that a training step of a process may take, in MB of 1e6 bytes, as memory.json measures it. A real step is
+    measured before training, and the batch split into as many accumulation steps as keep it within; null: any."""
     report: bool = True
     """Measure a training step at the end and write what it takes to memory.json in output_dir."""
 
     def __post_init__(self) -> None:
         fits = self.slice_mb is None or self.slice_mb > 0
         check(fits, "memory.slice_mb", self.slice_mb, "use a number of MB above 0, such as 5, or null")
+        fits = self.budget_mb is None or self.budget_mb > 0
+        check(fits, "memory.budget_mb", self.budget_mb, "use a number of MB above 0, such as 64, or null")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 # photo takes little memory; only crops of less than a quarter of its area could show more detail than that.
 REDUCE_ABOVE = 2
 MAX_ASPECT = 4  # longer images are cropped to it at their centre: a batch takes the size of its largest image
-
+FIRST_TURNED = 5  # EXIF's orientations from here on swap width and height
 
 Image.init()
 if find_spec("pillow_heif") is not None:
@@ -98,12 +98,32 @@ def to_pixels(image: Image.Image, input_size: int) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    shorter = min(image.size)
-    if shorter > REDUCE_ABOVE * input_size:
-        scale = REDUCE_ABOVE * input_size / shorter
-        size = (round(image.width * scale), round(image.height * scale))
+    size = _reduced(image.width, image.height, input_size)
+    if size != image.size:
         image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
     return np.array(image)
+
+
+def decoded_size(encoded: dict[str, Any], input_size: int) -> tuple[int, int] | None:
+    """Height and width in px that :func:`decode_pixels` gives, by the file's header; None: it cannot be read."""
+    source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
+    try:
+        with Image.open(source, formats=FORMATS) as image:
+            size, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a damaged file can make Pillow raise almost anything; who decodes it says what is wrong
+        return None
+    longest = MAX_ASPECT * min(size)
+    width, height = _reduced(min(size[0], longest), min(size[1], longest), input_size)
+    return (width, height) if orientation >= FIRST_TURNED else (height, width)
+
+
+def _reduced(width: int, height: int, input_size: int) -> tuple[int, int]:
+    """Width and height to which an image is reduced: its own, unless it is much larger than the input."""
+    shorter = min(width, height)
+    if shorter <= REDUCE_ABOVE * input_size:
+        return width, height
+    scale = REDUCE_ABOVE * input_size / shorter
+    return round(width * scale), round(height * scale)
 
 
 def decoded_photo_size(input_size: int) -> tuple[int, int]:

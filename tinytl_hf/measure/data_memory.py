@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.run import Config
-from tinytl_hf.data.batches import survey
-from tinytl_hf.data.sets import open_data
+from tinytl_hf.data.photo_sizes import photo_sizes
+from tinytl_hf.data.sets import Opened, open_data
 from tinytl_hf.measure.memory import DataMemory
 
 
 def survey_data(config: Config) -> DataMemory:
-    """What the data set of a run would keep in memory, by a sample of its images.
+    """What the data set of a run would keep in memory, by the headers of its images.
 
     Raises:
         TinyTLError: The data set cannot be found or read.
     """
-    data = config.data
-    opened = open_data(data)
-    found = survey(opened.train, data, data.train_size)
-    in_memory = {"train": found.in_memory}
+    return data_memory(open_data(config.data), config.data)
+
+
+def data_memory(opened: Opened, data: DataConfig) -> DataMemory:
+    """What the splits of a run would keep in memory, by the headers of their images."""
+    train = photo_sizes(opened.train, data, data.train_size)
+    in_memory = {"train": train.in_memory}
     for name, split in (("eval", opened.evaluation), ("test", opened.test)):
         if split is not None:
-            in_memory[name] = survey(split, data, data.eval_size or data.train_size).in_memory
-    return DataMemory(in_memory, found.photo_size)
+            in_memory[name] = photo_sizes(split, data, data.eval_size or data.train_size).in_memory
+    return DataMemory(in_memory, train.largest)

@@ -189,7 +189,7 @@ def memory_table(rows: Sequence[MemoryRow], data: DataMemory | None = None) -> s
             count = f"{len(row.stock_layers)} layers stay stock"
             notes.append(f"{row.method}, {row.engine}: {count}: {names}; in all they keep {total:.1f} MB for backward")
     if data is not None:
-        notes.append(f"besides, the decoded images of the data set, once a machine: {data} (by a sample)")
+        notes.append(f"besides, the decoded images of the data set, once a machine: {data} (by their headers)")
     return "\n".join([LEGEND, *aligned(table, left=2), *notes]) + "\n"
 
 

@@ -48,6 +48,7 @@ MAY_DIFFER = {
         "memory.lean",
         "memory.backend",
         "memory.slice_mb",
+        "memory.budget_mb",
         "memory.report",
         "train.epochs",
         "train.patience",

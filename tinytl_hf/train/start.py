@@ -36,6 +36,7 @@ from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports.run_folder import ADAPTER
 from tinytl_hf.step import Loss, make_optimizer
 from tinytl_hf.train import checkpoint
+from tinytl_hf.train.budget import within_budget
 from tinytl_hf.train.cached_features import compute_features
 from tinytl_hf.train.checkpoint import Progress
 from tinytl_hf.train.finish import save_adapters
@@ -73,6 +74,8 @@ def set_up(config: Config) -> Run:
         )
     asked, config = config, recipe.resolve(config, len(train_split.labels))
     check_free(config)
+    config = within_budget(config, accelerator, opened)
+    options = config.train
     resume_from = checkpoint.find(config)
     set_seed(config.seed)
 

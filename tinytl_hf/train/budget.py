@@ -1,0 +1,136 @@
+"""``memory.budget_mb``: as many accumulation steps as keep a training step within a budget, found before training."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from multiprocessing import get_context
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from tinytl_hf.config.fit import FitConfig
+from tinytl_hf.config.run import Config
+from tinytl_hf.data.sets import Opened
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.network.methods import METHODS
+from tinytl_hf.train.finish import MEASURED_ON
+from tinytl_hf.train.fit import MB, count_blocks, facts_of, make_families
+from tinytl_hf.train.fresh_step import FreshStep, measure_step
+from tinytl_hf.train.plans import Plan, passes_of, sizes_to_try
+from tinytl_hf.train.search import BYTES, Budget, Family, Row, search
+
+logger = logging.getLogger(__name__)
+
+
+def within_budget(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
+    """``config`` with the fewest accumulation steps, no fewer than it has, whose measured step keeps the budget.
+
+    Args:
+        config: The run, with its recipe settled.
+        accelerator: All processes of the run: the first measures for all.
+        opened: Its data.
+
+    Raises:
+        TinyTLError: No split of the batch keeps it, with what would; or the device does not tell its peak.
+    """
+    if config.memory.budget_mb is None:
+        return config
+    found: list[Config | TinyTLError] = [config]
+    if accelerator.is_main_process:
+        try:
+            found = [_split(config, accelerator, opened)]
+        except TinyTLError as error:  # the other processes wait for it
+            found = [error]
+    (result,) = broadcast_object_list(found)
+    if isinstance(result, TinyTLError):
+        raise result
+    accelerator.gradient_accumulation_steps = result.train.gradient_accumulation_steps
+    return result
+
+
+def _split(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
+    """The same, on one process."""
+    device, name = accelerator.device.type, f"memory.budget_mb={config.memory.budget_mb:g}"
+    if device not in MEASURED_ON:
+        devices = " and ".join(MEASURED_ON)
+        raise TinyTLError(f"{name}: peaks are measured on {devices}, not on {device}; leave it out")
+    if config.train.cache_features:
+        logger.info("%s: the step is measured without train.cache_features, which takes less", name)
+    family = _family(config, accelerator.num_processes, opened)
+    whole, smallest = family.plans[0], family.plans[-1]
+    row = family.measure(whole)
+    if row is None or not row.fits(family.budget):
+        row = (family.best(family.plans) if family.rows else None) or family.measure(smallest)
+    if row is None:
+        raise TinyTLError(
+            f"{name}: the step that is measured before training did not end: this machine has not enough memory for "
+            'it, or a script that trains has no `if __name__ == "__main__":`'
+        )
+    if not row.fits(family.budget):
+        raise TinyTLError(f"{name}: {_in_words(row)}; {_what_would_fit(config, opened)}")
+    before = config.train.gradient_accumulation_steps
+    steps = before * whole.batch // row.plan.batch
+    first = next((row for row in family.rows if row.plan == whole), None)
+    instead = "" if steps == before or first is None else f", where {_in_words(first)}"
+    logger.info("%s: %s%s%s", name, _in_words(row), instead, _what_differs(config) if steps > before else "")
+    return replace(config, train=replace(config.train, gradient_accumulation_steps=steps))
+
+
+def _family(config: Config, processes: int, opened: Opened) -> Family:
+    """The run as it is, with fewer and fewer images a pass; of several processes, the part of one."""
+    options = config.train
+    share = replace(config, train=replace(options, global_batch_size=options.global_batch_size // processes))
+    whole = share.train.global_batch_size // options.gradient_accumulation_steps
+    int8 = config.backbone.frozen_weights == "int8"
+    plan = Plan(config.method, config.trained_blocks, 1.0, config.data.train_size, whole, int8)
+    plan = replace(plan, checkpointing=options.gradient_checkpointing)
+    fewest = 2 if _has_batch_norms(config) and whole > 1 else 1  # images: of one, a batch norm can have no statistics
+    plans = [replace(plan, batch=batch) for batch in passes_of(share) if whole % batch == 0 and batch >= fewest]
+    facts = {config.data.train_size: facts_of(opened, config, config.data.train_size)}
+    assert config.memory.budget_mb is not None
+    budget = Budget(config.memory.budget_mb * MB, None, None, 0)
+    context, known = get_context("spawn"), facts[plan.train_size]
+
+    def take(plan: Plan, repeats: int) -> FreshStep | None:
+        step = measure_step(plan.of(share), known.classes, known.photo_size, context, repeats)
+        if step is None or processes == 1 or plan.batch == share.train.global_batch_size:
+            return step
+        # Several processes that accumulate add their gradients up in memory of its own.
+        return replace(step, peak=replace(step.peak, gradient_buckets=BYTES * step.trained_parameters))
+
+    return Family(plans, facts, budget, share.train.global_batch_size, take)
+
+
+def _has_batch_norms(config: Config) -> bool:
+    method = METHODS[config.method]
+    return method.batch_statistics or (method.lite_residual and config.lite.norm == "batch")
+
+
+def _in_words(row: Row) -> str:
+    images = "1 image" if row.plan.batch == 1 else f"{row.plan.batch} images"
+    return f"a step with {images} a pass takes {row.step.peak.total / MB:.1f} MB"
+
+
+def _what_differs(config: Config) -> str:
+    """Why the result is not that of whole batches; nothing where it is, up to rounding."""
+    reasons = []
+    if _has_batch_norms(config):
+        reasons.append("batch norms see the images of a pass alone")
+    if config.head.dropout:
+        reasons.append("dropout draws other features")
+    return f"; the result differs from that of whole batches, as {' and '.join(reasons)}" if reasons else ""
+
+
+def _what_would_fit(config: Config, opened: Opened) -> str:
+    """Another way to train, by the same method or the last layer alone, whose measured step keeps the budget."""
+    assert config.memory.budget_mb is not None
+    command = f"`tinytl-hf fit --memory_mb {config.memory.budget_mb:g}` with this run's data"
+    blocks, budget = count_blocks(config), Budget(config.memory.budget_mb * MB, None, None, 0)
+    for method in dict.fromkeys([config.method, "FT-Last"]):
+        options = FitConfig(methods=[method])  # type: ignore[list-item]
+        facts = {size: facts_of(opened, config, size) for size in sizes_to_try(options, config.data.train_size)}
+        row = next(search(make_families(config, options, blocks, facts, budget), lambda _: 0.0), None)
+        if row is not None:
+            return f"{row.step.peak.total / MB:.1f} MB takes: {row.plan}; {command} shows more"
+    return f"nothing that was tried fits; {command} says what the smallest takes"

@@ -1,0 +1,203 @@
+"""The verb ``fit``: what trains best within a budget of memory and time, by real training steps."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from tinytl_hf.config.fit import FitConfig
+from tinytl_hf.config.recipe import epochs_for
+from tinytl_hf.config.run import Config
+from tinytl_hf.config.yaml12 import dump_yaml
+from tinytl_hf.data.sets import Opened, open_data
+from tinytl_hf.device import has_bf16, memory_limit
+from tinytl_hf.disk import write_text
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.measure.data_memory import data_memory
+from tinytl_hf.measure.peak import process_high_water
+from tinytl_hf.measure.results import make_folder_of
+from tinytl_hf.network.backbones import create_backbone, find_backbone
+from tinytl_hf.network.blocks import convert_blocks
+from tinytl_hf.train.fresh_step import TRAINING, FreshStep, measure_step, quick_processes
+from tinytl_hf.train.plans import Plan, families, sizes_to_try
+from tinytl_hf.train.search import Budget, DataFacts, Family, Row, search
+
+logger = logging.getLogger(__name__)
+
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits a budget.
+
+    Attributes:
+        rows: Plans that fit the memory, each with its measured step, in the order of the ranking.
+        budget: What there is.
+        epochs: Of a whole training.
+        recommended: The best row whose training fits the time.
+        recommended_epochs: For how many epochs it trains: fewer where none fits the time as a whole.
+        facts: Of the data, by size of the images.
+        config: The run that is recommended.
+    """
+
+    rows: list[Row]
+    budget: Budget
+    epochs: int
+    recommended: Row
+    recommended_epochs: int
+    facts: dict[int, DataFacts]
+    config: Config
+
+
+def fit(config: Config, options: FitConfig) -> Fit:
+    """Measure what fits a budget, recommend one way to train, and write its config to ``options.output``.
+
+    Args:
+        config: The run; its method, trained blocks, image size, accumulation, storage of frozen weights, checkpointing
+            and, where that is open, precision are varied.
+        options: The budget, and what may be tried.
+
+    Raises:
+        TinyTLError: Nothing fits, with the least that works; or there is no budget, or bad data or weights.
+    """
+    if options.output is not None:
+        make_folder_of("output", Path(options.output))
+    process = _process_budget(options)
+    if options.memory_mb is None and process is None:
+        raise TinyTLError("fit: no budget; name --memory_mb, for a training step, or --process_mb")
+    if config.train.cache_features:
+        logger.info("train.cache_features is not used: steps are measured with images as they come")
+    blocks = count_blocks(config)
+    opened = open_data(config.data)
+    facts = {size: facts_of(opened, config, size) for size in sizes_to_try(options, config.data.train_size)}
+    import_module(TRAINING)  # so that this process has resident what a training has
+    seconds = None if options.minutes is None else options.minutes * 60
+    step = None if options.memory_mb is None else options.memory_mb * MB
+    budget = Budget(step, process, seconds, process_high_water())
+    tried = make_families(config, options, blocks, facts, budget)
+    epochs = config.train.epochs or epochs_for(len(opened.train.labels))
+    rows = list(search(tried, lambda row: epochs * row.seconds))
+    if not rows:
+        rows = [_least(tried)]
+    rows.sort(key=lambda row: (-row.plan.points, row.seconds))
+    row, its_epochs = recommend(rows, epochs, seconds)
+    run = _run_of(row.plan, config, options, its_epochs if its_epochs < epochs else config.train.epochs)
+    found = Fit(rows, budget, epochs, row, its_epochs, facts, run)
+    if options.output is not None:
+        write_text(Path(options.output), f"# Recommended by tinytl-hf fit: {row.plan}\n{dump_yaml(run.to_dict())}")
+    return found
+
+
+def recommend(rows: list[Row], epochs: int, seconds: float | None) -> tuple[Row, int]:
+    """The row with the most points whose training keeps the time, and its epochs.
+
+    Where none does, the row that gets furthest in it, for as many epochs as it can.
+
+    Args:
+        rows: What fits the memory, best first.
+        epochs: Of a whole training.
+        seconds: The time; None: any.
+
+    Raises:
+        TinyTLError: The time is too short for an epoch.
+    """
+    in_time = [row for row in rows if seconds is None or epochs * row.seconds <= seconds]
+    if in_time:
+        return in_time[0], epochs
+    assert seconds is not None
+    row = min(rows, key=lambda row: row.seconds)
+    if row.seconds > seconds:
+        raise TinyTLError(
+            f"minutes={seconds / 60:g}: the quickest that fits the memory takes {row.seconds / 60:.1f} minutes an "
+            f"epoch ({row.plan}); give it that much, or train on fewer images with --data.max_train_samples"
+        )
+    return row, int(seconds / row.seconds)
+
+
+def make_families(
+    config: Config, options: FitConfig, blocks: int, facts: dict[int, DataFacts], budget: Budget
+) -> list[Family]:
+    """What to try, each with what takes a step of it in a process of its own."""
+    context = quick_processes()
+
+    def take(plan: Plan, repeats: int) -> FreshStep | None:
+        known = facts[plan.train_size]
+        step = measure_step(plan.of(config), known.classes, known.photo_size, context, repeats)
+        logger.info("measured: %s: %s", plan, "no memory" if step is None else f"{step.peak.total / MB:.1f} MB")
+        return step
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = families(config, options, blocks, has_bf16(device))
+    tried = [Family(plans, facts, budget, config.train.global_batch_size, take) for plans in found if plans]
+    if not tried:
+        raise TinyTLError(
+            f"methods={options.methods}: {config.backbone.name} has no residual blocks; add FT-Last or TinyTL-B"
+        )
+    return tried
+
+
+def facts_of(opened: Opened, config: Config, size: int) -> DataFacts:
+    """What a budget needs to know of a data set, for training images of this size in px."""
+    memory = data_memory(opened, replace(config.data, train_size=size, start_size=None))
+    in_memory = sum(part for part in memory.parts.values() if isinstance(part, int))
+    train, evaluated = opened.train, len(opened.evaluation.labels)
+    return DataFacts(len(train.labels), evaluated, len(train.label_names), memory.photo_size, in_memory)
+
+
+def count_blocks(config: Config) -> int:
+    """Residual blocks of a run's backbone.
+
+    Raises:
+        TinyTLError: There is no such backbone, or its weights cannot be had.
+    """
+    found = find_backbone(config.backbone.name, config.backbone.weights)
+    with torch.device("meta"):
+        return len(convert_blocks(create_backbone(found.name, "none", 2)))
+
+
+def _process_budget(options: FitConfig) -> float | None:
+    """The budget of the whole process in bytes; says where the container's limit decides."""
+    asked, limit = options.process_mb, memory_limit()
+    if limit is None or (asked is not None and asked * MB <= limit):
+        return None if asked is None else asked * MB
+    logger.info("process_mb: %s MB, the limit of the container, decides", f"{limit / MB:,.0f}")
+    return limit
+
+
+def _least(tried: list[Family]) -> Row:
+    """The plan that should take least, if its measured step fits after all.
+
+    Raises:
+        TinyTLError: It does not; with what it takes.
+    """
+    able = [family for family in tried if family.rows]
+    if not able:
+        raise TinyTLError("fit: this machine has not enough memory for the smallest step of any method")
+    family = min(able, key=lambda family: family.excess(family.smallest()))
+    row = family.measure(family.smallest(), repeats=2)
+    if row is None:
+        raise TinyTLError(f"fit: this machine has not enough memory for {family.smallest()}")
+    if row.fits(family.budget):
+        return row
+    budget = family.budget
+    over = budget.step is not None and row.step.peak.total > budget.step
+    name, asked = ("memory_mb", budget.step) if over else ("process_mb", budget.process)
+    needs = row.step.peak.total if over else row.process
+    raise TinyTLError(
+        f"{name}={(asked or 0) / MB:g}: nothing fits; the smallest that works takes {needs / MB:.1f} MB ({row.plan})"
+    )
+
+
+def _run_of(plan: Plan, config: Config, options: FitConfig, epochs: int | None) -> Config:
+    run = plan.of(config)
+    warmup = run.train.warmup_epochs if epochs is None else min(run.train.warmup_epochs, epochs / 2)
+    return replace(
+        run,
+        train=replace(run.train, epochs=epochs, warmup_epochs=warmup),
+        memory=replace(run.memory, budget_mb=options.memory_mb),
+    )
