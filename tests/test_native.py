@@ -17,6 +17,7 @@ from tinytl_hf.lean.int8 import quantise
 from tinytl_hf.lean.lite_branch import Branch
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.norms import FrozenBatchNorm2d
+from tinytl_hf.network.same_padding import SameConv2d
 
 SETS = native_library.instruction_sets()
 pytestmark = pytest.mark.skipif(not SETS, reason="the package was installed without a C compiler")
@@ -118,7 +119,7 @@ def error(found, exact):
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_chain_is_as_exact_as_stock_in_any_slices_and_threads(name, cache_mb, threads, instruction_set):
     chain, x = make(name, slice_mb=cache_mb)
-    assert native_backend.fits(chain, x.dtype) is None
+    assert native_backend.fits(chain, x.dtype, x.shape) is None
     pools = min(chain.block_input_size(x.shape)) > 1
     exact, exact_pooled = stock(chain, x, torch.float64)
     output, pooled, masks = native_backend.chain_forward(chain, x, x.dtype, True, pools)
@@ -269,21 +270,25 @@ def test_what_the_kernels_cannot_run_is_named_and_runs_on_eager(caplog):
     backend._say_once.cache_clear()
     caplog.set_level("INFO", "tinytl_hf")
     odd = Chain((Stage(conv(8, 12), norm(12), "relu"),), backend="native")
-    assert "multiple of 8" in native_backend.fits(odd, torch.float32)
-    assert "only fp32" in native_backend.fits(make("residual")[0], torch.float16)
+    x = torch.randn(2, 8, 6, 6)
+    assert "multiple of 8" in native_backend.fits(odd, torch.float32, x.shape)
+    assert "only fp32" in native_backend.fits(make("residual")[0], torch.float16, x.shape)
     grouped = Chain((Stage(conv(8, 16, 3, groups=2), norm(16), "relu"),), backend="native")
-    assert "grouped" in native_backend.fits(grouped, torch.float32)
-    for chain in (odd, grouped):
-        assert backend.of_chain(chain, torch.device("cpu"), torch.float32) == "eager"
-        x = torch.randn(2, 8, 6, 6)
-        torch.testing.assert_close(chain(x), stock(chain, x, torch.float32)[0], atol=1e-5, rtol=1e-5)
+    assert "grouped" in native_backend.fits(grouped, torch.float32, x.shape)
+    same = SameConv2d(8, 16, 3, 2, bias=False)
+    same.weight.requires_grad_(False)
+    oblong = Chain((Stage(same, norm(16), "relu"),), backend="native")
+    assert native_backend.fits(oblong, torch.float32, x.shape) is None  # the same padding in rows and columns
+    for chain, maps in ((odd, x), (grouped, x), (oblong, torch.randn(2, 8, 6, 7))):
+        assert backend.of_chain(chain, torch.device("cpu"), torch.float32, maps.shape) == "eager"
+        torch.testing.assert_close(chain(maps), stock(chain, maps, torch.float32)[0], atol=1e-5, rtol=1e-5)
     wide = Branch(LiteResidual(2048, 64, 1, 4, LiteConfig()), backend="native")
     assert backend.of_branch(wide, torch.device("cpu"), torch.float32) == "eager"
     assert backend.of_branch(wide, torch.device("cpu"), torch.float32) == "eager"
     said = [record.getMessage() for record in caplog.records if record.name == backend.__name__]
-    for words in ("multiple of 8", "grouped, dilated", "1,048,576 weights"):
+    for words in ("multiple of 8", "grouped, dilated", "between rows and columns", "1,048,576 weights"):
         assert any(words in line for line in said), words
-    assert len(said) == 3  # each once
+    assert len(said) == 4 and backend.left_to_eager[-4:] == said  # each once
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ def run(chain, x, *grads, backend="triton"):
 
 
 def assert_same_as_eager(chain, x, *grads, tolerance=1e-10):
-    assert of_chain(replace(chain, backend="triton"), x.device, x.dtype) == "triton"
+    assert of_chain(replace(chain, backend="triton"), x.device, x.dtype, x.shape) == "triton"
     ours, theirs = (run(chain, x, *grads, backend=name) for name in ("triton", "eager"))
     for found, expected in zip((*ours[0], *ours[2]), (*theirs[0], *theirs[2]), strict=True):
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
@@ -209,11 +209,14 @@ def test_int8_weights_and_convolutions_without_norm_run_too():
 
 
 def test_it_says_which_chains_it_cannot_run():
+    shape = torch.Size((2, 8, 4, 4))
     odd = Chain((stage("pointwise", "relu", (8, 12)),))
-    assert triton_backend.fits(odd, torch.float32) == "12 channels before an activation, not a multiple of 8"
-    assert triton_backend.fits(Chain((stage("pointwise", None, (8, 12)),)), torch.float32) is None
-    assert triton_backend.fits(inverted_residual(), torch.complex64) == "complex64 maps"
-    assert all(triton_backend.fits(Chain((stage(each, "relu"),)), torch.bfloat16) is None for each in CONVOLUTIONS)
+    assert triton_backend.fits(odd, torch.float32, shape) == "12 channels before an activation, not a multiple of 8"
+    assert triton_backend.fits(Chain((stage("pointwise", None, (8, 12)),)), torch.float32, shape) is None
+    assert triton_backend.fits(inverted_residual(), torch.complex64, shape) == "complex64 maps"
+    assert all(
+        triton_backend.fits(Chain((stage(each, "relu"),)), torch.bfloat16, shape) is None for each in CONVOLUTIONS
+    )
 
 
 def lite_residual(dtype, in_channels=16, out_channels=24, stride=1):

@@ -27,14 +27,15 @@ logger = logging.getLogger(__name__)
 
 FASTEST = "AVX-512"  # of the instruction sets that there are kernels for
 FASTEST_ON: dict[str, BackendName] = {"cpu": "native", "cuda": "triton"}
+left_to_eager: list[str] = []  # what this process has said so far of parts that the chosen back-end does not run
 LEAST_CAPABILITY = (8, 0)  # of the GPUs that the Triton kernels are compiled for in the tests
 
 
 class Backend(Protocol):
     """What a back-end's module offers. Maps are ``[N, C, H, W]``, and channels-last where they are returned."""
 
-    def fits(self, chain: Chain, dtype: torch.dtype) -> str | None:
-        """Why it cannot run a chain with maps of ``dtype``; None if it can."""
+    def fits(self, chain: Chain, dtype: torch.dtype, shape: torch.Size) -> str | None:
+        """Why it cannot run a chain with maps of ``dtype`` and an input of ``shape``; None if it can."""
 
     def chain_forward(
         self, chain: Chain, x: Tensor, dtype: torch.dtype, keeps: bool, pools: bool
@@ -149,10 +150,10 @@ def why_not(name: BackendName, device: torch.device) -> str | None:
     return None
 
 
-def of_chain(chain: Chain, device: torch.device, dtype: torch.dtype) -> BackendName:
-    """Who runs a chain with maps of ``dtype``."""
+def of_chain(chain: Chain, device: torch.device, dtype: torch.dtype, shape: torch.Size) -> BackendName:
+    """Who runs a chain with maps of ``dtype`` and an input of ``shape``."""
     name = chosen(chain.backend, device)
-    return _or_eager(name, named(name).fits(chain, dtype))
+    return _or_eager(name, named(name).fits(chain, dtype, shape))
 
 
 def of_branch(branch: Branch, device: torch.device, dtype: torch.dtype) -> BackendName:
@@ -170,7 +171,8 @@ def _or_eager(name: BackendName, reason: str | None) -> BackendName:
 
 @functools.cache
 def _say_once(name: BackendName, reason: str) -> None:
-    logger.info("the %s back-end does not run %s: such parts run on eager", name, reason)
+    left_to_eager.append(f"the {name} back-end does not run {reason}: such parts run on eager")
+    logger.info("%s", left_to_eager[-1])
 
 
 def of_upsampling(name: BackendName, maps: Tensor, small: Tensor) -> BackendName:

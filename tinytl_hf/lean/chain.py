@@ -119,7 +119,7 @@ class _ChainFunction(Function):
         ctx: Any, x: Tensor, chain: Chain, pools: bool, *biases: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         dtype = compute_dtype(x)
-        ctx.backend = backend.named(backend.of_chain(chain, x.device, dtype))
+        ctx.backend = backend.named(backend.of_chain(chain, x.device, dtype, x.shape))
         with torch.autocast(x.device.type, enabled=False):
             output, pooled, kept = ctx.backend.chain_forward(chain, x, dtype, any(ctx.needs_input_grad), pools)
         ctx.save_for_backward(*kept)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tinytl_hf.lean.lite_branch import Branch
 
 
-def fits(chain: Chain, dtype: torch.dtype) -> str | None:
+def fits(chain: Chain, dtype: torch.dtype, shape: torch.Size) -> str | None:
     """Any chain."""
     return None
 

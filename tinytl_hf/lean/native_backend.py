@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinytl_hf.lean import eager_backend
 from tinytl_hf.lean.int8 import Int8Conv2d
 from tinytl_hf.lean.native_branch import branch_backward as branch_backward
 from tinytl_hf.lean.native_branch import branch_fits as branch_fits
@@ -50,13 +49,15 @@ def cache_bytes() -> int:
     return int(CACHE_SHARE * (known if known > 0 else CACHE))
 
 
-def fits(chain: Chain, dtype: torch.dtype) -> str | None:
+def fits(chain: Chain, dtype: torch.dtype, shape: torch.Size) -> str | None:
     """Why the kernels cannot run a chain; None if they can."""
     parameters = [tensor for stage in chain.stages for tensor in (stage.conv.weight, stage.bias)]
     if (reason := unfit_types(dtype, parameters)) is not None:
         return reason
     if "unfit" not in chain.facts:
         chain.facts["unfit"] = _geometry_fits(chain)
+    if chain.facts["unfit"] is None and _paddings(chain, shape) is None:
+        return "SAME padding that differs between rows and columns"
     return chain.facts["unfit"]
 
 
@@ -197,8 +198,6 @@ def chain_forward(
     chain: Chain, x: Tensor, dtype: torch.dtype, keeps: bool, pools: bool
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """See :class:`~tinytl_hf.lean.backend.Backend`."""
-    if _paddings(chain, x.shape) is None:
-        return eager_backend.chain_forward(chain, x, dtype, keeps, pools)
     images, sizes = x.shape[0], chain.map_sizes(x.shape)
     masks = chain.empty_masks(x, keeps)
     call = _Call.of(chain, x.shape, masks, [None] * len(masks))
@@ -223,8 +222,6 @@ def chain_backward(
     needs_bias: list[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """See :class:`~tinytl_hf.lean.backend.Backend`."""
-    if _paddings(chain, shape) is None:
-        return eager_backend.chain_backward(chain, kept, shape, dtype, grad, grad_pooled, needs_input, needs_bias)
     grads = [
         torch.empty(stage.conv.out_channels) if needed else None
         for stage, needed in zip(chain.stages, needs_bias, strict=True)

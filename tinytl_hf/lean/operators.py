@@ -72,7 +72,7 @@ def chain_forward(
     """A chain's output; if ``pools`` the pooled input of its block; if ``keeps`` the masks that there are."""
     chain: Chain = _held[handle]
     _check_own(biases, [stage.bias for stage in chain.stages if stage.bias is not None])
-    chosen = backend.named(backend.of_chain(chain, x.device, dtype))
+    chosen = backend.named(backend.of_chain(chain, x.device, dtype, x.shape))
     with torch.autocast(x.device.type, enabled=False):
         output, pooled, kept = chosen.chain_forward(chain, x, dtype, keeps, pools)
     return [tensor for tensor in (output, pooled, *kept) if tensor is not None]
@@ -101,7 +101,7 @@ def chain_backward(
 ) -> list[Tensor]:
     """The gradient of a chain's input, if needed, and those of the biases (of all stages) that need one."""
     chain: Chain = _held[handle]
-    chosen = backend.named(backend.of_chain(chain, grad.device, dtype))
+    chosen = backend.named(backend.of_chain(chain, grad.device, dtype, torch.Size(shape)))
     given = iter(masks)
     kept = [next(given) if stage.activation else None for stage in chain.stages]
     with torch.autocast(grad.device.type, enabled=False):

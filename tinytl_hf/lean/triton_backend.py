@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tinytl_hf.lean.chain import Chain
 
 
-def fits(chain: Chain, dtype: torch.dtype) -> str | None:
+def fits(chain: Chain, dtype: torch.dtype, shape: torch.Size) -> str | None:
     """Why the kernels cannot run a chain; None if they can."""
     if dtype not in DTYPES:
         return f"{str(dtype).removeprefix('torch.')} maps"

@@ -23,7 +23,7 @@ from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import MemoryTableConfig
 from tinytl_hf.data.images import decoded_photo_size
 from tinytl_hf.device import make_accelerator
-from tinytl_hf.lean.backend import describe
+from tinytl_hf.lean.backend import describe, left_to_eager
 from tinytl_hf.lean.notes import STOCK, grouped
 from tinytl_hf.measure.ledger import kept_by_layer
 from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
@@ -42,7 +42,7 @@ class MemoryRow:
     """One method's figures on one engine, ``lean`` or ``stock``.
 
     ``high_water`` is of the whole process. ``stock_layers`` says what each layer that stays stock keeps for backward,
-    ``training_paths`` how each part trains.
+    ``training_paths`` how each part trains, ``left_to_eager`` what the chosen back-end did not run.
     """
 
     method: str
@@ -54,6 +54,7 @@ class MemoryRow:
     high_water: int
     stock_layers: dict[str, int]
     training_paths: dict[str, str] = field(default_factory=dict)
+    left_to_eager: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def measure(
         high_water=high_water,
         stock_layers={label: kept[label.partition(" ")[0]] for label in model.stock_layers},
         training_paths=model.training_paths,
+        left_to_eager=list(left_to_eager) if model.engine.lean else [],
     )
 
 
@@ -181,6 +183,7 @@ def memory_table(rows: Sequence[MemoryRow], data: DataMemory | None = None) -> s
         in_mb = [f"{figure / MB:.1f}" for figure in figures]
         table.append([row.method, row.engine, *in_mb, f"{row.images_per_second:.1f}"])
         notes.extend(_path_notes(row))
+        notes.extend(f"{row.method}, {row.engine}: {line}" for line in row.left_to_eager)
         if row.stock_layers:
             largest = Counter(row.stock_layers).most_common(NAMED_LAYERS)
             names = ", ".join(f"{label} {kept / MB:.1f}" for label, kept in largest)

@@ -70,6 +70,8 @@ class _Walk:
             return [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)]
         if isinstance(module, LiteResidual):  # its ReLU is no layer of its own
             return [module.norm1.register_forward_hook(lambda _, __, maps: self._run(nn.ReLU(), (maps,), maps))]
+        if isinstance(module, nn.BatchNorm2d) and list(module.children()):  # it runs before the activation it holds
+            return [module.register_forward_pre_hook(lambda norm, inputs: self._run(norm, inputs, inputs[0]))]
         if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.GroupNorm, *MASKED, *SMOOTH)):
             return [module.register_forward_hook(self._run, prepend=True)]  # a norm before the ReLU that follows it
         return []
