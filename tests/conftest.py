@@ -41,7 +41,7 @@ BACKBONES = (
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model():
     def make(method="TinyTL-L+B", backbone="mobilenet_v2", **options):
         torch.manual_seed(0)

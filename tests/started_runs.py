@@ -16,7 +16,12 @@ from accelerate.utils.other import load
 from safetensors.torch import load_file
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tinytl_hf.cli", "tinytl_hf.train.loop", "matplotlib.figure", "jinja2"])
+CONTEXT.set_forkserver_preload(
+    [
+        *("tinytl_hf.cli", "tinytl_hf.train.loop", "tinytl_hf.lean.native_backend"),
+        *("matplotlib.backends.backend_agg", "jinja2"),
+    ]
+)
 HANG = 600  # seconds after which something that should end is taken to hang
 TIMINGS = ("seconds", "images_per_second")
 
@@ -25,6 +30,12 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def as_launched(rank, processes, port):
+    """What a launcher puts into the environment of one of its processes."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    return {name: str(value) for name, value in {**values, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items()}
 
 
 class Run:
@@ -42,13 +53,11 @@ class Run:
     def __init__(self, arguments, log, processes=1, kill=None, environment=None, limit=None):
         arguments = [str(argument) for argument in arguments]
         shared = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", **(environment or {})}
-        if processes > 1:
-            shared |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        port = free_port()
         self.log = log
         self.workers = []
         for rank in range(processes):
-            own = {**shared, "RANK": rank, "LOCAL_RANK": rank} if processes > 1 else shared
+            own = {**shared, **as_launched(rank, processes, port)} if processes > 1 else shared
             own = {key: str(value) for key, value in own.items()}
             last = rank == processes - 1
             options = (arguments, own, f"{log}.{rank}" if rank else str(log), kill if last else None, limit)

@@ -65,18 +65,22 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_adapters(straight, co
     figure(f"kills survived: {len(places)}, of which inside a save: {in_saves}")
 
 
+# Two checkpoints an epoch.
+COARSE = [*OPTIONS, "--train.global_batch_size", "12"]
+
+
 @pytest.fixture(scope="module")
 def two_epochs(colour_folder, tmp_path_factory):
     """The adapters of a run that nothing disturbs."""
     root = tmp_path_factory.mktemp("two_epochs")
-    done = run(small_run(colour_folder, root / "run", *OPTIONS), root / "log")
+    done = run(small_run(colour_folder, root / "run", *COARSE), root / "log")
     assert done.returncode == 0, done.stderr
     return adapters(root / "run")
 
 
 def check_refused_write(data, folder, tmp_path, straight, spoil=lambda: None, mend=lambda: None, growth=None):
     """Spoil writing after the first epoch: one line, the last checkpoint stays, and the run can go on to its end."""
-    arguments = small_run(data, folder, *OPTIONS, "--train.epochs")
+    arguments = small_run(data, folder, *COARSE, "--train.epochs")
     done = run([*arguments, 1], tmp_path / "log")
     assert done.returncode == 0, done.stderr
     before = {path: path.stat().st_mtime for path in checkpoints(folder)}

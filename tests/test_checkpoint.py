@@ -17,7 +17,7 @@ from tinytl_hf.config.run import Config
 from tinytl_hf.device import make_accelerator
 from tinytl_hf.step import make_optimizer
 from tinytl_hf.train import checkpoint
-from tinytl_hf.train.checkpoint import Progress
+from tinytl_hf.train.checkpoint import Progress, find_damage
 
 OPTIONS = ["--method", "FT-Last", "--train.threads", "1"]
 
@@ -25,7 +25,7 @@ OPTIONS = ["--method", "FT-Last", "--train.threads", "1"]
 @pytest.fixture(scope="module")
 def original(colour_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
-    done = run(small_run(colour_folder, root / "run", *OPTIONS), root / "log")
+    done = run_cli(*small_run(colour_folder, root / "run", *OPTIONS))
     assert done.returncode == 0, done.stderr
     return root / "run"
 
@@ -81,20 +81,26 @@ def truncate(path):
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (lambda path: truncate(path / "optimizer.bin"), "optimizer.bin was changed"),
         (lambda path: truncate(path / "SHA256SUMS"), "SHA256SUMS does not list scheduler.bin"),
         (lambda path: (path / "delta.safetensors").unlink(), "delta.safetensors is missing"),
         (lambda path: (path / "SHA256SUMS").unlink(), "SHA256SUMS: "),
         (lambda path: (path / "progress.json").write_bytes(b"\0" * 900), "progress.json was changed"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, named, finished, original, colour_folder):
-    before, newest = checkpoints(finished)
+def test_damage_is_found(damage, named, finished):
+    newest = checkpoints(finished)[-1]
+    assert find_damage(newest) is None
     damage(newest)
+    assert named in find_damage(newest)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, original, colour_folder):
+    before, newest = checkpoints(finished)
+    truncate(newest / "optimizer.bin")
     done = resume(colour_folder, finished)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "is damaged" in line]
-    assert str(newest) in line and named in line
+    assert str(newest) in line and "optimizer.bin was changed" in line
     assert [path.name for path in checkpoints(finished)] == [before.name, newest.name]
     assert all(torch.equal(tensor, delta(finished)[name]) for name, tensor in delta(original).items())
 
@@ -246,11 +252,11 @@ def test_more_epochs_say_that_the_curve_changes(colour_folder, tmp_path):
 def other_processes(data, tmp_path, method, before, after):
     """A run killed in mid-epoch on some processes that goes on on others, and one that is not killed."""
     options = ["--method", method, "--head.dropout", "0.2", "--train.optimizer", "sgd", "--train.lr", "1e-2"]
-    options += ["--train.checkpoint_every", "2", "--train.global_batch_size", "4", "--train.resume", "auto"]
+    options += ["--train.checkpoint_every", "2", "--train.global_batch_size", "8", "--train.resume", "auto"]
     straight = run(small_run(data, tmp_path / "straight", *options), tmp_path / "straight.log")
     assert straight.returncode == 0, straight.stderr
     arguments = small_run(data, tmp_path / "killed", *options)
-    kill = ("tinytl_hf.train.loop", "augmented", 9)  # of 12 batches, in the second epoch: between two checkpoints
+    kill = ("tinytl_hf.train.loop", "augmented", 6)  # of 6 batches, in the second epoch: after the last checkpoint
     assert run(arguments, tmp_path / "killed.log", before, kill).returncode < 0
     resumed = run(arguments, tmp_path / "resumed.log", after)
     assert resumed.returncode == 0 and f"on {after} process(es)" in resumed.stderr, resumed.stderr

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from torch.export.experimental import _export_forward_backward
 
 from tinytl_hf import TinyTLError, TinyTLModel
+from tinytl_hf.config.export import ExportConfig
 from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.deploy.device_step import TrainingStep, keep_less
+from tinytl_hf.deploy.exported import check_output
 
 LABELS = ["blue", "red", "grey", "green"]
 GROUP = LiteConfig(norm="group")
@@ -71,9 +73,14 @@ def bytes_kept(graph):
     return sum(value.numel() * value.element_size() for value in kept if isinstance(value, torch.Tensor))
 
 
-@pytest.mark.parametrize("method", ["TinyTL-B", pytest.param("TinyTL-L+B", marks=pytest.mark.slow)])
-def test_less_is_kept_for_the_same_gradients(method, make_step):
-    model, images, labels = make_step(method)
+@pytest.mark.parametrize(
+    ("method", "backbone"),
+    [("TinyTL-B", "timm/test_resnet"), pytest.param("TinyTL-L+B", "resnet18", marks=pytest.mark.slow)],
+)
+def test_less_is_kept_for_the_same_gradients(method, backbone, make_step):
+    if backbone.startswith("timm/"):
+        pytest.importorskip("timm", reason="the extra timm is not installed")
+    model, images, labels = make_step(method, backbone)
     step = TrainingStep(model)
     expected = eager_gradients(step, images, labels)
     program = _export_forward_backward(torch.export.export(step, (images, labels), strict=False))
@@ -111,10 +118,10 @@ def test_without_the_package_the_extra_is_named(make_model, tmp_path, monkeypatc
             make_model("FT-Last", "resnet18").export(tmp_path / "m.pte", format="executorch", train=train)
 
 
-def test_two_files_are_written_or_none(make_model, tmp_path, executorch):
+def test_two_files_are_written_or_none(tmp_path):
     (tmp_path / "m.json").write_text("mine")
     with pytest.raises(TinyTLError, match=r"m.json: exists"):
-        make_model("FT-Last", "resnet18").export(tmp_path / "m.pte", format="executorch", check_images=2)
+        check_output(ExportConfig("", "executorch", str(tmp_path / "m.pte")))
     assert (tmp_path / "m.json").read_text() == "mine" and not (tmp_path / "m.pte").exists()
 
 

@@ -19,7 +19,7 @@ def compiled(model):
 
 
 TOOLS = [
-    (exported, "mobilenet_v2"),
+    pytest.param(exported, "mobilenet_v2", marks=pytest.mark.slow),
     (exported, "mobilenet_v3_small"),
     (traced, "mobilenet_v2"),
     (compiled, "resnet18"),

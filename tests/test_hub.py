@@ -85,7 +85,8 @@ def test_branches_tags_and_pull_requests_are_loaded_by_name(any_server, adapter,
     assert torch.equal(logits(TinyTLModel.from_pretrained(tmp_path / "pulled")), before)
 
 
-@pytest.mark.parametrize("any_server", ["lfs", pytest.param("xet", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("any_server", ["lfs", "xet"], indirect=True)
 def test_a_fresh_process_loads_by_name_and_by_commit(any_server, adapter, tmp_path):
     code = (
         "import sys, torch; from tinytl_hf import TinyTLModel\n"

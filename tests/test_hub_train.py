@@ -98,12 +98,6 @@ def test_everything_but_push_and_pull_works_with_no_network(server, colour_folde
     assert "from_pretrained" in (adapter / "README.md").read_text() and server.requests == []
 
 
-def test_training_asks_for_no_picture_library_until_it_draws():
-    modules = "sys, tinytl_hf.cli, tinytl_hf.train.loop, tinytl_hf.hub.transfer"
-    code = f"import {modules}; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
 @pytest.mark.slow
 def test_train_push_delete_and_load_by_name_gives_the_same_figures(server, make_model, tmp_path):
     run = tmp_path / "run"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import METHODS, ROOT, small_run, write_image
-from started_runs import HANG, delta, free_port, metrics, run
+from started_runs import CONTEXT, HANG, as_launched, delta, free_port, metrics, run
 
 from tinytl_hf.network.methods import METHODS as TABLE
 
@@ -55,14 +56,38 @@ def check_same_run(method, first, other, images):
     assert results[1]["confusion_matrix"] == results[0]["confusion_matrix"]
 
 
-def test_two_launched_processes_train_the_adapter_that_one_does(colour_folder, tmp_path):
+def _launch(command, folder):
+    os.environ.update(ENVIRONMENT)
+    os.chdir(folder)
+    sys.argv = command
+    runpy.run_module("accelerate.commands.launch", run_name="__main__")
+
+
+def test_the_launcher_tells_its_processes_what_started_runs_are_told(tmp_path):
+    (tmp_path / "tell.py").write_text(
+        "import json, os, pathlib\n"
+        "pathlib.Path(os.environ['RANK'] + '.json').write_text(json.dumps(dict(os.environ)))\n"
+    )
+    port = free_port()
+    command = launcher(2, port=port)
+    # In place of the package, which takes seconds to import: -m tell.
+    launching = CONTEXT.Process(target=_launch, args=([*command[2:-1], "tell"], tmp_path))
+    launching.start()
+    launching.join(HANG)
+    assert launching.exitcode == 0
+    for rank in (0, 1):
+        told = json.loads((tmp_path / f"{rank}.json").read_text())
+        expected = as_launched(rank, 2, port)
+        assert {name: told.get(name) for name in expected} == expected
+        assert told["ACCELERATE_USE_CPU"] == "1" and told["ACCELERATE_MIXED_PRECISION"] == "no"
+
+
+def test_two_processes_train_the_adapter_that_one_does_with_half_of_the_photos_each(colour_folder, tmp_path):
     options = [*options_of("TinyTL-L+B"), "--data.max_eval_samples", "9", "--train.epochs", "1"]
     options += ["--memory.report", "true"]
-    one, two = (list(map(str, small_run(colour_folder, tmp_path / name, *options))) for name in ("one", "two"))
-    done = run(one, tmp_path / "log")
-    assert done.returncode == 0, done.stderr
-    done = subprocess.run([*launcher(2), *two], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
-    assert done.returncode == 0 and "on 2 process(es), cpu" in done.stderr, done.stderr
+    for processes, name in ((1, "one"), (2, "two")):
+        done = run(small_run(colour_folder, tmp_path / name, *options), tmp_path / f"{name}.log", processes)
+        assert done.returncode == 0 and f"on {processes} process(es), cpu" in done.stderr, done.stderr
     check_same_run("TinyTL-L+B", tmp_path / "one", tmp_path / "two", 9)
     one, two = (json.loads((tmp_path / name / "memory.json").read_text()) for name in ("one", "two"))
     assert one["decoded_images"] == two["decoded_images"] and one["conditions"]["photo_size"] == "47x40"
@@ -72,6 +97,16 @@ def test_two_launched_processes_train_the_adapter_that_one_does(colour_folder, t
     assert peaks[0]["gradient_buckets"] == peaks[1]["gradient_buckets"] == 0
     assert peaks[1]["gradients"] == peaks[0]["gradients"]
     assert peaks[1]["photos"] == peaks[0]["photos"] / 2
+
+
+@pytest.mark.slow
+def test_two_launched_processes_train_the_adapter_that_one_does(colour_folder, tmp_path):
+    one, two = (list(map(str, small_run(colour_folder, tmp_path / name, *SGD))) for name in ("one", "two"))
+    done = run(one, tmp_path / "log")
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([*launcher(2), *two], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+    assert done.returncode == 0 and "on 2 process(es), cpu" in done.stderr, done.stderr
+    check_same_run("TinyTL-L+B", tmp_path / "one", tmp_path / "two", 10)
 
 
 @pytest.mark.slow

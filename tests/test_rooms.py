@@ -116,6 +116,18 @@ def test_help_and_the_package_itself_need_no_torch():
     assert done.stderr.strip() == "False" and "--data.train_size" in done.stdout
 
 
+# Extras, and what draws and renders: a run, or a package that lacks an extra, is not to wait for them at the start.
+WHERE_NEEDED = {"matplotlib", "timm", "onnx", "onnxruntime", "onnxscript", "executorch", "tensorboard", "wandb"}
+
+
+def test_packages_of_some_uses_are_imported_where_they_are_needed():
+    for module in FILES.keys() - {"tinytl_hf.deploy.timm_repo"}:  # which is imported for that format alone
+        for node in ast.parse(FILES[module].read_text()).body:
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.partition(".")[0] for name in names} & WHERE_NEEDED, module
+
+
 def test_no_file_is_longer_than_a_person_reads():
     lengths = {module: len(path.read_text().splitlines()) for module, path in FILES.items()}
     assert {module: lines for module, lines in lengths.items() if lines > LONGEST_FILE} == {}

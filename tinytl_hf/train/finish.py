@@ -93,8 +93,25 @@ def write_memory(run: Run) -> None:
         run_folder.write(output / run_folder.MEMORY_FILE, memory.to_json([row], conditions, run.data_memory))
 
 
+def draw_pictures(output: Path, config: Config) -> None:
+    """Draw a finished run's curves and confusion matrix, next to its adapter, for the card.
+
+    Raises:
+        TinyTLError: A file cannot be written.
+    """
+    folder, lines = output / ADAPTER, read_metrics(output)
+    results = json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))
+    curves, confusion = PICTURES.values()
+    try:
+        if lines:
+            save_curves(folder / curves, {config.method: lines})
+        save_confusion(folder / confusion, results["confusion_matrix"], results["label_names"])
+    except OSError as error:
+        raise _no_card(folder, error) from error
+
+
 def write_card(output: Path, config: Config) -> None:
-    """Tell of a finished run in the card of its adapter, with the figures and pictures next to it.
+    """Tell of a finished run in the card of its adapter, with the figures next to it.
 
     Args:
         output: The run's folder.
@@ -106,7 +123,7 @@ def write_card(output: Path, config: Config) -> None:
     folder, lines = output / ADAPTER, read_metrics(output)
     results = json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))
     memory = output / MEMORY_FILE
-    curves, confusion = PICTURES.values()
+    curves, _ = PICTURES.values()
     # A run that was resumed into another folder with nothing left to train has no lines.
     facts = RunFacts(
         recipe=_recipe(config, results),
@@ -123,13 +140,14 @@ def write_card(output: Path, config: Config) -> None:
     public["dataset"] = dataset_name(record.data)
     try:
         write_text(folder / RESULTS_FILE, json.dumps(public, indent=2) + "\n")
-        if lines:
-            save_curves(folder / curves, {config.method: lines})
-        save_confusion(folder / confusion, results["confusion_matrix"], results["label_names"])
         if card:
             write_text(folder / CARD_FILE, card)
     except OSError as error:
-        raise TinyTLError(f"the card of {folder} cannot be written ({error}); the adapter itself is safe") from error
+        raise _no_card(folder, error) from error
+
+
+def _no_card(folder: Path, error: OSError) -> TinyTLError:
+    return TinyTLError(f"the card of {folder} cannot be written ({error}); the adapter itself is safe")
 
 
 def _recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:

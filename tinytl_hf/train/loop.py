@@ -28,7 +28,7 @@ from tinytl_hf.step import training_view
 from tinytl_hf.train import checkpoint, epoch_sums
 from tinytl_hf.train.cached_features import drawn_view
 from tinytl_hf.train.epoch_sums import EpochSums
-from tinytl_hf.train.finish import report_memory, save_adapters, write_card
+from tinytl_hf.train.finish import draw_pictures, report_memory, save_adapters, write_card
 from tinytl_hf.train.run import Run
 from tinytl_hf.train.start import set_up
 from tinytl_hf.train.stop_signal import StopSignal
@@ -72,6 +72,7 @@ def train(config: Config) -> dict[str, Any]:
         results_file = Path(config.output_dir) / run_folder.RESULTS_FILE
         save_results(results_file, results, run.model, evaluated, accelerator, {"data": run.found})
         save_mistakes(Path(config.output_dir) / run_folder.MISTAKES_FILE, logits, labels, images)
+        draw_pictures(Path(config.output_dir), config)
         write_card(Path(config.output_dir), config)  # it reads what the run wrote
     if config.memory.report:
         report_memory(run)
