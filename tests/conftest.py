@@ -1,7 +1,7 @@
 import io
 import os
 import subprocess
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
@@ -132,10 +132,14 @@ def colour_folder(tmp_path_factory):
     return root
 
 
-def run_cli(*arguments):
-    """Run the command line in this process, as on one core; most of a process of its own is spent importing torch."""
+def run_cli(*arguments, pictures=False):
+    """Run the command line in this process, as on one core; most of a process of its own is spent importing torch.
+
+    Pictures are a third of what a small training run takes: it draws them for a test that looks at them.
+    """
     out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
-    with redirect_stdout(out), redirect_stderr(err), patch("os.cpu_count", return_value=1):
+    draws = nullcontext() if pictures else patch("tinytl_hf.train.loop.draw_pictures")
+    with redirect_stdout(out), redirect_stderr(err), patch("os.cpu_count", return_value=1), draws:
         try:
             cli.main([str(argument) for argument in arguments])
             code = 0

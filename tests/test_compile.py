@@ -95,8 +95,14 @@ def test_a_compiled_block_keeps_no_more(backend, make_model):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error::UserWarning:torch._dynamo")
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("backbone", ["mobilenet_v2", "resnet18"])
+@pytest.mark.parametrize(
+    ("backbone", "backend"),
+    [
+        ("resnet18", "eager"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("mobilenet_v2", "eager"), ("resnet18", "native"))),
+        pytest.param("mobilenet_v2", "native", marks=pytest.mark.slow),
+    ],
+)
 def test_a_whole_model_is_one_graph(backbone, backend, make_model, caplog):
     model, plain = models(make_model, backend, backbone)
     compiled = torch.compile(model, backend="aot_eager")

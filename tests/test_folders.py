@@ -273,7 +273,7 @@ def test_runs_inside_the_data_set_are_left_out(place, tmp_path):
     data, output = make(tmp_path / "data", each("cat", "dog", count=8)), tmp_path / place
     options = ["--method", "FT-Last", "--train.epochs", "1", "--overwrite", "true"]
     for _ in range(2):
-        done = run_cli(*small_run(data, output, *options))
+        done = run_cli(*small_run(data, output, *options), pictures=True)
         assert done.returncode == 0 and "2 classes (cat, dog), 16 images in train" in done.stderr, done.stderr
     assert (output / "adapter" / "confusion_matrix.png").is_file() and "folder written by tinytl-hf" in done.stderr
     done = run_cli("eval", "--adapter", output / "adapter")

@@ -31,7 +31,7 @@ def everything_in(folder):
 
 
 def test_a_run_is_pushed_at_its_end_with_its_figures_and_no_token_is_written_anywhere(server, colour_folder, tmp_path):
-    done = run_cli(*small_run(colour_folder, tmp_path / "run", *PUSH, "--hub.private", "true"))
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", *PUSH, "--hub.private", "true"), pictures=True)
     assert done.returncode == 0, done.stderr
     repo = server.repos["me/colours"]
     assert repo.private and repo.messages()[1:] == ["Upload FT-Last adapter for mobilenet_v2"]
@@ -48,7 +48,7 @@ def test_a_run_is_pushed_at_its_end_with_its_figures_and_no_token_is_written_any
 
 def test_a_push_that_fails_costs_nothing_of_the_run(server, colour_folder, tmp_path):
     server.failures["/commit/"] = 500
-    done = run_cli(*small_run(colour_folder, tmp_path / "run", *PUSH))
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", *PUSH), pictures=True)
     assert done.returncode == 1 and "accuracy " in done.stdout and "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]
     assert "the Hub has a server error (500)" in line

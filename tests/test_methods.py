@@ -64,8 +64,15 @@ def test_mobilenet_trains_as_many_parameters_as_the_paper_counts(method, make_mo
     assert sum(p.numel() for p in model.trainable_parameters()) == MOBILENET_COUNTS[method]
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("method", METHODS)
+def all_of_mobilenet_and_one_of_others():
+    """Pairs of methods and backbones; the slow tests have the rest."""
+    for backbone in BACKBONES:
+        for method in METHODS:
+            quick = backbone == "mobilenet_v2" or method == "TinyTL-L+B"
+            yield pytest.param(method, backbone, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("method", "backbone"), all_of_mobilenet_and_one_of_others())
 def test_each_method_trains_what_its_row_of_the_table_says(method, backbone, make_model):
     model = make_model(method, backbone)
     trainable = {name for name, p in model.backbone.named_parameters() if p.requires_grad}
@@ -144,7 +151,11 @@ def test_an_unknown_method_is_named(make_model):
 
 
 @pytest.mark.parametrize(
-    ("method", "backbone"), [*((method, "mobilenet_v2") for method in METHODS), ("TinyTL-L+B", "resnet18")]
+    ("method", "backbone"),
+    [
+        *(pytest.param(method, "mobilenet_v2", marks=pytest.mark.slow) for method in METHODS if method != "FT-Full"),
+        *(("FT-Full", "mobilenet_v2"), ("TinyTL-L+B", "resnet18")),
+    ],
 )
 def test_gradient_checkpointing_changes_no_gradient_and_no_statistic(method, backbone, make_model):
     results = []
