@@ -39,6 +39,7 @@ def test_the_report_is_of_the_runs_own_step_and_gets_into_the_card(colour_folder
     assert memory["conditions"]["batch_size"] == 4  # images a pass: 8 a step in two of them
     assert memory["rows"][0]["peak"]["optimizer_state"] == 0  # of sgd without momentum
     card = card_of(tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter" / "curves.png").exists()  # left out here, and not drawn by the report
     assert "## Training memory" in card and "gradient_accumulation_steps 2" in card and card.count("## Results") == 1
 
 

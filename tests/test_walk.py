@@ -100,7 +100,8 @@ def walk(name, methods=tuple(METHODS)):
         found["paths"][method] = sorted(set(lean.training_paths.values()))
         found["lite"] = max(found["lite"], sum(block.lite_residual is not None for block in lean._blocks.values()))
     if found["methods"]:
-        check_fits(lean.config, lean.float().adapter_tensors(), name)  # what an adapter of it is checked by when it is loaded
+        # What an adapter of it is checked by when it is loaded.
+        check_fits(lean.config, lean.float().adapter_tensors(), name)
     return found if found["methods"] else {"refused": next(iter(found["without"].values()))}
 
 
