@@ -368,6 +368,32 @@ def test_a_model_knows_which_part_trains_how(backbone, method, expected, make_mo
     assert set(make_model(method, backbone, lean=False).training_paths.values()) == {"stock"}
 
 
+@pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L+B", "FT-Norm+Last", "FT-Full"])
+def test_memory_of_one_network_is_the_same_in_both_libraries(method, make_model):
+    """timm's norms hold their activations, and are layers of their own all the same."""
+    pytest.importorskip("timm")
+    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
+    ours, theirs = (make_model(method, name, lean=False) for name in ("mobilenet_v2", "timm/mobilenetv2_100"))
+    assert paper_rule(theirs, 2) == paper_rule(ours, 2)
+    assert kept_for_backward(theirs, images, labels) == kept_for_backward(ours, images, labels)
+
+
+def test_the_table_of_a_timm_network_names_its_parts(ready_processes):
+    pytest.importorskip("timm")
+    options = [
+        "--backbone.name",
+        "timm/tf_efficientnet_lite0",
+        "--backbone.weights",
+        "none",
+        "--data.train_size",
+        "32",
+    ]
+    done = run_cli("memory", *options, "--methods", "[TinyTL-B]", "--batch_size", "1", "--repeats", "1")
+    assert done.returncode == 0, done.stderr
+    assert "backbone timm/tf_efficientnet_lite0, train_size 32" in done.stdout
+    assert "TinyTL-B, lean: masks: conv_stem, bn1, blocks.0.0, blocks.1.0-1," in done.stdout
+
+
 def test_json_has_every_row_its_labels_and_the_conditions():
     report = json.loads(to_json(make_rows(), {"device": "cpu", "threads": 1}))
     assert report["unit"] == "bytes" and report["conditions"] == {"device": "cpu", "threads": 1}

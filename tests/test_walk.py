@@ -100,8 +100,7 @@ def walk(name, methods=tuple(METHODS)):
         found["paths"][method] = sorted(set(lean.training_paths.values()))
         found["lite"] = max(found["lite"], sum(block.lite_residual is not None for block in lean._blocks.values()))
     if found["methods"]:
-        # What an adapter of it is checked by when it is loaded.
-        check_fits(lean.config, lean.float().adapter_tensors(), name)
+        check_fits(lean.config, lean.float().adapter_tensors(), name)  # as an adapter of it is when it is loaded
     return found if found["methods"] else {"refused": next(iter(found["without"].values()))}
 
 
