@@ -208,7 +208,10 @@ def test_slices_with_a_graph_each_are_counted_freed_and_used_again_as_one_graph_
         torch.autograd.grad(output.square().sum(), inputs)
 
 
-@pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L+B", "FT-Norm+Last"])
+@pytest.mark.parametrize(
+    "method",
+    ["TinyTL-L+B", *(pytest.param(each, marks=pytest.mark.slow) for each in ("TinyTL-B", "FT-Norm+Last"))],
+)
 def test_convnext_keeps_an_eighth_of_stock_or_less_and_has_its_gradients(method, make_model):
     images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     results, kept = [], []
