@@ -190,8 +190,11 @@ def _fold_norm(module: nn.Module, engine: Engine) -> None:
 
 def parts_to_try(backbone: nn.Module, blocks: dict[str, TinyTLBlock]) -> set[nn.Module]:
     """Those with layers of unknown types, which are computed again if a trial shows that they may be."""
-    parts = _parts_without_masks(backbone, blocks)
-    return {part for part in parts if not independent_by_type(part) and may_be_independent(part)}
+    return set(filter(_to_try, _parts_without_masks(backbone, blocks)))
+
+
+def _to_try(part: nn.Module) -> bool:
+    return not independent_by_type(part) and may_be_independent(part)
 
 
 def _parts_without_masks(backbone: nn.Module, blocks: dict[str, TinyTLBlock]) -> set[nn.Module]:
@@ -206,8 +209,8 @@ def _parts_without_masks(backbone: nn.Module, blocks: dict[str, TinyTLBlock]) ->
 
 def _independent_parts(backbone: nn.Module, blocks: dict[str, TinyTLBlock], train_size: int) -> set[nn.Module]:
     """Blocks and the like that masks do not serve, frozen, whose images do not depend on one another."""
-    known = {part for part in _parts_without_masks(backbone, blocks) if independent_by_type(part)}
-    unknown = parts_to_try(backbone, blocks)
+    parts = _parts_without_masks(backbone, blocks)
+    known, unknown = set(filter(independent_by_type, parts)), set(filter(_to_try, parts))
     if any(parameter.is_meta for parameter in backbone.parameters()):
         return known  # without values, nothing can be tried out
     inputs = inputs_of(backbone, unknown, train_size) if unknown else {}

@@ -218,10 +218,12 @@ def unknown_blocks(backbone: nn.Module, blocks: dict[str, TinyTLBlock]) -> dict[
     plain = (nn.Sequential, nn.ModuleList, nn.ModuleDict, type(backbone))
     found: dict[str, nn.Module] = {}
     for name, module in backbone.named_modules():
+        if isinstance(module, plain) or next(module.children(), None) is None:
+            continue
         inside = any(name == outer or name.startswith(f"{outer}.") for outer in (*blocks, *found))
-        around = any(isinstance(part, TinyTLBlock) for part in module.modules())
-        convolves = list(module.children()) and any(isinstance(part, nn.Conv2d) for part in module.modules())
-        if convolves and not inside and not around and not isinstance(module, plain):
+        if inside or any(isinstance(part, TinyTLBlock) for part in module.modules()):
+            continue
+        if any(isinstance(part, nn.Conv2d) for part in module.modules()):
             found[name] = module
     return found
 
