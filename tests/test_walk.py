@@ -26,6 +26,7 @@ SAMPLE = {  # how the biases train, and whether there are lite residuals
     "test_efficientnet_ln": ({"masks", "recompute", "stock"}, True),
     "test_byobnet": ({"masks", "recompute"}, False),
     "regnetx_002": ({"masks"}, True),
+    "convnext_zepto_rms": ({"masks", "recompute", "stock"}, False),
     "test_vit": "cls_token belongs to a VisionTransformer",
     "test_nfnet": "gain belongs to a ScaledStdConv2d",
     "levit_conv_128s": "its classifier is a tuple",

@@ -94,9 +94,17 @@ LAYER_SCALES = {
     "timm.models.convnext.ConvNeXtBlock": "gamma",
     "timm.models.mambaout.GatedConvBlock": "gamma",
     "timm.models.metaformer.Scale": "scale",
-    "timm.models.metanext.MetaNeXtBlock": "gamma",
+    "timm.models.fastvit.LayerScale2d": "gamma",
+    "timm.models.inception_next.MetaNeXtBlock": "gamma",
     "timm.layers.layer_scale.LayerScale": "gamma",
     "timm.layers.layer_scale.LayerScale2d": "gamma",
+}
+
+# Norms of timm that are no subclasses of PyTorch's, by their full name; none has statistics of the batch.
+NORMS = {
+    "timm.layers.grn.GlobalResponseNorm",
+    "timm.layers.norm.RmsNorm2d",
+    "timm.layers.norm.SimpleNorm2d",
 }
 
 LAYERWISE_LAST_BLOCKS = 5
@@ -229,7 +237,8 @@ def _role(module: nn.Module, name: str) -> Role:
     if isinstance(module, Head):
         return Role.HEAD
     if own_name in ("weight", "bias"):
-        if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
+        is_norm = isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm))
+        if is_norm or class_name(type(module)) in NORMS:
             return Role.NORM_BIAS if is_bias else Role.NORM_SCALE
         if isinstance(module, (nn.Conv2d, nn.Conv1d, nn.Linear)):
             return Role.BIAS if is_bias else Role.WEIGHT
