@@ -45,7 +45,7 @@ def test_no_pushed_or_merged_file_names_a_place_or_a_file_of_the_pusher(home, se
         "true",
     ]
     options += ["--adapter.init", home / "first", "--metrics", f"[{home}/evaluate_f1.py]", "--memory.report", "true"]
-    finished(run_cli(*small_run(home / "pictures", home / "run", *options)))
+    finished(run_cli(*small_run(home / "pictures", home / "run", *options), pictures=True))
     finished(run_cli("push", "--adapter", home / "run", "--repo", "me/colours"))
     finished(run_cli("merge", "--adapter", home / "run", "--output", home / "merged.safetensors"))
     files = {name: file.content for name, file in server.repos["me/colours"].files().items()}
