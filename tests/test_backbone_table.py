@@ -33,6 +33,13 @@ def test_a_network_that_is_refused_says_why():
     assert describe("timm/levit_128s").refused.startswith("its classifier is a tuple")
 
 
+def test_a_network_whose_blocks_are_too_odd_for_lite_residuals_says_what_to_use():
+    pytest.importorskip("timm")
+    row = describe("timm/efficientnet_b1_pruned")
+    assert row.refused is None and "lite.groups=2: must divide" in row.no_lite and "use 1" in row.no_lite
+    assert row.methods == [*WITHOUT_BLOCKS, "FT-Layerwise"] and row.blocks == 0 and row.lean
+
+
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "resnet18", "timm/ghostnet_050", "timm/test_byobnet"])
 def test_how_lean_a_network_is_without_memory_is_how_lean_it_is(name):
     pytest.importorskip("timm")

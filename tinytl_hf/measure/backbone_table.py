@@ -9,13 +9,13 @@ import difflib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
 
 from tinytl_hf.config.engine import Engine
-from tinytl_hf.config.network import LiteConfig
+from tinytl_hf.config.network import LiteConfig, MethodName
 from tinytl_hf.config.verbs import BackbonesConfig
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.convert import convert, parts_to_try
@@ -23,7 +23,7 @@ from tinytl_hf.lean.notes import training_paths
 from tinytl_hf.network import hub_weights, proxylessnas, timm_nets, torchvision_nets, weights
 from tinytl_hf.network.backbones import create_backbone, find_backbone
 from tinytl_hf.network.blocks import convert_blocks
-from tinytl_hf.network.methods import apply_method, possible_methods
+from tinytl_hf.network.methods import METHODS, apply_method, possible_methods
 
 IMAGENET_CLASSES = 1000
 TO_TRY = "to try"  # besides the paths of tinytl_hf.lean.notes
@@ -50,6 +50,7 @@ class BackboneRow:
         lean: How many parts train how by the method with biases and, if there can be, lite residuals.
         weights: Where weights are on this machine.
         can_download: Whether the library names weights.
+        no_lite: Why its blocks take no lite residual with the defaults of its options, where that is so.
         refused: Why it cannot be trained.
     """
 
@@ -61,6 +62,7 @@ class BackboneRow:
     lean: dict[str, int] = field(default_factory=dict)
     weights: list[str] = field(default_factory=list)
     can_download: bool = False
+    no_lite: str | None = None
     refused: str | None = None
 
 
@@ -107,24 +109,33 @@ def describe(name: str) -> BackboneRow:
         found = find_backbone(name, "imagenet") if name.startswith(timm_nets.LOCAL) else None
         network = name if found is None else found.name
         size = _input_size(network)
-        with torch.device("meta"):
-            backbone = create_backbone(network, "none", IMAGENET_CLASSES)
-            parameters = sum(parameter.numel() for parameter in backbone.parameters())
-            blocks = convert_blocks(backbone)
-            apply_method(backbone, blocks, "TinyTL-L+B" if blocks else "TinyTL-B", size, LiteConfig())
-            names = {module: path for path, module in backbone.named_modules()}
-            trials = tuple(names[part] for part in parts_to_try(backbone, blocks))
-            convert(backbone, blocks, Engine(backend="eager"), size)
+        try:
+            row = _built(network, size, "TinyTL-L+B")
+        except TinyTLError as error:  # without blocks, or with some that take no lite residual with its defaults
+            row = _built(network, size, "TinyTL-B")
+            if row.blocks:
+                methods = [method for method in row.methods if not METHODS[method].lite_residual]
+                row = replace(row, blocks=0, methods=methods, no_lite=str(error))
     except TinyTLError as error:
         return BackboneRow(name, refused=str(error).removeprefix(f"backbone.name={name}: "))
+    here = [found.weights] if found is not None else _weights_here(network)
+    return replace(row, name=name, weights=here, can_download=bool(_repos(network)) or torchvision_nets.has(network))
+
+
+def _built(network: str, size: int, method: MethodName) -> BackboneRow:
+    with torch.device("meta"):
+        backbone = create_backbone(network, "none", IMAGENET_CLASSES)
+        parameters = sum(parameter.numel() for parameter in backbone.parameters())
+        blocks = convert_blocks(backbone)
+        apply_method(backbone, blocks, method, size, LiteConfig())
+        names = {module: path for path, module in backbone.named_modules()}
+        trials = tuple(names[part] for part in parts_to_try(backbone, blocks))
+        convert(backbone, blocks, Engine(backend="eager"), size)
     paths = training_paths(backbone)
     for trial in trials:
         paths = {part: path for part, path in paths.items() if not f"{part}.".startswith(f"{trial}.")}
     lean = Counter([*paths.values(), *[TO_TRY] * len(trials)])
-    here = [found.weights] if found is not None else _weights_here(network)
-    can_download = bool(_repos(network)) or torchvision_nets.has(network)
-    methods = possible_methods(blocks)
-    return BackboneRow(name, parameters, size, len(blocks), methods, dict(lean), here, can_download)
+    return BackboneRow(network, parameters, size, len(blocks), possible_methods(blocks), dict(lean))
 
 
 def _input_size(network: str) -> int:
@@ -156,7 +167,8 @@ def _table(names: list[str], rows: Iterable[BackboneRow]) -> Iterator[str]:
         lean = ", ".join(f"{count} {path}" for path, count in sorted(row.lean.items()))
         where = ", ".join(row.weights) or ("to download" if row.can_download else "none")
         size = f"{row.parameters / 1e6:.1f} M"
-        yield _line(width, row.name, size, str(row.input_size), str(row.blocks or "-"), lean, where)
+        note = "" if row.no_lite is None else f"; no lite residuals: {row.no_lite}"
+        yield _line(width, row.name, size, str(row.input_size), str(row.blocks or "-"), lean, where + note)
 
 
 def _line(width: int, name: str, parameters: str, px: str, lite: str, lean: str, where: str) -> str:
