@@ -26,6 +26,10 @@ def adapter(colour_folder, tmp_path_factory):
         (["train", "--method", "LoRA"], "Given value: LoRA"),
         (["train", "--train.gradient_accumulation_steps", "0"], "train.gradient_accumulation_steps=0: use 1 or more"),
         (["train", "--train.global_batch_size", "10", "--train.gradient_accumulation_steps", "4"], "use a divisor of"),
+        (
+            ["train", "--memory.budget_mb", "0"],
+            "memory.budget_mb=0.0: use a number of MB above 0, such as 64, or null",
+        ),
         (["train", "--config", "nowhere.yaml"], "config: File does not exist: "),
         (["train", "--data.dataset", "digits", "--data.train_size", "16"], "data.train_size=16: mobilenet_v2 reduces"),
         (["train", "--data.start_size", "16"], "data.start_size=16: use a multiple of 32"),

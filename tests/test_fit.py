@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT, run_cli, small_run, write_image
 from PIL import Image
-from started_runs import CONTEXT, delta
+from started_runs import CONTEXT, delta, run
 
 from tinytl_hf.config.fit import FitConfig
 from tinytl_hf.config.run import Config
@@ -179,7 +179,7 @@ def test_the_ranking_prefers_what_was_measured_to_be_better():
 
 
 def test_the_table_of_the_page_is_that_of_the_code():
-    page = (ROOT / "configs" / "README.md").read_text().partition("## How fit ranks")[2]
+    page = (ROOT / "configs" / "README.md").read_text().partition("## How fit ranks")[2].partition("\nCIFAR-10:")[0]
     told = {name.strip("` "): float(value) for name, value in re.findall(r"^\| (.+?) \| ([+-]?[\d.]+) \|", page, re.M)}
     expected = dict(ranking.METHODS)
     expected |= {f"{size} px": gained for size, gained in ranking.SIZES.items() if size != 128}
@@ -251,6 +251,25 @@ def test_a_budget_that_one_image_exceeds_ends_before_training_with_what_would_fi
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and "memory.budget_mb=6: a step with 1 image a pass takes" in last, done.stderr
     assert "MB takes: FT-Last, 32 px, 8 images a pass, int8" in last and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_split_alike_and_a_resumed_run_goes_on_with_its_split(colour_folder, tmp_path):
+    options = ["--method", "TinyTL-B", "--data.train_size", "64", "--memory.report", "true"]
+    whole = small_run(colour_folder, tmp_path / "whole", *options, "--train.epochs", "1")
+    done = run(whole, tmp_path / "whole.log", processes=2)
+    assert done.returncode == 0, done.stderr
+    budget = f"{peak_of(tmp_path / 'whole') / 1e6 - 0.1:.3f}"
+    split = small_run(colour_folder, tmp_path / "split", *options, "--memory.budget_mb", budget)
+    for more in (["--train.epochs", "1"], ["--train.epochs", "2", "--train.resume", "auto"]):
+        done = run([*split, *more], tmp_path / f"{len(more)}.log", processes=2)
+        assert done.returncode == 0, done.stderr
+        config = yaml.safe_load((tmp_path / "split" / "config.yaml").read_text())
+        assert config["train"]["gradient_accumulation_steps"] > 1
+    assert peak_of(tmp_path / "split") <= 1e6 * float(budget)
+    over = [*small_run(colour_folder, tmp_path / "over", *options), "--memory.budget_mb", "1"]
+    done = run(over, tmp_path / "over.log", processes=2)
+    assert done.returncode == 1 and "memory.budget_mb=1: a step with 1 image a pass takes" in done.stderr
 
 
 # MB that a process may map beyond what it has once Python and the libraries are there.
