@@ -72,7 +72,7 @@ def all_of_mobilenet_and_one_of_others():
             yield pytest.param(method, backbone, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("method", "backbone"), all_of_mobilenet_and_one_of_others())
+@pytest.mark.parametrize(("method", "backbone"), list(all_of_mobilenet_and_one_of_others()))
 def test_each_method_trains_what_its_row_of_the_table_says(method, backbone, make_model):
     model = make_model(method, backbone)
     trainable = {name for name, p in model.backbone.named_parameters() if p.requires_grad}

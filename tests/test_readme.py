@@ -77,7 +77,15 @@ def home(trained, server, monkeypatch, ready_processes):
     return trained
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in TRAINED_FIRST], ids=str)
+def those_that_go_on():
+    """The other commands; the fast tests have the export in test_deploy_readme.py, of a smaller network."""
+    for command in COMMANDS:
+        if command not in TRAINED_FIRST:
+            exports = "--format onnx" in command
+            yield pytest.param(command, id=command, marks=pytest.mark.slow if exports else ())
+
+
+@pytest.mark.parametrize("command", list(those_that_go_on()))
 def test_every_command_runs(command, home, tmp_path, monkeypatch):
     if command.startswith("make "):
         assert re.search(rf"^{command.removeprefix('make ')}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
