@@ -36,9 +36,12 @@ def points(method: str, share: float, train_size: int, int8: bool, group_norm: b
         int8: Whether frozen weights are stored in 8 bits.
         group_norm: Whether lite residuals have group norms in place of batch norms.
     """
-    of_blocks = _between(SHARES, share)
-    total = METHODS[method] + _between(SIZES, train_size)
-    total += of_blocks if method == "TinyTL-L+B" else min(0.0, of_blocks)  # a gain is not taken for granted elsewhere
+    of_method, of_blocks = METHODS[method], _between(SHARES, share)
+    if share < 1:  # a lead that was measured with all blocks is not taken for granted with fewer
+        of_method = min(0.0, of_method)
+    if method != "TinyTL-L+B":  # nor the gain that another method has from fewer
+        of_blocks = min(0.0, of_blocks)
+    total = of_method + of_blocks + _between(SIZES, train_size)
     if int8:
         total += INT8_WITH_LITE_RESIDUALS if method.startswith("TinyTL-L") else INT8_WITHOUT
     return round(total + GROUP_NORM * group_norm, 2)
