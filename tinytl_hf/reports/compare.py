@@ -119,9 +119,19 @@ def _groups(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
     for members in groups.values():
         rivals = [_compared(group[0]) for group in groups.values() if group[0].method == members[0].method]
         own = _compared(members[0])
-        special = [f"{key} {own[key]}" for key in own if any(rival[key] != own[key] for rival in rivals)]
+        special = [own[key] if key == "backbone.name" else f"{key} {own[key]}" for key in _telling_apart(rivals)]
         named[", ".join([members[0].method, *special])] = members
     return named
+
+
+def _telling_apart(rivals: Sequence[dict[str, Any]]) -> list[str]:
+    """Options that are enough to tell runs apart, such as a backbone's name without its weights'."""
+    keys = [key for key in rivals[0] if any(rival[key] != rivals[0][key] for rival in rivals)]
+    for key in reversed(keys):
+        fewer = [other for other in keys if other != key]
+        if len({str([rival[other] for other in fewer]) for rival in rivals}) == len(rivals):
+            keys = fewer
+    return keys
 
 
 def _compared(run: FinishedRun) -> dict[str, Any]:
