@@ -7,6 +7,7 @@ less has to stay from the forward pass to the backward pass: see :func:`keep_les
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,9 +105,12 @@ def export_device_step(model: TinyTLModel, config: ExportConfig, data: DataConfi
     with torch.enable_grad():
         step = TrainingStep(model)
         built = build(step, views, labels)
-        worst = gradient_difference(built.content, step, views, labels)
-        if not worst <= TOLERANCE:
-            raise TinyTLError(f"ExecuTorch's gradients differ by {worst:.1e} from PyTorch's; nothing was written")
+        worst, rounding = gradient_difference(built.content, step, views, labels)
+        if not worst <= max(TOLERANCE, 2 * rounding):
+            raise TinyTLError(
+                f"ExecuTorch's gradients differ by {worst:.1e} from PyTorch's, those by {rounding:.1e} from float64's; "
+                "nothing was written"
+            )
         beside = _in_pytorch(model, config.batch_size)
     about = describe(model, step, config.batch_size)
     write_files({described_by(path): (json.dumps(about, indent=2) + "\n").encode(), path: built.content})
@@ -116,7 +120,7 @@ def export_device_step(model: TinyTLModel, config: ExportConfig, data: DataConfi
             f"{model.config.method} for {config.batch_size} images of {size} px; what it needs to know is in "
             f"{described_by(path).name}",
             f"checked in ExecuTorch on {images.source}: {len(about['gradients'])} gradients, largest relative "
-            f"difference {worst:.1e}",
+            f"difference {worst:.1e} (of PyTorch's own from those in float64: {rounding:.1e})",
             f"memory of a step: ExecuTorch plans {built.planned / 1e6:.1f} MB for maps and gradients; {beside}",
             "it keeps a ReLU's mask in one byte a value, where the lean engine keeps one bit",
         ]
@@ -259,12 +263,14 @@ def _call(graph: Graph, target: Any, *args: Any) -> Node:
     return node
 
 
-def gradient_difference(content: bytes, step: TrainingStep, images: Tensor, labels: Tensor) -> float:
-    """The largest relative difference of a gradient in ExecuTorch from PyTorch's."""
+def gradient_difference(content: bytes, step: TrainingStep, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    """The largest relative difference of a gradient in ExecuTorch from PyTorch's, and of PyTorch's from float64.
+
+    Where a network has learned its images, gradients are sums of little that nearly cancel: then rounding alone makes
+    more than the tolerance.
+    """
     training = require("executorch.extension.training", EXTRA)
-    loss, _ = step(images, labels)
-    wanted = {name: p for name, p in step.named_parameters() if p.requires_grad}
-    ours = dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
+    ours, exact = _gradients(step, images, labels), _gradients(deepcopy(step).double(), images.double(), labels)
     module = training._load_for_executorch_for_training_from_buffer(content)
     module.forward_backward("forward", [images, labels])
     theirs = module.named_gradients()
@@ -273,7 +279,18 @@ def gradient_difference(content: bytes, step: TrainingStep, images: Tensor, labe
     scale = max(float(gradient.norm()) for gradient in ours.values())
     # One that is zero but for rounding is compared with the largest.
     floors = {name: max(float(gradient.norm()), 1e-3 * scale) for name, gradient in ours.items()}
-    return max(float((theirs[name] - gradient).norm()) / floors[name] for name, gradient in ours.items())
+    worst, rounding = (
+        max(float((other[name] - gradient).norm()) / floors[name] for name, gradient in ours.items())
+        for other in (theirs, exact)
+    )
+    return worst, rounding
+
+
+def _gradients(step: TrainingStep, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """PyTorch's gradients of what trains, by name."""
+    wanted = {name: p for name, p in step.named_parameters() if p.requires_grad}
+    loss, _ = step(images, labels)
+    return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
 
 
 def _in_pytorch(model: TinyTLModel, batch_size: int) -> str:
