@@ -108,8 +108,8 @@ def export_device_step(model: TinyTLModel, config: ExportConfig, data: DataConfi
         worst, rounding = gradient_difference(built.content, step, views, labels)
         if not worst <= max(TOLERANCE, 2 * rounding):
             raise TinyTLError(
-                f"ExecuTorch's gradients differ by {worst:.1e} from PyTorch's, those by {rounding:.1e} from float64's; "
-                "nothing was written"
+                f"ExecuTorch's gradients differ by {worst:.1e} from PyTorch's, those by {rounding:.1e} from "
+                "float64's; nothing was written"
             )
         beside = _in_pytorch(model, config.batch_size)
     about = describe(model, step, config.batch_size)

@@ -65,6 +65,9 @@ class DeviceTraining:
         self.label_names = self._config.label_names
         try:
             self._module = training._load_for_executorch_for_training(str(path))
+            # It knows its parameters after a first pass (1.5.1), which changes nothing.
+            blank = torch.zeros(self.batch_size, 3, self.size, self.size)
+            self._module.forward_backward("forward", [blank, torch.zeros(self.batch_size, dtype=torch.int64)])
             parameters = self._module.named_parameters()
         except Exception as error:  # its errors have no class in common but this one
             raise TinyTLError(f"{path}: ExecuTorch cannot load it ({error}); export it again") from error
