@@ -47,10 +47,12 @@ def main() -> None:
     parser.add_argument("sets", nargs="*", default=list(SETS), metavar="set", help=f"of {', '.join(SETS)}")
     parser.add_argument("--output", type=Path, default=Path("runs/defaults"), help="folder of the runs")
     options, passed_on = parser.parse_known_args()
+    if unknown := [name for name in options.sets if name not in SETS]:
+        parser.error(f"{unknown[0]}: no such set; use {', '.join(SETS)}")
     for name in options.sets:
         if options.step == "run":
             for folder, words in plan(name).items():
-                if not (options.output / folder / "eval_results.json").is_file():
+                if not (options.output / folder / "adapter" / "eval_results.json").is_file():
                     train = [sys.executable, "-m", "tinytl_hf", "train", *words, *passed_on]
                     subprocess.run([*train, "--output_dir", str(options.output / folder)], check=True)
         else:
@@ -79,7 +81,7 @@ def publish(runs: Path, name: str) -> None:
         target = CARDS / "defaults" / run.relative_to(runs)
         target.mkdir(parents=True, exist_ok=True)
         for file in ("config.yaml", "metrics.jsonl", "memory.json"):
-            if (run / file).is_file():  # memory is measured with one seed
+            if (run / file).is_file():  # memory.json is not there after --memory.report false
                 shutil.copy(run / file, target / file)
         figures = json.loads(results.read_text())
         (target / results.name).write_text(json.dumps(figures) + "\n")  # a line: the confusion matrix is large

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, run_cli
 
 
 def test_tuning_takes_the_best_learning_rate_of_finished_runs_and_trains_none_of_them_again(tmp_path, monkeypatch):
@@ -50,6 +50,21 @@ def test_runs_of_the_defaults_are_published_without_the_place_of_their_data(tmp_
     assert not [p for p in published.rglob("*") if p.is_file() and str(tmp_path).encode() in p.read_bytes()]
     assert "caltech101" in (published / "mobilenet_v2/last6/seed0/config.yaml").read_text()
     assert (published / "accuracy_memory.png").is_file() and "85." in (published / "compare.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["caltech101", "cifar10_10000"])
+def test_the_runs_of_the_defaults_are_those_that_are_told(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "model_cards")
+    from defaults import plan
+
+    runs = plan(name)
+    assert len(runs) == 2 * 4 + 3 * 3
+    for folder in (f"{name}/tf_efficientnet_lite0/TinyTL-B/seed0", f"{name}/mobilenet_v2/last6/seed2"):
+        done = run_cli("train", *runs[folder], "--data.dataset", "path", "--print_config")
+        assert done.returncode == 0, done.stderr
+        told = yaml.safe_load(done.stdout)
+        assert told["adapter"]["keep"] == "last" and told["train"]["lr"] is told["train"]["epochs"] is None
+    assert (told["method"], told["trained_blocks"], told["seed"]) == ("TinyTL-L+B", 6, 2)
 
 
 @pytest.mark.slow

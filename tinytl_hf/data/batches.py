@@ -35,7 +35,7 @@ STREAMS = "streams"  # in place of a number of bytes
 
 @dataclass(frozen=True)
 class Survey:
-    """What the images of a split take once they are decoded, by a sample of them.
+    """What the images of a split take once they are decoded, by some of them.
 
     Attributes:
         in_memory: About what all images take in bytes, or ``STREAMS``.
@@ -48,10 +48,16 @@ class Survey:
 
 def survey(split: Split, config: DataConfig, size: int) -> Survey:
     """Decode a sample of a split. Arguments and errors are those of :func:`read_images`."""
-    sample = [image for _, image in _decode_rows(split, sample_rows(split), config, size) if image is not None]
-    in_memory = round(np.mean([image.numel() for image in sample] or [0]) * len(split.labels))
-    streams = in_memory > config.memory_limit_mb * 1e6
-    return Survey(STREAMS if streams else in_memory, _largest(sample) if sample else decoded_photo_size(size))
+    sample = _decode_rows(split, sample_rows(split), config, size)
+    return survey_of([_size(image) for _, image in sample if image is not None], split, config, size)
+
+
+def survey_of(sizes: Sequence[tuple[int, int]], split: Split, config: DataConfig, size: int) -> Survey:
+    """What a split takes, by the heights and widths in px of some of its decoded images."""
+    if not sizes:
+        return Survey(0, decoded_photo_size(size))
+    in_memory = round(np.mean([3 * height * width for height, width in sizes]) * len(split.labels))
+    return Survey(STREAMS if in_memory > config.memory_limit_mb * 1e6 else in_memory, _largest(sizes))
 
 
 def read_images(split: Split, config: DataConfig, size: int) -> DecodedImages | StreamedImages:
@@ -81,8 +87,13 @@ def read_images(split: Split, config: DataConfig, size: int) -> DecodedImages | 
     return DecodedImages(images, _drop_corrupt(split, good), shared)
 
 
-def _largest(images: Sequence[Tensor]) -> tuple[int, int]:
-    heights, widths = zip(*(image.shape[-2:] for image in images), strict=True)
+def _size(image: Tensor) -> tuple[int, int]:
+    height, width = image.shape[-2:]
+    return height, width
+
+
+def _largest(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    heights, widths = zip(*sizes, strict=True)
     return max(heights), max(widths)
 
 
@@ -103,7 +114,7 @@ class DecodedImages(Dataset):
         self.split = split
         self.labels = torch.from_numpy(split.labels)
         self.in_memory = sum(image.numel() for image in images)
-        self.photo_size = _largest(images)
+        self.photo_size = _largest([_size(image) for image in images])
         same_size = len({image.shape for image in images}) == 1
         self.images = torch.stack(images) if same_size and not shared else images
 

@@ -266,8 +266,8 @@ def _call(graph: Graph, target: Any, *args: Any) -> Node:
 def gradient_difference(content: bytes, step: TrainingStep, images: Tensor, labels: Tensor) -> tuple[float, float]:
     """The largest relative difference of a gradient in ExecuTorch from PyTorch's, and of PyTorch's from float64.
 
-    Where a network has learned its images, gradients are sums of little that nearly cancel: then rounding alone makes
-    more than the tolerance.
+    Of millions of activations some are within rounding of a ReLU's edge. On which side they fall makes more than the
+    tolerance, in PyTorch's own gradients as well.
     """
     training = require("executorch.extension.training", EXTRA)
     ours, exact = _gradients(step, images, labels), _gradients(deepcopy(step).double(), images.double(), labels)

@@ -25,4 +25,4 @@ def data_memory(opened: Opened, data: DataConfig) -> DataMemory:
     for name, split in (("eval", opened.evaluation), ("test", opened.test)):
         if split is not None:
             in_memory[name] = photo_sizes(split, data, data.eval_size or data.train_size).in_memory
-    return DataMemory(in_memory, train.largest)
+    return DataMemory(in_memory, train.photo_size)
