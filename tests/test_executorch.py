@@ -1,6 +1,7 @@
 """ExecuTorch: the same logits in its runtime, and training steps whose gradients and losses are those of PyTorch."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -13,13 +14,16 @@ from torch.export.experimental import _export_forward_backward
 from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.config.export import ExportConfig
 from tinytl_hf.config.network import LiteConfig
-from tinytl_hf.deploy.device_step import TrainingStep, keep_less
+from tinytl_hf.deploy.device_graph import keep_less
+from tinytl_hf.deploy.device_step import TrainingStep
 from tinytl_hf.deploy.exported import check_output
+from tinytl_hf.deploy.gradient_check import GradientCheck, largest_difference
 
 LABELS = ["blue", "red", "grey", "green"]
 GROUP = LiteConfig(norm="group")
 BATCH, SIZE = 4, 32
 METHODS = ("FT-Last", "TinyTL-B", "TinyTL-L+B")
+SAME_PADDING = "timm/tf_efficientnet_lite0"
 
 
 @pytest.fixture
@@ -75,7 +79,11 @@ def bytes_kept(graph):
 
 @pytest.mark.parametrize(
     ("method", "backbone"),
-    [("TinyTL-B", "timm/test_resnet"), pytest.param("TinyTL-L+B", "resnet18", marks=pytest.mark.slow)],
+    [
+        ("TinyTL-B", "timm/test_resnet"),
+        pytest.param("TinyTL-L+B", "resnet18", marks=pytest.mark.slow),
+        pytest.param("TinyTL-L+B", SAME_PADDING, marks=pytest.mark.slow),
+    ],
 )
 def test_less_is_kept_for_the_same_gradients(method, backbone, make_step):
     if backbone.startswith("timm/"):
@@ -92,6 +100,35 @@ def test_less_is_kept_for_the_same_gradients(method, backbone, make_step):
     for name, gradient in gradients.items():
         assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
     assert bytes_kept(program.graph) < 0.5 * before
+    padding = [n for n in program.graph.nodes if n.target is torch.ops.aten.constant_pad_nd.default]
+    assert all(side >= 0 for node in padding for side in node.args[1])  # ExecuTorch refuses less
+
+
+@pytest.mark.slow
+def test_a_step_of_a_network_with_same_padding_runs(make_step, tmp_path, executorch):
+    pytest.importorskip("timm", reason="the extra timm is not installed")
+    model, _, _ = make_step("TinyTL-L+B", SAME_PADDING)
+    text = model.export(tmp_path / "step.pte", format="executorch", train=True, batch_size=2)
+    assert re.search(r"\d+ gradients, largest relative difference [\d.]+e-0[6-9]", text), text
+
+
+def test_gradients_that_differ_by_more_than_rounding_are_refused(make_step):
+    model, images, labels = make_step("TinyTL-B")
+    ours = eager_gradients(TrainingStep(model), images, labels)
+    one = next(iter(ours))
+    for share, is_refused in ((1e-6, False), (0.01, True)):
+        theirs = {**ours, one: (1 + share) * ours[one]}
+        check = GradientCheck(len(ours), largest_difference(theirs, ours), rounding=2e-6, single=None)
+        assert check.batch == pytest.approx(share, rel=0.1)
+        if is_refused:
+            with pytest.raises(
+                TinyTLError, match=r"differ by 1\.0e-02 from PyTorch's, those by 2\.0e-06 from float64"
+            ):
+                check.check()
+        else:
+            check.check()
+    with pytest.raises(TinyTLError, match="in place of"):
+        largest_difference({one: ours[one]}, ours)
 
 
 @pytest.mark.parametrize(
