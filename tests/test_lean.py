@@ -15,6 +15,8 @@ from tinytl_hf.lean import bits
 from tinytl_hf.lean.chain import Chain, Stage
 from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
 from tinytl_hf.lean.lite_branch import Branch
+from tinytl_hf.measure.measured_step import random_batch
+from tinytl_hf.measure.peak import measure_peak
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.norms import FrozenBatchNorm2d
 
@@ -294,15 +296,28 @@ def test_checkpointed_blocks_and_double_use_of_a_model_work(make_model):
     assert all(p.grad.abs().max() > 0 for branch in branches for p in branch.parameters() if p.requires_grad)
 
 
-def test_a_stem_that_trains_as_one_with_its_block_is_still_two_layers(make_model):
-    features = make_model("TinyTL-L+B").double().train().backbone.features
-    nn.init.ones_(features[1].lite_residual.norm2.weight)
-    x = torch.randn(4, 3, 20, 20, dtype=torch.float64)
-    parameters = [p for p in features[:2].parameters() if p.requires_grad]
-    together, apart = features.opening(x), features[:2](x)
-    torch.testing.assert_close(together, apart, atol=1e-12, rtol=1e-12)
-    for ours, theirs in zip(*(torch.autograd.grad(y.cos().sum(), parameters) for y in (together, apart)), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+@pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L+B"])
+def test_the_same_network_takes_the_same_memory_however_its_layers_are_nested(method, make_model):
+    pytest.importorskip("timm", reason="the extra timm is not installed")
+    flat, nested = (
+        measure_peak(model, *random_batch(model, 8))
+        for model in (make_model(method, name).train() for name in ("mobilenet_v2", "timm/mobilenetv2_100"))
+    )
+    assert nested.kept_activations == flat.kept_activations
+    assert nested.dynamic == pytest.approx(flat.dynamic, rel=0.001)
+
+
+def test_a_part_of_a_network_s_layers_trains_by_itself(make_model):
+    pytest.importorskip("timm", reason="the extra timm is not installed")
+    lean, plain = (
+        make_model("TinyTL-B", "timm/mobilenetv2_100", lean=lean).double().train() for lean in (True, False)
+    )
+    plain.load_state_dict(lean.state_dict())
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    ours, theirs = (
+        m.backbone.blocks[:2](x if m is lean else m.backbone.bn1(m.backbone.conv_stem(x))) for m in (lean, plain)
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 
 
 def test_layers_that_stay_stock_are_named(make_model):

@@ -38,7 +38,7 @@ from tinytl_hf.lean.layers import (
 )
 from tinytl_hf.lean.lite_branch import Branch
 from tinytl_hf.lean.max_pool import LeanMaxPool2d, is_plain
-from tinytl_hf.lean.paths import Activated, DoneByStem, LeanBlockPath, LeanOpening, LeanResNetPath, lean_part
+from tinytl_hf.lean.paths import Activated, DoneByBlock, LeanBlockPath, LeanResNetPath, lean_part
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.runs import join_recomputed
 from tinytl_hf.lean.stage import UPPER, Stage
@@ -89,10 +89,11 @@ NAMES_THAT_KEEP_NOTHING = {
         "timm.layers.linear.Linear",
     ),
 }
-# Networks whose stem is a convolution and the norm that it alone feeds, and which alone feeds the first block.
-STEMS = {
-    "timm.models.efficientnet.EfficientNet": ("conv_stem", "bn1"),
-    "timm.models.mobilenetv3.MobileNetV3": ("conv_stem", "bn1"),
+STEM = "conv_stem"
+# Convolutions beside a network's blocks, with the norm that each alone feeds; the stem's alone feeds the first block.
+CONVOLUTIONS_WITH_NORM = {
+    "timm.models.efficientnet.EfficientNet": ((STEM, "bn1"), ("conv_head", "bn2")),
+    "timm.models.mobilenetv3.MobileNetV3": ((STEM, "bn1"),),
 }
 
 
@@ -136,7 +137,10 @@ def convert(
     for module in backbone.modules():
         if type(module) is nn.Sequential and module not in done:
             again.update(join_recomputed(module, engine.slice_mb, prefix))
-    done.update(_join_stem(backbone, blocks, engine, prefix))
+    for name, (conv, norm) in _with_norms(backbone, engine).items():
+        done.update((conv, *norm.modules()))
+        if name == STEM and blocks:
+            _join(conv, next(iter(blocks.values())), prefix)
     frozen = any(isinstance(m, nn.Conv2d) and not m.weight.requires_grad for m in backbone.modules())
     for module in backbone.modules():
         if module in done | again or not frozen:
@@ -157,8 +161,10 @@ def convert(
         if module in again:
             _fold_norm(module, engine)
     for module in backbone.modules():
-        if type(module) is nn.Sequential and len(module) > 1:
-            _join_opening(module, prefix)
+        if isinstance(module, nn.Sequential) and len(module) > 1:
+            stem, following = module[0], module[1]
+            if isinstance(stem, LeanConvNormActivation) and isinstance(following, TinyTLBlock):
+                _join(stem, following, prefix)
     return [
         f"{name} ({type(module).__name__})"
         for name, module in backbone.named_modules()
@@ -228,45 +234,36 @@ def _keeps_little(layer: nn.Module) -> bool:
     return _becomes_lean(layer) or not may_keep_maps(layer)
 
 
-def _join_opening(layers: nn.Sequential, prefix: Collection[nn.Module]) -> None:
-    """Let a stem and the block that follows it train as one chain."""
-    stem, block = layers[0], layers[1]
-    if not isinstance(stem, LeanConvNormActivation) or not isinstance(block, TinyTLBlock):
-        return
-    if stem in prefix and block not in prefix:
-        return
-    path = block.lean_path
-    main = path.main if isinstance(path, LeanBlockPath) else path
-    if isinstance(main, Chain) and isinstance(stem.chain, Chain) and not block.gradient_checkpointing:
-        joined = replace(main, stages=(*stem.chain.stages, *main.stages), branch=len(stem.chain.stages))
-        layers.__class__ = LeanOpening
-        layers.opening = replace(path, main=joined) if isinstance(path, LeanBlockPath) else joined  # type: ignore[assignment]
+def _join(stem: LeanConvNormActivation | LeanConv2d, block: TinyTLBlock, prefix: Collection[nn.Module]) -> None:
+    """Let a stem and the block that follows it, if masks serve it, train as one chain, which the block runs.
 
-
-def _join_stem(
-    backbone: nn.Module, blocks: dict[str, TinyTLBlock], engine: Engine, prefix: Collection[nn.Module]
-) -> set[nn.Module]:
-    """Let a timm stem and, if masks serve it, the block that follows train as one chain, which the stem's convolution
-    runs; returns the stem's modules.
+    So the stem's maps, the largest of all, exist for a slice of the batch only.
     """
-    if class_name(type(backbone)) not in STEMS or not blocks:
-        return set()
-    conv, norm = (backbone.get_submodule(name) for name in STEMS[class_name(type(backbone))])
-    stages = _as_stages([conv, norm])
-    if stages is None or type(norm) is not FrozenBatchNormAct2d or stages[0].norm is None:
-        return set()
-    _make_lean(conv, engine)
-    norm.__class__ = NormOfConvolution
-    conv.chain = _chain(stages, engine)  # type: ignore[assignment]
-    block = next(iter(blocks.values()))
     path = block.lean_path
     main = path.main if isinstance(path, LeanBlockPath) else path
-    apart = conv in prefix and block not in prefix  # the stem runs without gradients, and the block trains
-    if isinstance(main, Chain) and not (main.residual or block.gradient_checkpointing or apart):
-        joined = replace(main, stages=(*stages, *main.stages), branch=len(stages))
-        conv.chain = replace(path, main=joined) if isinstance(path, LeanBlockPath) else joined  # type: ignore[assignment]
-        block.lean_path = DoneByStem()
-    return {conv, *norm.modules()}
+    apart = stem in prefix and block not in prefix  # the stem runs without gradients, and the block trains
+    if not isinstance(main, Chain) or not isinstance(stem.chain, Chain):
+        return
+    if main.residual or block.gradient_checkpointing or apart:
+        return
+    joined = replace(main, stages=(*stem.chain.stages, *main.stages), branch=len(stem.chain.stages))
+    block.lean_path = replace(path, main=joined) if isinstance(path, LeanBlockPath) else joined
+    stem.chain = DoneByBlock()
+
+
+def _with_norms(backbone: nn.Module, engine: Engine) -> dict[str, tuple[LeanConv2d, nn.Module]]:
+    """Let a timm network's convolutions do the work of the norms after them; both by the convolution's name."""
+    found: dict[str, tuple[LeanConv2d, nn.Module]] = {}
+    for names in CONVOLUTIONS_WITH_NORM.get(class_name(type(backbone)), ()):
+        conv, norm = (backbone.get_submodule(name) for name in names)
+        stages = _as_stages([conv, norm])
+        if stages is None or type(norm) is not FrozenBatchNormAct2d or stages[0].norm is None:
+            continue
+        _make_lean(conv, engine)
+        assert isinstance(conv, LeanConv2d)
+        conv.chain, norm.__class__ = _chain(stages, engine), NormOfConvolution
+        found[names[0]] = (conv, norm)
+    return found
 
 
 def _block_path(block: TinyTLBlock, engine: Engine) -> Chain | LeanResNetPath | None:

@@ -14,9 +14,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from tinytl_hf.config.engine import BackendName
 from tinytl_hf.lean import backend, bits, operators
-from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.int8 import Int8Conv2d, Int8SameConv2d
-from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.stage import UPPER
 from tinytl_hf.network.norms import FrozenBatchNorm2d, FrozenBatchNormAct2d
 from tinytl_hf.network.same_padding import SameConv2d
@@ -26,7 +24,7 @@ class LeanConv2d(nn.Conv2d):
     """A convolution with a frozen weight: keeps nothing.
 
     Attributes:
-        chain: Its training pass, of a stem with what follows it.
+        chain: Its training pass.
     """
 
     chain: Callable[[Tensor], Tensor]
@@ -100,9 +98,13 @@ class LeanReLU6(nn.ReLU6):
 
 
 class LeanConvNormActivation(Conv2dNormActivation):
-    """torchvision's convolution, norm and activation as one lean function."""
+    """torchvision's convolution, norm and activation as one lean function.
 
-    chain: Chain | Recomputed
+    Attributes:
+        chain: Its training pass.
+    """
+
+    chain: Callable[[Tensor], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``Conv2dNormActivation``."""

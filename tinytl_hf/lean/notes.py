@@ -14,7 +14,7 @@ from torch import nn
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.convert import LAYERS, may_keep_maps
 from tinytl_hf.lean.layers import LeanConvNormActivation, NormOfConvolution
-from tinytl_hf.lean.paths import DoneByStem, LeanBlockPath, LeanPart, LeanResNetPath
+from tinytl_hf.lean.paths import LeanBlockPath, LeanPart, LeanResNetPath
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.runs import LeanSequence
 from tinytl_hf.network.blocks import TinyTLBlock, is_layer, own_modules
@@ -69,7 +69,7 @@ def _block_path(block: TinyTLBlock) -> str:
     main = block.lean_path.main if isinstance(block.lean_path, LeanBlockPath) else block.lean_path
     if isinstance(main, Recomputed):
         return RECOMPUTE
-    if isinstance(main, (Chain, DoneByStem, LeanResNetPath)):
+    if isinstance(main, (Chain, LeanResNetPath)):
         return MASKS
     lean = any(
         isinstance(part, (LeanConvNormActivation, NormOfConvolution, *LAYERS.values())) for part in own_modules(block)

@@ -100,11 +100,11 @@ class LeanBlockPath:
 
 
 @dataclass(frozen=True)
-class DoneByStem:
-    """The training pass of a first block whose chain the stem before it runs."""
+class DoneByBlock:
+    """The training pass of a stem whose chain the block after it runs."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What it is given, which is the block's output already."""
+        """What it is given."""
         return x
 
 
@@ -143,24 +143,3 @@ class LeanPart(nn.Module):
 def lean_part(part: type[nn.Module]) -> type[LeanPart]:
     """A class of parts, made lean; it goes by the same name in messages."""
     return type(part.__name__, (LeanPart, part), {"__module__": __name__})
-
-
-class LeanOpening(nn.Sequential):
-    """A network's layers, the first two of which, a stem and a block, train as one chain.
-
-    So the stem's maps, the largest of all, exist for a slice of the batch only.
-
-    Attributes:
-        opening: The training pass of the first two.
-    """
-
-    opening: Callable[[Tensor], Tensor] | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        """As ``nn.Sequential``."""
-        if self.opening is None or not self.training:
-            return super().forward(input)
-        x = self.opening(input)
-        for module in list(self)[2:]:
-            x = module(x)
-        return x

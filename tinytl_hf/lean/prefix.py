@@ -5,13 +5,12 @@ So of the whole batch only the maps at its end exist. Training can go on from th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from tinytl_hf.lean.paths import LeanOpening
 from tinytl_hf.lean.runs import LeanSequence
 from tinytl_hf.lean.slices import Gathered, even_slices, slice_mb_on
 from tinytl_hf.network.blocks import TinyTLBlock
@@ -31,24 +30,19 @@ class Prefix:
     Attributes:
         parts: The parts, in forward order; none of them trains.
         slice_mb: The engine's slices, in MB.
-        opening: The training pass of the first two parts, where those are a stem and a block that train as one.
     """
 
     parts: Sequence[nn.Module]
     slice_mb: float | None
-    opening: Callable[[Tensor], Tensor] | None = None
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> Tensor:
         """What the first trained block gets: ``[N, 3, H, W]`` to ``[N, C, h, w]``, channels last."""
-        layers: Sequence[Callable[[Tensor], Tensor]] = self.parts
-        if self.opening is not None and self.parts[0].training:
-            layers = [self.opening, *self.parts[2:]]
         gathered = Gathered(len(images))
         slice_mb = SHARE_OF_CHAIN * slice_mb_on(images.device, self.slice_mb)
         for part in even_slices(len(images), images[0].numel() * images.itemsize, slice_mb):
             maps = images[part]
-            for layer in layers:
+            for layer in self.parts:
                 maps = layer(maps)
             gathered.put(part, maps.contiguous(memory_format=torch.channels_last))
         assert gathered.whole is not None
@@ -85,8 +79,7 @@ def find_prefix(
         return None
     first = next(iter(last_blocks(blocks, trained_blocks).values()))
     parts = prefix_modules(backbone, blocks, trained_blocks)
-    openings = [m.opening for m in backbone.modules() if isinstance(m, LeanOpening) and list(m)[:2] == parts[:2]]
-    prefix = Prefix(parts, slice_mb, *openings)
+    prefix = Prefix(parts, slice_mb)
     found: list[Tensor] = []
     hook = first.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
     weight = next(backbone.parameters())
@@ -115,8 +108,6 @@ def _without(module: nn.Module, prefix: set[nn.Module]) -> nn.Module:
         return module
     rest = with_own_children(module)
     rest._modules.update({name: _without(part, prefix) for name, part in module.named_children()})
-    if isinstance(rest, LeanOpening):
-        rest.opening = None  # of a stem and a block in the prefix
-    elif isinstance(rest, LeanSequence):
+    if isinstance(rest, LeanSequence):
         rest.passes = tuple(run for run in rest.passes if run not in prefix)
     return rest

@@ -42,17 +42,20 @@ class Checkpointed:
 
 
 class LeanSequence(nn.Sequential):
-    """A network's layers, some of which train as one.
+    """A network's layers, some of which train as one, and those of sequences within it one by one.
+
+    While a sequence within another runs, the outer one would hold its input, which no layer needs any more.
 
     Attributes:
-        passes: The training passes, in forward order: of single layers, and of runs of them.
+        passes: The training passes, in forward order: of single layers, and of runs of them. A part of the sequence,
+            as ``layers[:2]``, has none.
     """
 
-    passes: tuple[Callable[[Tensor], Tensor], ...]
+    passes: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Sequential``."""
-        if not self.training:
+        if not self.training or not self.passes:
             return super().forward(input)
         for run in self.passes:
             input = run(input)
@@ -64,7 +67,7 @@ def join_recomputed(
 ) -> set[nn.Module]:
     """Let neighbours among ``layers`` that would be computed again one by one be so as one, where they allow it.
 
-    Those in ``prefix`` are never computed again.
+    Those in ``prefix`` are never computed again. Sequences of blocks among them are opened.
 
     Returns:
         The modules that no longer train by themselves, but as part of what is computed again.
@@ -84,7 +87,7 @@ def join_recomputed(
         for block in blocks:
             block.lean_path = None
         passes.append(Recomputed(whole, whole.forward, slice_mb))
-    if any(isinstance(each, (Checkpointed, Recomputed)) for each in passes):
+    if passes != list(layers):
         layers.__class__ = LeanSequence
         layers.passes = tuple(passes)  # type: ignore[assignment]
     return joined
