@@ -129,5 +129,7 @@ def test_packages_of_some_uses_are_imported_where_they_are_needed():
 
 
 def test_no_file_is_longer_than_a_person_reads():
-    lengths = {module: len(path.read_text().splitlines()) for module, path in FILES.items()}
-    assert {module: lines for module, lines in lengths.items() if lines > LONGEST_FILE} == {}
+    paths = [path for suffix in ("py", "c", "h") for path in PACKAGE.rglob(f"*.{suffix}")]
+    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in paths}
+    assert {path: lines for path, lines in lengths.items() if lines > LONGEST_FILE} == {}
+    assert "lean/native/chain.h" in lengths

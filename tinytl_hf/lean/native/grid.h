@@ -1,0 +1,113 @@
+/* A lite residual's grouped convolution, pixel by pixel, forward and backward, and the memory that a branch needs. */
+#include "chain.h"
+
+enum { PIXELS = 96 }; /* at a time: a multiple of every TILE_ROWS */
+
+static i64 height_out(const Branch *b) { return (b->height + 2 * b->padding - b->kernel) / b->stride + 1; }
+static i64 width_out(const Branch *b) { return (b->width + 2 * b->padding - b->kernel) / b->stride + 1; }
+static i64 pixels_in(const Branch *b) { return b->images * b->height * b->width; }
+static i64 pixels_out(const Branch *b) { return b->images * height_out(b) * width_out(b); }
+
+/* Places in the scratch, in fp32 values. */
+typedef struct {
+    i64 input, zeros, vectors, totals, packed, per_thread; /* of all threads; the first thread's own */
+    i64 act, outer, rows, sums, weight, table, own_size; /* within a thread's own */
+} Room;
+
+static Room branch_room(const Branch *b) {
+    const i64 taps = b->kernel * b->kernel, widest = max_of(max_of(b->in_channels, b->middle), b->out_channels);
+    const i64 in_group = b->in_channels / b->groups;
+    Room r = {0};
+    r.zeros = b->input.is_bf16 ? whole(pixels_in(b) * b->in_channels, 16) : 0;
+    r.vectors = r.zeros + whole(widest, 16); /* what a phase wants of the norms: four vectors of each */
+    r.totals = r.vectors + whole(8 * widest, 16);
+    r.packed = r.totals + whole(4 * widest, 16); /* two vectors of fp64 */
+    const i64 packed1 = b->groups * taps * max_of(in_group * whole(b->middle / b->groups, TILE_COLUMNS),
+                                                  b->middle / b->groups * whole(in_group, TILE_COLUMNS));
+    const i64 packed2 = b->middle * whole(b->out_channels, TILE_COLUMNS) + b->out_channels * whole(b->middle, TILE_COLUMNS);
+    r.per_thread = r.packed + whole(max_of(packed1, packed2), 16);
+    r.outer = PIXELS * whole(widest, 16);
+    r.rows = 2 * r.outer;
+    r.sums = 3 * r.outer;
+    r.weight = r.sums + 4 * whole(widest, 16);
+    r.table = r.weight + whole(b->out_channels * b->middle, 16);
+    r.own_size = whole(r.table + 2 * taps * PIXELS, 16);
+    return r;
+}
+
+static i64 branch_scratch(const Branch *b) {
+    const Room r = branch_room(b);
+    return r.per_thread + b->threads * r.own_size;
+}
+
+/* The output pixels of one convolution that share their taps: all of them, or every stride-th one backward. */
+typedef struct {
+    i64 height, width, channels;      /* of the maps that are read */
+    i64 rows, columns;                /* of the pixels that are made, in each image */
+    i64 stride;                       /* pixels that are read from one that is made to the next */
+    i64 taps, at[MOST_TAPS], y[MOST_TAPS], x[MOST_TAPS];
+    const float *maps, *zeros;
+} Grid;
+
+static Grid forward_grid(const Branch *b, const float *input, const float *zeros) {
+    Grid g = {.height = b->height, .width = b->width, .channels = b->in_channels, .rows = height_out(b),
+              .columns = width_out(b), .stride = b->stride, .maps = input, .zeros = zeros};
+    for (i64 t = 0; t < b->kernel * b->kernel; t++, g.taps++) {
+        g.at[t] = t;
+        g.y[t] = t / b->kernel - b->padding;
+        g.x[t] = t % b->kernel - b->padding;
+    }
+    return g;
+}
+
+/* Of the input pixels whose row and column are `top` and `left` modulo the stride. */
+static Grid backward_grid(const Branch *b, i64 top, i64 left, const float *zeros) {
+    Grid g = {.height = height_out(b), .width = width_out(b), .channels = b->middle, .stride = 1, .maps = b->flow,
+              .rows = (b->height - top + b->stride - 1) / b->stride,
+              .columns = (b->width - left + b->stride - 1) / b->stride, .zeros = zeros};
+    for (i64 t = 0; t < b->kernel * b->kernel; t++) {
+        const i64 y = top + b->padding - t / b->kernel, x = left + b->padding - t % b->kernel;
+        if (y % b->stride || x % b->stride) continue;
+        g.at[g.taps] = t;
+        g.y[g.taps] = y / b->stride;
+        g.x[g.taps++] = x / b->stride;
+    }
+    return g;
+}
+
+/* Addresses of what `count` pixels from `first` on read: [tile][tap][pixel of the tile]. */
+static void grid_addresses(const Grid *g, i64 first, i64 count, const float **table) {
+    i64 step[MOST_TAPS], top = 0, left = 0, bottom = 0, right = 0; /* how far the taps reach */
+    for (i64 t = 0; t < g->taps; t++) {
+        step[t] = (g->y[t] * g->width + g->x[t]) * g->channels;
+        top = min_of(top, g->y[t]);
+        left = min_of(left, g->x[t]);
+        bottom = max_of(bottom, g->y[t]);
+        right = max_of(right, g->x[t]);
+    }
+    for (i64 r = 0; r < whole(count, TILE_ROWS); r++) {
+        const i64 pixel = first + min_of(r, count - 1);
+        const i64 y = pixel / g->columns % g->rows * g->stride, x = pixel % g->columns * g->stride;
+        const float *at = g->maps + ((pixel / (g->rows * g->columns) * g->height + y) * g->width + x) * g->channels;
+        const float **to = table + r / TILE_ROWS * g->taps * TILE_ROWS + r % TILE_ROWS;
+        if (y + top >= 0 && x + left >= 0 && y + bottom < g->height && x + right < g->width) {
+            for (i64 t = 0; t < g->taps; t++) to[t * TILE_ROWS] = at + step[t];
+            continue;
+        }
+        for (i64 t = 0; t < g->taps; t++) {
+            const i64 v = y + g->y[t], u = x + g->x[t];
+            const int inside = v >= 0 && v < g->height && u >= 0 && u < g->width;
+            to[t * TILE_ROWS] = inside ? at + step[t] : g->zeros;
+        }
+    }
+}
+
+/* One group of a dense convolution of `count` pixels whose addresses are in `table`; its channels begin at `offset`. */
+static void dense_pixels(const Grid *g, i64 count, const float *const *table, i64 offset, i64 depth, i64 all_taps,
+                         const float *packed, i64 columns, const Finish *f) {
+    for (i64 c = 0; c < columns; c += TILE_COLUMNS, packed += all_taps * depth * TILE_COLUMNS)
+        for (i64 r = 0, n; r < count; r += n) {
+            n = rows_at_a_time(count - r, columns - c);
+            dense_rows(n, table + r * g->taps, offset, packed, g->at, g->taps, depth, f, r, 1, c, columns - c);
+        }
+}
