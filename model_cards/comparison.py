@@ -3,11 +3,12 @@
     python model_cards/comparison.py tune
     python model_cards/comparison.py run
     python model_cards/comparison.py publish
+    python model_cards/comparison.py memory
     python model_cards/comparison.py draw
 
 From the root of the repository. Every step leaves out what is done already and goes on with what was cut off, so it
 can be stopped at any time. Options of ``tinytl-hf train`` at the end of the line are passed on, such as
-``--data.dataset path/to/cifar10``.
+``--data.dataset path/to/cifar10``. The step memory measures what has been published again, with the engine as it is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import defaults
+import yaml
 
 from tinytl_hf.config.verbs import CompareConfig
 from tinytl_hf.reports.plots import save_confusion, save_curves
@@ -48,9 +50,9 @@ TUNING += ["--data.eval_size", "96", "--train.epochs", "1", "--memory.report", "
 
 
 def main() -> None:
-    """Tune, train what has been tuned, publish what has been trained, or draw what has been published."""
+    """Tune, train what has been tuned, publish what has been trained, or measure or draw what has been published."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("tune", "run", "publish", "draw"))
+    parser.add_argument("step", choices=("tune", "run", "publish", "memory", "draw"))
     parser.add_argument("--output", type=Path, default=Path("runs/comparison"), help="folder of the runs")
     parser.add_argument("--methods", nargs="+", choices=LEARNING_RATES, default=list(LEARNING_RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
@@ -64,7 +66,14 @@ def main() -> None:
                 if not (CARDS / "runs" / method / f"seed{seed}").is_dir():
                     folder = options.output / method / f"seed{seed}"
                     train(folder, method, read_tuning()[method]["best"], ["--seed", str(seed), *passed_on])
-                    measure_memory(folder)
+                    if not has_stock(folder):
+                        (folder / "memory.json").write_text(measure_memory(folder / "config.yaml", method))
+    elif options.step == "memory":
+        for method in options.methods:
+            runs = sorted((CARDS / "runs" / method).glob("seed*"))
+            measured = measure_memory(runs[0] / "config.yaml", method)  # it is the same for every seed
+            for run in runs:
+                (run / "memory.json").write_text(measured)
     else:
         if options.step == "publish":
             publish(options.output)
@@ -87,13 +96,16 @@ def train(folder: Path, method: str, lr: float, more: list[str]) -> None:
         run_verb(*words, "--train.lr", str(lr), "--train.resume", "auto", *more)
 
 
-def measure_memory(folder: Path) -> None:
-    """Put stock PyTorch's training step beside the lean one that the run has measured."""
-    memory = json.loads((folder / "memory.json").read_text())
-    if len(memory["rows"]) == 1:
-        batch, method = memory["conditions"]["batch_size"], memory["rows"][0]["method"]
-        words = ["memory", "--config", str(folder / "config.yaml"), "--methods", f"[{method}]"]
-        (folder / "memory.json").write_text(run_verb(*words, "--batch_size", str(batch), "--json"))
+def has_stock(run: Path) -> bool:
+    """Whether stock PyTorch's training step stands beside the one that the run has measured."""
+    return len(json.loads((run / "memory.json").read_text())["rows"]) > 1
+
+
+def measure_memory(config: Path, method: str) -> str:
+    """What the training step takes, stock and lean, from the decoded images of CIFAR-10 on."""
+    batch = yaml.safe_load(config.read_text())["train"]["global_batch_size"]
+    words = ["memory", "--config", str(config), "--methods", f"[{method}]", "--photo_size", "32x32"]
+    return run_verb(*words, "--batch_size", str(batch), "--json")
 
 
 def tune(method: str, folder: Path, more: list[str]) -> None:
@@ -117,7 +129,7 @@ def publish(runs: Path) -> None:
     """Copy the raw figures of finished runs and a card of each method here."""
     for results in sorted(runs.glob("*/seed*/adapter/eval_results.json")):
         run, method = results.parents[1], results.parents[2].name
-        if len(json.loads((run / "memory.json").read_text())["rows"]) < 2:
+        if not has_stock(run):
             continue  # stopped before stock's memory was measured; the step run goes on there
         copy(run, CARDS / "runs" / method / run.name, "config.yaml", "metrics.jsonl", "memory.json")
         copy(run / "adapter", CARDS / "runs" / method / run.name, "eval_results.json")  # says nothing of the machine
