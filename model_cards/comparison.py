@@ -70,9 +70,9 @@ def main() -> None:
                         (folder / "memory.json").write_text(measure_memory(folder / "config.yaml", method))
     elif options.step == "memory":
         for method in options.methods:
-            runs = sorted((CARDS / "runs" / method).glob("seed*"))
-            measured = measure_memory(runs[0] / "config.yaml", method)  # it is the same for every seed
-            for run in runs:
+            measured = None  # once for all seeds
+            for run in sorted((CARDS / "runs" / method).glob("seed*")):
+                measured = measured or measure_memory(run / "config.yaml", method)
                 (run / "memory.json").write_text(measured)
     else:
         if options.step == "publish":

@@ -307,17 +307,34 @@ def test_the_same_network_takes_the_same_memory_however_its_layers_are_nested(me
     assert nested.dynamic == pytest.approx(flat.dynamic, rel=0.001)
 
 
+def test_a_stem_that_trains_as_one_with_its_block_is_still_two_layers(make_model):
+    lean, plain = (make_model("TinyTL-L+B", lean=lean).double().train() for lean in (True, False))
+    for each in (lean, plain):
+        nn.init.ones_(each.backbone.features[1].lite_residual.norm2.weight)
+    x = torch.randn(4, 3, 20, 20, dtype=torch.float64)
+    _check_parts(lean, plain, [m.backbone.features[:2] for m in (lean, plain)], x)
+
+
 def test_a_part_of_a_network_s_layers_trains_by_itself(make_model):
     pytest.importorskip("timm", reason="the extra timm is not installed")
     lean, plain = (
         make_model("TinyTL-B", "timm/mobilenetv2_100", lean=lean).double().train() for lean in (True, False)
     )
+    parts = [nn.Sequential(m.backbone.conv_stem, m.backbone.bn1, m.backbone.blocks[:2]) for m in (lean, plain)]
+    _check_parts(lean, plain, parts, torch.randn(2, 3, 32, 32, dtype=torch.float64))
+
+
+def _check_parts(lean, plain, parts, x):
+    """Parts of two models have the same outputs and gradients."""
     plain.load_state_dict(lean.state_dict())
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    ours, theirs = (
-        m.backbone.blocks[:2](x if m is lean else m.backbone.bn1(m.backbone.conv_stem(x))) for m in (lean, plain)
-    )
+    ours, theirs = (part(x) for part in parts)
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    found = [
+        torch.autograd.grad(y.cos().sum(), [p for p in part.parameters() if p.requires_grad])
+        for y, part in zip((ours, theirs), parts, strict=True)
+    ]
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
 
 
 def test_layers_that_stay_stock_are_named(make_model):
