@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from tinytl_hf.train.fresh_step import FreshStep
@@ -200,17 +199,17 @@ def _pixels(plan: Plan) -> int:
     return plan.batch * plan.train_size**2
 
 
-def search(families: Sequence[Family], seconds_of: Callable[[Row], float], side_by_side: int = 2) -> Iterator[Row]:
+def search(families: Sequence[Family], seconds_of: Callable[[Row], float]) -> Iterator[Row]:
     """The best plan of each family that fits, and where its training takes too long, the best that does not.
+
+    One step at a time: threads of two that share cores wait for each other, and both take several times as long.
 
     Args:
         families: What to try.
         seconds_of: How long a row's whole training takes.
-        side_by_side: How many first steps are taken at a time: what they take does not depend on their time.
     """
-    with ThreadPoolExecutor(side_by_side) as pool:
-        list(pool.map(Family.start, families))
     for family in families:
+        family.start()
         if not family.rows:
             logger.info("left out, as this machine has not enough memory for its first step: %s", family.plans[0])
             continue
