@@ -98,7 +98,8 @@ def test_less_is_kept_for_the_same_gradients(method, backbone, make_step):
     gradients = run_graph(program, step, images, labels)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+        largest = float(expected[name].abs().max())  # small values are sums of large ones, with their rounding
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=max(1e-5 * largest, 1e-7))
     assert bytes_kept(program.graph) < 0.5 * before
     padding = [n for n in program.graph.nodes if n.target is torch.ops.aten.constant_pad_nd.default]
     assert all(side >= 0 for node in padding for side in node.args[1])  # ExecuTorch refuses less

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from tinytl_hf.lean.slices import Gathered, even_slices, slice_mb_on
 from tinytl_hf.network.blocks import own_modules, own_parameters
 
-SHARE_OF_CHAIN = 0.4  # of the slices of a chain, as autograd keeps several maps of a slice at a time
+SHARE_OF_CHAIN = 0.8  # of the slices of a chain, as autograd keeps several maps of a slice at a time
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,14 @@ from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import BenchConfig
 from tinytl_hf.data.images import decoded_photo_size
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.measure.convolutions import Convolutions
 from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
 from tinytl_hf.measure.memory import build
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports.table import aligned
 
 FULL = "FT-Full stock"
+CONVOLUTIONS = "convolutions"  # of a step, alone
 MEMSAVE = "memsave_torch"  # converts layer by layer; a contender if it is installed
 
 
@@ -68,7 +70,7 @@ def _time_in_turns(config: Config, train_size: int, batch_size: int, repeats: in
     return BenchRow(train_size, batch_size, speeds)
 
 
-def _steps(config: Config, batch_size: int) -> dict[str, MeasuredStep]:
+def _steps(config: Config, batch_size: int) -> dict[str, MeasuredStep | Convolutions]:
     """The contenders, each warmed up by one step."""
     method = config.method
     contenders = {FULL: ("FT-Full", False), f"{method} stock": (method, False), f"{method} lean": (method, True)}
@@ -76,7 +78,12 @@ def _steps(config: Config, batch_size: int) -> dict[str, MeasuredStep]:
     if find_spec(MEMSAVE) is not None:
         models[f"{method} {MEMSAVE}"] = _memsave(build(config, method, 10, lean=False))
     batch = random_batch(models[FULL], batch_size, decoded_photo_size(config.data.train_size))
-    steps = {name: MeasuredStep(model.train(), *batch, config) for name, model in models.items()}
+    steps: dict[str, MeasuredStep | Convolutions] = {
+        name: MeasuredStep(model.train(), *batch, config) for name, model in models.items()
+    }
+    stock = steps[f"{method} stock"]
+    assert isinstance(stock, MeasuredStep)
+    steps[f"{method} {CONVOLUTIONS}"] = Convolutions(stock)
     for step in steps.values():
         step()
     return steps
@@ -90,9 +97,9 @@ def _memsave(model: TinyTLModel) -> TinyTLModel:
 
 
 def bench_table(rows: Sequence[BenchRow], method: str) -> str:
-    """The rows as plain text, with the lean engine's speed as a multiple of both stock ones."""
+    """The rows as plain text, with the lean engine's speed as a multiple of the stock ones and the convolutions'."""
     names = list(dict.fromkeys(name for row in rows for name in row.images_per_second))
-    lean, over = f"{method} lean", dict.fromkeys([FULL, f"{method} stock"])
+    lean, over = f"{method} lean", dict.fromkeys([FULL, f"{method} stock", f"{method} {CONVOLUTIONS}"])
     table = [["px", "batch", *names, *(f"lean : {name}" for name in over)]]
     notes = []
     for row in rows:
