@@ -15,6 +15,7 @@ from tinytl_hf.lean import bits
 from tinytl_hf.lean.chain import Chain, Stage
 from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
 from tinytl_hf.lean.lite_branch import Branch
+from tinytl_hf.lean.notes import training_paths
 from tinytl_hf.measure.measured_step import random_batch
 from tinytl_hf.measure.peak import measure_peak
 from tinytl_hf.network.lite_residual import LiteResidual
@@ -296,15 +297,33 @@ def test_checkpointed_blocks_and_double_use_of_a_model_work(make_model):
     assert all(p.grad.abs().max() > 0 for branch in branches for p in branch.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L+B"])
-def test_the_same_network_takes_the_same_memory_however_its_layers_are_nested(method, make_model):
+@pytest.mark.parametrize(
+    ("method", "of_torchvision", "of_timm"),
+    [
+        ("TinyTL-B", "mobilenet_v2", "mobilenetv2_100"),
+        ("TinyTL-L+B", "mobilenet_v2", "mobilenetv2_100"),
+        ("TinyTL-L+B", "efficientnet_b0", "efficientnet_b0"),
+    ],
+)
+def test_the_same_network_takes_the_same_memory_however_its_layers_are_nested(
+    method, of_torchvision, of_timm, make_model
+):
     pytest.importorskip("timm", reason="the extra timm is not installed")
     flat, nested = (
         measure_peak(model, *random_batch(model, 8))
-        for model in (make_model(method, name).train() for name in ("mobilenet_v2", "timm/mobilenetv2_100"))
+        for model in (make_model(method, name).train() for name in (of_torchvision, f"timm/{of_timm}"))
     )
     assert nested.kept_activations == flat.kept_activations
     assert nested.dynamic == pytest.approx(flat.dynamic, rel=0.001)
+
+
+def test_a_stem_of_single_layers_trains_as_one(make_model):
+    lean, plain = (make_model("TinyTL-B", "mnasnet1_0", lean=lean, train_size=96).train() for lean in (True, False))
+    ours, theirs = (measure_peak(model, *random_batch(model, 8)) for model in (lean, plain))
+    assert 30 * ours.kept_activations < theirs.kept_activations and 12 * ours.dynamic < theirs.dynamic
+    assert training_paths(lean.backbone)["layers.0"] == "masks"
+    stem = [model.double().backbone.layers for model in (lean, plain)]
+    _check_parts(lean, plain, stem, torch.randn(2, 3, 32, 32, dtype=torch.float64))
 
 
 def test_a_stem_that_trains_as_one_with_its_block_is_still_two_layers(make_model):

@@ -64,12 +64,13 @@ def test_what_stands_before_stays_as_it_is_its_statistics_too(make_model, method
     assert changed <= model.adapter_tensors().keys() | {n for n in before if n.endswith("num_batches_tracked")}
 
 
+@pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L+B"])
 @pytest.mark.parametrize("backbone", NETS)
-def test_it_starts_as_the_backbone_and_goes_on_from_the_maps_of_the_prefix(make_model, backbone):
+def test_it_starts_as_the_backbone_and_goes_on_from_the_maps_of_the_prefix(make_model, backbone, method):
     images = torch.randn(3, 3, 64, 64)
     plain = make_model("FT-Last", backbone).eval()
     for lean in (True, False):
-        model = make_model(backbone=backbone, trained_blocks=2, lean=lean).eval()
+        model = make_model(method, backbone, trained_blocks=2, lean=lean).eval()
         model._head.load_state_dict(plain._head.state_dict())
         with torch.no_grad():
             assert torch.equal(model(images), plain(images))

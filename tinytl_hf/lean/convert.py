@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torchvision.ops import Permute, StochasticDepth
@@ -40,7 +41,7 @@ from tinytl_hf.lean.lite_branch import Branch
 from tinytl_hf.lean.max_pool import LeanMaxPool2d, is_plain
 from tinytl_hf.lean.paths import Activated, DoneByBlock, LeanBlockPath, LeanResNetPath, lean_part
 from tinytl_hf.lean.recompute import Recomputed
-from tinytl_hf.lean.runs import join_recomputed
+from tinytl_hf.lean.runs import LeanSequence, join_recomputed, run_as
 from tinytl_hf.lean.stage import UPPER, Stage
 from tinytl_hf.network.blocks import TinyTLBlock, is_layer, leaves, own_layers, own_modules, unknown_blocks
 from tinytl_hf.network.head import Head, PointwiseHead
@@ -137,6 +138,8 @@ def convert(
     for module in backbone.modules():
         if type(module) is nn.Sequential and module not in done:
             again.update(join_recomputed(module, engine.slice_mb, prefix))
+            if module not in again:
+                _join_layers(module, engine, prefix)
     for name, (conv, norm) in _with_norms(backbone, engine).items():
         done.update((conv, *norm.modules()))
         if name == STEM and blocks:
@@ -157,6 +160,10 @@ def convert(
         elif _becomes_lean(module):
             _make_lean(module, engine)
             done.add(module)
+    for block in blocks.values():
+        if block in again:
+            for layer, following in pairwise(block.kind.layers(block)):
+                _join_norm(layer, following, engine)
     for module in backbone.modules():
         if module in again:
             _fold_norm(module, engine)
@@ -251,19 +258,52 @@ def _join(stem: LeanConvNormActivation | LeanConv2d, block: TinyTLBlock, prefix:
     stem.chain = DoneByBlock()
 
 
+def _join_layers(layers: nn.Sequential, engine: Engine, prefix: Collection[nn.Module]) -> None:
+    """Let neighbours that are frozen convolutions with norms and activations train as one chain.
+
+    So the maps between them exist for a part of the batch only.
+    """
+    passes: list[Callable[[Tensor], Tensor]] = []
+    run: list[nn.Module] = []
+    for part in (*(layers.passes if isinstance(layers, LeanSequence) else layers), None):
+        if isinstance(part, nn.Module) and part not in prefix and _as_stages([*run, part]) is not None:
+            run.append(part)
+            continue
+        stages = _as_stages(run) if len(run) > 1 else None
+        passes.extend(run if stages is None else [_chain(stages, engine)])
+        starts_next = isinstance(part, nn.Module) and part not in prefix and _as_stages([part]) is not None
+        run = [part] if starts_next else []
+        if part is not None and not starts_next:
+            passes.append(part)
+    if any(isinstance(each, Chain) for each in passes):
+        run_as(layers, passes)
+
+
 def _with_norms(backbone: nn.Module, engine: Engine) -> dict[str, tuple[LeanConv2d, nn.Module]]:
     """Let a timm network's convolutions do the work of the norms after them; both by the convolution's name."""
     found: dict[str, tuple[LeanConv2d, nn.Module]] = {}
     for names in CONVOLUTIONS_WITH_NORM.get(class_name(type(backbone)), ()):
         conv, norm = (backbone.get_submodule(name) for name in names)
-        stages = _as_stages([conv, norm])
-        if stages is None or type(norm) is not FrozenBatchNormAct2d or stages[0].norm is None:
-            continue
-        _make_lean(conv, engine)
-        assert isinstance(conv, LeanConv2d)
-        conv.chain, norm.__class__ = _chain(stages, engine), NormOfConvolution
-        found[names[0]] = (conv, norm)
+        if _join_norm(conv, norm, engine):
+            assert isinstance(conv, LeanConv2d)
+            if isinstance(conv.chain, Activated):
+                conv.chain = Recomputed(nn.Sequential(conv, norm), conv.chain, engine.slice_mb)
+            found[names[0]] = (conv, norm)
     return found
+
+
+def _join_norm(conv: nn.Module, norm: nn.Module, engine: Engine) -> bool:
+    """Let a frozen convolution do the work of the norm that it alone feeds, and of what that holds; or say no."""
+    if not _is_frozen_convolution(conv) or type(norm) is not FrozenBatchNormAct2d or norm.weight.requires_grad:
+        return False
+    assert isinstance(conv, nn.Conv2d)
+    if conv.bias is not None or not independent_by_type(norm.act):
+        return False
+    stages = _as_stages([conv, norm])
+    path = Activated(_chain((Stage(conv, norm),), engine), norm.act) if stages is None else _chain(stages, engine)
+    conv.__class__, norm.__class__ = CONVOLUTIONS[type(conv)], NormOfConvolution
+    conv.chain = path  # type: ignore[assignment]
+    return True
 
 
 def _block_path(block: TinyTLBlock, engine: Engine) -> Chain | LeanResNetPath | None:

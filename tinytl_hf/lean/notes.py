@@ -13,7 +13,7 @@ from torch import nn
 
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.convert import LAYERS, may_keep_maps
-from tinytl_hf.lean.layers import LeanConvNormActivation, NormOfConvolution
+from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation, NormOfConvolution
 from tinytl_hf.lean.paths import LeanBlockPath, LeanPart, LeanResNetPath
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.runs import LeanSequence
@@ -31,6 +31,11 @@ def training_paths(backbone: nn.Module) -> dict[str, str]:
         for run in layers.passes
         if isinstance(run, Recomputed)
         for unit in run.module.children()
+    } | {
+        unit
+        for conv in backbone.modules()
+        if isinstance(conv, LeanConv2d) and isinstance(conv.chain, Recomputed)
+        for unit in conv.chain.module.children()
     }
     return dict(_paths("", backbone, in_runs))
 

@@ -23,7 +23,7 @@ from tinytl_hf.network.blocks import own_modules, own_parameters
 SHARE_OF_CHAIN = 0.8  # of the slices of a chain, as autograd keeps several maps of a slice at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recomputed:
     """The training pass of a module whose images do not depend on one another.
 

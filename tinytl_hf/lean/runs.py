@@ -6,7 +6,7 @@ blocks, stem and down-sampling, joins the run before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -88,9 +88,14 @@ def join_recomputed(
             block.lean_path = None
         passes.append(Recomputed(whole, whole.forward, slice_mb))
     if passes != list(layers):
-        layers.__class__ = LeanSequence
-        layers.passes = tuple(passes)  # type: ignore[assignment]
+        run_as(layers, passes)
     return joined
+
+
+def run_as(layers: nn.Sequential, passes: Iterable[Callable[[Tensor], Tensor]]) -> None:
+    """Let a sequence train by these passes."""
+    layers.__class__ = LeanSequence
+    layers.passes = tuple(passes)  # type: ignore[assignment]
 
 
 def _units(layers: nn.Sequential) -> Iterator[nn.Module]:
