@@ -148,9 +148,12 @@ def converted(exported, monkeypatch):
 
 def test_int8_is_smaller_and_its_loss_is_measured(converted, exported, tmp_path):
     _, model, _ = exported
-    session, printed = export(converted, tmp_path / "m.onnx", "--quantize", "int8")
+    options = ("--format", "onnx", "--output", tmp_path / "m.onnx", "--quantize", "int8")
+    done = run_cli("export", "--adapter", converted, *options)
+    session, printed = ort.InferenceSession(str(tmp_path / "m.onnx")), done.stdout
     assert (tmp_path / "m.onnx").stat().st_size < 0.3 * 4 * sum(p.numel() for p in model.parameters())
     assert "int8 loses" in printed and "accuracy there" in printed
+    assert "the ranges of 8 bits are those of" in done.stderr and "training on" not in done.stderr
     assert session.run(None, {"images": IMAGES.numpy()})[0].shape == (3, 4)
 
 

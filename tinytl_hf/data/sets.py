@@ -160,6 +160,20 @@ def _eval_names(names: Sequence[str], train: str, wanted: str | None) -> tuple[s
     return validation or test, test if validation else None
 
 
+def open_train_split(config: DataConfig) -> Split:
+    """The split to train on, where nothing trains: what only a training wants to know is not said.
+
+    Raises:
+        TinyTLError: As :func:`open_data`.
+    """
+    if config.max_megapixels is not None:
+        allow_megapixels(config.max_megapixels)
+    tables = load(config)
+    if tables.left_out:
+        logger.info("%s", left_out(tables.left_out, tables.examples))
+    return _open_data(tables, config).train
+
+
 def open_eval_split(config: DataConfig, whole: bool) -> Split:
     """Find the split to evaluate on, which may be the only one that there is.
 

@@ -130,7 +130,8 @@ def calibration_images(model: TinyTLModel, data: DataConfig, count: int) -> Tens
     """
     if not data_named(data, model.config.data):
         raise TinyTLError("quantize=int8: the adapter names no data set to calibrate on; name one with --data.dataset")
-    train, _ = sets.open_splits(replace(data, max_train_samples=min(count, data.max_train_samples or count)))
+    train = sets.open_train_split(replace(data, max_train_samples=min(count, data.max_train_samples or count)))
+    logger.info("the ranges of 8 bits are those of %d images of %s", len(train.labels), train.title)
     return _views(model, train, data).views
 
 

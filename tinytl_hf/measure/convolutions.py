@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from tinytl_hf.device import seconds_since
+from tinytl_hf.device import seconds_since, wait_for_device
 from tinytl_hf.lean.int8 import weight_of
 from tinytl_hf.measure.measured_step import MeasuredStep
 from tinytl_hf.network.same_padding import SameConv2d, same_padding
@@ -32,7 +32,7 @@ class Convolutions:
     """
 
     def __init__(self, step: MeasuredStep) -> None:
-        self.images, device = step.images, step.labels.device
+        self.images, self.device = step.images, step.labels.device
         seen: list[tuple[nn.Conv2d, Tensor, Tensor, bool]] = []  # maps without their values
 
         def note(conv: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -43,18 +43,19 @@ class Convolutions:
         for hook in hooks:
             hook.remove()
         largest = max(2 * maps.numel() for _, *both, _ in seen for maps in both)  # SAME padding adds some
-        noise = torch.rand(largest, dtype=seen[0][2].dtype, device=device)
+        noise = torch.rand(largest, dtype=seen[0][2].dtype, device=self.device)
         self.passes: list[Pass] = []
         for each in seen:
             in_layouts = [list(_passes(*each, noise, layout)) for layout in LAYOUTS]
             for same in zip(*in_layouts, strict=True):
-                self.passes.append(min(same, key=lambda run: _seconds(run, device)))
+                self.passes.append(min(same, key=lambda run: _seconds(run, self.device)))
         self.passes *= step.options.gradient_accumulation_steps
 
     def __call__(self) -> None:
-        """Take all passes once."""
+        """Take all passes once, and wait for the device."""
         for run in self.passes:
             run()
+        wait_for_device(self.device)
 
 
 def _passes(
