@@ -11,7 +11,7 @@ from PIL import Image
 from tinytl_hf import TinyTLError
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.batches import DecodedImages, ShuffledBatches, StreamedImages, make_loader, read_images
-from tinytl_hf.data.sets import open_splits, with_label_names
+from tinytl_hf.data.sets import open_data, with_label_names
 
 
 def config(dataset, **options):
@@ -30,6 +30,11 @@ def table(n=20, label=None, **columns):
 def saved(tmp_path, dataset):
     dataset.save_to_disk(str(tmp_path / "saved"))
     return tmp_path / "saved"
+
+
+def open_splits(options):
+    """The splits to train on and to evaluate on."""
+    return open_data(options)[:2]
 
 
 def test_an_imagefolder_with_a_test_split(colour_folder):

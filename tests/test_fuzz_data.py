@@ -18,7 +18,7 @@ from watch import fuzz
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.batches import read_images
 from tinytl_hf.data.images import MAX_ASPECT, REDUCE_ABOVE, UnreadableImageError
-from tinytl_hf.data.sets import open_splits
+from tinytl_hf.data.sets import open_data
 from tinytl_hf.data.tensors import decode
 
 SIZE = 32
@@ -180,7 +180,7 @@ def test_hostile_data_sets(cases, tmp_path, monkeypatch, figure):
         folder = tmp_path / str(next(numbers))
         datasets.DatasetDict(tables).save_to_disk(str(folder))
         config = DataConfig(dataset=str(folder), train_size=SIZE, workers=0, **options)
-        for split in end_named(lambda: open_splits(config)) or ():
+        for split in end_named(lambda: open_data(config)[:2]) or ():
             images = end_named(lambda split=split: read_images(split, config, SIZE))
             batch = end_named(lambda images=images: images.__getitems__([0])) if images is not None else None
             if batch is not None:

@@ -22,7 +22,7 @@ from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import RandomCropFlip
 from tinytl_hf.data.batches import read_images
 from tinytl_hf.data.changes import Changes
-from tinytl_hf.data.sets import open_splits
+from tinytl_hf.data.sets import open_data
 from tinytl_hf.measure.speed import _memsave
 from tinytl_hf.train.loop import augmented
 from tinytl_hf.version import __version__
@@ -186,7 +186,7 @@ def test_a_run_and_eval_saw_different_pixels_of_large_photos(tmp_path):
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["loss"] == in_the_run["loss"] and again["eval_size"] == in_the_run["eval_size"] == 64
     # What the network sees is made from photos of at most twice its own input, not twice the training's.
-    split, _ = open_splits(DataConfig(dataset=str(tmp_path / "photos"), eval_split="holdout"))
+    split, _ = open_data(DataConfig(dataset=str(tmp_path / "photos"), eval_split="holdout"))[:2]
     assert read_images(split, DataConfig(), 64).images.shape[-2:] == (128, 148)
     assert read_images(split, DataConfig(), 32).images.shape[-2:] == (64, 74)
 

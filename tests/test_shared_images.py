@@ -13,7 +13,7 @@ from started_runs import CONTEXT, free_port
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data import batches, shared
-from tinytl_hf.data.sets import open_splits
+from tinytl_hf.data.sets import open_data
 from tinytl_hf.errors import TinyTLError
 
 
@@ -24,7 +24,7 @@ def read(rank, port, machines, config, folder):
     os.environ.update({key: str(value) for key, value in values.items()}, ACCELERATE_USE_CPU="1")
     tempfile.tempdir = str(folder / "temporary")
     PartialState(cpu=True)
-    split, _ = open_splits(config)
+    split, _ = open_data(config)[:2]
     decoded, decode = [], batches.decode
     batches.survey(split, config, 32)
     batches.survey = lambda *_: batches.Survey(0, (1, 1))  # a sample that all decode to see whether it fits
@@ -58,7 +58,7 @@ def test_each_image_is_decoded_by_one_process_and_mapped_by_both(size, tmp_path)
         write_image(tmp_path / "data" / "train" / "ab"[i % 2] / f"{i}.png", size=size or (40 + i, 36), seed=i)
     (tmp_path / "data" / "train" / "a" / "4.png").write_bytes(b"damaged")
     config = DataConfig(dataset=str(tmp_path / "data"), eval_fraction=0.2, skip_corrupt=True)
-    alone = batches.read_images(open_splits(config)[0], config, 32)
+    alone = batches.read_images(open_data(config)[:2][0], config, 32)
     (ours, first, labels, maps), (theirs, second, other_labels, _) = read_by_two(config, tmp_path)
     assert len(ours) + len(theirs) == len(set(ours + theirs)) in (8, 9) and abs(len(ours) - len(theirs)) <= 1
     assert len(first) == len(alone) and torch.equal(labels, alone.labels) and torch.equal(other_labels, alone.labels)

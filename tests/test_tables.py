@@ -18,7 +18,7 @@ from PIL import Image
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.sets import open_data, open_eval_split, open_splits, sha256
+from tinytl_hf.data.sets import open_data, open_eval_split, sha256
 
 CLASSES = ("cat", "dog", "no label")
 
@@ -150,7 +150,7 @@ def test_an_adapter_knows_its_images_in_another_kind_of_source(photos, tmp_path)
     done = run_cli("eval", "--adapter", adapter, "--data.dataset", as_parquet(photos, tmp_path, None))
     assert "evaluating on 7 images" in done.stderr and "trained on none of them" in done.stderr, done.stderr
     # The training part alone, as a data set of its own.
-    train, _ = open_splits(DataConfig(dataset=str(photos), eval_fraction=0.34))
+    train, _ = open_data(DataConfig(dataset=str(photos), eval_fraction=0.34))[:2]
     columns = zip(*content(train), strict=True)
     pd.DataFrame(dict(zip(("image", "label"), columns, strict=True))).to_parquet(tmp_path / "part.parquet")
     done = run_cli("eval", "--adapter", adapter, "--data.dataset", tmp_path / "part.parquet")

@@ -14,7 +14,7 @@ from tinytl_hf.measure.ledger import kept_by_layer
 from tinytl_hf.measure.measured_step import random_batch
 from tinytl_hf.measure.paper_rule import paper_rule
 
-NETS = {"mobilenet_v2": 17, "resnet18": 8, "efficientnet_b0": 16, "convnext_tiny": 18}
+NETS = {"mobilenet_v2": 17, "mnasnet1_0": 16, "resnet18": 8, "efficientnet_b0": 16, "convnext_tiny": 18}
 
 
 def gradients(model, images, labels):

@@ -96,12 +96,6 @@ def open_data(config: DataConfig) -> Opened:
     return opened
 
 
-def open_splits(config: DataConfig) -> tuple[Split, Split]:
-    """The splits to train on and to evaluate on after each epoch: the first two of :func:`open_data`."""
-    opened = open_data(config)
-    return opened.train, opened.evaluation
-
-
 def _open_data(tables: Tables, config: DataConfig) -> Opened:
     names = list(tables.splits)
     train_name = find_split(config.train_split, names)
@@ -160,18 +154,23 @@ def _eval_names(names: Sequence[str], train: str, wanted: str | None) -> tuple[s
     return validation or test, test if validation else None
 
 
+def _load_and_say(config: DataConfig) -> Tables:
+    """The data set, where nothing trains; says what was left out of it."""
+    if config.max_megapixels is not None:
+        allow_megapixels(config.max_megapixels)
+    tables = load(config)
+    if tables.left_out:
+        logger.info("%s", left_out(tables.left_out, tables.examples))
+    return tables
+
+
 def open_train_split(config: DataConfig) -> Split:
     """The split to train on, where nothing trains: what only a training wants to know is not said.
 
     Raises:
         TinyTLError: As :func:`open_data`.
     """
-    if config.max_megapixels is not None:
-        allow_megapixels(config.max_megapixels)
-    tables = load(config)
-    if tables.left_out:
-        logger.info("%s", left_out(tables.left_out, tables.examples))
-    return _open_data(tables, config).train
+    return _open_data(_load_and_say(config), config).train
 
 
 def open_eval_split(config: DataConfig, whole: bool) -> Split:
@@ -185,11 +184,7 @@ def open_eval_split(config: DataConfig, whole: bool) -> Split:
     Raises:
         TinyTLError: As :func:`open_data`.
     """
-    if config.max_megapixels is not None:
-        allow_megapixels(config.max_megapixels)
-    tables = load(config)
-    if tables.left_out:
-        logger.info("%s", left_out(tables.left_out, tables.examples))
+    tables = _load_and_say(config)
     names = list(tables.splits)
     if config.eval_split not in (None, HOLDOUT):
         name = find_split(str(config.eval_split), names)

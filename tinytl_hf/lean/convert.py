@@ -265,18 +265,21 @@ def _join_layers(layers: nn.Sequential, engine: Engine, prefix: Collection[nn.Mo
     """
     passes: list[Callable[[Tensor], Tensor]] = []
     run: list[nn.Module] = []
-    for part in (*(layers.passes if isinstance(layers, LeanSequence) else layers), None):
+    for part in layers.passes if isinstance(layers, LeanSequence) else layers:
         if isinstance(part, nn.Module) and part not in prefix and _as_stages([*run, part]) is not None:
             run.append(part)
-            continue
-        stages = _as_stages(run) if len(run) > 1 else None
-        passes.extend(run if stages is None else [_chain(stages, engine)])
-        starts_next = isinstance(part, nn.Module) and part not in prefix and _as_stages([part]) is not None
-        run = [part] if starts_next else []
-        if part is not None and not starts_next:
-            passes.append(part)
+        else:
+            passes += [*_as_one(run, engine), part]
+            run = []
+    passes += _as_one(run, engine)
     if any(isinstance(each, Chain) for each in passes):
         run_as(layers, passes)
+
+
+def _as_one(run: list[nn.Module], engine: Engine) -> Iterable[Callable[[Tensor], Tensor]]:
+    """The layers of a run as a chain; one layer stays as it is."""
+    stages = _as_stages(run)
+    return run if len(run) < 2 or stages is None else [_chain(stages, engine)]
 
 
 def _with_norms(backbone: nn.Module, engine: Engine) -> dict[str, tuple[LeanConv2d, nn.Module]]:
@@ -294,10 +297,10 @@ def _with_norms(backbone: nn.Module, engine: Engine) -> dict[str, tuple[LeanConv
 
 def _join_norm(conv: nn.Module, norm: nn.Module, engine: Engine) -> bool:
     """Let a frozen convolution do the work of the norm that it alone feeds, and of what that holds; or say no."""
-    if not _is_frozen_convolution(conv) or type(norm) is not FrozenBatchNormAct2d or norm.weight.requires_grad:
+    if not _is_frozen_convolution(conv) or type(norm) is not FrozenBatchNormAct2d:
         return False
     assert isinstance(conv, nn.Conv2d)
-    if conv.bias is not None or not independent_by_type(norm.act):
+    if norm.weight is None or norm.weight.requires_grad or conv.bias is not None or not independent_by_type(norm.act):
         return False
     stages = _as_stages([conv, norm])
     path = Activated(_chain((Stage(conv, norm),), engine), norm.act) if stages is None else _chain(stages, engine)

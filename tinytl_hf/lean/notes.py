@@ -24,19 +24,9 @@ MASKS, RECOMPUTE, BY_LAYER, STOCK = "masks", "recompute", "layer by layer", "sto
 
 def training_paths(backbone: nn.Module) -> dict[str, str]:
     """How each block trains, and each other layer that can keep maps, by name, in the order of the modules."""
-    in_runs = {
-        unit
-        for layers in backbone.modules()
-        if isinstance(layers, LeanSequence)
-        for run in layers.passes
-        if isinstance(run, Recomputed)
-        for unit in run.module.children()
-    } | {
-        unit
-        for conv in backbone.modules()
-        if isinstance(conv, LeanConv2d) and isinstance(conv.chain, Recomputed)
-        for unit in conv.chain.module.children()
-    }
+    passes = [run for layers in backbone.modules() if isinstance(layers, LeanSequence) for run in layers.passes]
+    passes += [conv.chain for conv in backbone.modules() if isinstance(conv, LeanConv2d)]
+    in_runs = {unit for run in passes if isinstance(run, Recomputed) for unit in run.module.children()}
     return dict(_paths("", backbone, in_runs))
 
 
