@@ -7,6 +7,7 @@ from torch.autograd import gradcheck
 
 from tinytl_hf.config.engine import Engine
 from tinytl_hf.lean import recompute
+from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.convert import convert
 from tinytl_hf.lean.max_pool import LeanMaxPool2d
 from tinytl_hf.lean.sliced import in_slices
@@ -50,6 +51,37 @@ def test_a_recomputed_block_works_through_the_batch_in_slices():
     path(x)
     assert seen == [1, 2, 2, 1]  # one image to learn its size, then at most two at a time
     assert gradcheck(lambda x, *_: path(x), (x, layers[0].bias, layers[2].bias), fast_mode=True)
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v3_small", "efficientnet_b0", "timm/efficientnet_b0"])
+def test_what_the_last_convolution_of_a_block_gives_is_not_read_again(backbone, make_model, monkeypatch):
+    if backbone.startswith("timm"):
+        pytest.importorskip("timm")
+    model = make_model("TinyTL-B", backbone, slice_mb=1e-6).train()
+    images, found, runs = torch.randn(2, 3, 64, 64), [], []
+    as_it_is = Chain.unread
+
+    def not_numbers(chain, x):
+        output = as_it_is(chain, x)
+        output.detach().fill_(float("nan"))
+        runs.append(chain)
+        return output
+
+    for unread in (as_it_is, not_numbers):
+        monkeypatch.setattr(Chain, "unread", unread)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        found.append([parameter.grad for parameter in model.trainable_parameters()])
+    again = [block for block in model._blocks.values() if isinstance(block.lean_path, recompute.Recomputed)]
+    assert len(runs) == 2 * len(again) > 0  # for each image
+    assert all(map(torch.equal, *found))
+
+
+def test_slices_are_of_the_widest_map_though_a_chain_holds_it(make_model):
+    model = make_model("TinyTL-B", "efficientnet_b0").train()
+    block = list(model._blocks.values())[1]
+    block.lean_path(torch.randn(1, 16, 32, 32))
+    assert block.lean_path.widest == {torch.Size([16, 32, 32]): 96 * 32 * 32}  # before the strided convolution
 
 
 @pytest.mark.parametrize(

@@ -515,7 +515,7 @@ def test_the_promised_memory_of_mobilenet_v2_at_224_px(make_model):
     stock = measure_peak(full, *random_batch(full, 8))
     eight, sixteen = (measure_peak(both, *random_batch(both, size)) for size in (8, 16))
     assert stock.dynamic > 15 * eight.dynamic and stock.total > 8 * eight.total
-    assert sixteen.dynamic - eight.dynamic < 8 * 2.5e6
+    assert sixteen.dynamic - eight.dynamic < 8 * 2.75e6
 
 
 @pytest.mark.slow

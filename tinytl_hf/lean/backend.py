@@ -43,7 +43,7 @@ class Backend(Protocol):
         """A chain's output and, if ``pools``, the means of 2x2 px of its block's input, both of ``dtype``.
 
         Returns:
-            The two, and what the backward pass needs, if ``keeps``: the masks of ``chain.empty_masks``.
+            The two, and what the backward pass needs, if ``keeps``: that of ``chain.empty_kept``.
         """
 
     def chain_backward(

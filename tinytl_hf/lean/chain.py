@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from tinytl_hf.config.engine import BackendName
 from tinytl_hf.lean import backend, operators
 from tinytl_hf.lean.slices import compute_dtype, even_slices, slice_mb_on
-from tinytl_hf.lean.stage import Stage
+from tinytl_hf.lean.stage import SMOOTH, Stage
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,15 @@ class Chain:
     def __call__(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the last stage's output, keeping only what the gradients need."""
         return self._run(x, False)[0]
+
+    def unread(self, x: Tensor) -> Tensor:
+        """Maps of the output's shape that hold anything, whose gradient goes back as the output's does."""
+        return _UnreadFunction.apply(x, self, *(stage.bias for stage in self.stages))
+
+    @property
+    def keeps_maps(self) -> bool:
+        """Whether it keeps whole maps, not only bits: then it is for a slice that is computed again."""
+        return any(stage.activation in SMOOTH for stage in self.stages)
 
     def with_pooled_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output, and the mean of 2x2 px of the block's input, whose gradient then needs no tensor of its own."""
@@ -94,16 +103,14 @@ class Chain:
         last, sizes = self.stages[-1], self.input_sizes(shape)
         return [*sizes, (last.conv.out_channels, *last.output_size(*sizes[-1][1:]))]
 
-    def empty_masks(self, x: Tensor, keeps: bool) -> list[Tensor | None]:
-        """Room, if ``keeps``, for one bit a value of each stage with an activation: whether it is inside its bounds.
+    def empty_kept(self, x: Tensor, dtype: torch.dtype, keeps: bool) -> list[Tensor | None]:
+        """Room, if ``keeps``, for what the gradient of each stage's activation needs, where there is one.
 
-        Bits are in the order of channels-last maps, and each image's begin with a byte: ``uint8 [N, bytes]``.
+        For ReLU and ReLU6 one bit a value, whether it is inside its bounds, in the order of channels-last maps; each
+        image's begin with a byte: ``uint8 [N, bytes]``. For smooth ones the maps before them, of ``dtype`` or fp32.
         """
-        sizes = [channels * height * width for channels, height, width in self.map_sizes(x.shape)[1:]]
-        return [
-            x.new_empty((x.shape[0], -(-size // 8)), dtype=torch.uint8) if keeps and stage.activation else None
-            for stage, size in zip(self.stages, sizes, strict=True)
-        ]
+        sizes = self.map_sizes(x.shape)[1:] if keeps else [None] * len(self.stages)
+        return [_room_for(stage, x, dtype, size) for stage, size in zip(self.stages, sizes, strict=True)]
 
     def _run(self, x: Tensor, pools: bool) -> tuple[Tensor, Tensor | None]:
         if torch.compiler.is_compiling():
@@ -111,8 +118,18 @@ class Chain:
         return _ChainFunction.apply(x, self, pools, *(stage.bias for stage in self.stages))
 
 
+def _room_for(stage: Stage, x: Tensor, dtype: torch.dtype, size: tuple[int, int, int] | None) -> Tensor | None:
+    if size is None or stage.activation is None:
+        return None
+    if stage.activation in SMOOTH:
+        shape, precise = (x.shape[0], *size), torch.promote_types(dtype, torch.float32)
+        return torch.empty(shape, dtype=precise, device=x.device, memory_format=torch.channels_last)
+    channels, height, width = size
+    return x.new_empty((x.shape[0], -(-channels * height * width // 8)), dtype=torch.uint8)
+
+
 class _ChainFunction(Function):
-    """The chain's output; keeps masks only."""
+    """The chain's output; keeps what the gradients of its activations need, and nothing else."""
 
     @staticmethod
     def forward(
@@ -130,19 +147,46 @@ class _ChainFunction(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
         needs_input, _, _, *needs_bias = ctx.needs_input_grad
-        with torch.autocast(grad.device.type, enabled=False):
-            grad_input, bias_grads = ctx.backend.chain_backward(
-                ctx.chain,
-                list(ctx.saved_tensors),
-                ctx.shape,
-                ctx.compute_dtype,
-                grad,
-                grad_pooled,
-                needs_input,
-                needs_bias,
-            )
-        of_biases = [
-            None if total is None or stage.bias is None else total.to(stage.bias.dtype)
-            for stage, total in zip(ctx.chain.stages, bias_grads, strict=True)
-        ]
-        return None if grad_input is None else grad_input.to(ctx.dtype), None, None, *of_biases
+        grad_input, of_biases = _backward(ctx, grad, grad_pooled, needs_input, needs_bias)
+        return grad_input, None, None, *of_biases
+
+
+class _UnreadFunction(Function):
+    """Room for the output of a chain without activations, which keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, chain: Chain, *biases: Tensor | None) -> Tensor:
+        dtype = compute_dtype(x)
+        ctx.backend = backend.named(backend.of_chain(chain, x.device, dtype, x.shape))
+        ctx.save_for_backward(*chain.empty_kept(x, dtype, False))
+        ctx.chain, ctx.shape, ctx.dtype, ctx.compute_dtype = chain, x.shape, x.dtype, dtype
+        shape = (len(x), *chain.map_sizes(x.shape)[-1])
+        return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs_input, _, *needs_bias = ctx.needs_input_grad
+        grad_input, of_biases = _backward(ctx, grad, None, needs_input, needs_bias)
+        return grad_input, None, *of_biases
+
+
+def _backward(
+    ctx: Any, grad: Tensor, grad_pooled: Tensor | None, needs_input: bool, needs_bias: list[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    with torch.autocast(grad.device.type, enabled=False):
+        grad_input, bias_grads = ctx.backend.chain_backward(
+            ctx.chain,
+            list(ctx.saved_tensors),
+            ctx.shape,
+            ctx.compute_dtype,
+            grad,
+            grad_pooled,
+            needs_input,
+            needs_bias,
+        )
+    of_biases = [
+        None if total is None or stage.bias is None else total.to(stage.bias.dtype)
+        for stage, total in zip(ctx.chain.stages, bias_grads, strict=True)
+    ]
+    return None if grad_input is None else grad_input.to(ctx.dtype), of_biases

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 
 from torch import Tensor, nn
 from torchvision.ops import Permute, StochasticDepth
@@ -17,6 +16,8 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from tinytl_hf.config.engine import Engine
 from tinytl_hf.lean.chain import Chain
+from tinytl_hf.lean.fusing import fuse, join_norm, train_as_one
+from tinytl_hf.lean.grouping import ACTIVATIONS, CONVOLUTIONS, NORMS, as_stages, chain_of, is_frozen_convolution
 from tinytl_hf.lean.independence import (
     heavy_weights_are_frozen,
     independent_by_trial,
@@ -24,43 +25,19 @@ from tinytl_hf.lean.independence import (
     inputs_of,
     may_be_independent,
 )
-from tinytl_hf.lean.int8 import Int8Conv2d, Int8SameConv2d
-from tinytl_hf.lean.layers import (
-    LeanConv2d,
-    LeanConvNormActivation,
-    LeanFrozenBatchNorm2d,
-    LeanFrozenBatchNormAct2d,
-    LeanInt8Conv2d,
-    LeanInt8SameConv2d,
-    LeanReLU,
-    LeanReLU6,
-    LeanSameConv2d,
-    NormOfConvolution,
-)
+from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation, LeanReLU, LeanReLU6
 from tinytl_hf.lean.lite_branch import Branch
 from tinytl_hf.lean.max_pool import LeanMaxPool2d, is_plain
-from tinytl_hf.lean.paths import Activated, DoneByBlock, LeanBlockPath, LeanResNetPath, lean_part
+from tinytl_hf.lean.paths import DoneByBlock, LeanBlockPath, LeanResNetPath, lean_part
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.runs import LeanSequence, join_recomputed, run_as
 from tinytl_hf.lean.stage import UPPER, Stage
 from tinytl_hf.network.blocks import TinyTLBlock, is_layer, leaves, own_layers, own_modules, unknown_blocks
 from tinytl_hf.network.head import Head, PointwiseHead
 from tinytl_hf.network.kinds import class_name
-from tinytl_hf.network.norms import FrozenBatchNorm2d, FrozenBatchNormAct2d
-from tinytl_hf.network.same_padding import SameConv2d
+from tinytl_hf.network.norms import FrozenBatchNorm2d
 from tinytl_hf.network.trained_blocks import modules_before
 
-ACTIVATIONS = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
-CONVOLUTIONS: dict[type[nn.Module], type[LeanConv2d]] = {
-    nn.Conv2d: LeanConv2d,
-    Int8Conv2d: LeanInt8Conv2d,
-    SameConv2d: LeanSameConv2d,
-    Int8SameConv2d: LeanInt8SameConv2d,
-}
-NORMS: dict[type[nn.Module], type[nn.Module]] = {
-    FrozenBatchNorm2d: LeanFrozenBatchNorm2d,
-    FrozenBatchNormAct2d: LeanFrozenBatchNormAct2d,
-}
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     **CONVOLUTIONS,
     **NORMS,
@@ -148,9 +125,10 @@ def convert(
     for module in backbone.modules():
         if module in done | again or not frozen:
             continue
-        if type(module) is Conv2dNormActivation and (stage := _single_stage(module)) is not None:
-            module.__class__ = LeanConvNormActivation
-            module.chain = _chain((stage,), engine)  # type: ignore[assignment]
+        stage = _single_stage(module, module in independent)
+        if stage is not None:
+            chain = chain_of((stage,), engine)
+            train_as_one(module, Recomputed(module, chain, engine.slice_mb) if chain.keeps_maps else chain)
             done.update(module.modules())
         elif module in independent and not isinstance(module, TinyTLBlock):
             stock_forward = partial(type(module).forward, module)
@@ -160,13 +138,7 @@ def convert(
         elif _becomes_lean(module):
             _make_lean(module, engine)
             done.add(module)
-    for block in blocks.values():
-        if block in again:
-            for layer, following in pairwise(block.kind.layers(block)):
-                _join_norm(layer, following, engine)
-    for module in backbone.modules():
-        if module in again:
-            _fold_norm(module, engine)
+    fuse(backbone, again, engine)
     for module in backbone.modules():
         if isinstance(module, nn.Sequential) and len(module) > 1:
             stem, following = module[0], module[1]
@@ -183,22 +155,9 @@ def _make_lean(layer: nn.Module, engine: Engine) -> None:
     """Let a single layer keep less."""
     layer.__class__ = LAYERS[type(layer)]
     if isinstance(layer, LeanConv2d):
-        layer.chain = _chain((Stage(layer),), engine)
+        layer.chain = chain_of((Stage(layer),), engine)
     elif isinstance(layer, LeanMaxPool2d):
         layer.slice_mb = engine.slice_mb
-
-
-def _fold_norm(module: nn.Module, engine: Engine) -> None:
-    """Let a convolution in what is computed again do its norm's work and keep nothing, which takes less time too."""
-    if type(module) is Conv2dNormActivation:
-        conv_and_norm, activation = leaves(module)[:2], leaves(module)[2:]
-        stages = _as_stages(conv_and_norm)
-        if stages is not None and len(stages) == 1 and len(activation) <= 1:
-            chain = _chain(stages, engine)
-            module.__class__ = LeanConvNormActivation
-            module.chain = Activated(chain, *activation) if activation else chain  # type: ignore[assignment]
-    elif _is_frozen_convolution(module):
-        _make_lean(module, engine)
 
 
 def parts_to_try(backbone: nn.Module, blocks: dict[str, TinyTLBlock]) -> set[nn.Module]:
@@ -230,9 +189,9 @@ def _independent_parts(backbone: nn.Module, blocks: dict[str, TinyTLBlock], trai
     return known | {part for part, images in inputs.items() if independent_by_trial(part, images)}
 
 
-def _single_stage(layers: Conv2dNormActivation) -> Stage | None:
-    """The one frozen convolution with its norm and activation that ``layers`` are, or None if they are not."""
-    stages = _as_stages(leaves(layers))
+def _single_stage(module: nn.Module, again: bool) -> Stage | None:
+    """The one frozen convolution with norm and activation that torchvision's module of such layers is; or None."""
+    stages = as_stages(leaves(module), again) if type(module) is Conv2dNormActivation else None
     return stages[0] if stages is not None and len(stages) == 1 else None
 
 
@@ -266,7 +225,7 @@ def _join_layers(layers: nn.Sequential, engine: Engine, prefix: Collection[nn.Mo
     passes: list[Callable[[Tensor], Tensor]] = []
     run: list[nn.Module] = []
     for part in layers.passes if isinstance(layers, LeanSequence) else layers:
-        if isinstance(part, nn.Module) and part not in prefix and _as_stages([*run, part]) is not None:
+        if isinstance(part, nn.Module) and part not in prefix and as_stages([*run, part]) is not None:
             run.append(part)
         else:
             passes += [*_as_one(run, engine), part]
@@ -278,8 +237,8 @@ def _join_layers(layers: nn.Sequential, engine: Engine, prefix: Collection[nn.Mo
 
 def _as_one(run: list[nn.Module], engine: Engine) -> Iterable[Callable[[Tensor], Tensor]]:
     """The layers of a run as a chain; one layer stays as it is."""
-    stages = _as_stages(run)
-    return run if len(run) < 2 or stages is None else [_chain(stages, engine)]
+    stages = as_stages(run)
+    return run if len(run) < 2 or stages is None else [chain_of(stages, engine)]
 
 
 def _with_norms(backbone: nn.Module, engine: Engine) -> dict[str, tuple[LeanConv2d, nn.Module]]:
@@ -287,85 +246,33 @@ def _with_norms(backbone: nn.Module, engine: Engine) -> dict[str, tuple[LeanConv
     found: dict[str, tuple[LeanConv2d, nn.Module]] = {}
     for names in CONVOLUTIONS_WITH_NORM.get(class_name(type(backbone)), ()):
         conv, norm = (backbone.get_submodule(name) for name in names)
-        if _join_norm(conv, norm, engine):
+        if join_norm(conv, norm, engine):
             assert isinstance(conv, LeanConv2d)
-            if isinstance(conv.chain, Activated):
+            if not isinstance(conv.chain, Chain) or conv.chain.keeps_maps:
                 conv.chain = Recomputed(nn.Sequential(conv, norm), conv.chain, engine.slice_mb)
             found[names[0]] = (conv, norm)
     return found
 
 
-def _join_norm(conv: nn.Module, norm: nn.Module, engine: Engine) -> bool:
-    """Let a frozen convolution do the work of the norm that it alone feeds, and of what that holds; or say no."""
-    if not _is_frozen_convolution(conv) or type(norm) is not FrozenBatchNormAct2d:
-        return False
-    assert isinstance(conv, nn.Conv2d)
-    if norm.weight is None or norm.weight.requires_grad or conv.bias is not None or not independent_by_type(norm.act):
-        return False
-    stages = _as_stages([conv, norm])
-    path = Activated(_chain((Stage(conv, norm),), engine), norm.act) if stages is None else _chain(stages, engine)
-    conv.__class__, norm.__class__ = CONVOLUTIONS[type(conv)], NormOfConvolution
-    conv.chain = path  # type: ignore[assignment]
-    return True
-
-
 def _block_path(block: TinyTLBlock, engine: Engine) -> Chain | LeanResNetPath | None:
     """The block's training pass as chains, or None if one of its layers does not fit in."""
-    main = _as_stages(block.kind.layers(block))
+    main = as_stages(block.kind.layers(block))
     shortcut, last = block.kind.shortcut(block), block.kind.last(block)
     if main is None:
         return None
     if last is None:
-        return _chain(main, engine, block.kind.adds_input(block)) if shortcut is None else None
-    projection = None if shortcut is None else _as_stages(leaves(shortcut))
+        return chain_of(main, engine, block.kind.adds_input(block)) if shortcut is None else None
+    projection = None if shortcut is None else as_stages(leaves(shortcut))
     upper = UPPER.get(ACTIVATIONS.get(type(last), ""))
     if upper is None or not block.kind.adds_input(block) or (shortcut is not None and projection is None):
         return None
-    added = None if projection is None else _chain(projection, engine)
-    return LeanResNetPath(_chain(main, engine), added, upper)
-
-
-def _chain(stages: tuple[Stage, ...], engine: Engine, residual: bool = False) -> Chain:
-    return Chain(stages, residual, engine.slice_mb, backend=engine.backend)
-
-
-def _as_stages(layers: Iterable[nn.Module]) -> tuple[Stage, ...] | None:
-    """Group layers into frozen convolutions with norm and activation; None if they do not make such."""
-    stages: list[Stage] = []
-    for layer in (each for each in layers if type(each) is not nn.Identity):
-        last = stages[-1] if stages else None
-        if _is_frozen_convolution(layer):
-            assert isinstance(layer, nn.Conv2d)
-            stages.append(Stage(layer))
-        elif last is None or last.activation is not None:
-            return None
-        elif isinstance(layer, FrozenBatchNorm2d) and last.norm is None and last.conv.bias is None:
-            held = layer.act if type(layer) is FrozenBatchNormAct2d else nn.Identity()
-            known = type(layer) in NORMS and (type(held) is nn.Identity or type(held) in ACTIVATIONS)
-            if layer.weight is None or layer.weight.requires_grad or not known:
-                return None
-            stages[-1] = Stage(last.conv, layer, ACTIVATIONS.get(type(held)))
-        elif type(layer) in ACTIVATIONS:
-            stages[-1] = Stage(last.conv, last.norm, ACTIVATIONS[type(layer)])
-        else:
-            return None
-    return tuple(stages) or None
-
-
-def _is_frozen_convolution(layer: nn.Module) -> bool:
-    """Whether it is a plain convolution with a frozen weight, whose padding is zeros that are known beforehand."""
-    return (
-        isinstance(layer, nn.Conv2d)
-        and type(layer) in CONVOLUTIONS
-        and not layer.weight.requires_grad
-        and layer.padding_mode == "zeros"
-        and isinstance(layer.padding, tuple)
-    )
+    added = None if projection is None else chain_of(projection, engine)
+    return LeanResNetPath(chain_of(main, engine), added, upper)
 
 
 def _becomes_lean(layer: nn.Module) -> bool:
     if type(layer) in CONVOLUTIONS:
-        return _is_frozen_convolution(layer)
+        return is_frozen_convolution(layer)
     if type(layer) is nn.MaxPool2d:
         return is_plain(layer)
     if isinstance(layer, FrozenBatchNorm2d) and (layer.weight is None or layer.weight.requires_grad):

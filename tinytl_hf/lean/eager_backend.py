@@ -37,7 +37,7 @@ def chain_forward(
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """See :class:`~tinytl_hf.lean.backend.Backend`; norms are folded once for all slices."""
     folded = [(stage.folded_weight(dtype), stage.folded_bias(dtype)) for stage in chain.stages]
-    kept = chain.empty_masks(x, keeps)
+    kept = chain.empty_kept(x, dtype, keeps)
     outputs, pooled = Gathered(x.shape[0]), Gathered(x.shape[0])
     for part in chain.slices_of(x.shape, dtype, x.device):
         maps = inputs = x[part].to(dtype)

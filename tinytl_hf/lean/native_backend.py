@@ -31,13 +31,14 @@ from tinytl_hf.lean.native_library import (
     kernels,
     unfit_types,
 )
-from tinytl_hf.lean.stage import UPPER, Stage
+from tinytl_hf.lean.stage import SMOOTH, UPPER, Stage
 from tinytl_hf.network.same_padding import SameConv2d, same_padding
 
 if TYPE_CHECKING:
     from tinytl_hf.lean.chain import Chain
 
 MOST_STAGES = 16  # of native/chain.h
+ACTIVATIONS = {None: 0, "relu": 1, "relu6": 1, "hardswish": 2, "silu": 3}  # of native/native.h
 CACHE_SHARE = 0.6  # of a core's second-level cache, for the maps of a chain
 CACHE = 512 << 10  # bytes, where the size of that cache is not known
 
@@ -75,7 +76,7 @@ def _geometry_fits(chain: Chain) -> str | None:
         fits_taps = conv.stride[0] <= conv.kernel_size[0] <= LARGEST_KERNEL - room
         if not fits_taps or int(padding[0]) >= conv.kernel_size[0]:
             return "a convolution that skips pixels, or a large kernel"
-        if stage.activation is not None and conv.out_channels % 8:
+        if stage.activation in UPPER and conv.out_channels % 8:
             return "a number of channels that is no multiple of 8"
     return None
 
@@ -119,15 +120,15 @@ def _stages(
     chain: Chain,
     paddings: list[_Padding],
     weights: list[Tensor],
-    masks: list[Tensor | None],
+    kept: list[Tensor | None],
     grads: list[Tensor | None],
 ) -> Any:
     """The chain's stages as an array; what never changes is worked out once, pointers each time."""
     if "stages" not in chain.facts:
         chain.facts["stages"] = (StageArguments * len(chain.stages))(*map(_geometry, chain.stages))
     array = type(chain.facts["stages"]).from_buffer_copy(chain.facts["stages"])
-    of_stages = zip(array, chain.stages, paddings, weights, masks, grads, strict=True)
-    for to, stage, padding, weight, mask, grad in of_stages:
+    of_stages = zip(array, chain.stages, paddings, weights, kept, grads, strict=True)
+    for to, stage, padding, weight, each, grad in of_stages:
         conv, norm, bias = stage.conv, stage.norm, stage.bias
         to.kernel, to.padding = conv.kernel_size[0] + padding.shift, padding.size
         to.weight_strides[:] = weight.stride()
@@ -139,7 +140,11 @@ def _stages(
             assert norm.running_mean is not None and norm.running_var is not None
             to.gamma = norm.weight.data_ptr()
             to.mean, to.var = norm.running_mean.data_ptr(), norm.running_var.data_ptr()
-        to.bias, to.mask, to.grad_bias = _pointer(bias), _pointer(mask), _pointer(grad)
+        to.bias, to.grad_bias = _pointer(bias), _pointer(grad)
+        if stage.activation in SMOOTH:
+            to.before = _pointer(each)
+        else:
+            to.mask = _pointer(each)
     return array
 
 
@@ -153,8 +158,8 @@ def _geometry(stage: Stage) -> StageArguments:
         0,
         conv.groups > 1,
         eps=0.0 if stage.norm is None else stage.norm.eps,
-        activated=stage.activation is not None,
-        upper=0.0 if stage.activation is None else UPPER[stage.activation],
+        activation=ACTIVATIONS[stage.activation],
+        upper=UPPER.get(stage.activation or "", 0.0),
     )
 
 
@@ -170,15 +175,15 @@ class _Call:
     alive: list[Tensor | None]
 
     @classmethod
-    def of(cls, chain: Chain, shape: torch.Size, masks: list[Tensor | None], grads: list[Tensor | None]) -> _Call:
+    def of(cls, chain: Chain, shape: torch.Size, kept: list[Tensor | None], grads: list[Tensor | None]) -> _Call:
         paddings = _paddings(chain, shape)
         assert paddings is not None
         weights = [padding.weight(stage.conv) for padding, stage in zip(paddings, chain.stages, strict=True)]
-        stages = _stages(chain, paddings, weights, masks, grads)
+        stages = _stages(chain, paddings, weights, kept, grads)
         arguments = ChainArguments(shape[0], shape[2], shape[3], len(stages), stages, chain.branch, chain.residual)
         arguments.threads = torch.get_num_threads()
         arguments.cache = cache_bytes() if chain.slice_mb is None else int(chain.slice_mb * 1e6)
-        return cls(arguments, [*weights, *masks, *grads])
+        return cls(arguments, [*weights, *kept, *grads])
 
     def set(self, name: str, maps: Tensor | None) -> None:
         """Pass channels-last maps."""
@@ -199,8 +204,8 @@ def chain_forward(
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """See :class:`~tinytl_hf.lean.backend.Backend`."""
     images, sizes = x.shape[0], chain.map_sizes(x.shape)
-    masks = chain.empty_masks(x, keeps)
-    call = _Call.of(chain, x.shape, masks, [None] * len(masks))
+    kept = chain.empty_kept(x, dtype, keeps)
+    call = _Call.of(chain, x.shape, kept, [None] * len(kept))
     output = empty_maps(images, sizes[-1], dtype)
     channels, height, width = sizes[chain.branch]
     pooled = empty_maps(images, (channels, height // 2, width // 2), dtype) if pools else None
@@ -208,7 +213,7 @@ def chain_forward(
     call.set("output", output)
     call.set("pooled", pooled)
     call.run("chain_forward")
-    return output, pooled, masks
+    return output, pooled, kept
 
 
 def chain_backward(

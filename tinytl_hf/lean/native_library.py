@@ -38,10 +38,9 @@ class StageArguments(ctypes.Structure):
         ("weight_strides", c_int64 * 4),
         *((name, c_void_p) for name in ("weight", "int8_weight", "int8_scale", "gamma", "mean", "var", "bias")),
         ("eps", c_double),
-        ("activated", c_int64),
+        ("activation", c_int64),
         ("upper", c_float),
-        ("mask", c_void_p),
-        ("grad_bias", c_void_p),
+        *((name, c_void_p) for name in ("mask", "before", "grad_bias")),
     )
 
 

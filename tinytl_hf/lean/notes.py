@@ -14,6 +14,7 @@ from torch import nn
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.convert import LAYERS, may_keep_maps
 from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation, NormOfConvolution
+from tinytl_hf.lean.lite_runs import LiteRun
 from tinytl_hf.lean.paths import LeanBlockPath, LeanPart, LeanResNetPath
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.runs import LeanSequence
@@ -26,7 +27,8 @@ def training_paths(backbone: nn.Module) -> dict[str, str]:
     """How each block trains, and each other layer that can keep maps, by name, in the order of the modules."""
     passes = [run for layers in backbone.modules() if isinstance(layers, LeanSequence) for run in layers.passes]
     passes += [conv.chain for conv in backbone.modules() if isinstance(conv, LeanConv2d)]
-    in_runs = {unit for run in passes if isinstance(run, Recomputed) for unit in run.module.children()}
+    wholes = [run.mains if isinstance(run, LiteRun) else run for run in passes]
+    in_runs = {unit for run in wholes if isinstance(run, Recomputed) for unit in run.module.children()}
     return dict(_paths("", backbone, in_runs))
 
 
@@ -50,6 +52,8 @@ def _paths(name: str, part: nn.Module, in_runs: set[nn.Module]) -> Iterator[tupl
         yield name, RECOMPUTE
     elif isinstance(part, TinyTLBlock):
         yield name, _block_path(part)
+    elif isinstance(part, LeanConvNormActivation) and isinstance(part.chain, Recomputed):
+        yield name, RECOMPUTE
     elif isinstance(part, (LeanConvNormActivation, NormOfConvolution, *LAYERS.values())):
         yield name, MASKS
     elif is_layer(part):

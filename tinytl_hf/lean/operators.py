@@ -84,7 +84,7 @@ def _(x: Tensor, biases: list[Tensor], handle: str, dtype: torch.dtype, keeps: b
     sizes = chain.map_sizes(x.shape)
     channels, height, width = sizes[chain.branch]
     pooled = [_empty_maps(x, dtype, (channels, height // 2, width // 2))] if pools else []
-    masks = [mask for mask in chain.empty_masks(x, keeps) if mask is not None]
+    masks = [mask for mask in chain.empty_kept(x, dtype, keeps) if mask is not None]
     return [_empty_maps(x, dtype, sizes[-1]), *pooled, *masks]
 
 

@@ -109,6 +109,24 @@ class DoneByBlock:
 
 
 @dataclass(frozen=True)
+class UnreadWhenAgain:
+    """The last convolution of a block that is computed again: nothing but the addition of its input follows.
+
+    The first time, without gradients, it is computed. The second time only gradients are wanted, and none of them
+    needs its output.
+
+    Attributes:
+        chain: The convolution, without an activation.
+    """
+
+    chain: Chain
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The output, or maps of its shape that hold anything."""
+        return self.chain.unread(x) if torch.is_grad_enabled() else self.chain(x)
+
+
+@dataclass(frozen=True)
 class Activated:
     """A chain, and an activation that is computed again with it.
 

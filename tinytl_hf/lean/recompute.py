@@ -8,6 +8,7 @@ exist for those images only. The gradients are exact; the price is one more forw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from tinytl_hf.lean.chain import Chain
+from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation
 from tinytl_hf.lean.slices import Gathered, even_slices, slice_mb_on
 from tinytl_hf.network.blocks import own_modules, own_parameters
 
@@ -55,14 +58,15 @@ class Recomputed:
     def _measure_widest(self, image: Tensor) -> int:
         """Values of the largest map inside the module, for one image."""
         found = [image.numel()]
-        hooks = [
-            part.register_forward_hook(
-                lambda _, __, maps: found.append(maps.numel() if isinstance(maps, Tensor) else 0)
-            )
-            for part in own_modules(self.module)
-        ]
+
+        def look(part: nn.Module, inputs: tuple[Any, ...], maps: Any) -> None:
+            found.append(maps.numel() if isinstance(maps, Tensor) else 0)
+            if isinstance(part, (LeanConv2d, LeanConvNormActivation)) and isinstance(part.chain, Chain):
+                found.extend(map(math.prod, part.chain.map_sizes(inputs[0].shape)))
+
+        hooks = [part.register_forward_hook(look) for part in own_modules(self.module)]
         try:
-            self.run(image)
+            found.append(self.run(image).numel())
         finally:
             for hook in hooks:
                 hook.remove()

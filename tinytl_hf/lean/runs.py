@@ -1,44 +1,23 @@
 """Runs of wide blocks that are computed again as one, so that of several blocks one input is kept.
 
 A block of ConvNeXt has an input that is a sixth of all that stock PyTorch keeps of it. What stands between such
-blocks, stem and down-sampling, joins the run before it.
+blocks, stem and down-sampling, joins a run: the one before it or, where lite residuals end the runs, the one after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tinytl_hf.lean.independence import heavy_weights_are_frozen, independent_by_type
+from tinytl_hf.lean.lite_runs import LiteRun
 from tinytl_hf.lean.paths import LeanBlockPath
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.network.blocks import TinyTLBlock, own_modules
-from tinytl_hf.network.norms import recompute_contexts
 
-# More would keep less, and have more maps at a time when they are computed again: of a slice, or, where lite residuals
-# need the statistics of the batch, of the batch.
-BLOCKS_OF_A_RUN = 3
-BLOCKS_OF_A_RUN_WITH_LITE_RESIDUALS = 2
-
-
-@dataclass(frozen=True)
-class Checkpointed:
-    """The training pass of a run of blocks with lite residuals, each of which trains as it would alone.
-
-    The batch goes through the run a second time before its backward pass.
-
-    Attributes:
-        layers: The run.
-    """
-
-    layers: nn.Sequential
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """As the layers."""
-        return checkpoint(self.layers, x, use_reentrant=False, context_fn=recompute_contexts, preserve_rng_state=False)
+BLOCKS_OF_A_RUN = 3  # more would keep less, and have more maps of a slice at a time when they are computed again
+BLOCKS_OF_A_RUN_WITH_LITE_RESIDUALS = 2  # see lite_runs.py
 
 
 class LeanSequence(nn.Sequential):
@@ -76,16 +55,17 @@ def join_recomputed(
     joined: set[nn.Module] = set()
     for run in _runs(list(_units(layers)), prefix):
         blocks = [unit for unit in run if isinstance(unit, TinyTLBlock)]
-        if len(run) == 1 or not blocks:
+        with_lite = any(block.lite_residual is not None for block in blocks)
+        if len(run) == 1 or not blocks or (with_lite and run[-1] is not blocks[-1]):
             passes.extend(run)
             continue
-        whole = nn.Sequential(*run)
-        if any(block.lite_residual is not None for block in blocks):
-            passes.append(Checkpointed(whole))
-            continue
         joined.update(part for unit in run for part in own_modules(unit))
+        if with_lite:
+            passes.append(LiteRun.of(run, slice_mb))
+            continue
         for block in blocks:
             block.lean_path = None
+        whole = nn.Sequential(*run)
         passes.append(Recomputed(whole, whole.forward, slice_mb))
     if passes != list(layers):
         run_as(layers, passes)
@@ -124,11 +104,13 @@ def _runs(units: list[nn.Module], prefix: Collection[nn.Module]) -> Iterator[lis
 
 
 def _is_full(run: list[nn.Module], unit: nn.Module) -> bool:
-    """Whether a run has all the blocks that it may have, so that ``unit``, a block too, begins the next."""
-    if not isinstance(unit, TinyTLBlock):
-        return False
-    most = BLOCKS_OF_A_RUN if unit.lite_residual is None else BLOCKS_OF_A_RUN_WITH_LITE_RESIDUALS
-    return sum(isinstance(other, TinyTLBlock) for other in run) == most
+    """Whether ``unit`` begins the next run: the run has all the blocks that it may have; or it has to end with one."""
+    blocks = [other for other in run if isinstance(other, TinyTLBlock)]
+    with_lite = any(block.lite_residual is not None for block in blocks)
+    full = len(blocks) == (BLOCKS_OF_A_RUN_WITH_LITE_RESIDUALS if with_lite else BLOCKS_OF_A_RUN)
+    if isinstance(unit, TinyTLBlock):
+        return full or any((block.lite_residual is None) != (unit.lite_residual is None) for block in blocks)
+    return with_lite and full
 
 
 def _may_join(unit: nn.Module) -> bool:

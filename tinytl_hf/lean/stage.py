@@ -17,6 +17,7 @@ from tinytl_hf.lean.int8 import weight_of
 from tinytl_hf.network.same_padding import SameConv2d, same_padding
 
 UPPER = {"relu": float("inf"), "relu6": 6.0}  # activations whose gradient is a mask
+SMOOTH = ("hardswish", "silu")  # those whose gradient needs the value before them
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Stage:
     Attributes:
         conv: The convolution.
         norm: Its frozen norm, if any.
-        activation: ``relu``, ``relu6`` or None.
+        activation: A key of :data:`UPPER`, one of :data:`SMOOTH`, which is for what is computed again, or None.
     """
 
     conv: nn.Conv2d
@@ -71,20 +72,27 @@ class Stage:
         ]
         return sizes[0], sizes[1]
 
-    def activate(self, maps: Tensor, mask: Tensor | None) -> Tensor:
-        """The activation's output, over ``maps``; what its gradient needs is written to ``mask``, if given."""
+    def activate(self, maps: Tensor, kept: Tensor | None) -> Tensor:
+        """The activation's output, over ``maps``; what its gradient needs is written to ``kept``, if given."""
         if self.activation is None:
             return maps
+        if self.activation in SMOOTH:
+            if kept is not None:
+                kept.copy_(maps)
+            return F.silu(maps, inplace=True) if self.activation == "silu" else F.hardswish(maps, inplace=True)
         upper = UPPER[self.activation]
         maps.clamp_(0, upper)
-        if mask is not None:
-            mask.copy_(bits.pack_images(maps.permute(0, 2, 3, 1), upper))
+        if kept is not None:
+            kept.copy_(bits.pack_images(maps.permute(0, 2, 3, 1), upper))
         return maps
 
     def activate_backward(self, grad: Tensor, kept: Tensor | None, in_place: bool) -> Tensor:
         """The gradient before the activation, of the one after it; ``grad`` is written over if ``in_place``."""
         if kept is None:
             return grad
+        if self.activation in SMOOTH:
+            backward = torch.ops.aten.silu_backward if self.activation == "silu" else torch.ops.aten.hardswish_backward
+            return backward(grad, kept.to(grad.dtype))
         rows = (grad if in_place else grad.clone()).permute(0, 2, 3, 1)
         return bits.mask_images_(rows, kept).permute(0, 3, 1, 2)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tinytl_hf.lean import triton_launch as launch
 from tinytl_hf.lean.int8 import weight_of
-from tinytl_hf.lean.stage import Stage, convolution_backward, convolve
+from tinytl_hf.lean.stage import SMOOTH, Stage, convolution_backward, convolve
 from tinytl_hf.lean.triton_branch import branch_backward as branch_backward
 from tinytl_hf.lean.triton_branch import branch_fits as branch_fits
 from tinytl_hf.lean.triton_branch import branch_forward as branch_forward
@@ -32,6 +32,8 @@ def fits(chain: Chain, dtype: torch.dtype, shape: torch.Size) -> str | None:
     for stage in chain.stages:
         if isinstance(stage.conv, SameConv2d):
             return "a convolution whose padding depends on the size of the maps"
+        if stage.activation in SMOOTH:
+            return "hardswish and SiLU"
         if stage.activation is not None and stage.conv.out_channels % 8:
             return f"{stage.conv.out_channels} channels before an activation, not a multiple of 8"
     return None
@@ -49,7 +51,7 @@ def chain_forward(
     output = empty_maps(x, dtype, (len(x), *sizes[-1]))
     channels, height, width = sizes[chain.branch]
     pooled = empty_maps(x, dtype, (len(x), channels, height // 2, width // 2)) if pools else None
-    kept = chain.empty_masks(x, keeps)
+    kept = chain.empty_kept(x, dtype, keeps)
     weights = _weights(chain, dtype)
     last = len(chain.stages) - 1
     for part in chain.slices_of(x.shape, dtype, x.device):

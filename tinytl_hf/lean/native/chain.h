@@ -1,6 +1,6 @@
 /* A chain, forward or backward, row by row of its maps: each thread takes a share of the rows of the batch's output
  * and, of each map in between, holds the few rows that the next stage needs. So wide maps never exist as a whole. */
-#include "plan.h"
+#include "smooth.h"
 
 /* One thread's pass over some rows. */
 typedef struct {
@@ -94,10 +94,10 @@ static Finish backward_finish(const Pass *pass, i64 index, int counts) {
     const i64 map = p->chain->stages - 1 - index;
     const i64 image_bytes = p->height[map] * p->width[map] * s->out_channels / 8;
     return (Finish){
-        .kind = s->activated ? MASK_SUM_SCALE : SUM_SCALE,
+        .kind = s->activation == CLAMP ? MASK_SUM_SCALE : SUM_SCALE,
         .pitch = s->out_channels,
         .scale = pass->shared + p->scale[index],
-        .mask = s->activated ? s->mask + pass->image * image_bytes : 0,
+        .mask = s->activation == CLAMP ? s->mask + pass->image * image_bytes : 0,
         .mask_pitch = s->out_channels / 8,
         .sums = counts ? pass->own + p->sums[index] : pass->own + p->row, /* the row's room is free then */
     };
@@ -126,8 +126,10 @@ static void make_gradient_rows(const Pass *pass, i64 map, i64 a, i64 b, int coun
     const i64 index = map_index(p, map), w = p->width[map], n = p->channels[map]; /* after stage index - 1 */
     Finish f = index ? backward_finish(pass, index - 1, counts) : (Finish){.kind = AS_IT_IS, .pitch = n};
     const int at_block_input = map > 0 && index == c->branch && (c->residual || c->grad_pooled.data);
+    const Stage *s = index ? c->stage + index - 1 : 0;
+    const int smooth = s && is_smooth(s), apart = map == 0 || at_block_input || smooth;
     Finish plain = {.kind = AS_IT_IS, .pitch = n};
-    if (map > 0) convolve_rows(pass, map - 1, a, b, at_block_input ? plain : f);
+    if (map > 0) convolve_rows(pass, map - 1, a, b, apart ? plain : f);
     for (i64 image = 0; image < pass->images; image++)
         for (i64 r = a; r < b; r++) {
             float *to = row_at(pass, map, image, r);
@@ -135,11 +137,12 @@ static void make_gradient_rows(const Pass *pass, i64 map, i64 a, i64 b, int coun
             const i64 at = ((pass->image + image) * p->height[map] + r) * w * n;
             if (map == 0) from = read_values(c->grad_output, at, w * n, to);
             if (at_block_input) add_to_block_input(pass, map, image, r, to);
-            if (index && (map == 0 || at_block_input)) {
+            if (s && apart) {
                 Finish g = f;
                 g.out = to;
                 if (g.mask) g.mask += (image * p->height[map] + r) * w * f.mask_pitch;
-                finish_rows(from, w, n, &g);
+                if (smooth) finish_smooth(s->activation, from, s->before + at, w, n, &g);
+                else finish_rows(from, w, n, &g);
             }
             if (index == 0 && c->grad_input.is_bf16) write_values(c->grad_input, at, w * n, to);
         }
@@ -166,6 +169,15 @@ static void add_residual_row(const Pass *pass, i64 at, i64 count, float *to) {
     for (i64 i = 0; i < count; i++) to[i] += from[i];
 }
 
+static void activate_rows(const Pass *pass, i64 map, i64 a, i64 b, float *before) {
+    const Plan *p = pass->plan;
+    const i64 row = p->width[map] * p->channels[map];
+    for (i64 image = 0; image < pass->images; image++) {
+        const i64 at = ((pass->image + image) * p->height[map] + a) * row; /* rows of an image lie one after the other */
+        activate(stage_of(p, map - 1)->activation, row_at(pass, map, image, a), (b - a) * row, before ? before + at : 0);
+    }
+}
+
 static void make_rows(const Pass *pass, i64 map, i64 a, i64 b, int counts) {
     const Plan *p = pass->plan;
     const Chain *c = p->chain;
@@ -174,7 +186,7 @@ static void make_rows(const Pass *pass, i64 map, i64 a, i64 b, int counts) {
         const Stage *s = stage_of(p, map - 1);
         const i64 image_bytes = p->height[map] * row / 8;
         convolve_rows(pass, map - 1, a, b, (Finish){
-            .kind = s->activated ? SCALE_CLAMP : SCALE,
+            .kind = s->activation == CLAMP ? SCALE_CLAMP : SCALE,
             .pitch = s->out_channels,
             .scale = pass->shared + p->scale[map - 1],
             .shift = pass->shared + p->shift[map - 1],
@@ -182,6 +194,7 @@ static void make_rows(const Pass *pass, i64 map, i64 a, i64 b, int counts) {
             .mask = counts && s->mask ? s->mask + pass->image * image_bytes : 0,
             .mask_pitch = s->out_channels / 8,
         });
+        if (is_smooth(s)) activate_rows(pass, map, a, b, counts ? s->before : 0);
     }
     const int pools = map == c->branch && c->pooled.data, ends = map == p->steps;
     if (map && !pools && !(ends && (c->residual || c->output.is_bf16))) return;

@@ -15,6 +15,9 @@ typedef struct {
     i64 is_bf16;
 } Maps;
 
+/* What follows a convolution and its norm: nothing, clamp(0, upper), or what needs the value before it for its slope. */
+enum { NO_ACTIVATION, CLAMP, HARDSWISH, SILU };
+
 /* A frozen convolution with its norm and activation. */
 typedef struct {
     i64 in_channels, out_channels, kernel, stride, padding, depthwise;
@@ -25,9 +28,10 @@ typedef struct {
     const float *gamma, *mean, *var; /* of the norm; null where there is none */
     const float *bias;             /* the norm's, else the convolution's; may be null */
     double eps;
-    i64 activated;                 /* whether clamp(0, upper) follows */
-    float upper;
-    uint8_t *mask;                 /* [images, height, width, channels / 8]; null where it is not kept */
+    i64 activation;
+    float upper;                   /* of CLAMP */
+    uint8_t *mask;                 /* of CLAMP: [images, height, width, channels / 8]; null where it is not kept */
+    float *before;                 /* of HARDSWISH and SILU: its input [images, height, width, channels]; null the same */
     float *grad_bias;              /* null where it is not wanted */
 } Stage;
 

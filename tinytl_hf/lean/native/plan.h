@@ -21,6 +21,8 @@ typedef struct {
 
 static int is_pointwise(const Stage *s) { return s->kernel == 1 && s->stride == 1 && !s->depthwise && !s->padding; }
 
+static int is_smooth(const Stage *s) { return s->activation == HARDSWISH || s->activation == SILU; }
+
 static i64 size_after(const Stage *s, i64 size) { return (size + 2 * s->padding - s->kernel) / s->stride + 1; }
 
 /* The stage between map `step` and the next. */

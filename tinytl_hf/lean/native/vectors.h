@@ -25,6 +25,11 @@ INLINE unsigned v_inside(V v, V low, V high) { /* one bit a lane: low < v < high
     return _mm512_cmp_ps_mask(v, low, _CMP_GT_OQ) & _mm512_cmp_ps_mask(v, high, _CMP_LT_OQ);
 }
 INLINE V v_keep(V v, unsigned mask) { return _mm512_maskz_mov_ps((__mmask16)mask, v); }
+INLINE V v_div(V a, V b) { return _mm512_div_ps(a, b); }
+INLINE V v_add_to_exponent(V v, V bits) { /* times 2 to the power of the integer in the lowest bits */
+    const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(bits), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), power));
+}
 
 #elif defined(TINYTL_AVX2)
 #include <immintrin.h>
@@ -52,12 +57,18 @@ INLINE V v_keep(V v, unsigned mask) {
     const __m256i set = _mm256_and_si256(_mm256_set1_epi32((int)mask), lane);
     return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
 }
+INLINE V v_div(V a, V b) { return _mm256_div_ps(a, b); }
+INLINE V v_add_to_exponent(V v, V bits) {
+    const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(bits), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), power));
+}
 
 #else /* the compiler's own vectors: any processor, Arm included */
 #define LANES 8
 #define TILE_ROWS 4
 typedef float V __attribute__((vector_size(32), aligned(4)));
 typedef int32_t VI __attribute__((vector_size(32)));
+typedef uint32_t VU __attribute__((vector_size(32)));
 INLINE V v_load(const float *p) { V v; memcpy(&v, p, sizeof v); return v; }
 INLINE V v_load_part(const float *p, i64 n) { V v = {0}; for (i64 i = 0; i < n; i++) v[i] = p[i]; return v; }
 INLINE void v_store(float *p, V v) { memcpy(p, &v, sizeof v); }
@@ -79,6 +90,8 @@ INLINE V v_keep(V v, unsigned mask) {
     const VI set = ((VI){0} + (int32_t)mask) & lane;
     return (V)((VI)v & (set == lane));
 }
+INLINE V v_div(V a, V b) { return a / b; }
+INLINE V v_add_to_exponent(V v, V bits) { return (V)((VU)v + ((VU)bits << 23)); }
 #endif
 
 #define TILE_COLUMNS (2 * LANES)

@@ -1,0 +1,207 @@
+"""One or two wide blocks with lite residuals, of which one input is kept, and which are computed again as one.
+
+A lite residual normalises over the batch, so it goes back for the whole batch at once, from its pooled input, which is
+kept as well. The blocks themselves go slice by slice. Two of them fit into one pass: what the last lite residual gives
+back is known before it, and what the first one gives back, of gradients that the pass has collected, is only added to
+the gradient of its block's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from tinytl_hf.lean.layers import average_pool, upsample_add, upsample_gradient
+from tinytl_hf.lean.paths import LeanBlockPath
+from tinytl_hf.lean.recompute import Recomputed
+from tinytl_hf.lean.slices import Gathered
+from tinytl_hf.network.blocks import TinyTLBlock, own_parameters
+from tinytl_hf.network.norms import keep_running_statistics
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A block with a lite residual, and the layers between it and the block before it.
+
+    Attributes:
+        head: These layers.
+        block: The block.
+        path: Its training pass.
+    """
+
+    head: nn.Sequential
+    block: TinyTLBlock
+    path: LeanBlockPath
+
+    def pooled(self, into: Tensor) -> Tensor:
+        """What the lite residual gets of the block's input."""
+        return average_pool(into) if self.path.branch.lite.pools_maps_of(tuple(into.shape[-2:])) else into
+
+    def main(self, maps: Tensor) -> Tensor:
+        """The layers and the block, without its lite residual."""
+        return self.block.stock_forward(self.head(maps))
+
+
+@dataclass(frozen=True, eq=False)
+class LiteRun:
+    """The training pass of one or two blocks with lite residuals and what stands before them.
+
+    Attributes:
+        parts: The blocks.
+        mains: All of the run but for the lite residuals; gives the slices.
+    """
+
+    parts: Sequence[Part]
+    mains: Recomputed
+
+    @classmethod
+    def of(cls, units: list[nn.Module], slice_mb: float | None) -> LiteRun:
+        """A run of ``units``: layers and, at the end and at most at one other place, blocks with lite residuals."""
+        parts: list[Part] = []
+        head: list[nn.Module] = []
+        for unit in units:
+            if isinstance(unit, TinyTLBlock):
+                assert isinstance(unit.lean_path, LeanBlockPath)
+                parts.append(Part(nn.Sequential(*head), unit, unit.lean_path))
+                head = []
+            else:
+                head.append(unit)
+
+        def run(maps: Tensor) -> Tensor:
+            for part in parts:
+                maps = part.main(maps)
+            return maps
+
+        return cls(parts, Recomputed(nn.Sequential(*units), run, slice_mb))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As the blocks and layers."""
+        return _LiteRunFunction.apply(x, self, *self.trained(), *(p for part in self.parts for p in _of_lite(part)))
+
+    def trained(self) -> list[nn.Parameter]:
+        """The trained parameters of all but the lite residuals."""
+        return [p for unit in self.mains.module.children() for p in own_parameters(unit) if p.requires_grad]
+
+
+def _of_lite(part: Part) -> list[nn.Parameter]:
+    return [parameter for parameter in part.path.branch.lite.parameters() if parameter.requires_grad]
+
+
+class _LiteRunFunction(Function):
+    """The run's output; keeps its input, and those of the lite residuals."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: LiteRun, *trained: nn.Parameter) -> Tensor:
+        device = x.device.type
+        ctx.run, ctx.trained = run, run.trained()
+        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        maps, kept = x, [x]
+        for part in run.parts:
+            into = part.head(maps)
+            kept.append(part.pooled(into))
+            maps = part.path.main(into)
+            del into
+            maps = upsample_add(maps, part.path.branch(kept[-1]), part.path.branch.backend)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(*kept)
+        return maps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *pooled = ctx.saved_tensors
+        back = _Backward(ctx, x, grad.contiguous(memory_format=torch.channels_last))
+        with _as_forward(ctx, x), keep_running_statistics():
+            inputs = [maps.detach().requires_grad_() for maps in pooled]
+            small = [part.path.branch(maps) for part, maps in zip(ctx.run.parts, inputs, strict=True)]
+        last = ctx.run.parts[-1]
+        of_last = upsample_gradient(back.grad, small[-1], last.path.branch.backend)
+        of_pooled, *of_lite = torch.autograd.grad(small.pop(), [inputs.pop(), *_of_lite(last)], of_last)
+        del of_last
+        of_small = back.through_mains(small, of_pooled)
+        if small:
+            first = ctx.run.parts[0]
+            of_pooled, *of_first = torch.autograd.grad(small, [*inputs, *_of_lite(first)], of_small)
+            back.through_head(of_pooled)
+            of_lite = [*of_first, *of_lite]
+        return back.grad_input, None, *back.totals, *of_lite
+
+
+@contextmanager
+def _as_forward(ctx: Any, x: Tensor) -> Iterator[None]:
+    enabled, dtype = ctx.autocast
+    with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled):
+        yield
+
+
+class _Backward:
+    """One backward pass, slice by slice.
+
+    Attributes:
+        grad: The gradient of the run's output.
+        grad_input: That of its input, if needed.
+        totals: Those of the trained parameters, but for the lite residuals', as far as they have been added up.
+    """
+
+    def __init__(self, ctx: Any, x: Tensor, grad: Tensor) -> None:
+        self.ctx, self.x, self.grad = ctx, x, grad
+        self.run: LiteRun = ctx.run
+        self.needs_input: bool = ctx.needs_input_grad[0]
+        self.grad_input: Tensor | None = None
+        self.totals = [torch.zeros_like(parameter) for parameter in ctx.trained]
+
+    def through_mains(self, small: list[Tensor], of_pooled: Tensor) -> Tensor | None:
+        """Back through the blocks; ``of_pooled``: the gradient of the last lite residual's input.
+
+        Returns:
+            The gradient of ``small``, the output of the first lite residual, if there are two.
+        """
+        grad_input, of_small = Gathered(len(self.x)), Gathered(len(self.x))
+        for part in self.run.mains.slices(self.x):
+            *first, last = self.run.parts
+            with _as_forward(self.ctx, self.x):
+                inputs = maps = self.x[part].detach().requires_grad_(self.needs_input)
+                added = [each.detach()[part].requires_grad_() for each in small]
+                for before, each in zip(first, added, strict=True):
+                    maps = upsample_add(before.main(maps).clone(), each, before.path.branch.backend)
+                into = last.head(maps)
+                outputs = [last.block.stock_forward(into), last.pooled(into)]
+            del maps, into
+            wanted = [*([inputs] if self.needs_input else []), *added, *self.ctx.trained]
+            found = list(torch.autograd.grad(outputs, wanted, [self.grad[part], of_pooled[part]]))
+            del outputs
+            if self.needs_input:
+                grad_input.put(part, found.pop(0).contiguous(memory_format=torch.channels_last))
+            if small:
+                of_small.put(part, found.pop(0).contiguous(memory_format=torch.channels_last))
+            self._add(self.ctx.trained, found)
+        self.grad_input = grad_input.whole
+        return of_small.whole
+
+    def through_head(self, of_pooled: Tensor) -> None:
+        """Back from the input of the first lite residual, of which ``of_pooled`` is the gradient."""
+        first = self.run.parts[0]
+        trained = [p for unit in first.head for p in own_parameters(unit) if p.requires_grad]
+        if not self.needs_input and not trained:
+            return
+        for part in self.run.mains.slices(self.x):
+            with _as_forward(self.ctx, self.x):
+                inputs = self.x[part].detach().requires_grad_(self.needs_input)
+                pooled = first.pooled(first.head(inputs))
+            wanted = [*([inputs] if self.needs_input else []), *trained]
+            found = list(torch.autograd.grad(pooled, wanted, of_pooled[part]))
+            if self.grad_input is not None:
+                self.grad_input[part] += found.pop(0)
+            self._add(trained, found)
+
+    def _add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        totals = dict(zip(self.ctx.trained, self.totals, strict=True))
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            totals[parameter] += gradient
