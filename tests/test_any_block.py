@@ -1,11 +1,14 @@
 """Blocks that masks do not serve keep their input alone, max pooling one byte a value; gradients stay exact."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck
 
 from tinytl_hf.config.engine import Engine
+from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.lean import recompute
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.convert import convert
@@ -260,3 +263,32 @@ def test_convnext_keeps_an_eighth_of_stock_or_less_and_has_its_gradients(method,
     largest = max(gradient.abs().max() for gradient in results[0].values())
     for name, gradient in results[0].items():
         assert (results[1][name] - gradient).abs().max() <= 1e-10 * largest, name
+
+
+@pytest.mark.parametrize("norm", ["batch", pytest.param("group", marks=pytest.mark.slow)])
+def test_convnext_with_lite_residuals_runs_each_block_twice_and_goes_back_twice_the_same(norm, make_model):
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found, seen = [], []
+    for lean in (False, True):
+        model = make_model("TinyTL-L+B", "convnext_tiny", lean=lean, lite=LiteConfig(norm=norm)).double().train()
+        loss = model(images.double()).square().sum()
+        if lean:
+            for block in model._blocks.values():
+                block.block[0].register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        for again in (False, True) if lean else (False,):
+            found.append(torch.autograd.grad(loss, list(model.trainable_parameters()), retain_graph=not again))
+    # Once for each time that it goes back, and an image to learn its size.
+    assert sum(seen) == (2 * len(images) + 1) * len(model._blocks)
+    largest = max(gradient.abs().max() for gradient in found[0])
+    for stock, first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
+        assert (first - stock).abs().max() <= 1e-10 * largest
+
+
+def test_a_copy_of_convnext_computes_with_its_own_layers(make_model):
+    layers = copy.deepcopy(make_model("TinyTL-L+B", "convnext_tiny")).train().backbone.features
+    first = layers.passes[0]
+    assert next(first.mains.module.children()) is layers[0]
+    first(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(parameter.grad is not None for parameter in layers[1][1].parameters() if parameter.requires_grad)
+    assert first.mains.widest == {torch.Size([3, 64, 64]): 4 * 96 * 16 * 16}

@@ -2,7 +2,7 @@
 
 Back-ends work through the batch a few images or rows at a time, forward and backward, so that the wide maps inside an
 inverted residual never exist as a whole, and masks of one bit a value are all that is kept (TinyTL, section 3.1,
-applied to whole blocks).
+applied to whole blocks). Chains with smooth activations keep maps; they are for slices that are computed again.
 """
 
 from __future__ import annotations

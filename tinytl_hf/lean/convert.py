@@ -98,6 +98,7 @@ def convert(
         return []
     prefix = modules_before(backbone, blocks, trained_blocks)
     done: set[nn.Module] = set()
+    read: set[nn.Module] = set()  # blocks whose output is read there
     again: set[nn.Module] = set()  # modules of what is computed again
     independent = _independent_parts(backbone, blocks, train_size)
     for block in blocks.values():
@@ -114,7 +115,9 @@ def convert(
         block.lean_path = path
     for module in backbone.modules():
         if type(module) is nn.Sequential and module not in done:
-            again.update(join_recomputed(module, engine.slice_mb, prefix))
+            joined, needed = join_recomputed(module, engine.slice_mb, prefix)
+            again.update(joined)
+            read.update(needed)
             if module not in again:
                 _join_layers(module, engine, prefix)
     for name, (conv, norm) in _with_norms(backbone, engine).items():
@@ -138,7 +141,7 @@ def convert(
         elif _becomes_lean(module):
             _make_lean(module, engine)
             done.add(module)
-    fuse(backbone, again, engine)
+    fuse(backbone, again, read, engine)
     for module in backbone.modules():
         if isinstance(module, nn.Sequential) and len(module) > 1:
             stem, following = module[0], module[1]

@@ -11,21 +11,25 @@ from dataclasses import replace
 from itertools import pairwise
 
 from torch import Tensor, nn
+from torchvision.ops import Permute
 from torchvision.ops.misc import Conv2dNormActivation
 
 from tinytl_hf.config.engine import Engine
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.grouping import CONVOLUTIONS, as_stages, chain_of, is_frozen_convolution
 from tinytl_hf.lean.independence import independent_by_type
-from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation, NormOfConvolution
+from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation, NormOfConvolution, UnreadLinear
 from tinytl_hf.lean.paths import Activated, DoneByBlock, UnreadWhenAgain
 from tinytl_hf.lean.stage import Stage
 from tinytl_hf.network.blocks import TinyTLBlock, leaves, own_modules
 from tinytl_hf.network.norms import FrozenBatchNormAct2d
 
 
-def fuse(backbone: nn.Module, again: Collection[nn.Module], engine: Engine) -> None:
-    """Fuse what can be among the modules of ``again``, which are computed again."""
+def fuse(backbone: nn.Module, again: Collection[nn.Module], read: Collection[nn.Module], engine: Engine) -> None:
+    """Fuse what can be among the modules of ``again``, which are computed again.
+
+    What blocks of ``read`` give is an input of other modules that are computed again with them.
+    """
     modules = [module for module in backbone.modules() if module in again]
     blocks = [module for module in modules if isinstance(module, TinyTLBlock)]
     for block in blocks:
@@ -36,8 +40,8 @@ def fuse(backbone: nn.Module, again: Collection[nn.Module], engine: Engine) -> N
     for block in blocks:
         units = _units(block)
         _join_neighbours(units)
-        if units and block.kind.last(block) is None:
-            _leave_last_unread(units[-1])
+        if units and block.kind.last(block) is None and block not in read:
+            _leave_last_unread(block, units[-1])
 
 
 def join_norm(conv: nn.Module, norm: nn.Module, engine: Engine) -> bool:
@@ -80,7 +84,7 @@ def _units(block: TinyTLBlock) -> list[nn.Module]:
     whole = [part for part in own_modules(block) if isinstance(part, LeanConvNormActivation)]
     part_of = {leaf: part for part in whole for leaf in leaves(part)}
     units = [part_of.get(layer, layer) for layer in block.kind.layers(block)]
-    return [unit for unit in dict.fromkeys(units) if not isinstance(unit, (nn.Identity, NormOfConvolution))]
+    return [unit for unit in dict.fromkeys(units) if not isinstance(unit, (nn.Identity, NormOfConvolution, Permute))]
 
 
 def _join_neighbours(units: Iterable[nn.Module]) -> None:
@@ -102,8 +106,11 @@ def _is_activated(path: object) -> bool:
     return isinstance(path, Chain) and path.stages[-1].activation is not None
 
 
-def _leave_last_unread(unit: nn.Module) -> None:
-    """Compute only the gradient of a block's last convolution in the backward pass, if nothing follows it there."""
+def _leave_last_unread(block: TinyTLBlock, unit: nn.Module) -> None:
+    """Compute only the gradient of a block's last layer in the backward pass, if nothing there needs its output."""
+    own = block.parameters(recurse=False)  # a factor for each channel, whose gradient would need it
+    if type(unit) is nn.Linear and not any(parameter.requires_grad for parameter in (unit.weight, *own)):
+        unit.__class__ = UnreadLinear
     if not isinstance(unit, (LeanConv2d, LeanConvNormActivation)):
         return
     if isinstance(unit.chain, Chain) and not _is_activated(unit.chain):

@@ -15,6 +15,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 from tinytl_hf.config.engine import BackendName
 from tinytl_hf.lean import backend, bits, operators
 from tinytl_hf.lean.int8 import Int8Conv2d, Int8SameConv2d
+from tinytl_hf.lean.slices import compute_dtype
 from tinytl_hf.lean.stage import UPPER
 from tinytl_hf.network.norms import FrozenBatchNorm2d, FrozenBatchNormAct2d
 from tinytl_hf.network.same_padding import SameConv2d
@@ -77,6 +78,16 @@ class NormOfConvolution(FrozenBatchNormAct2d):
         return input if self.training else super().forward(input)
 
 
+class UnreadLinear(nn.Linear):
+    """A frozen last layer of a block that is computed again: then, only its gradient is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Linear``; in training with gradients, room for its output, which holds anything."""
+        if not self.training or not torch.is_grad_enabled():
+            return super().forward(input)
+        return _UnreadLinear.apply(input, self.weight, self.bias)
+
+
 class LeanReLU(nn.ReLU):
     """ReLU that keeps one bit a value."""
 
@@ -134,6 +145,22 @@ def upsample_gradient(grad: Tensor, small: Tensor, backend_name: BackendName = "
 def average_pool(input: Tensor) -> Tensor:
     """Mean of 2x2 px; keeps nothing."""
     return _AveragePool.apply(input)
+
+
+class _UnreadLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype, ctx.of_bias = input.dtype, None if bias is None else bias.dtype
+        return input.new_empty((*input.shape[:-1], len(weight)), dtype=compute_dtype(input))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (weight,) = ctx.saved_tensors
+        of_input = (grad @ weight.to(grad.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        of_bias = grad.flatten(0, -2).sum(0).to(ctx.of_bias) if ctx.needs_input_grad[2] else None
+        return of_input, None, of_bias
 
 
 class _MaskedReLU(Function):

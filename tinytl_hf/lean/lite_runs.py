@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from tinytl_hf.lean.layers import average_pool, upsample_add, upsample_gradient
 from tinytl_hf.lean.paths import LeanBlockPath
-from tinytl_hf.lean.recompute import Recomputed
+from tinytl_hf.lean.recompute import SHARE_FOR_RUNS, Recomputed
 from tinytl_hf.lean.slices import Gathered
 from tinytl_hf.network.blocks import TinyTLBlock, own_parameters
 from tinytl_hf.network.norms import keep_running_statistics
@@ -50,6 +50,19 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
+class Mains:
+    """Blocks and layers one after the other, without lite residuals."""
+
+    parts: Sequence[Part]
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        """``[N, C, H, W]`` to the last block's output."""
+        for part in self.parts:
+            maps = part.main(maps)
+        return maps
+
+
+@dataclass(frozen=True, eq=False)
 class LiteRun:
     """The training pass of one or two blocks with lite residuals and what stands before them.
 
@@ -74,12 +87,7 @@ class LiteRun:
             else:
                 head.append(unit)
 
-        def run(maps: Tensor) -> Tensor:
-            for part in parts:
-                maps = part.main(maps)
-            return maps
-
-        return cls(parts, Recomputed(nn.Sequential(*units), run, slice_mb))
+        return cls(parts, Recomputed(nn.Sequential(*units), Mains(parts), slice_mb, SHARE_FOR_RUNS))
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the blocks and layers."""

@@ -23,7 +23,10 @@ from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation
 from tinytl_hf.lean.slices import Gathered, even_slices, slice_mb_on
 from tinytl_hf.network.blocks import own_modules, own_parameters
 
-SHARE_OF_CHAIN = 0.8  # of the slices of a chain, as autograd keeps several maps of a slice at a time
+# Of the slices of a chain, as autograd keeps several maps of a slice at a time; a run of blocks keeps so little of the
+# batch that it can afford more of a slice.
+SHARE_OF_CHAIN = 0.8
+SHARE_FOR_RUNS = 1.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +36,15 @@ class Recomputed:
     Attributes:
         module: The module.
         run: Its stock forward pass, ``[N, C, H, W]`` to ``[N, C', H', W']``.
-        slice_mb: The engine's slices: about how much of the widest map exists at a time, in MB.
+        slice_mb: The engine's slices: about how much of the widest map of a chain exists at a time, in MB.
+        share: Of that, how much of the widest map exists here.
         widest: Values of the largest map inside the module for one image, by the shape of its input.
     """
 
     module: nn.Module
     run: Callable[[Tensor], Tensor]
     slice_mb: float | None
+    share: float = SHARE_OF_CHAIN
     widest: dict[torch.Size, int] = field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -52,7 +57,7 @@ class Recomputed:
         if x.shape[1:] not in self.widest:
             self.widest[x.shape[1:]] = self._measure_widest(x[:1])
         image_bytes = self.widest[x.shape[1:]] * x.element_size()
-        yield from even_slices(len(x), image_bytes, SHARE_OF_CHAIN * slice_mb_on(x.device, self.slice_mb))
+        yield from even_slices(len(x), image_bytes, self.share * slice_mb_on(x.device, self.slice_mb))
 
     @torch.no_grad()
     def _measure_widest(self, image: Tensor) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tinytl_hf.lean.independence import heavy_weights_are_frozen, independent_by_type
 from tinytl_hf.lean.lite_runs import LiteRun
 from tinytl_hf.lean.paths import LeanBlockPath
-from tinytl_hf.lean.recompute import Recomputed
+from tinytl_hf.lean.recompute import SHARE_FOR_RUNS, Recomputed
 from tinytl_hf.network.blocks import TinyTLBlock, own_modules
 
 BLOCKS_OF_A_RUN = 3  # more would keep less, and have more maps of a slice at a time when they are computed again
@@ -43,16 +43,18 @@ class LeanSequence(nn.Sequential):
 
 def join_recomputed(
     layers: nn.Sequential, slice_mb: float | None, prefix: Collection[nn.Module] = ()
-) -> set[nn.Module]:
+) -> tuple[set[nn.Module], set[nn.Module]]:
     """Let neighbours among ``layers`` that would be computed again one by one be so as one, where they allow it.
 
     Those in ``prefix`` are never computed again. Sequences of blocks among them are opened.
 
     Returns:
-        The modules that no longer train by themselves, but as part of what is computed again.
+        The modules that no longer train by themselves, but as part of what is computed again; and the blocks of which
+        the output is read there.
     """
     passes: list[Callable[[Tensor], Tensor]] = []
     joined: set[nn.Module] = set()
+    read: set[nn.Module] = set()
     for run in _runs(list(_units(layers)), prefix):
         blocks = [unit for unit in run if isinstance(unit, TinyTLBlock)]
         with_lite = any(block.lite_residual is not None for block in blocks)
@@ -60,16 +62,17 @@ def join_recomputed(
             passes.extend(run)
             continue
         joined.update(part for unit in run for part in own_modules(unit))
+        read.update(run[:-1])
         if with_lite:
             passes.append(LiteRun.of(run, slice_mb))
             continue
         for block in blocks:
             block.lean_path = None
         whole = nn.Sequential(*run)
-        passes.append(Recomputed(whole, whole.forward, slice_mb))
+        passes.append(Recomputed(whole, whole.forward, slice_mb, SHARE_FOR_RUNS))
     if passes != list(layers):
         run_as(layers, passes)
-    return joined
+    return joined, read
 
 
 def run_as(layers: nn.Sequential, passes: Iterable[Callable[[Tensor], Tensor]]) -> None:
