@@ -1,8 +1,8 @@
 """A frozen convolution with its norm and activation: what it computes forward and backward, on some images.
 
-With a frozen weight, the gradient of the input needs the weight alone and, of ReLU and ReLU6, one bit a value. Hardswish
-and SiLU need the value before them: a stage that has one is for a slice that is computed again. The norm is folded into
-the convolution on the fly.
+With a frozen weight, the gradient of the input needs the weight alone and, of ReLU and ReLU6, one bit a value.
+Hardswish and SiLU need the value before them: a stage that has one is for a slice that is computed again. The norm is
+folded into the convolution on the fly.
 """
 
 from __future__ import annotations
