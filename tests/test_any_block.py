@@ -80,6 +80,16 @@ def test_what_the_last_convolution_of_a_block_gives_is_not_read_again(backbone, 
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("backbone", ["mobilenet_v3_small", "efficientnet_b0", "convnext_tiny"])
+def test_a_block_that_is_called_for_itself_gives_what_stock_gives(backbone, make_model):
+    lean, stock = (make_model("TinyTL-B", backbone, lean=lean).double().train() for lean in (True, False))
+    for block, plain in zip(lean._blocks.values(), stock._blocks.values(), strict=True):
+        inputs = next(part for part in plain.modules() if isinstance(part, nn.Conv2d)).in_channels
+        x = torch.randn(2, inputs, 12, 12, dtype=torch.float64, requires_grad=True)
+        for run, expected in ((block, plain), (block.block, plain.block)):
+            torch.testing.assert_close(run(x), expected(x), atol=1e-10, rtol=1e-9)
+
+
 def test_slices_are_of_the_widest_map_though_a_chain_holds_it(make_model):
     model = make_model("TinyTL-B", "efficientnet_b0").train()
     block = list(model._blocks.values())[1]

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from tinytl_hf.config.engine import BackendName
 from tinytl_hf.lean import backend, operators
-from tinytl_hf.lean.slices import compute_dtype, even_slices, slice_mb_on
+from tinytl_hf.lean.slices import compute_dtype, empty_maps, even_slices, slice_mb_on
 from tinytl_hf.lean.stage import SMOOTH, Stage
 
 
@@ -57,7 +57,7 @@ class Chain:
 
     def unread(self, x: Tensor) -> Tensor:
         """Maps of the output's shape that hold anything, whose gradient goes back as the output's does."""
-        return _UnreadFunction.apply(x, self, *(stage.bias for stage in self.stages))
+        return _ChainFunction.apply(x, self, False, True, *(stage.bias for stage in self.stages))[0]
 
     @property
     def keeps_maps(self) -> bool:
@@ -115,7 +115,7 @@ class Chain:
     def _run(self, x: Tensor, pools: bool) -> tuple[Tensor, Tensor | None]:
         if torch.compiler.is_compiling():
             return operators.run_chain(self, x, compute_dtype(x), pools)
-        return _ChainFunction.apply(x, self, pools, *(stage.bias for stage in self.stages))
+        return _ChainFunction.apply(x, self, pools, False, *(stage.bias for stage in self.stages))
 
 
 def _room_for(stage: Stage, x: Tensor, dtype: torch.dtype, size: tuple[int, int, int] | None) -> Tensor | None:
@@ -123,70 +123,49 @@ def _room_for(stage: Stage, x: Tensor, dtype: torch.dtype, size: tuple[int, int,
         return None
     if stage.activation in SMOOTH:
         shape, precise = (x.shape[0], *size), torch.promote_types(dtype, torch.float32)
-        return torch.empty(shape, dtype=precise, device=x.device, memory_format=torch.channels_last)
+        return empty_maps(x, precise, shape)
     channels, height, width = size
     return x.new_empty((x.shape[0], -(-channels * height * width // 8)), dtype=torch.uint8)
 
 
 class _ChainFunction(Function):
-    """The chain's output; keeps what the gradients of its activations need, and nothing else."""
+    """The chain's output; keeps what the gradients of its activations need, and nothing else.
+
+    With ``unread`` its output is room that holds anything, which only chains without activations may have.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, chain: Chain, pools: bool, *biases: Tensor | None
+        ctx: Any, x: Tensor, chain: Chain, pools: bool, unread: bool, *biases: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         dtype = compute_dtype(x)
         ctx.backend = backend.named(backend.of_chain(chain, x.device, dtype, x.shape))
+        ctx.chain, ctx.shape, ctx.dtype, ctx.compute_dtype = chain, x.shape, x.dtype, dtype
+        if unread:
+            ctx.save_for_backward(*([None] * len(chain.stages)))
+            return empty_maps(x, dtype, (len(x), *chain.map_sizes(x.shape)[-1])), None
         with torch.autocast(x.device.type, enabled=False):
             output, pooled, kept = ctx.backend.chain_forward(chain, x, dtype, any(ctx.needs_input_grad), pools)
         ctx.save_for_backward(*kept)
-        ctx.chain, ctx.shape, ctx.dtype, ctx.compute_dtype = chain, x.shape, x.dtype, dtype
         return output, pooled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs_input, _, _, *needs_bias = ctx.needs_input_grad
-        grad_input, of_biases = _backward(ctx, grad, grad_pooled, needs_input, needs_bias)
-        return grad_input, None, None, *of_biases
-
-
-class _UnreadFunction(Function):
-    """Room for the output of a chain without activations, which keeps nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, chain: Chain, *biases: Tensor | None) -> Tensor:
-        dtype = compute_dtype(x)
-        ctx.backend = backend.named(backend.of_chain(chain, x.device, dtype, x.shape))
-        ctx.save_for_backward(*chain.empty_kept(x, dtype, False))
-        ctx.chain, ctx.shape, ctx.dtype, ctx.compute_dtype = chain, x.shape, x.dtype, dtype
-        shape = (len(x), *chain.map_sizes(x.shape)[-1])
-        return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs_input, _, *needs_bias = ctx.needs_input_grad
-        grad_input, of_biases = _backward(ctx, grad, None, needs_input, needs_bias)
-        return grad_input, None, *of_biases
-
-
-def _backward(
-    ctx: Any, grad: Tensor, grad_pooled: Tensor | None, needs_input: bool, needs_bias: list[bool]
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    with torch.autocast(grad.device.type, enabled=False):
-        grad_input, bias_grads = ctx.backend.chain_backward(
-            ctx.chain,
-            list(ctx.saved_tensors),
-            ctx.shape,
-            ctx.compute_dtype,
-            grad,
-            grad_pooled,
-            needs_input,
-            needs_bias,
-        )
-    of_biases = [
-        None if total is None or stage.bias is None else total.to(stage.bias.dtype)
-        for stage, total in zip(ctx.chain.stages, bias_grads, strict=True)
-    ]
-    return None if grad_input is None else grad_input.to(ctx.dtype), of_biases
+        needs_input, _, _, _, *needs_bias = ctx.needs_input_grad
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_input, bias_grads = ctx.backend.chain_backward(
+                ctx.chain,
+                list(ctx.saved_tensors),
+                ctx.shape,
+                ctx.compute_dtype,
+                grad,
+                grad_pooled,
+                needs_input,
+                needs_bias,
+            )
+        of_biases = [
+            None if total is None or stage.bias is None else total.to(stage.bias.dtype)
+            for stage, total in zip(ctx.chain.stages, bias_grads, strict=True)
+        ]
+        return None if grad_input is None else grad_input.to(ctx.dtype), None, None, None, *of_biases

@@ -16,7 +16,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from tinytl_hf.config.engine import Engine
 from tinytl_hf.lean.chain import Chain
-from tinytl_hf.lean.fusing import fuse, join_norm, train_as_one
+from tinytl_hf.lean.fusing import fuse, join_norm, train_by
 from tinytl_hf.lean.grouping import ACTIVATIONS, CONVOLUTIONS, NORMS, as_stages, chain_of, is_frozen_convolution
 from tinytl_hf.lean.independence import (
     heavy_weights_are_frozen,
@@ -98,8 +98,8 @@ def convert(
         return []
     prefix = modules_before(backbone, blocks, trained_blocks)
     done: set[nn.Module] = set()
-    read: set[nn.Module] = set()  # blocks whose output is read there
     again: set[nn.Module] = set()  # modules of what is computed again
+    read: set[nn.Module] = set()  # blocks among them whose output is read when they are
     independent = _independent_parts(backbone, blocks, train_size)
     for block in blocks.values():
         path: Callable[[Tensor], Tensor] | None = _block_path(block, engine)
@@ -131,7 +131,7 @@ def convert(
         stage = _single_stage(module, module in independent)
         if stage is not None:
             chain = chain_of((stage,), engine)
-            train_as_one(module, Recomputed(module, chain, engine.slice_mb) if chain.keeps_maps else chain)
+            train_by(module, Recomputed(module, chain, engine.slice_mb) if chain.keeps_maps else chain)
             done.update(module.modules())
         elif module in independent and not isinstance(module, TinyTLBlock):
             stock_forward = partial(type(module).forward, module)
@@ -156,10 +156,11 @@ def convert(
 
 def _make_lean(layer: nn.Module, engine: Engine) -> None:
     """Let a single layer keep less."""
+    if isinstance(layer, nn.Conv2d):
+        train_by(layer, chain_of((Stage(layer),), engine))
+        return
     layer.__class__ = LAYERS[type(layer)]
-    if isinstance(layer, LeanConv2d):
-        layer.chain = chain_of((Stage(layer),), engine)
-    elif isinstance(layer, LeanMaxPool2d):
+    if isinstance(layer, LeanMaxPool2d):
         layer.slice_mb = engine.slice_mb
 
 

@@ -53,8 +53,8 @@ def join_norm(conv: nn.Module, norm: nn.Module, engine: Engine) -> bool:
         return False
     stages = as_stages([conv, norm], again=True)
     path = Activated(chain_of((Stage(conv, norm),), engine), norm.act) if stages is None else chain_of(stages, engine)
-    conv.__class__, norm.__class__ = CONVOLUTIONS[type(conv)], NormOfConvolution
-    conv.chain = path  # type: ignore[assignment]
+    train_by(conv, path)
+    norm.__class__ = NormOfConvolution
     return True
 
 
@@ -64,19 +64,19 @@ def _fold_norm(module: nn.Module, engine: Engine) -> None:
         stages = as_stages(leaves(module), again=True)
         conv_and_norm, activation = as_stages(leaves(module)[:2]), leaves(module)[2:]
         if stages is not None and len(stages) == 1:
-            train_as_one(module, chain_of(stages, engine))
+            train_by(module, chain_of(stages, engine))
         elif conv_and_norm is not None and len(conv_and_norm) == len(activation) == 1:
-            train_as_one(module, Activated(chain_of(conv_and_norm, engine), *activation))
+            train_by(module, Activated(chain_of(conv_and_norm, engine), *activation))
     elif is_frozen_convolution(module):
         assert isinstance(module, nn.Conv2d)
-        module.__class__ = CONVOLUTIONS[type(module)]
-        module.chain = chain_of((Stage(module),), engine)  # type: ignore[assignment]
+        train_by(module, chain_of((Stage(module),), engine))
 
 
-def train_as_one(layers: Conv2dNormActivation, path: Callable[[Tensor], Tensor]) -> None:
-    """Let a convolution with norm and activation train by this pass."""
-    layers.__class__ = LeanConvNormActivation
-    layers.chain = path
+def train_by(layer: nn.Conv2d | Conv2dNormActivation, path: Callable[[Tensor], Tensor]) -> None:
+    """Let a convolution, or torchvision's module of one with norm and activation, train by this pass."""
+    whole = type(layer) is Conv2dNormActivation
+    layer.__class__ = LeanConvNormActivation if whole else CONVOLUTIONS[type(layer)]
+    layer.chain = path
 
 
 def _units(block: TinyTLBlock) -> list[nn.Module]:

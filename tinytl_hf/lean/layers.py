@@ -14,6 +14,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from tinytl_hf.config.engine import BackendName
 from tinytl_hf.lean import backend, bits, operators
+from tinytl_hf.lean.again import is_computed_again
 from tinytl_hf.lean.int8 import Int8Conv2d, Int8SameConv2d
 from tinytl_hf.lean.slices import compute_dtype
 from tinytl_hf.lean.stage import UPPER
@@ -82,8 +83,8 @@ class UnreadLinear(nn.Linear):
     """A frozen last layer of a block that is computed again: then, only its gradient is."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As ``nn.Linear``; in training with gradients, room for its output, which holds anything."""
-        if not self.training or not torch.is_grad_enabled():
+        """As ``nn.Linear``; while it is computed again, room for its output, which holds anything."""
+        if not is_computed_again():
             return super().forward(input)
         return _UnreadLinear.apply(input, self.weight, self.bias)
 

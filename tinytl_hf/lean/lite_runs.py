@@ -8,8 +8,7 @@ the gradient of its block's input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from tinytl_hf.lean.layers import average_pool, upsample_add, upsample_gradient
+from tinytl_hf.lean.again import autocast_on, computed_again
+from tinytl_hf.lean.layers import upsample_add, upsample_gradient
 from tinytl_hf.lean.paths import LeanBlockPath
 from tinytl_hf.lean.recompute import SHARE_FOR_RUNS, Recomputed
 from tinytl_hf.lean.slices import Gathered
@@ -39,10 +39,6 @@ class Part:
     head: nn.Sequential
     block: TinyTLBlock
     path: LeanBlockPath
-
-    def pooled(self, into: Tensor) -> Tensor:
-        """What the lite residual gets of the block's input."""
-        return average_pool(into) if self.path.branch.lite.pools_maps_of(tuple(into.shape[-2:])) else into
 
     def main(self, maps: Tensor) -> Tensor:
         """The layers and the block, without its lite residual."""
@@ -86,7 +82,6 @@ class LiteRun:
                 head = []
             else:
                 head.append(unit)
-
         return cls(parts, Recomputed(nn.Sequential(*units), Mains(parts), slice_mb, SHARE_FOR_RUNS))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -107,13 +102,11 @@ class _LiteRunFunction(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: LiteRun, *trained: nn.Parameter) -> Tensor:
-        device = x.device.type
-        ctx.run, ctx.trained = run, run.trained()
-        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        ctx.run, ctx.trained, ctx.autocast = run, run.trained(), autocast_on(x.device)
         maps, kept = x, [x]
         for part in run.parts:
             into = part.head(maps)
-            kept.append(part.pooled(into))
+            kept.append(part.path.pooled(into))
             maps = part.path.main(into)
             del into
             maps = upsample_add(maps, part.path.branch(kept[-1]), part.path.branch.backend)
@@ -126,7 +119,7 @@ class _LiteRunFunction(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *pooled = ctx.saved_tensors
         back = _Backward(ctx, x, grad.contiguous(memory_format=torch.channels_last))
-        with _as_forward(ctx, x), keep_running_statistics():
+        with computed_again(x.device, ctx.autocast), keep_running_statistics():
             inputs = [maps.detach().requires_grad_() for maps in pooled]
             small = [part.path.branch(maps) for part, maps in zip(ctx.run.parts, inputs, strict=True)]
         last = ctx.run.parts[-1]
@@ -140,13 +133,6 @@ class _LiteRunFunction(Function):
             back.through_head(of_pooled)
             of_lite = [*of_first, *of_lite]
         return back.grad_input, None, *back.totals, *of_lite
-
-
-@contextmanager
-def _as_forward(ctx: Any, x: Tensor) -> Iterator[None]:
-    enabled, dtype = ctx.autocast
-    with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled):
-        yield
 
 
 class _Backward:
@@ -174,13 +160,13 @@ class _Backward:
         grad_input, of_small = Gathered(len(self.x)), Gathered(len(self.x))
         for part in self.run.mains.slices(self.x):
             *first, last = self.run.parts
-            with _as_forward(self.ctx, self.x):
+            with computed_again(self.x.device, self.ctx.autocast):
                 inputs = maps = self.x[part].detach().requires_grad_(self.needs_input)
                 added = [each.detach()[part].requires_grad_() for each in small]
                 for before, each in zip(first, added, strict=True):
                     maps = upsample_add(before.main(maps).clone(), each, before.path.branch.backend)
                 into = last.head(maps)
-                outputs = [last.block.stock_forward(into), last.pooled(into)]
+                outputs = [last.block.stock_forward(into), last.path.pooled(into)]
             del maps, into
             wanted = [*([inputs] if self.needs_input else []), *added, *self.ctx.trained]
             found = list(torch.autograd.grad(outputs, wanted, [self.grad[part], of_pooled[part]]))
@@ -200,9 +186,9 @@ class _Backward:
         if not self.needs_input and not trained:
             return
         for part in self.run.mains.slices(self.x):
-            with _as_forward(self.ctx, self.x):
+            with computed_again(self.x.device, self.ctx.autocast):
                 inputs = self.x[part].detach().requires_grad_(self.needs_input)
-                pooled = first.pooled(first.head(inputs))
+                pooled = first.path.pooled(first.head(inputs))
             wanted = [*([inputs] if self.needs_input else []), *trained]
             found = list(torch.autograd.grad(pooled, wanted, of_pooled[part]))
             if self.grad_input is not None:

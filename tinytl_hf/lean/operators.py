@@ -20,6 +20,7 @@ from torch.library import custom_op
 from tinytl_hf.config.engine import BackendName
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean import backend
+from tinytl_hf.lean.slices import empty_maps
 from tinytl_hf.network.norms import keep_running_statistics
 
 if TYPE_CHECKING:
@@ -292,5 +293,4 @@ def _check_own(given: Sequence[Tensor], own: Sequence[Tensor]) -> None:
 
 def _empty_maps(like: Tensor, dtype: torch.dtype, size: Any) -> Tensor:
     """Channels-last maps of ``size`` (channels, height, width), as many as ``like`` has."""
-    shape = (like.shape[0], *size)
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+    return empty_maps(like, dtype, (like.shape[0], *size))

@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tinytl_hf.lean import bits
+from tinytl_hf.lean.again import is_computed_again
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
 from tinytl_hf.lean.lite_branch import Branch
@@ -91,12 +92,15 @@ class LeanBlockPath:
         if isinstance(self.main, Chain) and lite.pools_maps_of(self.main.block_input_size(x.shape)):
             output, pooled = self.main.with_pooled_input(x)
         else:
-            output = self.main(x)
-            pooled = average_pool(x) if lite.pools_maps_of(tuple(x.shape[-2:])) else x
+            output, pooled = self.main(x), self.pooled(x)
         small = self.branch(pooled)
         if not isinstance(self.main, (Chain, LeanResNetPath, Recomputed)):
             output = output.clone()  # a stock layer may have kept its output, which is not to be written over
         return upsample_add(output, small, self.branch.backend)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """What the lite residual gets of the block's input."""
+        return average_pool(x) if self.branch.lite.pools_maps_of(tuple(x.shape[-2:])) else x
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,7 @@ class DoneByBlock:
 class UnreadWhenAgain:
     """The last convolution of a block that is computed again: nothing but the addition of its input follows.
 
-    The first time, without gradients, it is computed. The second time only gradients are wanted, and none of them
-    needs its output.
+    The second time only gradients are wanted, and none of them needs its output. Called for itself, it is computed.
 
     Attributes:
         chain: The convolution, without an activation.
@@ -123,7 +126,7 @@ class UnreadWhenAgain:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output, or maps of its shape that hold anything."""
-        return self.chain.unread(x) if torch.is_grad_enabled() else self.chain(x)
+        return self.chain.unread(x) if is_computed_again() else self.chain(x)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from tinytl_hf.lean.again import autocast_on, computed_again
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation
 from tinytl_hf.lean.slices import Gathered, even_slices, slice_mb_on
@@ -83,11 +84,9 @@ class _RecomputeFunction(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, path: Recomputed, *trained: nn.Parameter) -> Tensor:
-        device = x.device.type
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(x)
-        ctx.path, ctx.trained = path, trained
-        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        ctx.path, ctx.trained, ctx.autocast = path, trained, autocast_on(x.device)
         output = Gathered(len(x))
         for part in path.slices(x):
             output.put(part, path.run(x[part]).contiguous(memory_format=torch.channels_last))
@@ -111,8 +110,7 @@ class _RecomputeFunction(Function):
 
 def _slice_backward(ctx: Any, x: Tensor, grad: Tensor, needs_input: bool, totals: Sequence[Tensor]) -> Tensor | None:
     """The gradient of a slice's input, if needed; those of the trained parameters are added to ``totals``."""
-    enabled, dtype = ctx.autocast
-    with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled):
+    with computed_again(x.device, ctx.autocast):
         inputs = x.detach().requires_grad_(needs_input)
         maps = ctx.path.run(inputs)
     wanted = [*([inputs] if needs_input else []), *ctx.trained]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ def even_slices(images: int, image_bytes: int, slice_mb: float) -> Iterator[slic
         yield slice(start, min(start + count, images))
 
 
+def empty_maps(like: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """Channels-last maps of ``shape``, on the device of ``like``."""
+    return torch.empty(tuple(shape), dtype=dtype, device=like.device, memory_format=torch.channels_last)
+
+
 class Gathered:
     """A channels-last tensor that is filled slice by slice, and made when its first slice comes."""
 
@@ -40,6 +45,5 @@ class Gathered:
             self.whole = maps
             return
         if self.whole is None:
-            shape = (self.images, *maps.shape[1:])
-            self.whole = torch.empty(shape, dtype=maps.dtype, device=maps.device, memory_format=torch.channels_last)
+            self.whole = empty_maps(maps, maps.dtype, (self.images, *maps.shape[1:]))
         self.whole[part] = maps

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from tinytl_hf.lean import triton_launch as launch
 from tinytl_hf.lean.int8 import weight_of
+from tinytl_hf.lean.slices import empty_maps
 from tinytl_hf.lean.stage import SMOOTH, Stage, convolution_backward, convolve
 from tinytl_hf.lean.triton_branch import branch_backward as branch_backward
 from tinytl_hf.lean.triton_branch import branch_fits as branch_fits
 from tinytl_hf.lean.triton_branch import branch_forward as branch_forward
-from tinytl_hf.lean.triton_maps import DTYPES, as_given, empty_maps, matrix, nchw, nhwc, rows_of
+from tinytl_hf.lean.triton_maps import DTYPES, as_given, matrix, nchw, nhwc, rows_of
 from tinytl_hf.network.same_padding import SameConv2d
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tinytl_hf.lean import triton_launch as launch
+from tinytl_hf.lean.slices import empty_maps
 from tinytl_hf.lean.stage import convolution_backward, convolve
 from tinytl_hf.lean.triton_launch import Affine, Parts
-from tinytl_hf.lean.triton_maps import DTYPES, as_given, empty_maps, matrix, nchw, nhwc, rows_of
+from tinytl_hf.lean.triton_maps import DTYPES, as_given, matrix, nchw, nhwc, rows_of
 from tinytl_hf.network.norms import GlobalBatchNorm2d, sum_over_processes
 
 if TYPE_CHECKING:

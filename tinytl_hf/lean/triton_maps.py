@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -24,11 +24,6 @@ def as_given(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
             return function(*arguments, **named)
 
     return run
-
-
-def empty_maps(like: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """Channels-last maps of ``shape``, on the device of ``like``."""
-    return torch.empty(tuple(shape), dtype=dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def rows_of(maps: Tensor, dtype: torch.dtype) -> Tensor:
