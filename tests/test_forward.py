@@ -27,7 +27,7 @@ def test_features_are_one_batch():
     assert forward_in_parts(layer, features).equal(layer(features))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_works_on_the_whole_batch():
     seen = []
     layer = torch.nn.Conv2d(3, 2, 3).cuda()

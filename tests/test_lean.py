@@ -368,7 +368,7 @@ def test_layers_that_stay_stock_are_named(make_model):
     assert len(make_model("FT-Full").stock_layers) == 104 and make_model("FT-Full", lean=False).stock_layers == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_on_a_gpu_too(make_model):
     images = torch.randn(2, 3, 65, 65, dtype=torch.float64)
     lean, plain = (whole_model(make_model, "TinyTL-L+B", "mobilenet_v2", lean).cuda() for lean in (True, False))

@@ -288,7 +288,7 @@ def test_photos_are_of_the_size_that_is_named_or_of_the_data_or_those_that_decod
         MemoryTableConfig(photo_size="448")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_peak_on_a_gpu(make_model):
     images, labels = (tensor.cuda() for tensor in make_batch(8))
     lean = measure_peak(make_model().cuda(), images, labels)

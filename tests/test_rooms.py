@@ -18,7 +18,7 @@ ORDER = (
     ("lean", "adapter"),
     ("hub",),
     ("model",),
-    ("step",),
+    ("step", "cuda_graph"),
     ("measure",),
     ("deploy",),
     ("train",),

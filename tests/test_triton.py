@@ -27,6 +27,7 @@ pytest.importorskip("triton")
 from tinytl_hf.lean import triton_backend, triton_branch, triton_launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -85,6 +86,12 @@ def assert_same_as_eager(chain, x, *grads, tolerance=1e-10):
     return ours, theirs
 
 
+def assert_same_bits(found, expected):
+    """On a GPU but for rounding, as cuDNN's convolutions may add up in another order each time."""
+    tolerance = 1e-13 if DEVICE == "cuda" else 0.0
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
 def errors(found, exact):
     """The largest error of each tensor, as a share of its largest value."""
     return [
@@ -108,10 +115,10 @@ def test_a_stage_has_the_outputs_gradients_and_masks_of_the_eager_engine(convolu
     else:
         assert torch.equal(*ours[1], *theirs[1])
     (alone,) = run(chain, x.detach(), grad)[2]
-    assert torch.equal(alone, ours[2][1])
+    assert_same_bits(alone, ours[2][1])
     chain.stages[0].bias.requires_grad_(False)
     (alone,) = run(chain, x, grad)[2]
-    assert torch.equal(alone, ours[2][0])
+    assert_same_bits(alone, ours[2][0])
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,9 @@ class MemoryConfig:
     slice_mb: float | None = Engine.slice_mb
     """Work through frozen blocks in slices of the batch whose widest map takes about this many MB: smaller
     slices need less memory; null: what suits the back-end."""
+    cuda_graph: bool = True
+    """On a GPU, replay training passes from a CUDA graph, where launching kernels takes longer than running them; it
+    keeps a batch of images more. Not with several processes, accumulation or checkpointing."""
     budget_mb: float | None = None
     """Most that a training step of a process may take, in MB of 1e6 bytes, as memory.json measures it. A real step is
     measured before training, and the batch split into as many accumulation steps as keep it within; null: any."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, UntypedStorage
 from torch.autograd.graph import saved_tensors_hooks
 
+from tinytl_hf.cuda_graph import left_as_found
 from tinytl_hf.model import TinyTLModel
 
 
@@ -62,22 +61,3 @@ def kept_by_layer(model: TinyTLModel, images: Tensor, labels: Tensor, label_smoo
     for storage, name in storages.values():
         kept[name] += storage.nbytes()
     return kept
-
-
-@contextmanager
-def left_as_found(model: TinyTLModel) -> Iterator[None]:
-    """Start in training mode without gradients; leave the model and the random generator as they were."""
-    delta = {name: tensor.clone() for name, tensor in model.adapter_tensors().items()}
-    gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
-    model.train().zero_grad()
-    try:
-        with torch.random.fork_rng({p.device for p in gradients if p.is_cuda}):
-            yield
-    finally:
-        for name, tensor in model.adapter_tensors().items():
-            tensor.copy_(delta[name])
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-        for module, mode in modes.items():
-            module.training = mode

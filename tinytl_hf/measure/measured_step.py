@@ -8,6 +8,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from tinytl_hf.config.recipe import resolve
 from tinytl_hf.config.run import Config
+from tinytl_hf.cuda_graph import training_passes
 from tinytl_hf.data.augment import RandomCropFlip
 from tinytl_hf.data.changes import Changes
 from tinytl_hf.device import wait_for_device
@@ -26,12 +27,16 @@ class MeasuredStep:
         pixels: Decoded photos ``[N, 3, H, W]`` on the model's device, all of the whole size.
         labels: Their labels ``[N]``.
         config: The run.
+        launched: Never replay its passes from a CUDA graph, whose memory the allocator does not see come and go.
     """
 
-    def __init__(self, model: TinyTLModel, pixels: Tensor, labels: Tensor, config: Config) -> None:
+    def __init__(
+        self, model: TinyTLModel, pixels: Tensor, labels: Tensor, config: Config, launched: bool = False
+    ) -> None:
         count, device = len(pixels), pixels.device
         config = resolve(config, count)
         self.model, self.labels, self.options = model, labels, config.train
+        self.passes = model if launched else training_passes(model, config)
         sizes = torch.tensor(pixels.shape[-2:], device=device).expand(count, 2)
         index = torch.arange(count, device=device)
         self.batch = {"pixels": pixels, "sizes": sizes, "labels": labels, "index": index}
@@ -59,7 +64,7 @@ class MeasuredStep:
         """Take the step, and wait for the device."""
         passes = self.options.gradient_accumulation_steps
         for _ in range(passes):
-            logits = self.model(self.view())  # no name holds the view longer than the pass needs it, as in a run
+            logits = self.passes(self.view())  # no name holds the view longer than the pass needs it, as in a run
             loss = self.loss(logits, self.batch, self._size, self.changes)
             (loss / passes).backward()
         if self.options.max_grad_norm is not None:

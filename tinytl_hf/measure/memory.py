@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import MemoryTableConfig
+from tinytl_hf.cuda_graph import describe_passes
 from tinytl_hf.data.images import decoded_photo_size
 from tinytl_hf.device import make_accelerator
 from tinytl_hf.lean.backend import describe, left_to_eager
@@ -153,7 +154,7 @@ def conditions(config: Config, **sizes: int | str) -> dict[str, Any]:
         **({} if config.trained_blocks == "all" else {"trained_blocks": config.trained_blocks}),
         "precision": config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "engine": describe(config.engine, device),
+        "engine": describe(config.engine, device) + describe_passes(config, device, processes=1),
         "threads": torch.get_num_threads(),
         "torch_version": torch.__version__,
     }

@@ -96,7 +96,7 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
     with progress_bar(run) as bar:
         for batch in loader:
             with accelerator.accumulate(run.prepared):
-                logits = run.prepared(augmented(run, batch, size))
+                logits = run.passes(augmented(run, batch, size))
                 loss = run.loss(logits, batch, size, run.changes)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and options.max_grad_norm is not None:

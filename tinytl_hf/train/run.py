@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
 from evaluate import EvaluationModule
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tinytl_hf.adapter.record import DataRecord
@@ -40,6 +41,7 @@ class Run:
     accelerator: Accelerator
     model: TinyTLModel
     prepared: nn.Module
+    passes: Callable[[Tensor], Tensor]  # in training, in place of the prepared model
     optimizer: Any
     scheduler: Any
     train_loader: DataLoader

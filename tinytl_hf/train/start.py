@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.config import recipe
 from tinytl_hf.config.run import Config, flat
+from tinytl_hf.cuda_graph import describe_passes, training_passes
 from tinytl_hf.data import batches, sets
 from tinytl_hf.data.augment import RandomCropFlip
 from tinytl_hf.data.changes import Changes
@@ -157,6 +158,7 @@ def set_up(config: Config) -> Run:
         accelerator=accelerator,
         model=model,
         prepared=prepared,
+        passes=training_passes(prepared, config),
         optimizer=prepared_optimizer,
         scheduler=scheduler,
         train_loader=train_loader,
@@ -205,7 +207,7 @@ def log_conditions(accelerator: Accelerator, config: Config) -> None:
         device_name(accelerator),
         torch.get_num_threads(),
         "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
-        describe(config.engine, accelerator.device),
+        describe(config.engine, accelerator.device) + describe_passes(config, accelerator.device, processes),
         batch,
         batch // processes // steps,
         processes,

@@ -1,0 +1,123 @@
+"""The training passes of a run: launched kernel by kernel or, on a GPU, replayed from a CUDA graph.
+
+A forward and backward pass through a small network is a thousand kernels, whose launches take a GPU's host longer than
+the GPU takes for the kernels. A CUDA graph holds them all, and is launched once each way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.cuda import make_graphed_callables
+
+from tinytl_hf.config.run import Config
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.model import TinyTLModel
+
+
+def training_passes(prepared: nn.Module, config: Config) -> Callable[[Tensor], Tensor]:
+    """What a run's step calls in place of its model, which is in training mode then.
+
+    Args:
+        prepared: The model as Accelerate prepared it.
+        config: The run.
+    """
+    if isinstance(prepared, TinyTLModel) and prepared.engine.lean:  # else it is one of several processes, or stock
+        device = next(prepared.parameters()).device
+        if device.type == "cuda" and why_launched(config, processes=1) is None:
+            return ReplayedPasses(prepared)
+    return prepared
+
+
+def why_launched(config: Config, processes: int) -> str | None:
+    """Why the passes of a run on GPUs are launched kernel by kernel; None if they are replayed."""
+    if not config.memory.lean or not config.memory.cuda_graph:
+        return "memory.lean and memory.cuda_graph are not both on"
+    if torch.version.hip is not None:
+        return "not tried on AMD"
+    if processes > 1:
+        return "several processes"
+    if config.train.gradient_accumulation_steps > 1:
+        return "gradient accumulation"  # a replay writes over the gradients that it left the last time
+    return "gradient checkpointing" if config.train.gradient_checkpointing else None
+
+
+def describe_passes(config: Config, device: torch.device, processes: int) -> str:
+    """What to say of them beside the engine; nothing on a CPU."""
+    if device.type != "cuda" or not config.memory.lean:
+        return ""
+    reason = why_launched(config, processes)
+    return ", CUDA graph" if reason is None else f", no CUDA graph ({reason})"
+
+
+class ReplayedPasses:
+    """Records the passes of a model for a shape of its input when it comes first, and replays them from then on.
+
+    The graph keeps for itself the memory that a pass takes, and a copy of its input. Of a shape that differs from the
+    last one it makes another, which a run does once for each size of its images.
+
+    Args:
+        model: The model, in training mode when it is called.
+    """
+
+    def __init__(self, model: TinyTLModel) -> None:
+        self.model = model
+        self._shape: torch.Size | None = None
+        self._passes: Callable[[Tensor], Tensor] = model
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Logits of images or features, as of the model.
+
+        Raises:
+            TinyTLError: The model does what a graph cannot hold, such as to wait for the GPU.
+        """
+        if inputs.shape != self._shape:
+            self._passes = self.model  # the graph before this one goes first
+            self._passes, self._shape = self._record(inputs), inputs.shape
+        return self._passes(inputs)
+
+    def _record(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
+        try:
+            with left_as_found(self.model):  # a few passes come before the one that is recorded
+                passes = make_graphed_callables(_Passes(self.model), (inputs.clone(),), allow_unused_input=True)
+                return cast("Callable[[Tensor], Tensor]", passes)
+        except RuntimeError as error:  # PyTorch's generator of random numbers does not survive it, so nothing goes on
+            reason = str(error).partition("\n")[0]
+            raise TinyTLError(
+                f"memory.cuda_graph=true: {self.model.config.backbone.name} cannot be recorded as a CUDA graph "
+                f"({reason}); use --memory.cuda_graph false"
+            ) from error
+
+
+class _Passes(nn.Module):
+    """A model whose own forward pass stays as it is when PyTorch puts a graph in place of this one's."""
+
+    def __init__(self, model: TinyTLModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model(inputs)
+
+
+@contextmanager
+def left_as_found(model: TinyTLModel) -> Iterator[None]:
+    """Start in training mode without gradients; leave the model and the random generator as they were."""
+    delta = {name: tensor.clone() for name, tensor in model.adapter_tensors().items()}
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
+    model.train().zero_grad()
+    try:
+        with torch.random.fork_rng({p.device for p in gradients if p.is_cuda}):
+            yield
+    finally:
+        for name, tensor in model.adapter_tensors().items():
+            tensor.copy_(delta[name])
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for module, mode in modes.items():
+            module.training = mode
