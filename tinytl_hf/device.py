@@ -123,6 +123,12 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads or share)
 
 
+def device_of_figures() -> torch.device:
+    """Where steps are measured: on CUDA if there is one, as a run is, unless Accelerate is told to use the CPU."""
+    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() not in NONE_OF_IT
+    return torch.device("cuda" if torch.cuda.is_available() and not told_cpu else "cpu")
+
+
 def device_name(accelerator: Accelerator) -> str:
     """The GPU's name, or the machine's kind of processor."""
     if accelerator.device.type == "cuda":

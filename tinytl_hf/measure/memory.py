@@ -23,7 +23,7 @@ from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import MemoryTableConfig
 from tinytl_hf.cuda_graph import describe_passes
 from tinytl_hf.data.images import decoded_photo_size
-from tinytl_hf.device import make_accelerator
+from tinytl_hf.device import device_of_figures, make_accelerator
 from tinytl_hf.lean.backend import describe, left_to_eager
 from tinytl_hf.lean.notes import STOCK, grouped
 from tinytl_hf.measure.ledger import kept_by_layer
@@ -137,13 +137,13 @@ def build(config: Config, method: str, num_classes: int, lean: bool) -> TinyTLMo
         train=replace(config.train, cache_features=False),  # which is of one method only
     )
     model = TinyTLModel.from_config(config, [str(label) for label in range(num_classes)])
-    no_cuda = not torch.cuda.is_available()  # peaks can be measured on CUDA and on a CPU
-    return make_accelerator(config.train.mixed_precision, config.train.threads, cpu=no_cuda).prepare(model)
+    on_cpu = device_of_figures().type == "cpu"
+    return make_accelerator(config.train.mixed_precision, config.train.threads, cpu=on_cpu).prepare(model)
 
 
 def conditions(config: Config, **sizes: int | str) -> dict[str, Any]:
     """What figures hold under; ``sizes`` are those that they have in common."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of_figures()
     return {
         "backbone": config.backbone.name,
         **sizes,
@@ -153,7 +153,7 @@ def conditions(config: Config, **sizes: int | str) -> dict[str, Any]:
         "frozen_weights": config.backbone.frozen_weights,
         **({} if config.trained_blocks == "all" else {"trained_blocks": config.trained_blocks}),
         "precision": config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "engine": describe(config.engine, device) + describe_passes(config, device, processes=1),
         "threads": torch.get_num_threads(),
         "torch_version": torch.__version__,

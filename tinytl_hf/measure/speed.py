@@ -17,11 +17,10 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from typing import Any
 
-import torch
-
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import BenchConfig
 from tinytl_hf.data.images import decoded_photo_size
+from tinytl_hf.device import device_of_figures
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.convolutions import Convolutions
 from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
@@ -30,7 +29,7 @@ from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports.table import aligned
 
 FULL = "FT-Full stock"
-REPLAYED = "FT-Full lean"
+REPLAYED = "FT-Full lean"  # stock layers, whose passes a GPU replays
 CONVOLUTIONS = "convolutions"  # of a step, alone
 MEMSAVE = "memsave_torch"  # converts layer by layer; a contender if it is installed
 
@@ -64,7 +63,7 @@ def _time_in_turns(config: Config, train_size: int, batch_size: int, repeats: in
     except TinyTLError as error:  # a batch norm over a single value
         return BenchRow(train_size, batch_size, {}, str(error))
     speeds = _speeds(steps, repeats)
-    if torch.cuda.is_available():  # whose host takes longer to launch them one by one than the GPU for all of them
+    if device_of_figures().type == "cuda":  # whose host takes longer to launch convolutions than the GPU for them
         return BenchRow(train_size, batch_size, speeds)
     # After the steps and not in turns with them, which would find the heap as its large outputs leave it.
     alone = {f"{config.method} {CONVOLUTIONS}": Convolutions(steps[f"{config.method} stock"])}
@@ -86,7 +85,7 @@ def _steps(config: Config, batch_size: int) -> dict[str, MeasuredStep]:
     """The contenders, each warmed up by one step."""
     method = config.method
     contenders = {FULL: ("FT-Full", False), f"{method} stock": (method, False), f"{method} lean": (method, True)}
-    if torch.cuda.is_available() and config.memory.cuda_graph:  # where lean passes are replayed, whatever they are
+    if device_of_figures().type == "cuda" and config.memory.cuda_graph:
         contenders[REPLAYED] = ("FT-Full", True)
     models = {name: build(config, each, 10, lean) for name, (each, lean) in contenders.items()}
     if find_spec(MEMSAVE) is not None:

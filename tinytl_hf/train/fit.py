@@ -14,7 +14,7 @@ from tinytl_hf.config.recipe import epochs_for
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.yaml12 import dump_yaml
 from tinytl_hf.data.sets import Opened, open_data
-from tinytl_hf.device import has_bf16, memory_limit
+from tinytl_hf.device import device_of_figures, has_bf16, memory_limit
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.data_memory import data_memory
@@ -131,8 +131,7 @@ def make_families(
         logger.info("measured: %s: %s", plan, "no memory" if step is None else f"{step.peak.total / MB:.1f} MB")
         return step
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = families(config, options, blocks, has_bf16(device))
+    found = families(config, options, blocks, has_bf16(device_of_figures()))
     tried = [Family(plans, facts, budget, config.train.global_batch_size, take) for plans in found if plans]
     if not tried:
         raise TinyTLError(
