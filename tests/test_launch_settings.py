@@ -1,6 +1,7 @@
 """What a launcher, a thread or an earlier run in the process says, and what a run makes of it."""
 
 import json
+import os
 import signal
 import threading
 
@@ -8,6 +9,7 @@ import pytest
 from conftest import run_cli, small_run
 from started_runs import metrics
 
+from tinytl_hf import device
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.network import BackboneConfig
 from tinytl_hf.config.run import Config, MemoryConfig
@@ -78,6 +80,18 @@ def config(data, output, **train_options):
         train=TrainConfig(epochs=1, global_batch_size=8, threads=1, **train_options),
         memory=MemoryConfig(report=False),
     )
+
+
+@pytest.mark.parametrize(("told", "launched", "sees"), [("1", True, ""), ("true", False, "0"), ("false", True, "0")])
+def test_processes_on_a_cpu_see_no_gpu(told, launched, sees, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", told)
+    if launched:
+        monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(device, "Accelerator", lambda **_: pytest.fail("seen"))
+    with pytest.raises(pytest.fail.Exception, match="seen"):
+        device.make_accelerator("no")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == sees
 
 
 def test_runs_in_a_thread_and_one_after_the_other_with_another_precision_and_accumulation(colour_folder, tmp_path):

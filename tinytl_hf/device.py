@@ -52,6 +52,9 @@ def make_accelerator(
         TinyTLError: A precision that the device does not have, or a way of launching that runs do not have.
     """
     check_launch()
+    if is_told_cpu() and "LOCAL_RANK" in os.environ:
+        # Accelerate's barriers name a GPU by the number of a process, be it on a CPU, and there may be fewer of them.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # What an earlier run in this process left, whose precision would hold for this one too.
     AcceleratorState._reset_state()
     GradientState._reset_state()
@@ -123,10 +126,14 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads or share)
 
 
+def is_told_cpu() -> bool:
+    """Whether Accelerate is told to use the CPU, even where there is a GPU."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() not in NONE_OF_IT
+
+
 def device_of_figures() -> torch.device:
     """Where steps are measured: on CUDA if there is one, as a run is, unless Accelerate is told to use the CPU."""
-    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() not in NONE_OF_IT
-    return torch.device("cuda" if torch.cuda.is_available() and not told_cpu else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() and not is_told_cpu() else "cpu")
 
 
 def device_name(accelerator: Accelerator) -> str:
