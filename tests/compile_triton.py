@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from tinytl_hf.lean import triton_backend as backend
 from tinytl_hf.lean import triton_launch
 from tinytl_hf.lean.lite_branch import Branch
+from tinytl_hf.lean.stage import SMOOTH
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 TYPES |= {torch.uint8: "u8", torch.int64: "i64"}
@@ -53,10 +54,12 @@ def _type(value):
 def main(capability, dtype):
     launch = triton_launch._launch
     triton_launch._launch = lambda kernel, *a, **k: launch(Compiled(kernel, capability), *a, **k)
-    chain = with_tensors_of(inverted_residual(24, 72, residual=True), torch.promote_types(dtype, torch.float32), "cpu")
     x = torch.randn(2, 24, 12, 12)
-    y, pooled, kept = backend.chain_forward(chain, x, dtype, True, True)
-    backend.chain_backward(chain, kept, x.shape, dtype, y, pooled, True, [True] * 3)
+    for activation in ("relu6", *SMOOTH):
+        chain = inverted_residual(24, 72, activation, residual=True)
+        chain = with_tensors_of(chain, torch.promote_types(dtype, torch.float32), "cpu")
+        y, pooled, kept = backend.chain_forward(chain, x, dtype, True, True)
+        backend.chain_backward(chain, kept, x.shape, dtype, y, pooled, True, [True] * 3)
     branch = Branch(lite_residual(torch.float32, 24, 24))
     small, statistics = backend.branch_forward(branch, pooled, dtype)
     backend.branch_backward(branch, pooled, statistics, dtype, small, True)

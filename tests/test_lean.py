@@ -22,6 +22,7 @@ from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.norms import FrozenBatchNorm2d
 
 ACTIVATIONS = {None: nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6}
+SMOOTH_ACTIVATIONS = {"hardswish": nn.Hardswish, "silu": nn.SiLU}
 CONVOLUTIONS = {
     "pointwise": dict(kernel_size=1),
     "pointwise stride 2": dict(kernel_size=1, stride=2),
@@ -52,7 +53,7 @@ def stage(convolution, activation, trains_bias=True, in_channels=8, out_channels
 def stock(stages, residual, x):
     y = x
     for each in stages:
-        y = ACTIVATIONS[each.activation]()(each.norm(each.conv(y)))
+        y = (ACTIVATIONS | SMOOTH_ACTIVATIONS)[each.activation]()(each.norm(each.conv(y)))
     return y + x if residual else y
 
 

@@ -20,6 +20,7 @@ from tinytl_hf.lean.backend import of_chain
 from tinytl_hf.lean.chain import Chain, Stage
 from tinytl_hf.lean.layers import upsample_add
 from tinytl_hf.lean.lite_branch import Branch
+from tinytl_hf.lean.stage import SMOOTH
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.norms import GlobalBatchNorm2d, keep_running_statistics
 
@@ -101,7 +102,11 @@ def errors(found, exact):
 
 @pytest.mark.parametrize(
     ("convolution", "activation"),
-    [*((convolution, "relu6") for convolution in CONVOLUTIONS), ("depthwise", None), ("full stride 2", "relu")],
+    [
+        *((convolution, "relu6") for convolution in CONVOLUTIONS),
+        *(("depthwise", None), ("full stride 2", "relu")),
+        *((convolution, name) for convolution in ("pointwise", "depthwise", "full stride 2") for name in SMOOTH),
+    ],
 )
 def test_a_stage_has_the_outputs_gradients_and_masks_of_the_eager_engine(convolution, activation):
     torch.manual_seed(0)
@@ -112,6 +117,8 @@ def test_a_stage_has_the_outputs_gradients_and_masks_of_the_eager_engine(convolu
     assert ours[0][0].is_contiguous(memory_format=torch.channels_last)
     if activation is None:
         assert ours[1] == theirs[1] == (None,)
+    elif activation in SMOOTH:
+        torch.testing.assert_close(*ours[1], *theirs[1], atol=1e-12, rtol=1e-12)
     else:
         assert torch.equal(*ours[1], *theirs[1])
     (alone,) = run(chain, x.detach(), grad)[2]
@@ -122,16 +129,18 @@ def test_a_stage_has_the_outputs_gradients_and_masks_of_the_eager_engine(convolu
 
 
 @pytest.mark.parametrize(
-    ("layout", "slice_mb", "stride"),
+    ("layout", "slice_mb", "stride", "activation"),
     [
-        (torch.contiguous_format, 2.0, ""),
-        (torch.channels_last, 1e-6, ""),
-        (torch.channels_last, 0.05, " 5x5 stride 2"),
+        (torch.contiguous_format, 2.0, "", "relu6"),
+        (torch.channels_last, 1e-6, "", "relu6"),
+        (torch.channels_last, 0.05, " 5x5 stride 2", "relu6"),
+        (torch.channels_last, 1e-6, " 5x5 stride 2", "hardswish"),
+        (torch.contiguous_format, 2.0, "", "silu"),
     ],
 )
-def test_a_chain_is_the_same_in_any_slices_and_layout(layout, slice_mb, stride):
+def test_a_chain_is_the_same_in_any_slices_and_layout(layout, slice_mb, stride, activation):
     torch.manual_seed(1)
-    chain = inverted_residual(middle=24, stride=stride, residual=not stride, slice_mb=slice_mb)
+    chain = inverted_residual(16, 24, activation, stride, residual=not stride, slice_mb=slice_mb)
     chain = with_tensors_of(chain, torch.float64)
     x = torch.randn(3, 16, 9, 7, dtype=torch.float64, device=DEVICE).contiguous(memory_format=layout).requires_grad_()
     assert_same_as_eager(chain, x, *(torch.randn_like(each) for each in chain.with_pooled_input(x)))
@@ -185,6 +194,23 @@ def test_rounding_errors_are_no_larger_than_those_of_stock_layers(dtype, activat
         assert max(errors([grad_input, *biases], exact[1:])) < 4 * max(plain[1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", SMOOTH)
+def test_smooth_chains_round_no_worse_than_stock_layers(dtype, activation):
+    torch.manual_seed(3)
+    chain = inverted_residual(24, 40, activation, residual=True)
+    x, grad = (torch.randn(2, 24, 7, 6).to(dtype).double() for _ in range(2))
+    for each in chain.stages:
+        each.conv.weight.copy_(each.conv.weight.to(dtype))
+    exact = stock_run(chain, x, torch.float64, grad)
+    plain = errors(stock_run(chain, x, dtype, grad), exact)
+    (y,), kept, gradients = run(
+        with_tensors_of(chain, torch.float32), x.to(DEVICE, dtype).requires_grad_(), grad.to(DEVICE, dtype)
+    )
+    assert [each is None or each.dtype == torch.float32 for each in kept] == [True] * 3
+    assert max(errors([y, *gradients], exact)) < (4 if dtype == torch.float32 else 1.5) * max(plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("convolution", ["pointwise", "depthwise", "full stride 2"])
 def test_masks_tell_which_stored_values_lie_inside(dtype, convolution):
@@ -222,8 +248,11 @@ def test_it_says_which_chains_it_cannot_run():
     assert triton_backend.fits(Chain((stage("pointwise", None, (8, 12)),)), torch.float32, shape) is None
     assert triton_backend.fits(inverted_residual(), torch.complex64, shape) == "complex64 maps"
     assert all(
-        triton_backend.fits(Chain((stage(each, "relu"),)), torch.bfloat16, shape) is None for each in CONVOLUTIONS
+        triton_backend.fits(Chain((stage(each, name),)), torch.bfloat16, shape) is None
+        for each in CONVOLUTIONS
+        for name in ("relu", *SMOOTH)
     )
+    assert triton_backend.fits(Chain((stage("pointwise", "silu", (8, 12)),)), torch.float32, shape) is None
 
 
 def lite_residual(dtype, in_channels=16, out_channels=24, stride=1):
@@ -377,7 +406,8 @@ def test_a_step_launches_hardly_more_kernels_than_stock_layers(make_model, monke
 
 
 @pytest.mark.slow
-def test_a_whole_model_has_the_gradients_and_statistics_of_the_stock_one(make_model, monkeypatch):
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "mobilenet_v3_small"])
+def test_a_whole_model_has_the_gradients_and_statistics_of_the_stock_one(make_model, backbone, monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(
             triton_launch, "TILE", 1 << 15
@@ -385,7 +415,7 @@ def test_a_whole_model_has_the_gradients_and_statistics_of_the_stock_one(make_mo
     torch.manual_seed(9)
     images = torch.randn(2, 3, 40, 40, dtype=torch.float64, device=DEVICE)
     lean, plain = (
-        whole_model(make_model, "TinyTL-L+B", "mobilenet_v2", lean, backend="triton", train_size=40).to(DEVICE)
+        whole_model(make_model, "TinyTL-L+B", backbone, lean, backend="triton", train_size=40).to(DEVICE)
         for lean in (True, False)
     )
     ours, theirs = gradients(lean, images), gradients(plain, images)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tinytl_hf.lean import triton_launch as launch
 from tinytl_hf.lean.int8 import weight_of
 from tinytl_hf.lean.slices import empty_maps
-from tinytl_hf.lean.stage import SMOOTH, Stage, convolution_backward, convolve
+from tinytl_hf.lean.stage import UPPER, Stage, convolution_backward, convolve
 from tinytl_hf.lean.triton_branch import branch_backward as branch_backward
 from tinytl_hf.lean.triton_branch import branch_fits as branch_fits
 from tinytl_hf.lean.triton_branch import branch_forward as branch_forward
@@ -33,9 +33,7 @@ def fits(chain: Chain, dtype: torch.dtype, shape: torch.Size) -> str | None:
     for stage in chain.stages:
         if isinstance(stage.conv, SameConv2d):
             return "a convolution whose padding depends on the size of the maps"
-        if stage.activation in SMOOTH:
-            return "hardswish and SiLU"
-        if stage.activation is not None and stage.conv.out_channels % 8:
+        if stage.activation in UPPER and stage.conv.out_channels % 8:
             return f"{stage.conv.out_channels} channels before an activation, not a multiple of 8"
     return None
 
@@ -64,8 +62,7 @@ def chain_forward(
                     launch.pool(maps, nhwc(pooled)[part])
             y = nhwc(output)[part] if i == last else nhwc(empty_maps(x, dtype, (len(maps), *sizes[i + 1])))
             adds = chain.residual and i == last and stage.activation is None
-            mask = kept[i]
-            _stage(stage, weights[i], maps, y, inputs if adds else None, None if mask is None else mask[part])
+            _stage(stage, weights[i], maps, y, inputs if adds else None, _part(kept[i], part))
             maps = y
         if chain.residual and chain.stages[last].activation is not None:
             maps.add_(inputs)
@@ -98,7 +95,7 @@ def chain_backward(
             chain,
             sizes,
             weights,
-            [None if mask is None else mask[part] for mask in kept],
+            [_part(each, part) for each in kept],
             [part if wanted else None for part, wanted in zip(partial.split(counts, 1), needs_bias, strict=True)],
             None if grad_input is None else nhwc(grad_input)[part],
         )
@@ -118,7 +115,7 @@ class _SliceBackward:
         chain: The chain.
         sizes: Channels, height and width of each map.
         weights: Of each stage that is not depthwise.
-        masks: Of each stage, if any.
+        kept: What the gradient of each stage's activation needs, where there is one.
         sums: Room for partial sums of each bias's gradient, ``[programs, C]``, or None where it is not wanted.
         grad_input: Room for the input's gradient, or None.
     """
@@ -126,7 +123,7 @@ class _SliceBackward:
     chain: Chain
     sizes: list[tuple[int, int, int]]
     weights: list[Tensor | None]
-    masks: list[Tensor | None]
+    kept: list[Tensor | None]
     sums: list[Tensor | None]
     grad_input: Tensor | None
 
@@ -152,10 +149,10 @@ class _SliceBackward:
 
     def _epilogue(self, i: int, grad: Tensor, outer: Tensor, goes_on: bool) -> Tensor:
         stage = self.chain.stages[i]
-        if self.masks[i] is None and self.sums[i] is None and stage.norm is None:
+        if self.kept[i] is None and self.sums[i] is None and stage.norm is None:
             return grad
         out = None if not goes_on else torch.empty_like(grad) if grad is outer else grad
-        launch.epilogue_backward(stage, grad, out, self.masks[i], self.sums[i])
+        launch.epilogue_backward(stage, grad, out, self.kept[i], self.sums[i])
         return grad if out is None else out
 
     def _convolution(self, i: int, grad: Tensor, out: Tensor | None, before: int | None, stores: bool) -> Tensor:
@@ -168,8 +165,8 @@ class _SliceBackward:
             if before is None:
                 launch.depthwise_backward(conv, grad, shape, made, None, None, None)
             else:
-                stage, mask, sums = self.chain.stages[before], self.masks[before], self.sums[before]
-                launch.depthwise_backward(conv, grad, shape, made, stage, mask, sums)
+                stage, kept, sums = self.chain.stages[before], self.kept[before], self.sums[before]
+                launch.depthwise_backward(conv, grad, shape, made, stage, kept, sums)
             return grad if made is None else made
         made = grad.new_empty(shape) if out is None else out
         if _kind(conv) == "pointwise":
@@ -201,11 +198,11 @@ def upsample_backward(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Te
 
 
 def _stage(
-    stage: Stage, weight: Tensor | None, maps: Tensor, y: Tensor, residual: Tensor | None, mask: Tensor | None
+    stage: Stage, weight: Tensor | None, maps: Tensor, y: Tensor, residual: Tensor | None, kept: Tensor | None
 ) -> None:
     """A stage's output into ``y``, with the residual where there is one to add."""
     if weight is None:
-        launch.depthwise(stage, maps, y, residual, mask)
+        launch.depthwise(stage, maps, y, residual, kept)
         return
     if _kind(stage.conv) == "pointwise":
         torch.mm(matrix(maps), weight.t(), out=matrix(y))
@@ -213,7 +210,14 @@ def _stage(
     else:
         found = nhwc(convolve(stage.conv, nchw(maps), weight))
     if found is not y or residual is not None or _adds(stage):
-        launch.epilogue(stage, found, y, residual, mask)
+        launch.epilogue(stage, found, y, residual, kept)
+
+
+def _part(kept: Tensor | None, part: slice) -> Tensor | None:
+    """What is kept of a slice: a row of bits for each image, or a map."""
+    if kept is None:
+        return None
+    return kept[part] if kept.dim() == 2 else nhwc(kept)[part]
 
 
 def _adds(stage: Stage) -> bool:

@@ -50,18 +50,25 @@ def frozen_shift(scale, bias, mean, c, valid, ACC: tl.constexpr, BLOCK_C: tl.con
 
 @triton.jit
 def activate(
-    value, y, bits, residual, r, c, at, inside, channels, upper,
-    ACC: tl.constexpr, CLAMPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    value, y, kept, residual, r, c, at, inside, channels, upper,
+    ACC: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Add the residual or clamp (NaN stays NaN), store, and store one bit a value, the first channel's lowest."""
+    """Add the residual or apply the activation (NaN stays NaN), store, and keep what its gradient needs, if wanted.
+
+    Of a clamp that is one bit a value, the first channel's lowest; of a smooth one the value before it.
+    """
     if residual is not None:
         value += tl.load(residual + at, inside, other=0.0).to(ACC)
-    if CLAMPS:
+    if ACTIVATION == "clamp":
         value = tl.where(value < 0, 0.0, value)
         value = tl.where(value > upper, upper, value)
+    elif ACTIVATION is not None:
+        if kept is not None:
+            tl.store(kept + at, value.to(kept.dtype.element_ty), inside)
+        value *= gate(value, ACTIVATION)
     stored = value.to(y.dtype.element_ty)
     tl.store(y + at, stored, inside)
-    if bits is not None:
+    if ACTIVATION == "clamp" and kept is not None:
         rounded = stored.to(ACC)
         open_ = ((rounded > 0) & (rounded < upper) & inside).to(tl.int32)
         eights = tl.reshape(open_, [BLOCK_R, BLOCK_C // 8, 8])
@@ -69,23 +76,46 @@ def activate(
         b = tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
         rows_exist = tl.max(inside.to(tl.int32), 1) > 0
         where = r[:, None].to(tl.int64) * (channels // 8) + b[None, :]
-        tl.store(bits + where, packed, rows_exist[:, None] & (b < channels // 8)[None, :])
+        tl.store(kept + where, packed, rows_exist[:, None] & (b < channels // 8)[None, :])
 
 
 @triton.jit
-def mask(value, bits, r, end, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """``value`` where its bit is set, else 0."""
-    b = tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
-    where = r[:, None].to(tl.int64) * (channels // 8) + b[None, :]
-    packed = tl.load(bits + where, (r < end)[:, None] & (b < channels // 8)[None, :], other=0).to(tl.int32)
-    open_ = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-    return tl.where(tl.reshape(open_, [BLOCK_R, BLOCK_C]) != 0, value, 0.0)
+def gate(value, ACTIVATION: tl.constexpr):
+    """What a smooth activation multiplies its input by."""
+    if ACTIVATION == "silu":
+        return 1.0 / (1.0 + tl.exp(-value))
+    else:
+        opened = value / 6.0 + 0.5
+        opened = tl.where(opened < 0, 0.0, opened)
+        return tl.where(opened > 1, 1.0, opened)
+
+
+@triton.jit
+def through(
+    value, kept, r, at, inside, end, channels, ACC: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The gradient before an activation, of ``value`` after it: where its bit is set, or times the slope."""
+    if ACTIVATION == "clamp":
+        b = tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+        where = r[:, None].to(tl.int64) * (channels // 8) + b[None, :]
+        packed = tl.load(kept + where, (r < end)[:, None] & (b < channels // 8)[None, :], other=0).to(tl.int32)
+        open_ = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+        return tl.where(tl.reshape(open_, [BLOCK_R, BLOCK_C]) != 0, value, 0.0)
+    else:
+        before = tl.load(kept + at, inside, other=0.0).to(ACC)
+        opened = gate(before, ACTIVATION)
+        if ACTIVATION == "silu":
+            return value * opened * (1.0 + before * (1.0 - opened))
+        else:
+            inner = (before >= -3) & (before <= 3)
+            return value * tl.where(inner, before / 3.0 + 0.5, opened)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def epilogue_kernel(
-    x, y, residual, bits, weight, bias, mean, var, upper, rows, units, chunk,
-    EPS: tl.constexpr, CLAMPS: tl.constexpr,
+    x, y, residual, kept, weight, bias, mean, var, upper, rows, units, chunk,
+    EPS: tl.constexpr, ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Norm, then residual or activation, of a convolution's output."""
@@ -98,15 +128,16 @@ def epilogue_kernel(
     for first in range(start, end, BLOCK_R):
         r, at, inside = pixels(first, end, c, channels, BLOCK_R)
         value = tl.load(x + at, inside, other=0.0).to(ACC) * scale[None, :] + shift[None, :]
-        activate(value, y, bits, residual, r, c, at, inside, channels, upper, ACC, CLAMPS, BLOCK_R, BLOCK_C)
+        activate(value, y, kept, residual, r, c, at, inside, channels, upper, ACC, ACTIVATION, BLOCK_R, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def epilogue_backward_kernel(
-    g, out, bits, weight, var, sums, stride, rows, units, chunk,
-    EPS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    g, out, kept, weight, var, sums, stride, rows, units, chunk,
+    EPS: tl.constexpr, ACTIVATION: tl.constexpr,
+    UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mask, sum over pixels (the bias's gradient), then scale."""
+    """Back through the activation, sum over pixels (the bias's gradient), then scale."""
     channels = units * UNIT
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     start = tl.program_id(0) * chunk
@@ -116,8 +147,8 @@ def epilogue_backward_kernel(
     for first in range(start, end, BLOCK_R):
         r, at, inside = pixels(first, end, c, channels, BLOCK_R)
         value = tl.load(g + at, inside, other=0.0).to(ACC)
-        if bits is not None:
-            value = mask(value, bits, r, end, channels, BLOCK_R, BLOCK_C)
+        if kept is not None:
+            value = through(value, kept, r, at, inside, end, channels, ACC, ACTIVATION, BLOCK_R, BLOCK_C)
         total += value
         if out is not None:
             tl.store(out + at, (value * scale[None, :]).to(out.dtype.element_ty), inside)
@@ -127,10 +158,10 @@ def epilogue_backward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def depthwise_kernel(
-    x, kernel, y, residual, bits, weight, bias, mean, var, upper, height, width, out_height, out_width,
+    x, kernel, y, residual, kept, weight, bias, mean, var, upper, height, width, out_height, out_width,
     rows, units, chunk,
     K: tl.constexpr, STEP: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr,
-    EPS: tl.constexpr, CLAMPS: tl.constexpr,
+    EPS: tl.constexpr, ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Depthwise convolution, norm, then residual or activation; ``rows`` are those of the output."""
@@ -154,16 +185,17 @@ def depthwise_kernel(
                 tap = tl.load(kernel + c * (K * K) + ky * K + kx, c < channels, other=0.0).to(ACC)
                 value += tl.load(x + source, inside & there[:, None], other=0.0).to(ACC) * tap[None, :]
         value = value * scale[None, :] + shift[None, :]
-        activate(value, y, bits, residual, r, c, at, inside, channels, upper, ACC, CLAMPS, BLOCK_R, BLOCK_C)
+        activate(value, y, kept, residual, r, c, at, inside, channels, upper, ACC, ACTIVATION, BLOCK_R, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def depthwise_backward_kernel(
-    g, kernel, out, bits, weight, var, sums, stride, height, width, out_height, out_width, rows, units, chunk,
+    g, kernel, out, kept, weight, var, sums, stride, height, width, out_height, out_width, rows, units, chunk,
     K: tl.constexpr, STEP: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr,
-    EPS: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    EPS: tl.constexpr, ACTIVATION: tl.constexpr,
+    UNIT: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a depthwise convolution's input, then mask, sum and scale of the stage before it.
+    """The gradient of a depthwise convolution's input, then the activation, sum and scale of the stage before it.
 
     ``rows`` are those of the input; each gathers what it was part of.
     """
@@ -187,8 +219,8 @@ def depthwise_backward_kernel(
                 source = ((image * out_height + i) * out_width + j)[:, None].to(tl.int64) * channels + c[None, :]
                 tap = tl.load(kernel + c * (K * K) + ky * K + kx, c < channels, other=0.0).to(ACC)
                 value += tl.load(g + source, inside & there[:, None], other=0.0).to(ACC) * tap[None, :]
-        if bits is not None:
-            value = mask(value, bits, r, end, channels, BLOCK_R, BLOCK_C)
+        if kept is not None:
+            value = through(value, kept, r, at, inside, end, channels, ACC, ACTIVATION, BLOCK_R, BLOCK_C)
         total += tl.where(inside, value, 0.0)
         if out is not None:
             tl.store(out + at, (value * scale[None, :]).to(out.dtype.element_ty), inside)

@@ -1,4 +1,7 @@
-"""Launches the Triton kernels: maps are contiguous ``[N, H, W, C]``, masks ``uint8 [N, H, W, C / 8]``."""
+"""Launches the Triton kernels: maps are contiguous ``[N, H, W, C]``.
+
+What an activation's gradient needs (``kept``) is a mask ``uint8 [N, H, W, C / 8]`` or, of smooth ones, a map.
+"""
 
 from __future__ import annotations
 
@@ -35,28 +38,31 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def epilogue(stage: Stage, x: Tensor, y: Tensor, residual: Tensor | None, bits: Tensor | None) -> None:
-    """What follows a stage's convolution, with a residual to add or a mask to write; ``y`` may be ``x``."""
+def epilogue(stage: Stage, x: Tensor, y: Tensor, residual: Tensor | None, kept: Tensor | None) -> None:
+    """What follows a stage's convolution, with a residual to add or ``kept`` to write; ``y`` may be ``x``."""
     vectors, eps = _vectors(stage)
     _launch(
-        kernels.epilogue_kernel, y, None, x, y, residual, bits, *vectors, _upper(stage),
-        EPS=eps, CLAMPS=stage.activation is not None,
+        kernels.epilogue_kernel, y, None, x, y, residual, kept, *vectors, _upper(stage),
+        EPS=eps, ACTIVATION=_activation(stage),
     )  # fmt: skip
 
 
-def epilogue_backward(stage: Stage, g: Tensor, out: Tensor | None, bits: Tensor | None, sums: Tensor | None) -> None:
+def epilogue_backward(stage: Stage, g: Tensor, out: Tensor | None, kept: Tensor | None, sums: Tensor | None) -> None:
     """The gradient of the convolution's output into ``out``, and its parts of the bias's, ``sums [programs, C]``."""
     (weight, _, _, var), eps = _vectors(stage)
     programs, stride = _of_sums(sums)
-    _launch(kernels.epilogue_backward_kernel, g, programs, g, out, bits, weight, var, sums, stride, EPS=eps)
+    _launch(
+        kernels.epilogue_backward_kernel, g, programs, g, out, kept, weight, var, sums, stride,
+        EPS=eps, ACTIVATION=_activation(stage),
+    )  # fmt: skip
 
 
-def depthwise(stage: Stage, x: Tensor, y: Tensor, residual: Tensor | None, bits: Tensor | None) -> None:
+def depthwise(stage: Stage, x: Tensor, y: Tensor, residual: Tensor | None, kept: Tensor | None) -> None:
     """A depthwise stage, whole."""
     vectors, eps = _vectors(stage)
     _launch(
-        kernels.depthwise_kernel, y, None, x, _taps(stage.conv), y, residual, bits, *vectors, _upper(stage),
-        *x.shape[1:3], *y.shape[1:3], **_geometry(stage.conv), EPS=eps, CLAMPS=stage.activation is not None,
+        kernels.depthwise_kernel, y, None, x, _taps(stage.conv), y, residual, kept, *vectors, _upper(stage),
+        *x.shape[1:3], *y.shape[1:3], **_geometry(stage.conv), EPS=eps, ACTIVATION=_activation(stage),
     )  # fmt: skip
 
 
@@ -66,7 +72,7 @@ def depthwise_backward(
     shape: Sequence[int],
     out: Tensor | None,
     before: Stage | None,
-    bits: Tensor | None,
+    kept: Tensor | None,
     sums: Tensor | None,
 ) -> None:
     """The gradient of the input, of ``shape``, or of what the stage ``before`` convolved, as `epilogue_backward`."""
@@ -74,7 +80,8 @@ def depthwise_backward(
     programs, stride = _of_sums(sums)
     _launch(
         kernels.depthwise_backward_kernel, g.new_empty(()).expand(*shape) if out is None else out, programs,
-        g, _taps(conv), out, bits, weight, var, sums, stride, *shape[1:3], *g.shape[1:3], **_geometry(conv), EPS=eps,
+        g, _taps(conv), out, kept, weight, var, sums, stride, *shape[1:3], *g.shape[1:3], **_geometry(conv),
+        EPS=eps, ACTIVATION=None if before is None else _activation(before),
     )  # fmt: skip
 
 
@@ -200,8 +207,12 @@ def _vectors(stage: Stage) -> tuple[tuple[Tensor | None, ...], float]:
     return (norm.weight, norm.bias, norm.running_mean, norm.running_var), norm.eps
 
 
+def _activation(stage: Stage) -> str | None:
+    return "clamp" if stage.activation in UPPER else stage.activation
+
+
 def _upper(stage: Stage) -> float:
-    return 0.0 if stage.activation is None else UPPER[stage.activation]
+    return UPPER.get(stage.activation or "", 0.0)
 
 
 def _of_sums(sums: Tensor | None) -> tuple[int | None, int]:
