@@ -85,6 +85,8 @@ class ReplayedPasses:
             with left_as_found(self.model):  # a few passes come before the one that is recorded
                 passes = make_graphed_callables(_Passes(self.model), (inputs.clone(),), allow_unused_input=True)
                 return cast("Callable[[Tensor], Tensor]", passes)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # PyTorch's generator of random numbers does not survive it, so nothing goes on
             reason = str(error).partition("\n")[0]
             raise TinyTLError(
