@@ -58,7 +58,8 @@ class ReplayedPasses:
     """Records the passes of a model for a shape of its input when it comes first, and replays them from then on.
 
     The graph keeps for itself the memory that a pass takes, and a copy of its input. Of a shape that differs from the
-    last one it makes another, which a run does once for each size of its images.
+    last one it makes another, which a run does once for each size of its images. Gradients lie where those of the last
+    replay did: set them to None before the next one, as ``optimizer.zero_grad()`` does.
 
     Args:
         model: The model, in training mode when it is called.
