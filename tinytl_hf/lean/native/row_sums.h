@@ -59,11 +59,21 @@ static void outer_product(const float *gradient, i64 pitch, i64 rows, const floa
 
 /* ---- batch norm over rows of channels */
 
+/* Adds the first n values of two vectors to sums[0] and sums[1] of the channels from c on. */
+static void add_two(V first, V second, i64 c, i64 n, i64 channels, double *sums) {
+    float room[2 * LANES];
+    v_store(room, first);
+    v_store(room + LANES, second);
+    for (i64 i = 0; i < n; i++) {
+        sums[c + i] += room[i];
+        sums[channels + c + i] += room[LANES + i];
+    }
+}
+
 /* Adds the sums of maps - at, and of its square, to sums[0] and sums[1]. */
 static void add_statistics(const float *maps, i64 rows, i64 channels, const float *at, double *sums) {
     for (i64 c = 0; c < channels; c += LANES) {
         const i64 n = min_of(LANES, channels - c);
-        float room[2 * LANES];
         V s = v_all(0), q = v_all(0);
         const V centre = v_get(at + c, n);
         for (i64 r = 0; r < rows; r++) {
@@ -71,12 +81,7 @@ static void add_statistics(const float *maps, i64 rows, i64 channels, const floa
             s = v_add(s, d);
             q = v_fma(d, d, q);
         }
-        v_store(room, s);
-        v_store(room + LANES, q);
-        for (i64 i = 0; i < n; i++) {
-            sums[c + i] += room[i];
-            sums[channels + c + i] += room[LANES + i];
-        }
+        add_two(s, q, c, n, channels, sums);
     }
 }
 
@@ -114,7 +119,6 @@ static void add_norm_sums(const float *maps, const float *gradient, float *to, c
                           const float *mean, const float *inverse, double *sums) {
     for (i64 c = 0; c < channels; c += LANES) {
         const i64 n = min_of(LANES, channels - c);
-        float room[2 * LANES];
         V s = v_all(0), q = v_all(0);
         const V m = v_get(mean + c, n);
         for (i64 r = 0; r < rows; r++) {
@@ -127,11 +131,6 @@ static void add_norm_sums(const float *maps, const float *gradient, float *to, c
             s = v_add(s, v);
             q = v_fma(v, v_sub(v_get(maps + at, n), m), q);
         }
-        v_store(room, s);
-        v_store(room + LANES, v_mul(q, v_get(inverse + c, n)));
-        for (i64 i = 0; i < n; i++) {
-            sums[c + i] += room[i];
-            sums[channels + c + i] += room[LANES + i];
-        }
+        add_two(s, v_mul(q, v_get(inverse + c, n)), c, n, channels, sums);
     }
 }
