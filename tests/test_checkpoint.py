@@ -278,3 +278,16 @@ def test_a_run_of_two_processes_goes_on_in_one(colour_folder, tmp_path):
 def test_more_processes_and_deeper_deltas_go_on_too(method, before, after, colour_folder, tmp_path):
     # Without batch statistics, which over four small images amplify float32's rounding.
     other_processes(colour_folder, tmp_path, method, before, after)
+
+
+def test_random_states_of_a_machine_without_a_gpu_are_taken_on_one_with(colour_folder, tmp_path, monkeypatch):
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", "--method", "FT-Last", "--train.epochs", "1"))
+    assert done.returncode == 0, done.stderr
+    file = checkpoints(tmp_path / "run")[-1] / "random_states_0.pkl"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: pytest.fail("there is none to set"))
+    drawn = []
+    for _ in range(2):
+        checkpoint._take_random_state(file)
+        drawn.append(torch.rand(4))
+    assert torch.equal(*drawn)

@@ -308,7 +308,7 @@ def _take_random_state(file: Path) -> None:
     random.setstate(states["random_state"])
     np.random.set_state(states["numpy_random_seed"])
     torch.set_rng_state(states["torch_manual_seed"])
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and "torch_cuda_manual_seed" in states:  # else it was made where there is no GPU
         torch.cuda.set_rng_state(states["torch_cuda_manual_seed"][0])  # of the device that the process used
 
 
