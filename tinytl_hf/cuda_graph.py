@@ -6,9 +6,8 @@ the GPU takes for the kernels. A CUDA graph holds them all, and is launched once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import cast
+from collections.abc import Callable
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.cuda import make_graphed_callables
 from tinytl_hf.config.run import Config
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.step import left_as_found
 
 
 def training_passes(prepared: nn.Module, config: Config) -> Callable[[Tensor], Tensor]:
@@ -26,11 +26,15 @@ def training_passes(prepared: nn.Module, config: Config) -> Callable[[Tensor], T
         prepared: The model as Accelerate prepared it.
         config: The run.
     """
-    if isinstance(prepared, TinyTLModel) and prepared.engine.lean:  # else it is one of several processes, or stock
-        device = next(prepared.parameters()).device
-        if device.type == "cuda" and why_launched(config, processes=1) is None:
-            return ReplayedPasses(prepared)
-    return prepared
+    return ReplayedPasses(prepared) if is_replayed(prepared, config) else prepared
+
+
+def is_replayed(prepared: nn.Module, config: Config) -> TypeGuard[TinyTLModel]:
+    """Whether the passes of a run are replayed, with arguments as of :func:`training_passes`."""
+    if not isinstance(prepared, TinyTLModel) or not prepared.engine.lean:  # one of several processes, or stock
+        return False
+    on_gpu = next(prepared.parameters()).device.type == "cuda"
+    return on_gpu and why_launched(config, processes=1) is None
 
 
 def why_launched(config: Config, processes: int) -> str | None:
@@ -105,22 +109,3 @@ class _Passes(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.model(inputs)
-
-
-@contextmanager
-def left_as_found(model: TinyTLModel) -> Iterator[None]:
-    """Start in training mode without gradients; leave the model and the random generator as they were."""
-    delta = {name: tensor.clone() for name, tensor in model.adapter_tensors().items()}
-    gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
-    model.train().zero_grad()
-    try:
-        with torch.random.fork_rng({p.device for p in gradients if p.is_cuda}):
-            yield
-    finally:
-        for name, tensor in model.adapter_tensors().items():
-            tensor.copy_(delta[name])
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-        for module, mode in modes.items():
-            module.training = mode

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +57,25 @@ def training_view(
         pixels = resample(batch["pixels"], batch["sizes"], boxes, size, *AS_THEY_ARE, options.interpolation, flips)
         images = normalise(changes.operate(pixels, batch["index"]).float(), options.mean, options.std)
     return changes.mix(images, batch["index"]) if changes.acts and changes.mixes else images
+
+
+@contextmanager
+def left_as_found(model: TinyTLModel) -> Iterator[None]:
+    """Start in training mode without gradients; leave the model and the random generator as they were."""
+    delta = {name: tensor.clone() for name, tensor in model.adapter_tensors().items()}
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
+    model.train().zero_grad()
+    try:
+        with torch.random.fork_rng({p.device for p in gradients if p.is_cuda}):
+            yield
+    finally:
+        for name, tensor in model.adapter_tensors().items():
+            tensor.copy_(delta[name])
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for module, mode in modes.items():
+            module.training = mode
 
 
 class Loss:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, UntypedStorage
 from torch.autograd.graph import saved_tensors_hooks
 
-from tinytl_hf.cuda_graph import left_as_found
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.step import left_as_found
 
 
 def kept_for_backward(model: TinyTLModel, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> int:

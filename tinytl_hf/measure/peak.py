@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from tinytl_hf.config.run import Config
-from tinytl_hf.cuda_graph import ReplayedPasses, left_as_found, training_passes
+from tinytl_hf.cuda_graph import is_replayed
 from tinytl_hf.measure.ledger import kept_for_backward
 from tinytl_hf.measure.measured_step import MeasuredStep
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.step import left_as_found
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def measure_peak(model: TinyTLModel, pixels: Tensor, labels: Tensor, config: Con
         kept = kept_for_backward(model, step.view(), labels, step.options.label_smoothing)
         step()
         measured = (_cuda_peak if pixels.is_cuda else cpu_peak)(step)
-        if isinstance(training_passes(model, config), ReplayedPasses):
+        if is_replayed(model, config):
             measured += _cuda_peak(step.view)
         state = _bytes(value for values in step.optimizer.state.values() for value in values.values())
     # All that is kept is there when the forward pass ends, so the peak is no less.

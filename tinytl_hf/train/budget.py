@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from tinytl_hf.config.fit import FitConfig
 from tinytl_hf.config.run import Config
+from tinytl_hf.cuda_graph import describe_passes
 from tinytl_hf.data.sets import Opened
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.methods import METHODS
@@ -73,8 +74,12 @@ def _split(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
     steps = before * whole.batch // row.plan.batch
     first = next((row for row in family.rows if row.plan == whole), None)
     instead = "" if steps == before or first is None else f", where {_in_words(first)}"
-    logger.info("%s: %s%s%s", name, _in_words(row), instead, _what_differs(config) if steps > before else "")
-    return replace(config, train=replace(config.train, gradient_accumulation_steps=steps))
+    split = replace(config, train=replace(config.train, gradient_accumulation_steps=steps))
+    differs = ""
+    if steps > before:
+        differs = describe_passes(split, accelerator.device, accelerator.num_processes) + _what_differs(config)
+    logger.info("%s: %s%s%s", name, _in_words(row), instead, differs)
+    return split
 
 
 def _family(config: Config, processes: int, opened: Opened) -> Family:
