@@ -5,6 +5,7 @@
 /* ---- the phases */
 
 #define OWN(ROOM) (b->scratch + (ROOM).per_thread + t * (ROOM).own_size)
+#define PAIR_ROOM(ROOM) (outer_pairs(b) ? OWN(ROOM) + (ROOM).pair_rows : 0)
 /* Thread t's share of `TOTAL` pixels, PIXELS at a time: `first` to before `first + count`. */
 #define EACH_CHUNK(TOTAL)                                                                                              \
     for (i64 first = (TOTAL) * t / b->threads, end = (TOTAL) * (t + 1) / b->threads, count;                            \
@@ -20,24 +21,29 @@ static double *merge_sums(const Branch *b, const Room *room, i64 channels) {
     return totals;
 }
 
-static void pack_weight1(const Branch *b, int backward, float *packed) {
+static void pack_weight1(const Branch *b, int backward, int pairs, float *packed) {
     const i64 taps = b->kernel * b->kernel, in = b->in_channels / b->groups, out = b->middle / b->groups;
     const i64 depth = backward ? out : in, columns = backward ? in : out;
     const i64 panels = whole(columns, TILE_COLUMNS) / TILE_COLUMNS, *strides = b->weight1_strides;
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
     for (i64 i = 0; i < b->groups * panels; i++)
-        for (i64 t = 0; t < taps; t++)
-            pack_panel(b->weight1 + i / panels * out * strides[0] + t * strides[2], 0, 0, 0,
-                       strides[backward ? 1 : 0], strides[backward ? 0 : 1], i % panels * TILE_COLUMNS, columns, depth,
-                       packed + (i * taps + t) * depth * TILE_COLUMNS);
+        for (i64 t = 0; t < taps; t++) {
+            const Weight weight = {.fp32 = b->weight1 + i / panels * out * strides[0] + t * strides[2],
+                                   .column_stride = strides[backward ? 1 : 0],
+                                   .depth_stride = strides[backward ? 0 : 1]};
+            pack_panel(&weight, i % panels * TILE_COLUMNS, columns, depth, pairs,
+                       packed + (i * taps + t) * (pairs ? depth / 2 : depth) * TILE_COLUMNS);
+        }
 }
 
 static void pack_weight2(const Branch *b, int backward, float *packed) {
     const i64 depth = backward ? b->out_channels : b->middle, columns = backward ? b->middle : b->out_channels;
+    const Weight weight = {.fp32 = b->weight2, .column_stride = backward ? 1 : b->middle,
+                           .depth_stride = backward ? b->middle : 1};
+    const int pairs = outer_pairs(b);
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
     for (i64 c = 0; c < columns; c += TILE_COLUMNS)
-        pack_panel(b->weight2, 0, 0, 0, backward ? 1 : b->middle, backward ? b->middle : 1, c, columns, depth,
-                   packed + c * depth);
+        pack_panel(&weight, c, columns, depth, pairs, packed + c * (pairs ? depth / 2 : depth));
 }
 
 /* The input as fp32, and zeros. */
@@ -54,10 +60,12 @@ static const float *prepare(const Branch *b, const Room *room) {
 static double *convolve(const Branch *b, const float *centre) {
     const Room room = branch_room(b);
     const float *zeros = b->scratch + room.zeros;
-    const Grid grid = forward_grid(b, prepare(b, &room), zeros);
+    const int pairs = grouped_pairs(b);
+    const float *input = prepare(b, &room);
+    const Grid grid = forward_grid(b, pairs ? b->input.data : input, zeros, pairs);
     const i64 in = b->in_channels / b->groups, out = b->middle / b->groups;
     float *packed = b->scratch + room.packed;
-    pack_weight1(b, 0, packed);
+    pack_weight1(b, 0, pairs, packed);
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
     for (i64 t = 0; t < b->threads; t++) {
         float *own = OWN(room);
@@ -68,8 +76,7 @@ static double *convolve(const Branch *b, const float *centre) {
             grid_addresses(&grid, first, count, table);
             for (i64 g = 0; g < b->groups; g++) {
                 const Finish f = {.kind = AS_IT_IS, .out = b->maps + first * b->middle + g * out, .pitch = b->middle};
-                dense_pixels(&grid, count, table, g * in, in, grid.taps,
-                             packed + g * whole(out, TILE_COLUMNS) * grid.taps * in, out, &f);
+                dense_pixels(&grid, count, table, g, in, grid.taps, packed, out, &f);
             }
             if (centre) add_statistics(b->maps + first * b->middle, count, b->middle, centre, sums);
         }
@@ -79,10 +86,10 @@ static double *convolve(const Branch *b, const float *centre) {
 
 /* What the 1x1 convolution makes of `count` pixels; `act`: what goes into it; `norm1`: scale and shift. */
 static void outer_rows(const Branch *b, i64 first, i64 count, const float *norm1, const float *packed, float *act,
-                       float *to) {
+                       float *to, float *pair_rows) {
     const Finish f = {.kind = AS_IT_IS, .out = to, .pitch = b->out_channels};
     affine(b->maps + first * b->middle, act, count, b->middle, norm1, 1);
-    pointwise(act, b->middle, count, b->middle, packed, b->out_channels, &f);
+    pointwise(act, count, b->middle, packed, b->out_channels, &f, pair_rows);
 }
 
 /* The 1x1 convolution, forward, with sums as above. */
@@ -97,7 +104,7 @@ static double *convolve_outer(const Branch *b, const float *norm1, const float *
         memset(sums, 0, (size_t)(2 * b->out_channels) * sizeof(double));
         EACH_CHUNK(pixels_out(b)) {
             float *to = outer + first * b->out_channels;
-            outer_rows(b, first, count, norm1, packed, own + room.act, to);
+            outer_rows(b, first, count, norm1, packed, own + room.act, to, PAIR_ROOM(room));
             add_statistics(to, count, b->out_channels, centre, sums);
         }
     }
@@ -126,7 +133,7 @@ static double *outer_sums(const Branch *b, const float *norm1) {
         double *sums = (double *)(own + room.sums);
         memset(sums, 0, (size_t)(2 * n) * sizeof(double));
         EACH_CHUNK(pixels_out(b)) {
-            outer_rows(b, first, count, norm1, packed, own + room.act, outer);
+            outer_rows(b, first, count, norm1, packed, own + room.act, outer, PAIR_ROOM(room));
             const float *gradient = read_values(b->grad_output, first * n, count * n, own + room.rows);
             add_norm_sums(outer, gradient, 0, 0, count, n, b->norm2.mean, b->norm2.inverse, sums);
         }
@@ -151,12 +158,12 @@ static double *inner(const Branch *b, const float *norm1, const float *norm2) {
         for (i64 i = 0; i < PIXELS; i++) x[i] = act + i * m;
         EACH_CHUNK(pixels_out(b)) {
             float *flow = b->flow + first * m;
-            outer_rows(b, first, count, norm1, packed, act, outer);
+            outer_rows(b, first, count, norm1, packed, act, outer, PAIR_ROOM(room));
             const float *gradient = read_values(b->grad_output, first * n, count * n, own + room.rows);
             norm_backward(outer, gradient, outer, count, n, norm2, 0, n);
             outer_product(outer, n, n, x, TILE_ROWS, 0, count, weight, m, m);
             const Finish f = {.kind = AS_IT_IS, .out = flow, .pitch = m};
-            pointwise(outer, n, count, n, packed_backward, m, &f);
+            pointwise(outer, count, n, packed_backward, m, &f, PAIR_ROOM(room));
             add_norm_sums(b->maps + first * m, flow, flow, act, count, m, b->norm1.mean, b->norm1.inverse, sums);
         }
     }
@@ -198,23 +205,34 @@ static void write_grad_input(const Branch *b, i64 top, i64 left, const Grid *gri
     }
 }
 
+/* Each pixel's flow as pairs, in the first half of its room. */
+static void flow_to_pairs(const Branch *b) {
+#pragma omp parallel for schedule(static) num_threads((int)b->threads)
+    for (i64 pixel = 0; pixel < pixels_out(b); pixel++) {
+        float *flow = b->flow + pixel * b->middle;
+        to_pairs(flow, b->middle, flow); /* what is written was read before */
+    }
+}
+
 /* The flow before the first norm (`norm1`: that of norm_backward), and the gradients of the grouped convolution. */
 static void convolve_backward(const Branch *b, const float *norm1) {
     const Room room = branch_room(b);
     const i64 in = b->in_channels / b->groups, out = b->middle / b->groups, taps = b->kernel * b->kernel;
     const float *zeros = b->scratch + room.zeros;
-    const Grid forward = forward_grid(b, prepare(b, &room), zeros);
+    const Grid forward = forward_grid(b, prepare(b, &room), zeros, 0);
+    const int pairs = grouped_pairs(b);
     float *packed = b->scratch + room.packed;
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
     for (i64 t = 0; t < b->threads; t++)
         weight1_backward(b, norm1, &forward, b->middle * t / b->threads, b->middle * (t + 1) / b->threads,
                          (const float **)(OWN(room) + room.table));
     if (!b->grad_input.data) return;
-    pack_weight1(b, 1, packed);
+    pack_weight1(b, 1, pairs, packed);
+    if (pairs) flow_to_pairs(b);
     for (i64 phase = 0; phase < b->stride * b->stride; phase++) {
         const i64 top = phase / b->stride, left = phase % b->stride;
         if (top >= b->height || left >= b->width) continue;
-        const Grid grid = backward_grid(b, top, left, zeros);
+        const Grid grid = backward_grid(b, top, left, zeros, pairs);
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
         for (i64 t = 0; t < b->threads; t++) {
             float *own = OWN(room), *rows = own + room.act;
@@ -223,8 +241,7 @@ static void convolve_backward(const Branch *b, const float *norm1) {
                 grid_addresses(&grid, first, count, table);
                 for (i64 g = 0; g < b->groups; g++) {
                     const Finish f = {.kind = AS_IT_IS, .out = rows + g * in, .pitch = b->in_channels};
-                    dense_pixels(&grid, count, table, g * out, out, taps,
-                                 packed + g * whole(in, TILE_COLUMNS) * taps * out, in, &f);
+                    dense_pixels(&grid, count, table, g, out, taps, packed, in, &f);
                 }
                 write_grad_input(b, top, left, &grid, first, count, rows);
             }

@@ -68,7 +68,8 @@ static void convolve_rows(const Pass *pass, i64 step, i64 a, i64 b, Finish f) {
         const i64 rows = pass->images > 1 ? pass->images * image_rows : (b - a) * width;
         f.out = row_at(pass, step + 1, 0, a);
         if (f.mask) f.mask += a * width * f.mask_pitch;
-        pointwise(row_at(pass, step, 0, a), depth, rows, depth, packed, columns, &f);
+        float *room = reads_pairs(p, s) ? pass->own + p->pair_rows : 0;
+        pointwise(row_at(pass, step, 0, a), rows, depth, packed, columns, &f, room);
         return;
     }
     Line line;
@@ -299,7 +300,7 @@ static void run_chain(const Chain *c) {
         for (i64 i = 0; i < c->stages; i++) {
 #pragma omp for schedule(static) nowait
             for (i64 panel = 0; panel < panels_of(c->stage + i, (int)p->backward); panel++)
-                pack_stage(c->stage + i, (int)p->backward, panel, shared + p->weights[i]);
+                pack_stage(p, c->stage + i, panel, shared + p->weights[i]);
         }
 #pragma omp single
         memset(shared + p->zeros, 0, (size_t)(p->shared - p->zeros) * sizeof(float));

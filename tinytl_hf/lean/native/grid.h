@@ -11,8 +11,16 @@ static i64 pixels_out(const Branch *b) { return b->images * height_out(b) * widt
 /* Places in the scratch, in fp32 values. */
 typedef struct {
     i64 input, zeros, vectors, totals, packed, per_thread; /* of all threads; the first thread's own */
-    i64 act, outer, rows, sums, weight, table, own_size; /* within a thread's own */
+    i64 act, outer, rows, sums, weight, table, pair_rows, own_size; /* within a thread's own */
 } Room;
+
+/* Whether the 1x1 convolution, or the grouped one, reads pairs of bf16 values. */
+static int outer_pairs(const Branch *b) {
+    return HAS_PAIRS && b->input.is_bf16 && b->middle % 2 == 0 && b->out_channels % 2 == 0;
+}
+static int grouped_pairs(const Branch *b) {
+    return HAS_PAIRS && b->input.is_bf16 && b->in_channels / b->groups % 2 == 0 && b->middle / b->groups % 2 == 0;
+}
 
 static Room branch_room(const Branch *b) {
     const i64 taps = b->kernel * b->kernel, widest = max_of(max_of(b->in_channels, b->middle), b->out_channels);
@@ -31,7 +39,8 @@ static Room branch_room(const Branch *b) {
     r.sums = 3 * r.outer;
     r.weight = r.sums + 4 * whole(widest, 16);
     r.table = r.weight + whole(b->out_channels * b->middle, 16);
-    r.own_size = whole(r.table + 2 * taps * PIXELS, 16);
+    r.pair_rows = whole(r.table + 2 * taps * PIXELS, 16);
+    r.own_size = r.pair_rows + (outer_pairs(b) ? PAIR_ROWS * whole(max_of(b->middle, b->out_channels), 16) / 2 : 0);
     return r;
 }
 
@@ -47,11 +56,13 @@ typedef struct {
     i64 stride;                       /* pixels that are read from one that is made to the next */
     i64 taps, at[MOST_TAPS], y[MOST_TAPS], x[MOST_TAPS];
     const float *maps, *zeros;
+    int pairs;                        /* the maps are of bf16 values, and `channels` counts pairs */
 } Grid;
 
-static Grid forward_grid(const Branch *b, const float *input, const float *zeros) {
-    Grid g = {.height = b->height, .width = b->width, .channels = b->in_channels, .rows = height_out(b),
-              .columns = width_out(b), .stride = b->stride, .maps = input, .zeros = zeros};
+static Grid forward_grid(const Branch *b, const float *input, const float *zeros, int pairs) {
+    Grid g = {.height = b->height, .width = b->width, .channels = pairs ? b->in_channels / 2 : b->in_channels,
+              .rows = height_out(b), .columns = width_out(b), .stride = b->stride, .maps = input, .zeros = zeros,
+              .pairs = pairs};
     for (i64 t = 0; t < b->kernel * b->kernel; t++, g.taps++) {
         g.at[t] = t;
         g.y[t] = t / b->kernel - b->padding;
@@ -60,11 +71,12 @@ static Grid forward_grid(const Branch *b, const float *input, const float *zeros
     return g;
 }
 
-/* Of the input pixels whose row and column are `top` and `left` modulo the stride. */
-static Grid backward_grid(const Branch *b, i64 top, i64 left, const float *zeros) {
+/* Of the input pixels whose row and column are `top` and `left` modulo the stride. Pairs lie in the first half of the
+ * room of a pixel's fp32 values. */
+static Grid backward_grid(const Branch *b, i64 top, i64 left, const float *zeros, int pairs) {
     Grid g = {.height = height_out(b), .width = width_out(b), .channels = b->middle, .stride = 1, .maps = b->flow,
               .rows = (b->height - top + b->stride - 1) / b->stride,
-              .columns = (b->width - left + b->stride - 1) / b->stride, .zeros = zeros};
+              .columns = (b->width - left + b->stride - 1) / b->stride, .zeros = zeros, .pairs = pairs};
     for (i64 t = 0; t < b->kernel * b->kernel; t++) {
         const i64 y = top + b->padding - t / b->kernel, x = left + b->padding - t % b->kernel;
         if (y % b->stride || x % b->stride) continue;
@@ -102,12 +114,15 @@ static void grid_addresses(const Grid *g, i64 first, i64 count, const float **ta
     }
 }
 
-/* One group of a dense convolution of `count` pixels whose addresses are in `table`; its channels begin at `offset`. */
-static void dense_pixels(const Grid *g, i64 count, const float *const *table, i64 offset, i64 depth, i64 all_taps,
+/* Group `group`, of `depth` channels each, of a dense convolution of `count` pixels whose addresses are in `table`. */
+static void dense_pixels(const Grid *g, i64 count, const float *const *table, i64 group, i64 depth, i64 all_taps,
                          const float *packed, i64 columns, const Finish *f) {
+    if (g->pairs) depth /= 2;
+    const i64 offset = group * depth;
+    packed += group * whole(columns, TILE_COLUMNS) * all_taps * depth;
     for (i64 c = 0; c < columns; c += TILE_COLUMNS, packed += all_taps * depth * TILE_COLUMNS)
         for (i64 r = 0, n; r < count; r += n) {
             n = rows_at_a_time(count - r, columns - c);
-            dense_rows(n, table + r * g->taps, offset, packed, g->at, g->taps, depth, f, r, 1, c, columns - c);
+            dense_rows(n, g->pairs, table + r * g->taps, offset, packed, g->at, g->taps, depth, f, r, 1, c, columns - c);
         }
 }

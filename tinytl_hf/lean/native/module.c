@@ -11,13 +11,15 @@
 
 /* The kernels of the best instruction set, or of the `skip`-th best. Null where there are no more. */
 EXPORT const Kernels *tinytl_kernels(int skip) {
-    const Kernels *found[3];
+    const Kernels *found[4];
     int count = 0;
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512dq")) {
+        if (__builtin_cpu_supports("avx512bf16")) found[count++] = &kernels_avx512_bf16;
         found[count++] = &kernels_avx512;
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = &kernels_avx2;
 #endif
     found[count++] = &kernels_portable;

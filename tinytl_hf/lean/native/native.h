@@ -98,6 +98,6 @@ typedef struct {
     void (*upsample_backward)(const Upsampling *);
 } Kernels;
 
-extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 
 #endif

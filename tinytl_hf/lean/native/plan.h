@@ -15,11 +15,17 @@ typedef struct {
     i64 window[MOST_STAGES + 1];       /* where it lies in a thread's scratch; -1: in the caller's own tensor */
     i64 weights[MOST_STAGES], scale[MOST_STAGES], shift[MOST_STAGES], zeros; /* places in the scratch */
     i64 sums[MOST_STAGES], totals, most_sums;                                /* in a thread's scratch */
-    i64 line, table, row;
+    i64 pairs;                         /* whether 1x1 convolutions multiply pairs of bf16 values */
+    i64 line, table, row, pair_rows;
     i64 shared, per_thread;            /* fp32 values of scratch */
 } Plan;
 
 static int is_pointwise(const Stage *s) { return s->kernel == 1 && s->stride == 1 && !s->depthwise && !s->padding; }
+
+/* Whether a stage reads `depth` channels as pairs of bf16 values. */
+static int reads_pairs(const Plan *p, const Stage *s) {
+    return p->pairs && is_pointwise(s) && (p->backward ? s->out_channels : s->in_channels) % 2 == 0;
+}
 
 static int is_smooth(const Stage *s) { return s->activation == HARDSWISH || s->activation == SILU; }
 
@@ -110,15 +116,17 @@ static i64 set_tile(Plan *p, const Chain *c) {
     return set_windows(p, p->rows);
 }
 
-static i64 packed_size(const Stage *s, int backward) {
+static i64 packed_size(const Plan *p, const Stage *s) {
     const i64 taps = s->kernel * s->kernel;
     if (s->depthwise) return taps * s->in_channels;
-    const i64 columns = backward ? s->in_channels : s->out_channels;
-    return whole(columns, TILE_COLUMNS) * taps * (backward ? s->out_channels : s->in_channels);
+    const i64 columns = p->backward ? s->in_channels : s->out_channels;
+    const i64 depth = p->backward ? s->out_channels : s->in_channels;
+    return whole(columns, TILE_COLUMNS) * taps * (reads_pairs(p, s) ? depth / 2 : depth);
 }
 
 static Plan make_plan(const Chain *c) {
     Plan p = {.chain = c, .backward = c->grad_output.data != 0};
+    p.pairs = HAS_PAIRS && (p.backward ? c->grad_output : c->input).is_bf16;
     set_sizes(&p, c);
     i64 at = set_tile(&p, c), most_channels = 0, most_table = 0, most_row = 0;
     for (i64 i = 0; i < c->stages; i++) {
@@ -138,13 +146,14 @@ static Plan make_plan(const Chain *c) {
     p.line = at;
     p.row = p.line + whole(most_row, 16);
     p.table = p.row + whole(most_row, 16);
-    p.per_thread = whole(p.table + 2 * most_table, 16);
+    p.pair_rows = whole(p.table + 2 * most_table, 16);
+    p.per_thread = p.pair_rows + (p.pairs ? PAIR_ROWS * whole(most_channels, 16) / 2 : 0);
     for (i64 i = 0; i < c->stages; i++) {
         const Stage *s = c->stage + i;
         p.scale[i] = p.shared;
         p.shift[i] = p.scale[i] + whole(s->out_channels, 16);
         p.weights[i] = p.shift[i] + whole(s->out_channels, 16);
-        p.shared = p.weights[i] + whole(packed_size(s, (int)p.backward), 16);
+        p.shared = p.weights[i] + whole(packed_size(&p, s), 16);
     }
     p.zeros = p.shared;
     p.shared += whole(most_channels, 16);
@@ -169,19 +178,24 @@ static i64 panels_of(const Stage *s, int backward) {
     return s->depthwise ? 1 : whole(backward ? s->in_channels : s->out_channels, TILE_COLUMNS) / TILE_COLUMNS;
 }
 
-static void pack_stage(const Stage *s, int backward, i64 panel, float *packed) {
+static void pack_stage(const Plan *p, const Stage *s, i64 panel, float *packed) {
+    const int backward = (int)p->backward, pairs = reads_pairs(p, s);
     const i64 taps = s->kernel * s->kernel, *strides = s->weight_strides;
     const i64 depth = backward ? s->out_channels : s->in_channels, columns = backward ? s->in_channels : s->out_channels;
     for (i64 t = 0; t < taps; t++) {
         const i64 place = t / s->kernel * strides[2] + t % s->kernel * strides[3];
-        const float *weight = s->weight ? s->weight + place : 0;
-        const int8_t *int8 = s->weight ? 0 : s->int8_weight + place;
+        const Weight weight = {
+            .fp32 = s->weight ? s->weight + place : 0,
+            .int8 = s->weight ? 0 : s->int8_weight + place,
+            .scales = s->int8_scale,
+            .scale_by_column = s->depthwise || !backward,
+            .column_stride = strides[backward && !s->depthwise ? 1 : 0],
+            .depth_stride = strides[backward ? 0 : 1],
+        };
         if (s->depthwise)
-            for (i64 i = 0; i < s->in_channels; i++)
-                packed[t * s->in_channels + i] =
-                    weight ? weight[i * strides[0]] : int8[i * strides[0]] * s->int8_scale[i];
+            for (i64 i = 0; i < s->in_channels; i++) packed[t * s->in_channels + i] = weight_at(&weight, i, 0);
         else
-            pack_panel(weight, int8, s->int8_scale, !backward, strides[backward ? 1 : 0], strides[backward ? 0 : 1],
-                       panel * TILE_COLUMNS, columns, depth, packed + (panel * taps + t) * depth * TILE_COLUMNS);
+            pack_panel(&weight, panel * TILE_COLUMNS, columns, depth, pairs,
+                       packed + (panel * taps + t) * (pairs ? depth / 2 : depth) * TILE_COLUMNS);
     }
 }

@@ -71,10 +71,11 @@ typedef struct {
     i64 at[MOST_TAPS];       /* ... and its place in the kernel */
 } Line;
 
-/* ---- dense convolutions: weights packed as [columns / TILE_COLUMNS][taps][depth][TILE_COLUMNS], padded with zeros */
+/* ---- dense convolutions: weights packed as [columns / TILE_COLUMNS][taps][depth][TILE_COLUMNS], padded with zeros;
+ * with `pairs`, what is read and the weights are pairs of bf16 values, and `depth` counts pairs */
 
 /* `rows` pixels by one or two vectors; of one vector up to two tiles, so that enough sums are under way at a time. */
-INLINE void dense_tile(const int kind, const int rows, const int two, const float *const *a, i64 offset,
+INLINE void dense_tile(const int kind, const int rows, const int two, const int pairs, const float *const *a, i64 offset,
                        const float *packed, const i64 *at, i64 taps, i64 depth, const Finish *f, i64 row, i64 row_step,
                        i64 c, i64 n) {
     V s0[2 * TILE_ROWS], s1[TILE_ROWS];
@@ -92,8 +93,8 @@ INLINE void dense_tile(const int kind, const int rows, const int two, const floa
 #pragma GCC unroll 16
             for (int i = 0; i < rows; i++) {
                 const V x = v_all(p[i][k]);
-                s0[i] = v_fma(x, b0, s0[i]);
-                if (two) s1[i] = v_fma(x, b1, s1[i]);
+                s0[i] = pairs ? v_dot(x, b0, s0[i]) : v_fma(x, b0, s0[i]);
+                if (two) s1[i] = pairs ? v_dot(x, b1, s1[i]) : v_fma(x, b1, s1[i]);
             }
         }
     }
@@ -105,46 +106,51 @@ INLINE void dense_tile(const int kind, const int rows, const int two, const floa
     const float *const *a, i64 offset, const float *packed, const i64 *at, i64 taps, i64 depth, const Finish *f,      \
         i64 row, i64 row_step, i64 c, i64 n
 #define DENSE_VALUES a, offset, packed, at, taps, depth, f, row, row_step, c, n
-#define ONE_ROW_COUNT(KIND, ROWS)                                                                                      \
+#define ONE_ROW_COUNT(KIND, PAIRS, ROWS)                                                                               \
     case ROWS:                                                                                                         \
-        if (n > LANES) dense_tile(KIND, ROWS, 1, DENSE_VALUES);                                                        \
-        else dense_tile(KIND, ROWS, 0, DENSE_VALUES);                                                                  \
+        if (n > LANES) dense_tile(KIND, ROWS, 1, PAIRS, DENSE_VALUES);                                                 \
+        else dense_tile(KIND, ROWS, 0, PAIRS, DENSE_VALUES);                                                           \
         break;
 #if TILE_ROWS == 4
-#define OTHER_ROW_COUNTS(KIND)
+#define OTHER_ROW_COUNTS(KIND, PAIRS) ONE_ROW_COUNT(KIND, PAIRS, 4)
 #elif TILE_ROWS == 6
-#define OTHER_ROW_COUNTS(KIND) ONE_ROW_COUNT(KIND, 4) ONE_ROW_COUNT(KIND, 5) ONE_ROW_COUNT(KIND, 6)
+#define OTHER_ROW_COUNTS(KIND, PAIRS)                                                                                  \
+    ONE_ROW_COUNT(KIND, PAIRS, 4) ONE_ROW_COUNT(KIND, PAIRS, 5) ONE_ROW_COUNT(KIND, PAIRS, 6)
 #else
-#define OTHER_ROW_COUNTS(KIND)                                                                                         \
-    ONE_ROW_COUNT(KIND, 4) ONE_ROW_COUNT(KIND, 5) ONE_ROW_COUNT(KIND, 6) ONE_ROW_COUNT(KIND, 7) ONE_ROW_COUNT(KIND, 8)
+#define OTHER_ROW_COUNTS(KIND, PAIRS)                                                                                  \
+    ONE_ROW_COUNT(KIND, PAIRS, 4) ONE_ROW_COUNT(KIND, PAIRS, 5) ONE_ROW_COUNT(KIND, PAIRS, 6)                          \
+    ONE_ROW_COUNT(KIND, PAIRS, 7) ONE_ROW_COUNT(KIND, PAIRS, 8)
 #endif
-#define DENSE_OF_KIND(KIND)                                                                                            \
-    static void dense_##KIND(i64 rows, DENSE_ARGUMENTS) {                                                              \
+#define DENSE_OF_KIND(KIND, PAIRS)                                                                                     \
+    static void dense_##KIND##_##PAIRS(i64 rows, DENSE_ARGUMENTS) {                                                    \
         switch (rows) {                                                                                                \
-            ONE_ROW_COUNT(KIND, 1) ONE_ROW_COUNT(KIND, 2) ONE_ROW_COUNT(KIND, 3) OTHER_ROW_COUNTS(KIND)                \
-            LAST_ROW_COUNT(KIND)                                                                                       \
+            ONE_ROW_COUNT(KIND, PAIRS, 1) ONE_ROW_COUNT(KIND, PAIRS, 2) ONE_ROW_COUNT(KIND, PAIRS, 3)                  \
+            OTHER_ROW_COUNTS(KIND, PAIRS)                                                                              \
         default:                                                                                                       \
-            dense_tile(KIND, 2 * TILE_ROWS, 0, DENSE_VALUES);                                                          \
+            dense_tile(KIND, 2 * TILE_ROWS, 0, PAIRS, DENSE_VALUES);                                                   \
         }                                                                                                              \
     }
-#if TILE_ROWS == 4
-#define LAST_ROW_COUNT(KIND) ONE_ROW_COUNT(KIND, 4)
+#if HAS_PAIRS
+#define DENSE(KIND) DENSE_OF_KIND(KIND, 0) DENSE_OF_KIND(KIND, 1)
+#define RUN_DENSE(KIND) (pairs ? dense_##KIND##_1 : dense_##KIND##_0)(rows, DENSE_VALUES)
 #else
-#define LAST_ROW_COUNT(KIND)
+#define DENSE(KIND) DENSE_OF_KIND(KIND, 0)
+#define RUN_DENSE(KIND) dense_##KIND##_0(rows, DENSE_VALUES)
 #endif
-DENSE_OF_KIND(AS_IT_IS)
-DENSE_OF_KIND(SCALE)
-DENSE_OF_KIND(SCALE_CLAMP)
-DENSE_OF_KIND(SUM_SCALE)
-DENSE_OF_KIND(MASK_SUM_SCALE)
+DENSE(AS_IT_IS)
+DENSE(SCALE)
+DENSE(SCALE_CLAMP)
+DENSE(SUM_SCALE)
+DENSE(MASK_SUM_SCALE)
 
-static void dense_rows(i64 rows, DENSE_ARGUMENTS) {
+static void dense_rows(i64 rows, int pairs, DENSE_ARGUMENTS) {
+    (void)pairs;
     switch (f->kind) {
-    case AS_IT_IS: dense_AS_IT_IS(rows, DENSE_VALUES); break;
-    case SCALE: dense_SCALE(rows, DENSE_VALUES); break;
-    case SCALE_CLAMP: dense_SCALE_CLAMP(rows, DENSE_VALUES); break;
-    case SUM_SCALE: dense_SUM_SCALE(rows, DENSE_VALUES); break;
-    default: dense_MASK_SUM_SCALE(rows, DENSE_VALUES);
+    case AS_IT_IS: RUN_DENSE(AS_IT_IS); break;
+    case SCALE: RUN_DENSE(SCALE); break;
+    case SCALE_CLAMP: RUN_DENSE(SCALE_CLAMP); break;
+    case SUM_SCALE: RUN_DENSE(SUM_SCALE); break;
+    default: RUN_DENSE(MASK_SUM_SCALE);
     }
 }
 
@@ -153,16 +159,38 @@ INLINE i64 rows_at_a_time(i64 left, i64 n) {
     return n <= LANES && left >= 2 * TILE_ROWS ? 2 * TILE_ROWS : min_of(left, TILE_ROWS);
 }
 
-/* A 1x1 convolution of `rows` rows of `depth` values, `lda` apart; `f` is of its row 0. */
-static void pointwise(const float *a, i64 lda, i64 rows, i64 depth, const float *packed, i64 columns, const Finish *f) {
+/* A 1x1 convolution of `rows` rows, from row `first` of `f` on. */
+static void pointwise_rows(const float *a, int pairs, i64 first, i64 rows, i64 depth, const float *packed, i64 columns,
+                           const Finish *f) {
     static const i64 at[1] = {0};
     for (i64 c = 0; c < columns; c += TILE_COLUMNS, packed += depth * TILE_COLUMNS)
         for (i64 r = 0, count; r < rows; r += count) {
             const float *pointers[2 * TILE_ROWS];
             count = rows_at_a_time(rows - r, columns - c);
-            for (i64 i = 0; i < 2 * TILE_ROWS; i++) pointers[i] = a + min_of(r + i, rows - 1) * lda;
-            dense_rows(count, pointers, 0, packed, at, 1, depth, f, r, 1, c, columns - c);
+            for (i64 i = 0; i < 2 * TILE_ROWS; i++) pointers[i] = a + min_of(r + i, rows - 1) * depth;
+            dense_rows(count, pairs, pointers, 0, packed, at, 1, depth, f, first + r, 1, c, columns - c);
         }
+}
+
+enum { PAIR_ROWS = 64 }; /* that are turned into pairs at a time */
+
+static void to_pairs(const float *from, i64 count, float *to) {
+    for (i64 i = 0; i < count; i += LANES) v_put_half((uint16_t *)to + i, v_get(from + i, count - i), count - i);
+}
+
+/* A 1x1 convolution of `rows` rows of `depth` values, one after the other; `f` is of the first. With `room` for
+ * PAIR_ROWS of them, `packed` holds pairs. */
+static void pointwise(const float *a, i64 rows, i64 depth, const float *packed, i64 columns, const Finish *f,
+                      float *room) {
+    if (!room) {
+        pointwise_rows(a, 0, 0, rows, depth, packed, columns, f);
+        return;
+    }
+    for (i64 r = 0; r < rows; r += PAIR_ROWS) {
+        const i64 count = min_of(PAIR_ROWS, rows - r);
+        to_pairs(a + r * depth, count * depth, room);
+        pointwise_rows(room, 1, r, count, depth / 2, packed, columns, f);
+    }
 }
 
 /* The table of a line: for each tile of pixels, for each tap, the address of every pixel's input; zeros outside. */
@@ -182,7 +210,7 @@ static void dense_line(const Line *line, i64 depth, i64 all_taps, const float *p
     for (i64 c = 0; c < columns; c += TILE_COLUMNS, packed += all_taps * depth * TILE_COLUMNS)
         for (i64 r = 0, count; r < line->count; r += count) {
             count = rows_at_a_time(line->count - r, columns - c);
-            dense_rows(count, table + r * line->taps, 0, packed, line->at, line->taps, depth, f,
+            dense_rows(count, 0, table + r * line->taps, 0, packed, line->at, line->taps, depth, f,
                        line->first + r * line->step, line->step, c, columns - c);
         }
 }
@@ -294,14 +322,34 @@ static void finish_rows(const float *from, i64 rows, i64 channels, const Finish 
     else rows_of_kind(MASK_SUM_SCALE, from, rows, channels, f);
 }
 
-/* Packs a weight, read through strides, for dense convolutions: one column of the packed form is one output. */
-static void pack_panel(const float *weight, const int8_t *quantised, const float *scales, int scale_by_column,
-                       i64 column_stride, i64 depth_stride, i64 column, i64 columns, i64 depth, float *packed) {
+/* A weight of a dense convolution, read through strides. */
+typedef struct {
+    const float *fp32;     /* or null, and then: */
+    const int8_t *int8;
+    const float *scales;   /* of columns, or else of the depth */
+    int scale_by_column;
+    i64 column_stride, depth_stride;
+} Weight;
+
+INLINE float weight_at(const Weight *w, i64 column, i64 k) {
+    const i64 at = column * w->column_stride + k * w->depth_stride;
+    return w->fp32 ? w->fp32[at] : w->int8[at] * w->scales[w->scale_by_column ? column : k];
+}
+
+INLINE float pair_of(float first, float second) {
+    const uint32_t bits = to_bf16(first) | (uint32_t)to_bf16(second) << 16;
+    float pair;
+    memcpy(&pair, &bits, 4);
+    return pair;
+}
+
+/* Packs the columns from `column` on of `depth` values: one column of the packed form is one output. */
+static void pack_panel(const Weight *w, i64 column, i64 columns, i64 depth, int pairs, float *packed) {
     const i64 n = min_of(TILE_COLUMNS, columns - column);
-    for (i64 k = 0; k < depth; k++, packed += TILE_COLUMNS) {
+    for (i64 k = 0; k < depth; k += pairs ? 2 : 1, packed += TILE_COLUMNS) {
         for (i64 j = 0; j < n; j++) {
-            const i64 at = (column + j) * column_stride + k * depth_stride;
-            packed[j] = weight ? weight[at] : quantised[at] * scales[scale_by_column ? column + j : k];
+            const float value = weight_at(w, column + j, k);
+            packed[j] = pairs ? pair_of(value, weight_at(w, column + j, k + 1)) : value;
         }
         for (i64 j = n; j < TILE_COLUMNS; j++) packed[j] = 0;
     }

@@ -96,6 +96,22 @@ INLINE V v_add_to_exponent(V v, V bits) { return (V)((VU)v + ((VU)bits << 23)); 
 
 #define TILE_COLUMNS (2 * LANES)
 
+/* Pairs of bf16 values, which some processors multiply and add up at once. A pair lies where one fp32 value would, so
+ * that what moves values moves pairs. */
+#if defined(TINYTL_BF16)
+#define HAS_PAIRS 1
+INLINE V v_dot(V a, V b, V sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+INLINE void v_put_half(uint16_t *p, V v, i64 n) { /* rounded to the nearest bf16 */
+    const __m256i half = (__m256i)_mm512_cvtneps_pbh(v);
+    if (n >= LANES) _mm256_storeu_si256((__m256i *)p, half);
+    else _mm256_mask_storeu_epi16(p, v_first(n), half);
+}
+#else
+#define HAS_PAIRS 0
+INLINE V v_dot(V a, V b, V sum) { (void)a, (void)b; return sum; } /* never called */
+INLINE void v_put_half(uint16_t *p, V v, i64 n) { (void)p, (void)v, (void)n; }
+#endif
+
 /* The first n lanes; a whole vector is the usual case, and masked stores are slow. */
 INLINE V v_get(const float *p, i64 n) { return n >= LANES ? v_load(p) : v_load_part(p, n); }
 INLINE void v_put(float *p, V v, i64 n) {
@@ -118,6 +134,13 @@ static const float *read_values(Maps maps, i64 at, i64 count, float *room) {
     return room;
 }
 
+INLINE uint16_t to_bf16(float value) { /* the nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded); /* NaN stays NaN */
+}
+
 /* Writes fp32 values into maps, rounded to the nearest bf16 (ties to even) where that is their type. */
 static void write_values(Maps maps, i64 at, i64 count, const float *values) {
     if (!maps.is_bf16) {
@@ -126,10 +149,5 @@ static void write_values(Maps maps, i64 at, i64 count, const float *values) {
         return;
     }
     uint16_t *to = (uint16_t *)maps.data + at;
-    for (i64 i = 0; i < count; i++) {
-        uint32_t bits;
-        memcpy(&bits, values + i, 4);
-        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
-        to[i] = (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded); /* NaN stays NaN */
-    }
+    for (i64 i = 0; i < count; i++) to[i] = to_bf16(values[i]);
 }

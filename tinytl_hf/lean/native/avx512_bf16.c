@@ -1,0 +1,21 @@
+/* The kernels with AVX-512 and its products of bf16 values. */
+#if defined(__x86_64__) || defined(__i386__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,avx512bf16")
+#endif
+#define TINYTL_AVX512
+#define TINYTL_BF16
+#include "upsampling.h"
+
+const Kernels kernels_avx512_bf16 = {
+    "AVX-512 BF16",
+    chain_scratch, chain_forward, chain_backward,
+    branch_scratch, branch_forward, branch_backward,
+    upsampling_scratch, upsample_add, upsample_backward,
+};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
