@@ -23,11 +23,11 @@ def nothing_remembered():
 def machine(monkeypatch):
     """Pretend a machine: its GPU, and what is installed."""
 
-    def pretend(capability=(9, 0), triton=True, compiled=True, interpreter="0", hip=None):
+    def pretend(capability=(9, 0), triton=True, compiled="AVX-512 BF16", interpreter="0", hip=None):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(backend, "find_spec", lambda name: object() if triton else None)
-        monkeypatch.setattr(backend, "instruction_sets", lambda: {"AVX-512": object()} if compiled else {})
+        monkeypatch.setattr(backend, "instruction_sets", lambda: {compiled: object()} if compiled else {})
         monkeypatch.setenv("TRITON_INTERPRET", interpreter)
 
     return pretend
@@ -41,8 +41,10 @@ def machine(monkeypatch):
         (GPU, {"capability": (7, 5)}, "eager", "8.0 or more, and this one has 7.5"),
         (GPU, {"triton": False}, "eager", "lean, eager (triton needs the package triton: pip install triton)"),
         (GPU, {"hip": "6.0"}, "eager", "lean, eager (triton runs on NVIDIA GPUs, not on AMD)"),
-        (CPU, {}, "native", "lean, native AVX-512"),
-        (CPU, {"compiled": False, "interpreter": "1"}, "eager", "lean, eager (native needs a C compiler"),
+        (CPU, {}, "native", "lean, native AVX-512 BF16"),
+        (CPU, {"compiled": "AVX-512"}, "native", "native AVX-512, as this processor has no AVX-512 BF16, which only"),
+        (CPU, {"compiled": "AVX2"}, "native", "lean, native AVX2, as this processor has no AVX-512"),
+        (CPU, {"compiled": None, "interpreter": "1"}, "eager", "lean, eager (native needs a C compiler"),
         (torch.device("mps"), {}, "eager", "lean, eager"),
     ],
 )
@@ -59,7 +61,7 @@ def test_auto_is_the_fastest_that_is_there_and_why_it_is_not_faster_is_said(devi
         ("triton", GPU, {"triton": False}, "memory.backend=triton: needs the package triton: pip install triton; or"),
         ("triton", GPU, {"capability": (7, 0)}, "memory.backend=triton: needs a GPU of compute capability 8.0"),
         ("native", GPU, {}, "memory.backend=native: runs on CPUs, not on cuda; or use auto"),
-        ("native", CPU, {"compiled": False}, "memory.backend=native: needs a C compiler when tinytl_hf is installed"),
+        ("native", CPU, {"compiled": None}, "memory.backend=native: needs a C compiler when tinytl_hf is installed"),
     ],
 )
 def test_a_named_back_end_that_cannot_run_is_an_error_with_the_fix(name, device, given, message, machine):

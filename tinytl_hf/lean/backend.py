@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FASTEST = "AVX-512"  # of the instruction sets that there are kernels for
+# What the name of an instruction set is followed by where a processor has no faster one that there are kernels for.
+SLOWER_BECAUSE = {
+    "AVX-512 BF16": "",
+    "AVX-512": ", as this processor has no AVX-512 BF16, which only bf16 gains by",
+}
 FASTEST_ON: dict[str, BackendName] = {"cpu": "native", "cuda": "triton"}
 left_to_eager: list[str] = []  # what this process has said so far of parts that the chosen back-end does not run
 LEAST_CAPABILITY = (8, 0)  # of the GPUs that the Triton kernels are compiled for in the tests
@@ -189,8 +193,7 @@ def describe(engine: Engine, device: torch.device) -> str:
     name = chosen(engine.backend, device)
     if name == "native":
         sets = list(instruction_sets())
-        missing = "" if sets[0] == FASTEST else f", as this processor has no {FASTEST}"
-        return f"lean, native {sets[0]}{missing}"
+        return f"lean, native {sets[0]}{SLOWER_BECAUSE.get(sets[0], ', as this processor has no AVX-512')}"
     if name == "eager" and engine.backend == "auto" and (fastest := FASTEST_ON.get(device.type)):
         return f"lean, eager ({fastest} {why_not(fastest, device)})"
     return f"lean, {name}"

@@ -1,7 +1,8 @@
 """The native back-end: a chain or a lite branch is one call of a C function each way (``native/``).
 
 A thread works through its share of the batch a few rows at a time, so that all that a chain makes in between stays in
-the cache. Arithmetic is fp32; maps may be bf16. Results depend on the number of threads, but not on their timing.
+the cache. Sums are fp32; maps may be bf16, which a processor with AVX-512 BF16 multiplies in pairs. Results depend on
+the number of threads, but not on their timing.
 """
 
 from __future__ import annotations

@@ -46,10 +46,10 @@ static void pack_weight2(const Branch *b, int backward, float *packed) {
         pack_panel(&weight, c, columns, depth, pairs, packed + c * (pairs ? depth / 2 : depth));
 }
 
-/* The input as fp32, and zeros. */
+/* The input, as fp32 unless pairs are read, and zeros. */
 static const float *prepare(const Branch *b, const Room *room) {
     memset(b->scratch + room->zeros, 0, (size_t)(room->vectors - room->zeros) * sizeof(float));
-    if (!b->input.is_bf16) return b->input.data;
+    if (!b->input.is_bf16 || grouped_pairs(b)) return b->input.data;
     const i64 row = b->width * b->in_channels;
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
     for (i64 r = 0; r < b->images * b->height; r++) read_values(b->input, r * row, row, b->scratch + r * row);
@@ -61,8 +61,7 @@ static double *convolve(const Branch *b, const float *centre) {
     const Room room = branch_room(b);
     const float *zeros = b->scratch + room.zeros;
     const int pairs = grouped_pairs(b);
-    const float *input = prepare(b, &room);
-    const Grid grid = forward_grid(b, pairs ? b->input.data : input, zeros, pairs);
+    const Grid grid = forward_grid(b, prepare(b, &room), zeros, pairs);
     const i64 in = b->in_channels / b->groups, out = b->middle / b->groups;
     float *packed = b->scratch + room.packed;
     pack_weight1(b, 0, pairs, packed);
@@ -161,7 +160,7 @@ static double *inner(const Branch *b, const float *norm1, const float *norm2) {
             outer_rows(b, first, count, norm1, packed, act, outer, PAIR_ROOM(room));
             const float *gradient = read_values(b->grad_output, first * n, count * n, own + room.rows);
             norm_backward(outer, gradient, outer, count, n, norm2, 0, n);
-            outer_product(outer, n, n, x, TILE_ROWS, 0, count, weight, m, m);
+            outer_product(0, outer, n, n, x, TILE_ROWS, 0, count, weight, m, m);
             const Finish f = {.kind = AS_IT_IS, .out = flow, .pitch = m};
             pointwise(outer, count, n, packed_backward, m, &f, PAIR_ROOM(room));
             add_norm_sums(b->maps + first * m, flow, flow, act, count, m, b->norm1.mean, b->norm1.inverse, sums);
@@ -189,8 +188,9 @@ static void weight1_backward(const Branch *b, const float *norm1, const Grid *gr
         for (i64 g = from / out; g * out < to; g++) { /* groups that have some of these channels */
             const i64 low = max_of(from, g * out), high = min_of(to, (g + 1) * out);
             for (i64 t = 0; t < grid->taps; t++)
-                outer_product(flow + low, b->middle, high - low, table + t * TILE_ROWS,
-                              grid->taps * TILE_ROWS, g * in, count, b->grad_weight1 + low * row + t * in, row, in);
+                outer_product(grid->pairs, flow + low, b->middle, high - low, table + t * TILE_ROWS,
+                              grid->taps * TILE_ROWS, g * (grid->pairs ? in / 2 : in), count,
+                              b->grad_weight1 + low * row + t * in, row, in);
         }
     }
 }
@@ -219,8 +219,8 @@ static void convolve_backward(const Branch *b, const float *norm1) {
     const Room room = branch_room(b);
     const i64 in = b->in_channels / b->groups, out = b->middle / b->groups, taps = b->kernel * b->kernel;
     const float *zeros = b->scratch + room.zeros;
-    const Grid forward = forward_grid(b, prepare(b, &room), zeros, 0);
     const int pairs = grouped_pairs(b);
+    const Grid forward = forward_grid(b, prepare(b, &room), zeros, pairs);
     float *packed = b->scratch + room.packed;
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
     for (i64 t = 0; t < b->threads; t++)

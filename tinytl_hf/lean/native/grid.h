@@ -26,7 +26,7 @@ static Room branch_room(const Branch *b) {
     const i64 taps = b->kernel * b->kernel, widest = max_of(max_of(b->in_channels, b->middle), b->out_channels);
     const i64 in_group = b->in_channels / b->groups;
     Room r = {0};
-    r.zeros = b->input.is_bf16 ? whole(pixels_in(b) * b->in_channels, 16) : 0;
+    r.zeros = b->input.is_bf16 && !grouped_pairs(b) ? whole(pixels_in(b) * b->in_channels, 16) : 0;
     r.vectors = r.zeros + whole(widest, 16); /* what a phase wants of the norms: four vectors of each */
     r.totals = r.vectors + whole(8 * widest, 16);
     r.packed = r.totals + whole(4 * widest, 16); /* two vectors of fp64 */

@@ -3,8 +3,8 @@
 
 /* ---- weights' gradients: sums over pixels of an output channel's gradient times an input channel's value */
 
-INLINE void outer_tile(const int rows, const int two, const float *gradient, i64 pitch, const float *const *x,
-                       i64 x_step, i64 offset, i64 count, float *to, i64 to_pitch, i64 n) {
+INLINE void outer_tile(const int rows, const int two, const int half, const float *gradient, i64 pitch,
+                       const float *const *x, i64 x_step, i64 offset, i64 count, float *to, i64 to_pitch, i64 n) {
     V s0[TILE_ROWS], s1[TILE_ROWS];
     const int part = two ? n < 2 * LANES : n < LANES;
     const i64 n0 = two ? LANES : n, n1 = n - LANES;
@@ -16,8 +16,14 @@ INLINE void outer_tile(const int rows, const int two, const float *gradient, i64
     for (i64 r = 0, i = 0; r < count; r++, gradient += pitch) {
         const float *p = x[i] + offset;
         i += r % TILE_ROWS == TILE_ROWS - 1 ? x_step - TILE_ROWS + 1 : 1;
-        const V b0 = part ? v_load_part(p, n0) : v_load(p);
-        const V b1 = !two ? v_all(0) : part ? v_load_part(p + LANES, n1) : v_load(p + LANES);
+        V b0, b1 = v_all(0);
+        if (half) {
+            b0 = v_get_half((const uint16_t *)p, part ? n0 : LANES);
+            if (two) b1 = v_get_half((const uint16_t *)p + LANES, part ? n1 : LANES);
+        } else {
+            b0 = part ? v_load_part(p, n0) : v_load(p);
+            if (two) b1 = part ? v_load_part(p + LANES, n1) : v_load(p + LANES);
+        }
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
             const V a = v_all(gradient[i]);
@@ -34,14 +40,16 @@ INLINE void outer_tile(const int rows, const int two, const float *gradient, i64
     }
 }
 
-/* to[i][j] += sum over pixels of gradient[pixel][i] * x[pixel][offset + j], for i < rows and j < columns. */
-static void outer_product(const float *gradient, i64 pitch, i64 rows, const float *const *x, i64 x_step, i64 offset,
-                          i64 count, float *to, i64 to_pitch, i64 columns) {
+/* to[i][j] += sum over pixels of gradient[pixel][i] * x[pixel][offset + j], for i < rows and j < columns; with `half`,
+ * x holds bf16 values, and `offset` counts pairs of them. */
+INLINE void outer_product_of(const int half, const float *gradient, i64 pitch, i64 rows, const float *const *x,
+                             i64 x_step, i64 offset, i64 count, float *to, i64 to_pitch, i64 columns) {
     for (i64 j = 0; j < columns; j += TILE_COLUMNS) {
         const i64 n = min_of(TILE_COLUMNS, columns - j);
         i64 i = 0;
 #define OUTER(ROWS, TWO)                                                                                               \
-    outer_tile(ROWS, TWO, gradient + i, pitch, x, x_step, offset + j, count, to + i * to_pitch + j, to_pitch, n)
+    outer_tile(ROWS, TWO, half, gradient + i, pitch, x, x_step, offset + (half ? j / 2 : j), count,                    \
+               to + i * to_pitch + j, to_pitch, n)
         for (; i + TILE_ROWS <= rows; i += TILE_ROWS) {
             if (n > LANES) OUTER(TILE_ROWS, 1);
             else OUTER(TILE_ROWS, 0);
@@ -55,6 +63,13 @@ static void outer_product(const float *gradient, i64 pitch, i64 rows, const floa
             else OUTER(1, 0);
         }
     }
+}
+
+static void outer_product(int half, const float *gradient, i64 pitch, i64 rows, const float *const *x, i64 x_step,
+                          i64 offset, i64 count, float *to, i64 to_pitch, i64 columns) {
+    if (HAS_PAIRS && half)
+        outer_product_of(1, gradient, pitch, rows, x, x_step, offset, count, to, to_pitch, columns);
+    else outer_product_of(0, gradient, pitch, rows, x, x_step, offset, count, to, to_pitch, columns);
 }
 
 /* ---- batch norm over rows of channels */

@@ -106,10 +106,15 @@ INLINE void v_put_half(uint16_t *p, V v, i64 n) { /* rounded to the nearest bf16
     if (n >= LANES) _mm256_storeu_si256((__m256i *)p, half);
     else _mm256_mask_storeu_epi16(p, v_first(n), half);
 }
-#else
+INLINE V v_get_half(const uint16_t *p, i64 n) {
+    const __m256i half = n >= LANES ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi16(v_first(n), p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+#else /* the same names, never called */
 #define HAS_PAIRS 0
-INLINE V v_dot(V a, V b, V sum) { (void)a, (void)b; return sum; } /* never called */
+INLINE V v_dot(V a, V b, V sum) { (void)a, (void)b; return sum; }
 INLINE void v_put_half(uint16_t *p, V v, i64 n) { (void)p, (void)v, (void)n; }
+INLINE V v_get_half(const uint16_t *p, i64 n) { (void)p, (void)n; return v_all(0); }
 #endif
 
 /* The first n lanes; a whole vector is the usual case, and masked stores are slow. */
