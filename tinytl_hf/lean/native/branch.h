@@ -5,7 +5,6 @@
 /* ---- the phases */
 
 #define OWN(ROOM) (b->scratch + (ROOM).per_thread + t * (ROOM).own_size)
-#define PAIR_ROOM(ROOM) (outer_pairs(b) ? OWN(ROOM) + (ROOM).pair_rows : 0)
 /* Thread t's share of `TOTAL` pixels, PIXELS at a time: `first` to before `first + count`. */
 #define EACH_CHUNK(TOTAL)                                                                                              \
     for (i64 first = (TOTAL) * t / b->threads, end = (TOTAL) * (t + 1) / b->threads, count;                            \
@@ -83,12 +82,20 @@ static double *convolve(const Branch *b, const float *centre) {
     return centre ? merge_sums(b, &room, b->middle) : 0;
 }
 
+/* The 1x1 convolution, or its backward pass, of `count` pixels of `depth` values, which stay; `room`: for pairs. */
+static void outer_convolution(const Branch *b, const float *from, i64 count, i64 depth, const float *packed,
+                              i64 columns, float *to, float *room) {
+    const Finish f = {.kind = AS_IT_IS, .out = to, .pitch = columns};
+    const int pairs = outer_pairs(b);
+    if (pairs) to_pairs(from, count, depth, room);
+    pointwise(pairs ? room : from, depth, count, depth, pairs, packed, columns, &f);
+}
+
 /* What the 1x1 convolution makes of `count` pixels; `act`: what goes into it; `norm1`: scale and shift. */
 static void outer_rows(const Branch *b, i64 first, i64 count, const float *norm1, const float *packed, float *act,
-                       float *to, float *pair_rows) {
-    const Finish f = {.kind = AS_IT_IS, .out = to, .pitch = b->out_channels};
+                       float *to, float *room) {
     affine(b->maps + first * b->middle, act, count, b->middle, norm1, 1);
-    pointwise(act, count, b->middle, packed, b->out_channels, &f, pair_rows);
+    outer_convolution(b, act, count, b->middle, packed, b->out_channels, to, room);
 }
 
 /* The 1x1 convolution, forward, with sums as above. */
@@ -103,7 +110,7 @@ static double *convolve_outer(const Branch *b, const float *norm1, const float *
         memset(sums, 0, (size_t)(2 * b->out_channels) * sizeof(double));
         EACH_CHUNK(pixels_out(b)) {
             float *to = outer + first * b->out_channels;
-            outer_rows(b, first, count, norm1, packed, own + room.act, to, PAIR_ROOM(room));
+            outer_rows(b, first, count, norm1, packed, own + room.act, to, own + room.pair_rows);
             add_statistics(to, count, b->out_channels, centre, sums);
         }
     }
@@ -132,7 +139,7 @@ static double *outer_sums(const Branch *b, const float *norm1) {
         double *sums = (double *)(own + room.sums);
         memset(sums, 0, (size_t)(2 * n) * sizeof(double));
         EACH_CHUNK(pixels_out(b)) {
-            outer_rows(b, first, count, norm1, packed, own + room.act, outer, PAIR_ROOM(room));
+            outer_rows(b, first, count, norm1, packed, own + room.act, outer, own + room.pair_rows);
             const float *gradient = read_values(b->grad_output, first * n, count * n, own + room.rows);
             add_norm_sums(outer, gradient, 0, 0, count, n, b->norm2.mean, b->norm2.inverse, sums);
         }
@@ -157,12 +164,11 @@ static double *inner(const Branch *b, const float *norm1, const float *norm2) {
         for (i64 i = 0; i < PIXELS; i++) x[i] = act + i * m;
         EACH_CHUNK(pixels_out(b)) {
             float *flow = b->flow + first * m;
-            outer_rows(b, first, count, norm1, packed, act, outer, PAIR_ROOM(room));
+            outer_rows(b, first, count, norm1, packed, act, outer, own + room.pair_rows);
             const float *gradient = read_values(b->grad_output, first * n, count * n, own + room.rows);
             norm_backward(outer, gradient, outer, count, n, norm2, 0, n);
             outer_product(0, outer, n, n, x, TILE_ROWS, 0, count, weight, m, m);
-            const Finish f = {.kind = AS_IT_IS, .out = flow, .pitch = m};
-            pointwise(outer, count, n, packed_backward, m, &f, PAIR_ROOM(room));
+            outer_convolution(b, outer, count, n, packed_backward, m, flow, own + room.pair_rows);
             add_norm_sums(b->maps + first * m, flow, flow, act, count, m, b->norm1.mean, b->norm1.inverse, sums);
         }
     }
@@ -210,7 +216,7 @@ static void flow_to_pairs(const Branch *b) {
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
     for (i64 pixel = 0; pixel < pixels_out(b); pixel++) {
         float *flow = b->flow + pixel * b->middle;
-        to_pairs(flow, b->middle, flow); /* what is written was read before */
+        to_pairs(flow, 1, b->middle, flow);
     }
 }
 

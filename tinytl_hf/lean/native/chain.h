@@ -68,8 +68,7 @@ static void convolve_rows(const Pass *pass, i64 step, i64 a, i64 b, Finish f) {
         const i64 rows = pass->images > 1 ? pass->images * image_rows : (b - a) * width;
         f.out = row_at(pass, step + 1, 0, a);
         if (f.mask) f.mask += a * width * f.mask_pitch;
-        float *room = reads_pairs(p, s) ? pass->own + p->pair_rows : 0;
-        pointwise(row_at(pass, step, 0, a), rows, depth, packed, columns, &f, room);
+        pointwise(row_at(pass, step, 0, a), depth, rows, depth, reads_pairs(p, s), packed, columns, &f);
         return;
     }
     Line line;
@@ -83,7 +82,7 @@ static void convolve_rows(const Pass *pass, i64 step, i64 a, i64 b, Finish f) {
                 else forward_line(pass, step, image, r, &line);
                 if (s->depthwise) depthwise_line(&line, packed, columns, &g);
                 else
-                    dense_line(&line, depth, s->kernel * s->kernel, packed, columns, &g,
+                    dense_line(&line, depth, reads_pairs(p, s), s->kernel * s->kernel, packed, columns, &g,
                                pass->shared + p->zeros, (const float **)(pass->own + p->table));
             }
 }
@@ -130,6 +129,7 @@ static void make_gradient_rows(const Pass *pass, i64 map, i64 a, i64 b, int coun
     const Stage *s = index ? c->stage + index - 1 : 0;
     const int smooth = s && is_smooth(s), apart = map == 0 || at_block_input || smooth;
     Finish plain = {.kind = AS_IT_IS, .pitch = n};
+    f.pairs = in_pairs(p, map) && !smooth;
     if (map > 0) convolve_rows(pass, map - 1, a, b, apart ? plain : f);
     for (i64 image = 0; image < pass->images; image++)
         for (i64 r = a; r < b; r++) {
@@ -144,6 +144,7 @@ static void make_gradient_rows(const Pass *pass, i64 map, i64 a, i64 b, int coun
                 if (g.mask) g.mask += (image * p->height[map] + r) * w * f.mask_pitch;
                 if (smooth) finish_smooth(s->activation, from, s->before + at, w, n, &g);
                 else finish_rows(from, w, n, &g);
+                if (smooth && in_pairs(p, map)) to_pairs(to, w, n, to);
             }
             if (index == 0 && c->grad_input.is_bf16) write_values(c->grad_input, at, w * n, to);
         }
@@ -183,10 +184,12 @@ static void make_rows(const Pass *pass, i64 map, i64 a, i64 b, int counts) {
     const Plan *p = pass->plan;
     const Chain *c = p->chain;
     const i64 row = p->width[map] * p->channels[map];
+    const int pools = map == c->branch && c->pooled.data, ends = map == p->steps;
     if (map > 0) {
         const Stage *s = stage_of(p, map - 1);
         const i64 image_bytes = p->height[map] * row / 8;
         convolve_rows(pass, map - 1, a, b, (Finish){
+            .pairs = in_pairs(p, map) && !pools && !is_smooth(s),
             .kind = s->activation == CLAMP ? SCALE_CLAMP : SCALE,
             .pitch = s->out_channels,
             .scale = pass->shared + p->scale[map - 1],
@@ -197,15 +200,17 @@ static void make_rows(const Pass *pass, i64 map, i64 a, i64 b, int counts) {
         });
         if (is_smooth(s)) activate_rows(pass, map, a, b, counts ? s->before : 0);
     }
-    const int pools = map == c->branch && c->pooled.data, ends = map == p->steps;
-    if (map && !pools && !(ends && (c->residual || c->output.is_bf16))) return;
+    const int packs = in_pairs(p, map) && (pools || map == 0 || is_smooth(stage_of(p, map - 1)));
+    if (map && !pools && !packs && !(ends && (c->residual || c->output.is_bf16))) return;
     for (i64 image = 0; image < pass->images; image++)
         for (i64 r = a; r < b; r++) {
             const i64 at = ((pass->image + image) * p->height[map] + r) * row;
-            if (map == 0 && c->input.is_bf16) read_values(c->input, at, row, row_at(pass, map, image, r));
+            float *to = row_at(pass, map, image, r);
+            if (map == 0 && c->input.is_bf16) read_values(c->input, at, row, to);
             if (pools) pool_row(pass, map, image, r);
-            if (ends && c->residual) add_residual_row(pass, at, row, row_at(pass, map, image, r));
-            if (ends && c->output.is_bf16) write_values(c->output, at, row, row_at(pass, map, image, r));
+            if (packs) to_pairs(to, p->width[map], p->channels[map], to);
+            if (ends && c->residual) add_residual_row(pass, at, row, to);
+            if (ends && c->output.is_bf16) write_values(c->output, at, row, to);
         }
 }
 

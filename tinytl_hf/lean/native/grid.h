@@ -40,7 +40,7 @@ static Room branch_room(const Branch *b) {
     r.weight = r.sums + 4 * whole(widest, 16);
     r.table = r.weight + whole(b->out_channels * b->middle, 16);
     r.pair_rows = whole(r.table + 2 * taps * PIXELS, 16);
-    r.own_size = r.pair_rows + (outer_pairs(b) ? PAIR_ROWS * whole(max_of(b->middle, b->out_channels), 16) / 2 : 0);
+    r.own_size = r.pair_rows + (outer_pairs(b) ? PIXELS * whole(max_of(b->middle, b->out_channels), 16) : 0);
     return r;
 }
 

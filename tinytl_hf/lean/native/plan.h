@@ -15,16 +15,16 @@ typedef struct {
     i64 window[MOST_STAGES + 1];       /* where it lies in a thread's scratch; -1: in the caller's own tensor */
     i64 weights[MOST_STAGES], scale[MOST_STAGES], shift[MOST_STAGES], zeros; /* places in the scratch */
     i64 sums[MOST_STAGES], totals, most_sums;                                /* in a thread's scratch */
-    i64 pairs;                         /* whether 1x1 convolutions multiply pairs of bf16 values */
-    i64 line, table, row, pair_rows;
+    i64 pairs;                         /* whether dense convolutions multiply pairs of bf16 values */
+    i64 line, table, row;
     i64 shared, per_thread;            /* fp32 values of scratch */
 } Plan;
 
 static int is_pointwise(const Stage *s) { return s->kernel == 1 && s->stride == 1 && !s->depthwise && !s->padding; }
 
-/* Whether a stage reads `depth` channels as pairs of bf16 values. */
+/* Whether what a stage reads is in pairs of bf16 values. */
 static int reads_pairs(const Plan *p, const Stage *s) {
-    return p->pairs && is_pointwise(s) && (p->backward ? s->out_channels : s->in_channels) % 2 == 0;
+    return p->pairs && !s->depthwise && (p->backward ? s->out_channels : s->in_channels) % 2 == 0;
 }
 
 static int is_smooth(const Stage *s) { return s->activation == HARDSWISH || s->activation == SILU; }
@@ -35,6 +35,9 @@ static i64 size_after(const Stage *s, i64 size) { return (size + 2 * s->padding 
 static const Stage *stage_of(const Plan *p, i64 step) {
     return p->chain->stage + (p->backward ? p->chain->stages - 1 - step : step);
 }
+
+/* Whether a map is held as pairs. */
+static int in_pairs(const Plan *p, i64 map) { return map < p->steps && reads_pairs(p, stage_of(p, map)); }
 
 /* The index, in forward order, of a pass's map. */
 static i64 map_index(const Plan *p, i64 map) { return p->backward ? p->chain->stages - map : map; }
@@ -146,8 +149,7 @@ static Plan make_plan(const Chain *c) {
     p.line = at;
     p.row = p.line + whole(most_row, 16);
     p.table = p.row + whole(most_row, 16);
-    p.pair_rows = whole(p.table + 2 * most_table, 16);
-    p.per_thread = p.pair_rows + (p.pairs ? PAIR_ROWS * whole(most_channels, 16) / 2 : 0);
+    p.per_thread = whole(p.table + 2 * most_table, 16);
     for (i64 i = 0; i < c->stages; i++) {
         const Stage *s = c->stage + i;
         p.scale[i] = p.shared;

@@ -22,6 +22,7 @@ typedef struct {
     uint8_t *mask;     /* of row 0; SCALE_CLAMP writes it unless it is null */
     i64 mask_pitch;    /* bytes */
     float *sums;       /* [channels] */
+    int pairs;         /* whether the output is written as pairs */
 } Finish;
 
 INLINE void mask_write(uint8_t *mask, unsigned bits, i64 n) {
@@ -52,7 +53,9 @@ INLINE void finish(const int kind, const int rows, const Finish *f, i64 row, i64
             sum = v_add(sum, value);
             value = v_mul(value, scale);
         }
-        v_put(f->out + row * f->pitch + c, value, n);
+        float *to = f->out + row * f->pitch;
+        if (HAS_PAIRS && f->pairs) v_put_half((uint16_t *)to + c, value, n);
+        else v_put(to + c, value, n);
     }
     if (kind == MASK_SUM_SCALE || kind == SUM_SCALE) {
         v_put(f->sums + c, v_add(v_get(f->sums + c, n), sum), n);
@@ -159,38 +162,25 @@ INLINE i64 rows_at_a_time(i64 left, i64 n) {
     return n <= LANES && left >= 2 * TILE_ROWS ? 2 * TILE_ROWS : min_of(left, TILE_ROWS);
 }
 
-/* A 1x1 convolution of `rows` rows, from row `first` of `f` on. */
-static void pointwise_rows(const float *a, int pairs, i64 first, i64 rows, i64 depth, const float *packed, i64 columns,
-                           const Finish *f) {
+/* A 1x1 convolution of `rows` rows that lie `lda` apart; `f` is of the first. */
+static void pointwise(const float *a, i64 lda, i64 rows, i64 depth, int pairs, const float *packed, i64 columns,
+                      const Finish *f) {
     static const i64 at[1] = {0};
+    if (pairs) depth /= 2;
     for (i64 c = 0; c < columns; c += TILE_COLUMNS, packed += depth * TILE_COLUMNS)
         for (i64 r = 0, count; r < rows; r += count) {
             const float *pointers[2 * TILE_ROWS];
             count = rows_at_a_time(rows - r, columns - c);
-            for (i64 i = 0; i < 2 * TILE_ROWS; i++) pointers[i] = a + min_of(r + i, rows - 1) * depth;
-            dense_rows(count, pairs, pointers, 0, packed, at, 1, depth, f, first + r, 1, c, columns - c);
+            for (i64 i = 0; i < 2 * TILE_ROWS; i++) pointers[i] = a + min_of(r + i, rows - 1) * lda;
+            dense_rows(count, pairs, pointers, 0, packed, at, 1, depth, f, r, 1, c, columns - c);
         }
 }
 
-enum { PAIR_ROWS = 64 }; /* that are turned into pairs at a time */
-
-static void to_pairs(const float *from, i64 count, float *to) {
-    for (i64 i = 0; i < count; i += LANES) v_put_half((uint16_t *)to + i, v_get(from + i, count - i), count - i);
-}
-
-/* A 1x1 convolution of `rows` rows of `depth` values, one after the other; `f` is of the first. With `room` for
- * PAIR_ROWS of them, `packed` holds pairs. */
-static void pointwise(const float *a, i64 rows, i64 depth, const float *packed, i64 columns, const Finish *f,
-                      float *room) {
-    if (!room) {
-        pointwise_rows(a, 0, 0, rows, depth, packed, columns, f);
-        return;
-    }
-    for (i64 r = 0; r < rows; r += PAIR_ROWS) {
-        const i64 count = min_of(PAIR_ROWS, rows - r);
-        to_pairs(a + r * depth, count * depth, room);
-        pointwise_rows(room, 1, r, count, depth / 2, packed, columns, f);
-    }
+/* Makes pairs of `rows` rows of `channels` values, one after the other; in place, if `from` is `to`. */
+static void to_pairs(const float *from, i64 rows, i64 channels, float *to) {
+    for (i64 r = 0; r < rows; r++, from += channels, to += channels)
+        for (i64 c = 0; c < channels; c += LANES)
+            v_put_half((uint16_t *)to + c, v_get(from + c, channels - c), channels - c);
 }
 
 /* The table of a line: for each tile of pixels, for each tap, the address of every pixel's input; zeros outside. */
@@ -204,13 +194,14 @@ static void line_addresses(const Line *line, i64 channels, const float *zeros, c
 }
 
 /* A dense convolution of a line; `depth` channels of an input pixel, `all_taps` in the packed weights. */
-static void dense_line(const Line *line, i64 depth, i64 all_taps, const float *packed, i64 columns, const Finish *f,
-                       const float *zeros, const float **table) {
+static void dense_line(const Line *line, i64 depth, int pairs, i64 all_taps, const float *packed, i64 columns,
+                       const Finish *f, const float *zeros, const float **table) {
     line_addresses(line, depth, zeros, table);
+    if (pairs) depth /= 2;
     for (i64 c = 0; c < columns; c += TILE_COLUMNS, packed += all_taps * depth * TILE_COLUMNS)
         for (i64 r = 0, count; r < line->count; r += count) {
             count = rows_at_a_time(line->count - r, columns - c);
-            dense_rows(count, 0, table + r * line->taps, 0, packed, line->at, line->taps, depth, f,
+            dense_rows(count, pairs, table + r * line->taps, 0, packed, line->at, line->taps, depth, f,
                        line->first + r * line->step, line->step, c, columns - c);
         }
 }

@@ -96,8 +96,8 @@ INLINE V v_add_to_exponent(V v, V bits) { return (V)((VU)v + ((VU)bits << 23)); 
 
 #define TILE_COLUMNS (2 * LANES)
 
-/* Pairs of bf16 values, which some processors multiply and add up at once. A pair lies where one fp32 value would, so
- * that what moves values moves pairs. */
+/* Pairs of bf16 values, which some processors multiply and add up at once. A pair is moved as one fp32 value is, and a
+ * pixel's pairs lie in the first half of the room of its fp32 values. */
 #if defined(TINYTL_BF16)
 #define HAS_PAIRS 1
 INLINE V v_dot(V a, V b, V sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
