@@ -93,8 +93,8 @@ CHAINS = {
 ACTIVATIONS = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
 
 
-def make(name, **options):
-    torch.manual_seed(0)
+def make(name, seed=0, **options):
+    torch.manual_seed(seed)
     chain, shape = CHAINS[name]()
     x = 2 * torch.randn(shape).contiguous(memory_format=CL)
     return replace(chain, backend="native", **options), x
@@ -113,6 +113,10 @@ def stock(chain, x, dtype):
         if stage.activation is not None:
             y = ACTIVATIONS[stage.activation](y)
     return (y + inputs if chain.residual else y), pooled
+
+
+def stock_output(chain, dtype):
+    return lambda maps: stock(chain, maps, dtype)[0]
 
 
 def error(found, exact):
@@ -156,24 +160,28 @@ def in_double(stage):
     return Stage(*layers, stage.activation)
 
 
-@pytest.mark.parametrize("name", ["residual", "stride 2, 5x5", "stem", "one pixel", "SiLU", "hardswish"])
+@pytest.mark.parametrize("name", CHAINS)
 def test_bf16_maps_give_gradients_no_further_off_than_stock(name, threads, instruction_set):
-    chain, x = make(name)
-    x = x.bfloat16()
+    errors = []
+    for seed in range(8):  # as an activation's edge that one value falls beyond is most of an error
+        chain, x = make(name, seed, slice_mb=(1e-6, 10.0)[seed % 2])
+        x = x.bfloat16()
+        exact = bf16_gradients(stock_output(chain, torch.float64), x, torch.float64)
+        ours = bf16_gradients(chain, x, torch.bfloat16)
+        theirs = bf16_gradients(stock_output(chain, torch.bfloat16), x, torch.bfloat16)
+        assert ours[0].dtype == ours[1].dtype == torch.bfloat16
+        errors.append([[error(each, true) for each, true in zip(run, exact, strict=True)] for run in (ours, theirs)])
+    for found, other in torch.tensor(errors).mean(0).T:  # of the output, of the gradient
+        assert found <= 1.1 * other + 1e-3
 
-    def gradients(run, dtype):
-        maps = x.to(dtype).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            output = run(maps)
-        grad = torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype)
-        return output, torch.autograd.grad(output, maps, grad)[0]
 
-    exact = gradients(lambda maps: stock(chain, maps, torch.float64)[0], torch.float64)
-    ours = gradients(chain, torch.bfloat16)
-    theirs = gradients(lambda maps: stock(chain, maps, torch.bfloat16)[0], torch.bfloat16)
-    assert ours[0].dtype == ours[1].dtype == torch.bfloat16
-    for found, other, reference in zip(ours, theirs, exact, strict=True):
-        assert error(found, reference) <= 1.1 * error(other, reference) + 2e-3
+def bf16_gradients(run, x, dtype):
+    """The output for ``x`` in ``dtype``, and the gradient of ``x``."""
+    maps = x.to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = run(maps)
+    grad = torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype)
+    return output, torch.autograd.grad(output, maps, grad)[0]
 
 
 def test_an_int8_weight_is_used_as_it_is(instruction_set):
@@ -219,6 +227,8 @@ def test_what_is_not_a_number_stays_one(name, instruction_set):
         ((40, 24), 1, 3, 1, (2, 40, 3, 3)),
         ((16, 16), 1, 1, 1, (4, 16, 1, 1)),
         ((48, 20), 2, 3, 2, (5, 48, 7, 7)),
+        ((10, 14), 1, 3, 2, (2, 10, 7, 6)),  # groups of 5, which cannot be read in pairs
+        ((9, 7), 2, 3, 1, (3, 9, 8, 8)),
     ],
 )
 def test_a_lite_branch_is_as_exact_as_stock(channels, stride, kernel, groups, shape, dtype, threads, instruction_set):
