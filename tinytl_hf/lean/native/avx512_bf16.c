@@ -1,5 +1,7 @@
 /* The kernels with AVX-512 and its products of bf16 values. */
-#if defined(__x86_64__) || defined(__i386__)
+#include "native.h"
+
+#if defined(TINYTL_KNOWS_BF16)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,avx512bf16"))), apply_to = function)
 #else

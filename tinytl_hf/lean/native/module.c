@@ -17,7 +17,9 @@ EXPORT const Kernels *tinytl_kernels(int skip) {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
+#if defined(TINYTL_KNOWS_BF16)
         if (__builtin_cpu_supports("avx512bf16")) found[count++] = &kernels_avx512_bf16;
+#endif
         found[count++] = &kernels_avx512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = &kernels_avx2;

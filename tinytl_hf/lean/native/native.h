@@ -9,6 +9,13 @@
 
 typedef int64_t i64;
 
+/* Compilers that know AVX-512's products of bf16 values, and how to ask a processor for them. */
+#if defined(__x86_64__) || defined(__i386__)
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define TINYTL_KNOWS_BF16
+#endif
+#endif
+
 /* Tensors whose type may vary: fp32, or bf16 where the flag is set. */
 typedef struct {
     void *data;
