@@ -183,19 +183,21 @@ static double *inner(const Branch *b, const float *norm1, const float *norm2) {
 /* The flow before the first norm, and the gradient of the grouped convolution's weight, for the output channels from
  * `from` to before `to`. */
 static void weight1_backward(const Branch *b, const float *norm1, const Grid *grid, i64 from, i64 to,
-                             const float **table) {
+                             const float **table, float *room) {
     const i64 in = b->in_channels / b->groups, out = b->middle / b->groups, row = grid->taps * in;
+    const int pairs = grid->pairs;
     memset(b->grad_weight1 + from * row, 0, (size_t)((to - from) * row) * sizeof(float));
     for (i64 first = 0, count; first < pixels_out(b); first += count) {
         count = min_of(PIXELS, pixels_out(b) - first);
         float *flow = b->flow + first * b->middle;
         norm_backward(b->maps + first * b->middle, flow, flow, count, b->middle, norm1, from, to);
+        if (pairs) pair_pixels(flow, count, b->middle, from, to, room);
         grid_addresses(grid, first, count, table);
         for (i64 g = from / out; g * out < to; g++) { /* groups that have some of these channels */
             const i64 low = max_of(from, g * out), high = min_of(to, (g + 1) * out);
             for (i64 t = 0; t < grid->taps; t++)
-                outer_product(grid->pairs, flow + low, b->middle, high - low, table + t * TILE_ROWS,
-                              grid->taps * TILE_ROWS, g * (grid->pairs ? in / 2 : in), count,
+                outer_product(pairs, (pairs ? room : flow) + low, b->middle, high - low, table + t * TILE_ROWS,
+                              grid->taps * TILE_ROWS, g * (pairs ? in / 2 : in), count,
                               b->grad_weight1 + low * row + t * in, row, in);
         }
     }
@@ -231,7 +233,7 @@ static void convolve_backward(const Branch *b, const float *norm1) {
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
     for (i64 t = 0; t < b->threads; t++)
         weight1_backward(b, norm1, &forward, b->middle * t / b->threads, b->middle * (t + 1) / b->threads,
-                         (const float **)(OWN(room) + room.table));
+                         (const float **)(OWN(room) + room.table), OWN(room) + room.act);
     if (!b->grad_input.data) return;
     pack_weight1(b, 1, pairs, packed);
     if (pairs) flow_to_pairs(b);

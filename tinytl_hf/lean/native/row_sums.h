@@ -3,8 +3,9 @@
 
 /* ---- weights' gradients: sums over pixels of an output channel's gradient times an input channel's value */
 
-INLINE void outer_tile(const int rows, const int two, const int half, const float *gradient, i64 pitch,
+INLINE void outer_tile(const int rows, const int two, const int pairs, const float *gradient, i64 pitch,
                        const float *const *x, i64 x_step, i64 offset, i64 count, float *to, i64 to_pitch, i64 n) {
+    const int step = pairs ? 2 : 1; /* pixels at a time */
     V s0[TILE_ROWS], s1[TILE_ROWS];
     const int part = two ? n < 2 * LANES : n < LANES;
     const i64 n0 = two ? LANES : n, n1 = n - LANES;
@@ -13,13 +14,13 @@ INLINE void outer_tile(const int rows, const int two, const int half, const floa
         s0[i] = part ? v_load_part(to + i * to_pitch, n0) : v_load(to + i * to_pitch);
         s1[i] = !two ? v_all(0) : part ? v_load_part(to + i * to_pitch + LANES, n1) : v_load(to + i * to_pitch + LANES);
     }
-    for (i64 r = 0, i = 0; r < count; r++, gradient += pitch) {
-        const float *p = x[i] + offset;
-        i += r % TILE_ROWS == TILE_ROWS - 1 ? x_step - TILE_ROWS + 1 : 1;
+    for (i64 r = 0, i = 0; r < count; r += step, gradient += pitch) {
+        const float *p = x[i] + offset, *q = pairs && r + 1 < count ? x[i + 1] + offset : p;
+        i += r % TILE_ROWS == TILE_ROWS - step ? x_step - TILE_ROWS + step : step;
         V b0, b1 = v_all(0);
-        if (half) {
-            b0 = v_get_half((const uint16_t *)p, part ? n0 : LANES);
-            if (two) b1 = v_get_half((const uint16_t *)p + LANES, part ? n1 : LANES);
+        if (pairs) {
+            b0 = v_get_pair((const uint16_t *)p, (const uint16_t *)q, part ? n0 : LANES);
+            if (two) b1 = v_get_pair((const uint16_t *)p + LANES, (const uint16_t *)q + LANES, part ? n1 : LANES);
         } else {
             b0 = part ? v_load_part(p, n0) : v_load(p);
             if (two) b1 = part ? v_load_part(p + LANES, n1) : v_load(p + LANES);
@@ -27,8 +28,8 @@ INLINE void outer_tile(const int rows, const int two, const int half, const floa
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
             const V a = v_all(gradient[i]);
-            s0[i] = v_fma(a, b0, s0[i]);
-            if (two) s1[i] = v_fma(a, b1, s1[i]);
+            s0[i] = pairs ? v_dot(a, b0, s0[i]) : v_fma(a, b0, s0[i]);
+            if (two) s1[i] = pairs ? v_dot(a, b1, s1[i]) : v_fma(a, b1, s1[i]);
         }
     }
 #pragma GCC unroll 16
@@ -40,15 +41,15 @@ INLINE void outer_tile(const int rows, const int two, const int half, const floa
     }
 }
 
-/* to[i][j] += sum over pixels of gradient[pixel][i] * x[pixel][offset + j], for i < rows and j < columns; with `half`,
- * x holds bf16 values, and `offset` counts pairs of them. */
-INLINE void outer_product_of(const int half, const float *gradient, i64 pitch, i64 rows, const float *const *x,
+/* to[i][j] += sum over pixels of gradient[pixel][i] * x[pixel][offset + j], for i < rows and j < columns. With `pairs`,
+ * x holds bf16 values, `offset` counts pairs of them, and the gradient is that of `pair_pixels`. */
+INLINE void outer_product_of(const int pairs, const float *gradient, i64 pitch, i64 rows, const float *const *x,
                              i64 x_step, i64 offset, i64 count, float *to, i64 to_pitch, i64 columns) {
     for (i64 j = 0; j < columns; j += TILE_COLUMNS) {
         const i64 n = min_of(TILE_COLUMNS, columns - j);
         i64 i = 0;
 #define OUTER(ROWS, TWO)                                                                                               \
-    outer_tile(ROWS, TWO, half, gradient + i, pitch, x, x_step, offset + (half ? j / 2 : j), count,                    \
+    outer_tile(ROWS, TWO, pairs, gradient + i, pitch, x, x_step, offset + (pairs ? j / 2 : j), count,                  \
                to + i * to_pitch + j, to_pitch, n)
         for (; i + TILE_ROWS <= rows; i += TILE_ROWS) {
             if (n > LANES) OUTER(TILE_ROWS, 1);
@@ -65,11 +66,21 @@ INLINE void outer_product_of(const int half, const float *gradient, i64 pitch, i
     }
 }
 
-static void outer_product(int half, const float *gradient, i64 pitch, i64 rows, const float *const *x, i64 x_step,
+static void outer_product(int pairs, const float *gradient, i64 pitch, i64 rows, const float *const *x, i64 x_step,
                           i64 offset, i64 count, float *to, i64 to_pitch, i64 columns) {
-    if (HAS_PAIRS && half)
+    if (HAS_PAIRS && pairs)
         outer_product_of(1, gradient, pitch, rows, x, x_step, offset, count, to, to_pitch, columns);
     else outer_product_of(0, gradient, pitch, rows, x, x_step, offset, count, to, to_pitch, columns);
+}
+
+/* Pairs of the values of two pixels, for the channels from `from` to before `end`: to[pixel / 2][channel]. */
+static void pair_pixels(const float *values, i64 rows, i64 channels, i64 from, i64 end, float *to) {
+    for (i64 r = 0; r < rows; r += 2, values += 2 * channels, to += channels)
+        for (i64 c = from; c < end; c += LANES) {
+            const i64 n = min_of(LANES, end - c);
+            const V second = r + 1 < rows ? v_get(values + channels + c, n) : v_all(0);
+            v_put(to + c, v_pair(v_get(values + c, n), second), n);
+        }
 }
 
 /* ---- batch norm over rows of channels */

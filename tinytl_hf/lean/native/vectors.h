@@ -106,15 +106,24 @@ INLINE void v_put_half(uint16_t *p, V v, i64 n) { /* rounded to the nearest bf16
     if (n >= LANES) _mm256_storeu_si256((__m256i *)p, half);
     else _mm256_mask_storeu_epi16(p, v_first(n), half);
 }
-INLINE V v_get_half(const uint16_t *p, i64 n) {
-    const __m256i half = n >= LANES ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi16(v_first(n), p);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+INLINE V v_zip(__m512i both) { /* a pair of each value of the first half and that of the second */
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, both));
+}
+INLINE V v_pair(V first, V second) { return v_zip((__m512i)_mm512_cvtne2ps_pbh(second, first)); }
+INLINE __m256i v_half(const uint16_t *p, i64 n) {
+    return n >= LANES ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi16(v_first(n), p);
+}
+INLINE V v_get_pair(const uint16_t *p, const uint16_t *q, i64 n) {
+    return v_zip(_mm512_inserti64x4(_mm512_castsi256_si512(v_half(p, n)), v_half(q, n), 1));
 }
 #else /* the same names, never called */
 #define HAS_PAIRS 0
 INLINE V v_dot(V a, V b, V sum) { (void)a, (void)b; return sum; }
 INLINE void v_put_half(uint16_t *p, V v, i64 n) { (void)p, (void)v, (void)n; }
-INLINE V v_get_half(const uint16_t *p, i64 n) { (void)p, (void)n; return v_all(0); }
+INLINE V v_pair(V first, V second) { (void)second; return first; }
+INLINE V v_get_pair(const uint16_t *p, const uint16_t *q, i64 n) { (void)p, (void)q, (void)n; return v_all(0); }
 #endif
 
 /* The first n lanes; a whole vector is the usual case, and masked stores are slow. */
