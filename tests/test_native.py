@@ -175,6 +175,31 @@ def test_bf16_maps_give_gradients_no_further_off_than_stock(name, threads, instr
         assert found <= 1.1 * other + 1e-3
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("name", ["residual", "stride 2, 5x5", "stem", "ResNet", "one stage"])
+def test_all_that_a_chain_gives_in_bf16_is_within_its_rounding(name, int8, threads, instruction_set):
+    chain, x = make(name)
+    if int8:
+        quantise(nn.ModuleList(stage.conv for stage in chain.stages))
+        chain = replace(chain, stages=tuple(map(replace, chain.stages)))
+    x = x.bfloat16() if name != "stem" else x  # as photos come to the first chain
+    pools = min(chain.block_input_size(x.shape)) > 1
+    output, pooled, kept = native_backend.chain_forward(chain, x, torch.bfloat16, True, pools)
+    expected = eager_backend.chain_forward(chain, x.float(), torch.float32, True, pools)
+    assert error(output, expected[0].double()) < 5e-3
+    assert not pools or error(pooled, expected[1].double()) < 5e-3
+    grad = torch.randn(output.shape).bfloat16()
+    grad_pooled = torch.randn(pooled.shape).bfloat16() if pools else None
+    for needs_input in (True, False):
+        wanted = [needs_input, [stage.bias is not None for stage in chain.stages]]
+        ours = native_backend.chain_backward(chain, kept, x.shape, torch.bfloat16, grad, grad_pooled, *wanted)
+        of_pooled = None if grad_pooled is None else grad_pooled.float()
+        theirs = eager_backend.chain_backward(chain, kept, x.shape, torch.float32, grad.float(), of_pooled, *wanted)
+        for found, reference in zip([ours[0], *ours[1]], [theirs[0], *theirs[1]], strict=True):
+            assert found is None or error(found, reference.double()) < 1e-2
+
+
 def bf16_gradients(run, x, dtype):
     """The output for ``x`` in ``dtype``, and the gradient of ``x``."""
     maps = x.to(dtype).requires_grad_()
@@ -191,6 +216,7 @@ def test_an_int8_weight_is_used_as_it_is(instruction_set):
     chain = replace(chain, stages=tuple(map(replace, chain.stages)))
     eager = replace(chain, backend="eager")
     torch.testing.assert_close(chain(x), eager(x), atol=1e-5, rtol=1e-5)
+    assert error(chain(x.bfloat16()), eager(x).double()) < 5e-3
 
 
 @pytest.mark.parametrize("activation", ["silu", "hardswish"])
@@ -229,6 +255,7 @@ def test_what_is_not_a_number_stays_one(name, instruction_set):
         ((48, 20), 2, 3, 2, (5, 48, 7, 7)),
         ((10, 14), 1, 3, 2, (2, 10, 7, 6)),  # groups of 5, which cannot be read in pairs
         ((9, 7), 2, 3, 1, (3, 9, 8, 8)),
+        ((24, 24), 1, 3, 2, (1, 24, 7, 7)),  # an odd number of pixels
     ],
 )
 def test_a_lite_branch_is_as_exact_as_stock(channels, stride, kernel, groups, shape, dtype, threads, instruction_set):

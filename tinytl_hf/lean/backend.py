@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # What the name of an instruction set is followed by where a processor has no faster one that there are kernels for.
 SLOWER_BECAUSE = {
     "AVX-512 BF16": "",
-    "AVX-512": ", as this processor has no AVX-512 BF16, which only bf16 gains by",
+    "AVX-512": ", as this processor or its compiler has no AVX-512 BF16, which only bf16 gains by",
 }
 FASTEST_ON: dict[str, BackendName] = {"cpu": "native", "cuda": "triton"}
 left_to_eager: list[str] = []  # what this process has said so far of parts that the chosen back-end does not run

@@ -181,7 +181,7 @@ static double *inner(const Branch *b, const float *norm1, const float *norm2) {
 }
 
 /* The flow before the first norm, and the gradient of the grouped convolution's weight, for the output channels from
- * `from` to before `to`. */
+ * `from` to before `to`; `room`: for pairs of pixels, which fit into PIXELS and TILE_ROWS. */
 static void weight1_backward(const Branch *b, const float *norm1, const Grid *grid, i64 from, i64 to,
                              const float **table, float *room) {
     const i64 in = b->in_channels / b->groups, out = b->middle / b->groups, row = grid->taps * in;

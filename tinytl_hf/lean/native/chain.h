@@ -184,12 +184,13 @@ static void make_rows(const Pass *pass, i64 map, i64 a, i64 b, int counts) {
     const Plan *p = pass->plan;
     const Chain *c = p->chain;
     const i64 row = p->width[map] * p->channels[map];
-    const int pools = map == c->branch && c->pooled.data, ends = map == p->steps;
-    if (map > 0) {
-        const Stage *s = stage_of(p, map - 1);
+    const Stage *s = map ? stage_of(p, map - 1) : 0; /* that makes the map */
+    const int pools = map == c->branch && c->pooled.data, ends = map == p->steps, smooth = s && is_smooth(s);
+    const int packs = in_pairs(p, map) && (!s || pools || smooth); /* once it is there; else the stage writes pairs */
+    if (s) {
         const i64 image_bytes = p->height[map] * row / 8;
         convolve_rows(pass, map - 1, a, b, (Finish){
-            .pairs = in_pairs(p, map) && !pools && !is_smooth(s),
+            .pairs = in_pairs(p, map) && !packs,
             .kind = s->activation == CLAMP ? SCALE_CLAMP : SCALE,
             .pitch = s->out_channels,
             .scale = pass->shared + p->scale[map - 1],
@@ -198,10 +199,9 @@ static void make_rows(const Pass *pass, i64 map, i64 a, i64 b, int counts) {
             .mask = counts && s->mask ? s->mask + pass->image * image_bytes : 0,
             .mask_pitch = s->out_channels / 8,
         });
-        if (is_smooth(s)) activate_rows(pass, map, a, b, counts ? s->before : 0);
+        if (smooth) activate_rows(pass, map, a, b, counts ? s->before : 0);
     }
-    const int packs = in_pairs(p, map) && (pools || map == 0 || is_smooth(stage_of(p, map - 1)));
-    if (map && !pools && !packs && !(ends && (c->residual || c->output.is_bf16))) return;
+    if (s && !pools && !packs && !(ends && (c->residual || c->output.is_bf16))) return;
     for (i64 image = 0; image < pass->images; image++)
         for (i64 r = a; r < b; r++) {
             const i64 at = ((pass->image + image) * p->height[map] + r) * row;

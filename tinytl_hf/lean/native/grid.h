@@ -51,12 +51,12 @@ static i64 branch_scratch(const Branch *b) {
 
 /* The output pixels of one convolution that share their taps: all of them, or every stride-th one backward. */
 typedef struct {
-    i64 height, width, channels;      /* of the maps that are read */
+    i64 height, width, channels;      /* of the maps that are read; `channels`: values, or pairs, to the next pixel */
     i64 rows, columns;                /* of the pixels that are made, in each image */
     i64 stride;                       /* pixels that are read from one that is made to the next */
     i64 taps, at[MOST_TAPS], y[MOST_TAPS], x[MOST_TAPS];
     const float *maps, *zeros;
-    int pairs;                        /* the maps are of bf16 values, and `channels` counts pairs */
+    int pairs;                        /* whether pairs are read */
 } Grid;
 
 static Grid forward_grid(const Branch *b, const float *input, const float *zeros, int pairs) {
@@ -114,7 +114,7 @@ static void grid_addresses(const Grid *g, i64 first, i64 count, const float **ta
     }
 }
 
-/* Group `group`, of `depth` channels each, of a dense convolution of `count` pixels whose addresses are in `table`. */
+/* Group `group`, of `depth` values of a pixel, of a dense convolution of `count` pixels with addresses in `table`. */
 static void dense_pixels(const Grid *g, i64 count, const float *const *table, i64 group, i64 depth, i64 all_taps,
                          const float *packed, i64 columns, const Finish *f) {
     if (g->pairs) depth /= 2;
@@ -123,6 +123,7 @@ static void dense_pixels(const Grid *g, i64 count, const float *const *table, i6
     for (i64 c = 0; c < columns; c += TILE_COLUMNS, packed += all_taps * depth * TILE_COLUMNS)
         for (i64 r = 0, n; r < count; r += n) {
             n = rows_at_a_time(count - r, columns - c);
-            dense_rows(n, g->pairs, table + r * g->taps, offset, packed, g->at, g->taps, depth, f, r, 1, c, columns - c);
+            dense_rows(n, g->pairs, table + r * g->taps, offset, packed, g->at, g->taps, depth, f, r, 1, c,
+                       columns - c);
         }
 }

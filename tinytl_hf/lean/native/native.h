@@ -1,7 +1,8 @@
 /* What Python and the kernels share: the description of a chain or of a lite branch, and the kernels of one instruction set.
  *
- * Maps are channels-last: [images, height, width, channels]. Inside the kernels every number is fp32; only what comes
- * in and goes out may be bf16. Masks hold one bit a value, the first value in the lowest bit, in the order of memory. */
+ * Maps are channels-last: [images, height, width, channels]. Inside the kernels numbers are fp32, or bf16 where the
+ * processor multiplies those; sums are fp32. Masks hold one bit a value, the first value in the lowest bit, in the order
+ * of memory. */
 #ifndef TINYTL_NATIVE_H
 #define TINYTL_NATIVE_H
 
@@ -79,7 +80,7 @@ typedef struct {
     double values;                     /* of a channel, on all processes */
     void (*reduce)(double *, i64);     /* adds up over processes, in place; null where there is one */
     float *maps;                       /* [pixels, middle] of the grouped convolution's output */
-    float *flow;                       /* [pixels, middle] of its gradient; forward, null or [pixels, out_channels] */
+    float *flow;                       /* [pixels, middle] of its gradient, in the end in pairs; forward, null or [pixels, out_channels] */
     float *scratch;
     i64 threads;
 } Branch;

@@ -15,17 +15,12 @@ typedef struct {
     i64 window[MOST_STAGES + 1];       /* where it lies in a thread's scratch; -1: in the caller's own tensor */
     i64 weights[MOST_STAGES], scale[MOST_STAGES], shift[MOST_STAGES], zeros; /* places in the scratch */
     i64 sums[MOST_STAGES], totals, most_sums;                                /* in a thread's scratch */
-    i64 pairs;                         /* whether dense convolutions multiply pairs of bf16 values */
+    int pairs;                         /* whether dense convolutions of an even depth multiply pairs of bf16 values */
     i64 line, table, row;
     i64 shared, per_thread;            /* fp32 values of scratch */
 } Plan;
 
 static int is_pointwise(const Stage *s) { return s->kernel == 1 && s->stride == 1 && !s->depthwise && !s->padding; }
-
-/* Whether what a stage reads is in pairs of bf16 values. */
-static int reads_pairs(const Plan *p, const Stage *s) {
-    return p->pairs && !s->depthwise && (p->backward ? s->out_channels : s->in_channels) % 2 == 0;
-}
 
 static int is_smooth(const Stage *s) { return s->activation == HARDSWISH || s->activation == SILU; }
 
@@ -35,9 +30,6 @@ static i64 size_after(const Stage *s, i64 size) { return (size + 2 * s->padding 
 static const Stage *stage_of(const Plan *p, i64 step) {
     return p->chain->stage + (p->backward ? p->chain->stages - 1 - step : step);
 }
-
-/* Whether a map is held as pairs. */
-static int in_pairs(const Plan *p, i64 map) { return map < p->steps && reads_pairs(p, stage_of(p, map)); }
 
 /* The index, in forward order, of a pass's map. */
 static i64 map_index(const Plan *p, i64 map) { return p->backward ? p->chain->stages - map : map; }
@@ -81,6 +73,15 @@ static int in_place(const Plan *p, i64 map) {
     if (!p->backward) return map == 0 ? !c->input.is_bf16 : map == p->steps && !c->output.is_bf16;
     return map == p->steps && c->grad_input.data && !c->grad_input.is_bf16;
 }
+
+/* Whether what a stage reads is in pairs of bf16 values. */
+static int reads_pairs(const Plan *p, const Stage *s) {
+    const int of_caller = s == stage_of(p, 0) && in_place(p, 0); /* which stays as it is */
+    return p->pairs && !of_caller && !s->depthwise && (p->backward ? s->out_channels : s->in_channels) % 2 == 0;
+}
+
+/* Whether a map is held as pairs. */
+static int in_pairs(const Plan *p, i64 map) { return map < p->steps && reads_pairs(p, stage_of(p, map)); }
 
 /* Lays out the windows for `rows` rows of the last map; their size in fp32 values. */
 static i64 set_windows(Plan *p, i64 rows) {
@@ -129,7 +130,7 @@ static i64 packed_size(const Plan *p, const Stage *s) {
 
 static Plan make_plan(const Chain *c) {
     Plan p = {.chain = c, .backward = c->grad_output.data != 0};
-    p.pairs = HAS_PAIRS && (p.backward ? c->grad_output : c->input).is_bf16;
+    p.pairs = HAS_PAIRS && (p.backward ? c->grad_output : c->output).is_bf16;
     set_sizes(&p, c);
     i64 at = set_tile(&p, c), most_channels = 0, most_table = 0, most_row = 0;
     for (i64 i = 0; i < c->stages; i++) {
@@ -181,7 +182,7 @@ static i64 panels_of(const Stage *s, int backward) {
 }
 
 static void pack_stage(const Plan *p, const Stage *s, i64 panel, float *packed) {
-    const int backward = (int)p->backward, pairs = reads_pairs(p, s);
+    const int backward = (int)p->backward, transposed = backward && !s->depthwise, pairs = reads_pairs(p, s);
     const i64 taps = s->kernel * s->kernel, *strides = s->weight_strides;
     const i64 depth = backward ? s->out_channels : s->in_channels, columns = backward ? s->in_channels : s->out_channels;
     for (i64 t = 0; t < taps; t++) {
@@ -190,9 +191,9 @@ static void pack_stage(const Plan *p, const Stage *s, i64 panel, float *packed) 
             .fp32 = s->weight ? s->weight + place : 0,
             .int8 = s->weight ? 0 : s->int8_weight + place,
             .scales = s->int8_scale,
-            .scale_by_column = s->depthwise || !backward,
-            .column_stride = strides[backward && !s->depthwise ? 1 : 0],
-            .depth_stride = strides[backward ? 0 : 1],
+            .scale_by_column = !transposed,
+            .column_stride = strides[transposed ? 1 : 0],
+            .depth_stride = strides[transposed ? 0 : 1],
         };
         if (s->depthwise)
             for (i64 i = 0; i < s->in_channels; i++) packed[t * s->in_channels + i] = weight_at(&weight, i, 0);

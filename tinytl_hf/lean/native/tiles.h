@@ -54,7 +54,7 @@ INLINE void finish(const int kind, const int rows, const Finish *f, i64 row, i64
             value = v_mul(value, scale);
         }
         float *to = f->out + row * f->pitch;
-        if (HAS_PAIRS && f->pairs) v_put_half((uint16_t *)to + c, value, n);
+        if (HAS_PAIRS && f->pairs) v_put_bf16((uint16_t *)to + c, value, n);
         else v_put(to + c, value, n);
     }
     if (kind == MASK_SUM_SCALE || kind == SUM_SCALE) {
@@ -75,7 +75,7 @@ typedef struct {
 } Line;
 
 /* ---- dense convolutions: weights packed as [columns / TILE_COLUMNS][taps][depth][TILE_COLUMNS], padded with zeros;
- * with `pairs`, what is read and the weights are pairs of bf16 values, and `depth` counts pairs */
+ * with `pairs`, what is read and the weights are pairs of bf16 values, and `depth` of a tile counts pairs */
 
 /* `rows` pixels by one or two vectors; of one vector up to two tiles, so that enough sums are under way at a time. */
 INLINE void dense_tile(const int kind, const int rows, const int two, const int pairs, const float *const *a, i64 offset,
@@ -180,7 +180,7 @@ static void pointwise(const float *a, i64 lda, i64 rows, i64 depth, int pairs, c
 static void to_pairs(const float *from, i64 rows, i64 channels, float *to) {
     for (i64 r = 0; r < rows; r++, from += channels, to += channels)
         for (i64 c = 0; c < channels; c += LANES)
-            v_put_half((uint16_t *)to + c, v_get(from + c, channels - c), channels - c);
+            v_put_bf16((uint16_t *)to + c, v_get(from + c, channels - c), channels - c);
 }
 
 /* The table of a line: for each tile of pixels, for each tap, the address of every pixel's input; zeros outside. */
@@ -313,7 +313,7 @@ static void finish_rows(const float *from, i64 rows, i64 channels, const Finish 
     else rows_of_kind(MASK_SUM_SCALE, from, rows, channels, f);
 }
 
-/* A weight of a dense convolution, read through strides. */
+/* A weight that is read through strides. */
 typedef struct {
     const float *fp32;     /* or null, and then: */
     const int8_t *int8;
@@ -327,21 +327,34 @@ INLINE float weight_at(const Weight *w, i64 column, i64 k) {
     return w->fp32 ? w->fp32[at] : w->int8[at] * w->scales[w->scale_by_column ? column : k];
 }
 
-INLINE float pair_of(float first, float second) {
-    const uint32_t bits = to_bf16(first) | (uint32_t)to_bf16(second) << 16;
-    float pair;
-    memcpy(&pair, &bits, 4);
-    return pair;
+/* `n` weights of a column, at most LANES, from depth k on. */
+INLINE V column_weights(const Weight *w, i64 column, i64 k, i64 n) {
+    if (w->fp32 && w->depth_stride == 1) return v_get(w->fp32 + column * w->column_stride + k, n);
+    float values[LANES] = {0};
+    for (i64 i = 0; i < n; i++) values[i] = weight_at(w, column, k + i);
+    return v_load(values);
 }
 
 /* Packs the columns from `column` on of `depth` values: one column of the packed form is one output. */
 static void pack_panel(const Weight *w, i64 column, i64 columns, i64 depth, int pairs, float *packed) {
-    const i64 n = min_of(TILE_COLUMNS, columns - column);
-    for (i64 k = 0; k < depth; k += pairs ? 2 : 1, packed += TILE_COLUMNS) {
-        for (i64 j = 0; j < n; j++) {
-            const float value = weight_at(w, column + j, k);
-            packed[j] = pairs ? pair_of(value, weight_at(w, column + j, k + 1)) : value;
-        }
-        for (i64 j = n; j < TILE_COLUMNS; j++) packed[j] = 0;
+    const i64 n = min_of(TILE_COLUMNS, columns - column), step = pairs ? 2 : 1;
+    if (n < TILE_COLUMNS) memset(packed, 0, (size_t)(depth / step * TILE_COLUMNS) * sizeof(float));
+    if (w->fp32 && w->column_stride == 1) { /* a row of the packed form lies as it is, or two that make pairs */
+        for (i64 k = 0; k < depth; k += step, packed += TILE_COLUMNS)
+            for (i64 j = 0; j < n; j += LANES) {
+                const float *from = w->fp32 + column + j + k * w->depth_stride;
+                const V first = v_get(from, n - j);
+                v_put(packed + j, pairs ? v_pair(first, v_get(from + w->depth_stride, n - j)) : first, n - j);
+            }
+        return;
     }
+    for (i64 j = 0; j < n; j++)
+        for (i64 k = 0; k < depth; k += LANES) {
+            float some[LANES];
+            const i64 count = min_of(LANES, depth - k);
+            const V weights = column_weights(w, column + j, k, count);
+            if (pairs) v_put_bf16((uint16_t *)some, weights, LANES);
+            else v_store(some, weights);
+            for (i64 i = 0; i < count / step; i++) packed[(k / step + i) * TILE_COLUMNS + j] = some[i];
+        }
 }

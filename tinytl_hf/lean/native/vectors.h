@@ -96,15 +96,18 @@ INLINE V v_add_to_exponent(V v, V bits) { return (V)((VU)v + ((VU)bits << 23)); 
 
 #define TILE_COLUMNS (2 * LANES)
 
-/* Pairs of bf16 values, which some processors multiply and add up at once. A pair is moved as one fp32 value is, and a
- * pixel's pairs lie in the first half of the room of its fp32 values. */
+/* Pairs of bf16 values, which some processors multiply and add up at once. A pair is moved as one fp32 value is. In maps
+ * it is of neighbouring channels, and a pixel's pairs lie in the first half of the room of its fp32 values; in gradients
+ * of weights, which are sums over pixels, it is of one channel of two pixels (v_pair, v_get_pair). */
 #if defined(TINYTL_BF16)
 #define HAS_PAIRS 1
-INLINE V v_dot(V a, V b, V sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-INLINE void v_put_half(uint16_t *p, V v, i64 n) { /* rounded to the nearest bf16 */
-    const __m256i half = (__m256i)_mm512_cvtneps_pbh(v);
-    if (n >= LANES) _mm256_storeu_si256((__m256i *)p, half);
-    else _mm256_mask_storeu_epi16(p, v_first(n), half);
+INLINE V v_dot(V a, V b, V sum) { /* sum + a * b of both values */
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+INLINE void v_put_bf16(uint16_t *p, V v, i64 n) { /* rounded to the nearest bf16 */
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(v);
+    if (n >= LANES) _mm256_storeu_si256((__m256i *)p, rounded);
+    else _mm256_mask_storeu_epi16(p, v_first(n), rounded);
 }
 INLINE V v_zip(__m512i both) { /* a pair of each value of the first half and that of the second */
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
@@ -112,16 +115,16 @@ INLINE V v_zip(__m512i both) { /* a pair of each value of the first half and tha
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, both));
 }
 INLINE V v_pair(V first, V second) { return v_zip((__m512i)_mm512_cvtne2ps_pbh(second, first)); }
-INLINE __m256i v_half(const uint16_t *p, i64 n) {
+INLINE __m256i v_get_bf16(const uint16_t *p, i64 n) {
     return n >= LANES ? _mm256_loadu_si256((const __m256i *)p) : _mm256_maskz_loadu_epi16(v_first(n), p);
 }
 INLINE V v_get_pair(const uint16_t *p, const uint16_t *q, i64 n) {
-    return v_zip(_mm512_inserti64x4(_mm512_castsi256_si512(v_half(p, n)), v_half(q, n), 1));
+    return v_zip(_mm512_inserti64x4(_mm512_castsi256_si512(v_get_bf16(p, n)), v_get_bf16(q, n), 1));
 }
 #else /* the same names, never called */
 #define HAS_PAIRS 0
 INLINE V v_dot(V a, V b, V sum) { (void)a, (void)b; return sum; }
-INLINE void v_put_half(uint16_t *p, V v, i64 n) { (void)p, (void)v, (void)n; }
+INLINE void v_put_bf16(uint16_t *p, V v, i64 n) { (void)p, (void)v, (void)n; }
 INLINE V v_pair(V first, V second) { (void)second; return first; }
 INLINE V v_get_pair(const uint16_t *p, const uint16_t *q, i64 n) { (void)p, (void)q, (void)n; return v_all(0); }
 #endif
@@ -148,13 +151,6 @@ static const float *read_values(Maps maps, i64 at, i64 count, float *room) {
     return room;
 }
 
-INLINE uint16_t to_bf16(float value) { /* the nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
-    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded); /* NaN stays NaN */
-}
-
 /* Writes fp32 values into maps, rounded to the nearest bf16 (ties to even) where that is their type. */
 static void write_values(Maps maps, i64 at, i64 count, const float *values) {
     if (!maps.is_bf16) {
@@ -163,5 +159,10 @@ static void write_values(Maps maps, i64 at, i64 count, const float *values) {
         return;
     }
     uint16_t *to = (uint16_t *)maps.data + at;
-    for (i64 i = 0; i < count; i++) to[i] = to_bf16(values[i]);
+    for (i64 i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, values + i, 4);
+        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+        to[i] = (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded); /* NaN stays NaN */
+    }
 }
