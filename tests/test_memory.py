@@ -265,8 +265,9 @@ def test_the_step_has_the_optimizer_and_the_accumulation_of_the_run(make_model):
     )
     trained = sum(p.nbytes for p in make_model("FT-Full").parameters())
     assert once.optimizer_state == trained < twice.optimizer_state / 2  # one moment; two and a step count
-    # The first pass's gradients are there when the second pass takes most.
-    assert once.gradients < trained == twice.gradients
+    # The first pass's gradients are there when the second pass takes most. How many of a single pass's are, depends on
+    # the room that the processor's kernels take for the weights of the first layers.
+    assert once.gradients <= trained == twice.gradients
     assert twice.total > once.total + trained
 
 
