@@ -8,12 +8,7 @@
 #define TINYTL_AVX2
 #include "upsampling.h"
 
-const Kernels kernels_avx2 = {
-    "AVX2",
-    chain_scratch, chain_forward, chain_backward,
-    branch_scratch, branch_forward, branch_backward,
-    upsampling_scratch, upsample_add, upsample_backward,
-};
+const Kernels kernels_avx2 = KERNELS("AVX2");
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -8,12 +8,7 @@
 #define TINYTL_AVX512
 #include "upsampling.h"
 
-const Kernels kernels_avx512 = {
-    "AVX-512",
-    chain_scratch, chain_forward, chain_backward,
-    branch_scratch, branch_forward, branch_backward,
-    upsampling_scratch, upsample_add, upsample_backward,
-};
+const Kernels kernels_avx512 = KERNELS("AVX-512");
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

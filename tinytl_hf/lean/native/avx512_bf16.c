@@ -11,12 +11,7 @@
 #define TINYTL_BF16
 #include "upsampling.h"
 
-const Kernels kernels_avx512_bf16 = {
-    "AVX-512 BF16",
-    chain_scratch, chain_forward, chain_backward,
-    branch_scratch, branch_forward, branch_backward,
-    upsampling_scratch, upsample_add, upsample_backward,
-};
+const Kernels kernels_avx512_bf16 = KERNELS("AVX-512 BF16");
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

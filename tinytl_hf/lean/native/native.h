@@ -106,6 +106,11 @@ typedef struct {
     void (*upsample_backward)(const Upsampling *);
 } Kernels;
 
+/* Those of a file, which includes upsampling.h. */
+#define KERNELS(NAME)                                                                                                  \
+    {NAME,          chain_scratch,   chain_forward,      chain_backward, branch_scratch,                               \
+     branch_forward, branch_backward, upsampling_scratch, upsample_add,   upsample_backward}
+
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 
 #endif
