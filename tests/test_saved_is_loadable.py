@@ -132,9 +132,10 @@ def test_values_that_no_adapter_can_have_are_refused_when_it_is_saved(value, dty
 def test_a_cast_model_is_saved_as_it_is_read(dtype, method, make_model, tmp_path):
     model = make_model(method, train_size=32).to(dtype)
     loaded = save_and_load(model, tmp_path)
-    assert loaded.adapter_tensors().keys() == model.adapter_tensors().keys()
-    for name, tensor in loaded.adapter_tensors().items():
-        assert torch.equal(tensor, model.adapter_tensors()[name].to(tensor.dtype)), name
+    given, read = model.adapter_tensors(), loaded.adapter_tensors()
+    assert read.keys() == given.keys()
+    for name, tensor in read.items():
+        assert torch.equal(tensor, given[name].to(tensor.dtype)), name
 
 
 @pytest.mark.parametrize("taken_by", ["file", "below_a_file", "config_is_a_folder", "card_is_a_folder"])
