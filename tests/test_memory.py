@@ -15,7 +15,9 @@ from tinytl_hf.config.network import HeadConfig, LiteConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.config.verbs import MemoryTableConfig
+from tinytl_hf.device import make_accelerator
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.lean import native_library
 from tinytl_hf.lean.notes import grouped
 from tinytl_hf.measure.convolutions import Convolutions
 from tinytl_hf.measure.ledger import kept_by_layer, kept_for_backward
@@ -256,6 +258,17 @@ def test_the_step_starts_from_photos_and_large_ones_cost_a_bounded_amount(make_m
     # It is over when the forward pass starts, so a step that needs more takes no more of large photos.
     full = [measure_peak(make_model("FT-Full"), *photos(*size, 8), whole).dynamic for size in (sizes[0], sizes[2])]
     assert full[0] == full[1] > large.dynamic
+
+
+@pytest.mark.skipif(native_library.kernels() is None, reason="without a compiler bf16 saves nothing on a CPU")
+def test_bf16_saves_half_of_what_fp32_takes_where_the_processor_multiplies_it(make_model):
+    dynamic = {}
+    for precision in ("no", "bf16"):
+        config = Config(train=TrainConfig(mixed_precision=precision))
+        model = make_accelerator(precision, 1, cpu=True).prepare(make_model(train_size=224))
+        dynamic[precision] = measure_peak(model, *photos(448, 672, 8), config).dynamic
+    multiplies = native_library.kernels().name == b"AVX-512 BF16"  # others hold a lite residual's maps in fp32
+    assert dynamic["bf16"] < dynamic["no"] * (0.55 if multiplies else 0.9)
 
 
 def test_the_step_has_the_optimizer_and_the_accumulation_of_the_run(make_model):

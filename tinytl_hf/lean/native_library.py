@@ -84,7 +84,7 @@ class BranchArguments(ctypes.Structure):
         *((name, NormArguments) for name in ("norm1", "norm2")),
         ("values", c_double),
         ("reduce", Reduce),
-        *((name, c_void_p) for name in ("maps", "flow", "scratch")),
+        ("scratch", c_void_p),
         ("threads", c_int64),
     )
 

@@ -11,7 +11,7 @@ from tinytl_hf.config.run import Config
 from tinytl_hf.cuda_graph import training_passes
 from tinytl_hf.data.augment import RandomCropFlip
 from tinytl_hf.data.changes import Changes
-from tinytl_hf.device import wait_for_device
+from tinytl_hf.device import view_dtype, wait_for_device
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.step import Loss, make_optimizer, training_view
 
@@ -58,7 +58,8 @@ class MeasuredStep:
 
     def view(self) -> Tensor:
         """What the network gets of the photos."""
-        return training_view(self.model, self.batch, self.augment, self._size, self.changes)
+        view = training_view(self.model, self.batch, self.augment, self._size, self.changes)
+        return view.to(view_dtype(self.options.mixed_precision))
 
     def __call__(self) -> None:
         """Take the step, and wait for the device."""

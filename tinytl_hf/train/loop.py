@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from tinytl_hf.adapter.format import TENSORS_FILE, read_tensors
 from tinytl_hf.config.run import Config, flat
-from tinytl_hf.device import seconds_since
+from tinytl_hf.device import seconds_since, view_dtype
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.measure.accuracy import compute_logits
 from tinytl_hf.measure.metrics import compute_metrics
@@ -155,7 +155,8 @@ def augmented(run: Run, batch: dict[str, Tensor], size: int) -> Tensor:
     """What the network gets of a batch of pixels at this image size, or the features of one of its views."""
     if "features" in batch:
         return drawn_view(batch, run.augment)
-    return training_view(run.model, batch, run.augment, size, run.changes)
+    view = training_view(run.model, batch, run.augment, size, run.changes)
+    return view.to(view_dtype(run.accelerator.mixed_precision))
 
 
 def evaluate(run: Run, after_batch: Callable[[], None] | None = None) -> tuple[np.ndarray, np.ndarray]:

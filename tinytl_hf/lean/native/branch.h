@@ -55,6 +55,11 @@ static const float *prepare(const Branch *b, const Room *room) {
     return b->scratch;
 }
 
+/* Where rows of maps from `first` on are made: where they are, or in `room`, from which write_values takes them. */
+static float *fp32_rows(Maps maps, i64 first, i64 channels, float *room) {
+    return maps.is_bf16 ? room : (float *)maps.data + first * channels;
+}
+
 /* The grouped convolution; `sums`: also of the difference to `centre`, and of its square. */
 static double *convolve(const Branch *b, const float *centre) {
     const Room room = branch_room(b);
@@ -62,6 +67,7 @@ static double *convolve(const Branch *b, const float *centre) {
     const int pairs = grouped_pairs(b);
     const Grid grid = forward_grid(b, prepare(b, &room), zeros, pairs);
     const i64 in = b->in_channels / b->groups, out = b->middle / b->groups;
+    const Maps maps = wide_maps(b, room.maps);
     float *packed = b->scratch + room.packed;
     pack_weight1(b, 0, pairs, packed);
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
@@ -71,12 +77,14 @@ static double *convolve(const Branch *b, const float *centre) {
         double *sums = (double *)(own + room.sums);
         memset(sums, 0, (size_t)(2 * b->middle) * sizeof(double));
         EACH_CHUNK(pixels_out(b)) {
+            float *rows = fp32_rows(maps, first, b->middle, own + room.rows);
             grid_addresses(&grid, first, count, table);
             for (i64 g = 0; g < b->groups; g++) {
-                const Finish f = {.kind = AS_IT_IS, .out = b->maps + first * b->middle + g * out, .pitch = b->middle};
+                const Finish f = {.kind = AS_IT_IS, .out = rows + g * out, .pitch = b->middle};
                 dense_pixels(&grid, count, table, g, in, grid.taps, packed, out, &f);
             }
-            if (centre) add_statistics(b->maps + first * b->middle, count, b->middle, centre, sums);
+            if (centre) add_statistics(rows, count, b->middle, centre, sums);
+            write_values(maps, first * b->middle, count * b->middle, rows);
         }
     }
     return centre ? merge_sums(b, &room, b->middle) : 0;
@@ -92,16 +100,17 @@ static void outer_convolution(const Branch *b, const float *from, i64 count, i64
 }
 
 /* What the 1x1 convolution makes of `count` pixels; `act`: what goes into it; `norm1`: scale and shift. */
-static void outer_rows(const Branch *b, i64 first, i64 count, const float *norm1, const float *packed, float *act,
-                       float *to, float *room) {
-    affine(b->maps + first * b->middle, act, count, b->middle, norm1, 1);
+static void outer_rows(const Branch *b, Maps maps, i64 first, i64 count, const float *norm1, const float *packed,
+                       float *act, float *to, float *room) {
+    affine(read_values(maps, first * b->middle, count * b->middle, act), act, count, b->middle, norm1, 1);
     outer_convolution(b, act, count, b->middle, packed, b->out_channels, to, room);
 }
 
 /* The 1x1 convolution, forward, with sums as above. */
 static double *convolve_outer(const Branch *b, const float *norm1, const float *centre) {
     const Room room = branch_room(b);
-    float *packed = b->scratch + room.packed, *outer = b->output.is_bf16 ? b->flow : b->output.data;
+    float *packed = b->scratch + room.packed, *outer = b->output.is_bf16 ? b->scratch + room.flow : b->output.data;
+    const Maps maps = wide_maps(b, room.maps);
     pack_weight2(b, 0, packed);
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
     for (i64 t = 0; t < b->threads; t++) {
@@ -110,7 +119,7 @@ static double *convolve_outer(const Branch *b, const float *norm1, const float *
         memset(sums, 0, (size_t)(2 * b->out_channels) * sizeof(double));
         EACH_CHUNK(pixels_out(b)) {
             float *to = outer + first * b->out_channels;
-            outer_rows(b, first, count, norm1, packed, own + room.act, to, own + room.pair_rows);
+            outer_rows(b, maps, first, count, norm1, packed, own + room.act, to, own + room.pair_rows);
             add_statistics(to, count, b->out_channels, centre, sums);
         }
     }
@@ -118,7 +127,7 @@ static double *convolve_outer(const Branch *b, const float *norm1, const float *
 }
 
 static void finish_forward(const Branch *b, const float *norm2) {
-    float *outer = b->output.is_bf16 ? b->flow : b->output.data;
+    float *outer = b->output.is_bf16 ? b->scratch + branch_room(b).flow : b->output.data;
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
     for (i64 t = 0; t < b->threads; t++) EACH_CHUNK(pixels_out(b)) {
         float *to = outer + first * b->out_channels;
@@ -131,6 +140,7 @@ static void finish_forward(const Branch *b, const float *norm2) {
 static double *outer_sums(const Branch *b, const float *norm1) {
     const Room room = branch_room(b);
     const i64 n = b->out_channels;
+    const Maps maps = wide_maps(b, room.maps);
     float *packed = b->scratch + room.packed;
     pack_weight2(b, 0, packed);
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
@@ -139,7 +149,7 @@ static double *outer_sums(const Branch *b, const float *norm1) {
         double *sums = (double *)(own + room.sums);
         memset(sums, 0, (size_t)(2 * n) * sizeof(double));
         EACH_CHUNK(pixels_out(b)) {
-            outer_rows(b, first, count, norm1, packed, own + room.act, outer, own + room.pair_rows);
+            outer_rows(b, maps, first, count, norm1, packed, own + room.act, outer, own + room.pair_rows);
             const float *gradient = read_values(b->grad_output, first * n, count * n, own + room.rows);
             add_norm_sums(outer, gradient, 0, 0, count, n, b->norm2.mean, b->norm2.inverse, sums);
         }
@@ -151,6 +161,7 @@ static double *outer_sums(const Branch *b, const float *norm1) {
 static double *inner(const Branch *b, const float *norm1, const float *norm2) {
     const Room room = branch_room(b);
     const i64 n = b->out_channels, m = b->middle;
+    const Maps maps = wide_maps(b, room.maps), flow = wide_maps(b, room.flow);
     float *packed = b->scratch + room.packed, *packed_backward = packed + m * whole(n, TILE_COLUMNS);
     pack_weight2(b, 0, packed);
     pack_weight2(b, 1, packed_backward);
@@ -163,13 +174,15 @@ static double *inner(const Branch *b, const float *norm1, const float *norm2) {
         const float *x[PIXELS];
         for (i64 i = 0; i < PIXELS; i++) x[i] = act + i * m;
         EACH_CHUNK(pixels_out(b)) {
-            float *flow = b->flow + first * m;
-            outer_rows(b, first, count, norm1, packed, act, outer, own + room.pair_rows);
+            outer_rows(b, maps, first, count, norm1, packed, act, outer, own + room.pair_rows);
             const float *gradient = read_values(b->grad_output, first * n, count * n, own + room.rows);
-            norm_backward(outer, gradient, outer, count, n, norm2, 0, n);
+            norm_backward(outer, gradient, outer, count, n, norm2);
             outer_product(0, outer, n, n, x, TILE_ROWS, 0, count, weight, m, m);
-            outer_convolution(b, outer, count, n, packed_backward, m, flow, own + room.pair_rows);
-            add_norm_sums(b->maps + first * m, flow, flow, act, count, m, b->norm1.mean, b->norm1.inverse, sums);
+            float *rows = fp32_rows(flow, first, m, own + room.rows);
+            outer_convolution(b, outer, count, n, packed_backward, m, rows, own + room.pair_rows);
+            const float *made = read_values(maps, first * m, count * m, outer);
+            add_norm_sums(made, rows, rows, act, count, m, b->norm1.mean, b->norm1.inverse, sums);
+            write_values(flow, first * m, count * m, rows);
         }
     }
     for (i64 i = 0; i < n * m; i++) {
@@ -180,23 +193,38 @@ static double *inner(const Branch *b, const float *norm1, const float *norm2) {
     return merge_sums(b, &room, m);
 }
 
-/* The flow before the first norm, and the gradient of the grouped convolution's weight, for the output channels from
- * `from` to before `to`; `room`: for pairs of pixels, which fit into PIXELS and TILE_ROWS. */
-static void weight1_backward(const Branch *b, const float *norm1, const Grid *grid, i64 from, i64 to,
-                             const float **table, float *room) {
+/* The flow before the first norm; `norm1`: that of norm_backward. */
+static void flow_before_norm(const Branch *b, const float *norm1) {
+    const Room room = branch_room(b);
+    const Maps maps = wide_maps(b, room.maps), flow = wide_maps(b, room.flow);
+    const i64 m = b->middle;
+#pragma omp parallel for schedule(static) num_threads((int)b->threads)
+    for (i64 t = 0; t < b->threads; t++) EACH_CHUNK(pixels_out(b)) {
+        float *own = OWN(room), *rows = fp32_rows(flow, first, m, own + room.rows);
+        const float *made = read_values(maps, first * m, count * m, own + room.outer);
+        norm_backward(made, read_values(flow, first * m, count * m, rows), rows, count, m, norm1);
+        write_values(flow, first * m, count * m, rows);
+    }
+}
+
+/* The gradient of the grouped convolution's weight, for the output channels from `from` to before `to`; `room`: for
+ * pairs of pixels, which fit into PIXELS and TILE_ROWS. */
+static void weight1_backward(const Branch *b, Maps flow, const Grid *grid, i64 from, i64 to, const float **table,
+                             float *room) {
     const i64 in = b->in_channels / b->groups, out = b->middle / b->groups, row = grid->taps * in;
     const int pairs = grid->pairs;
     memset(b->grad_weight1 + from * row, 0, (size_t)((to - from) * row) * sizeof(float));
     for (i64 first = 0, count; first < pixels_out(b); first += count) {
         count = min_of(PIXELS, pixels_out(b) - first);
-        float *flow = b->flow + first * b->middle;
-        norm_backward(b->maps + first * b->middle, flow, flow, count, b->middle, norm1, from, to);
-        if (pairs) pair_pixels(flow, count, b->middle, from, to, room);
+        const float *gradient = room;
+        if (pairs) pair_pixels((uint16_t *)flow.data + first * b->middle, (const uint16_t *)grid->zeros, count, b->middle,
+                               from, to, room);
+        else gradient = (const float *)flow.data + first * b->middle;
         grid_addresses(grid, first, count, table);
         for (i64 g = from / out; g * out < to; g++) { /* groups that have some of these channels */
             const i64 low = max_of(from, g * out), high = min_of(to, (g + 1) * out);
             for (i64 t = 0; t < grid->taps; t++)
-                outer_product(pairs, (pairs ? room : flow) + low, b->middle, high - low, table + t * TILE_ROWS,
+                outer_product(pairs, gradient + low, b->middle, high - low, table + t * TILE_ROWS,
                               grid->taps * TILE_ROWS, g * (pairs ? in / 2 : in), count,
                               b->grad_weight1 + low * row + t * in, row, in);
         }
@@ -213,34 +241,25 @@ static void write_grad_input(const Branch *b, i64 top, i64 left, const Grid *gri
     }
 }
 
-/* Each pixel's flow as pairs, in the first half of its room. */
-static void flow_to_pairs(const Branch *b) {
-#pragma omp parallel for schedule(static) num_threads((int)b->threads)
-    for (i64 pixel = 0; pixel < pixels_out(b); pixel++) {
-        float *flow = b->flow + pixel * b->middle;
-        to_pairs(flow, 1, b->middle, flow);
-    }
-}
-
-/* The flow before the first norm (`norm1`: that of norm_backward), and the gradients of the grouped convolution. */
-static void convolve_backward(const Branch *b, const float *norm1) {
+/* The gradients of the grouped convolution. */
+static void convolve_backward(const Branch *b) {
     const Room room = branch_room(b);
     const i64 in = b->in_channels / b->groups, out = b->middle / b->groups, taps = b->kernel * b->kernel;
     const float *zeros = b->scratch + room.zeros;
     const int pairs = grouped_pairs(b);
     const Grid forward = forward_grid(b, prepare(b, &room), zeros, pairs);
+    const Maps flow = wide_maps(b, room.flow);
     float *packed = b->scratch + room.packed;
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
     for (i64 t = 0; t < b->threads; t++)
-        weight1_backward(b, norm1, &forward, b->middle * t / b->threads, b->middle * (t + 1) / b->threads,
+        weight1_backward(b, flow, &forward, b->middle * t / b->threads, b->middle * (t + 1) / b->threads,
                          (const float **)(OWN(room) + room.table), OWN(room) + room.act);
     if (!b->grad_input.data) return;
     pack_weight1(b, 1, pairs, packed);
-    if (pairs) flow_to_pairs(b);
     for (i64 phase = 0; phase < b->stride * b->stride; phase++) {
         const i64 top = phase / b->stride, left = phase % b->stride;
         if (top >= b->height || left >= b->width) continue;
-        const Grid grid = backward_grid(b, top, left, zeros, pairs);
+        const Grid grid = backward_grid(b, top, left, flow.data, zeros, pairs);
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
         for (i64 t = 0; t < b->threads; t++) {
             float *own = OWN(room), *rows = own + room.act;
@@ -331,5 +350,6 @@ static void branch_backward(const Branch *b) {
     set_backward(b, &b->norm2, outer_sums(b, affine1), n, norm2);
     double *sums = inner(b, affine1, norm2);
     set_backward(b, &b->norm1, sums, m, norm1);
-    convolve_backward(b, norm1);
+    flow_before_norm(b, norm1);
+    convolve_backward(b);
 }

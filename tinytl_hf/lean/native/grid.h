@@ -10,7 +10,7 @@ static i64 pixels_out(const Branch *b) { return b->images * height_out(b) * widt
 
 /* Places in the scratch, in fp32 values. */
 typedef struct {
-    i64 input, zeros, vectors, totals, packed, per_thread; /* of all threads; the first thread's own */
+    i64 input, maps, flow, zeros, vectors, totals, packed, per_thread; /* of all threads; the first thread's own */
     i64 act, outer, rows, sums, weight, table, pair_rows, own_size; /* within a thread's own */
 } Room;
 
@@ -24,9 +24,12 @@ static int grouped_pairs(const Branch *b) {
 
 static Room branch_room(const Branch *b) {
     const i64 taps = b->kernel * b->kernel, widest = max_of(max_of(b->in_channels, b->middle), b->out_channels);
-    const i64 in_group = b->in_channels / b->groups;
+    const i64 in_group = b->in_channels / b->groups, pairs = grouped_pairs(b);
+    const i64 wide = whole(pixels_out(b) * b->middle / (pairs ? 2 : 1), 16);
     Room r = {0};
-    r.zeros = b->input.is_bf16 && !grouped_pairs(b) ? whole(pixels_in(b) * b->in_channels, 16) : 0;
+    r.maps = b->input.is_bf16 && !pairs ? whole(pixels_in(b) * b->in_channels, 16) : 0;
+    r.flow = r.maps + wide;
+    r.zeros = r.flow + (b->grad_output.data ? wide : b->output.is_bf16 ? whole(pixels_out(b) * b->out_channels, 16) : 0);
     r.vectors = r.zeros + whole(widest, 16); /* what a phase wants of the norms: four vectors of each */
     r.totals = r.vectors + whole(8 * widest, 16);
     r.packed = r.totals + whole(4 * widest, 16); /* two vectors of fp64 */
@@ -48,6 +51,9 @@ static i64 branch_scratch(const Branch *b) {
     const Room r = branch_room(b);
     return r.per_thread + b->threads * r.own_size;
 }
+
+/* [pixels, middle], of the grouped convolution's output or, backward, of its gradient: bf16 where that reads pairs. */
+static Maps wide_maps(const Branch *b, i64 at) { return (Maps){b->scratch + at, grouped_pairs(b)}; }
 
 /* The output pixels of one convolution that share their taps: all of them, or every stride-th one backward. */
 typedef struct {
@@ -71,10 +77,10 @@ static Grid forward_grid(const Branch *b, const float *input, const float *zeros
     return g;
 }
 
-/* Of the input pixels whose row and column are `top` and `left` modulo the stride. Pairs lie in the first half of the
- * room of a pixel's fp32 values. */
-static Grid backward_grid(const Branch *b, i64 top, i64 left, const float *zeros, int pairs) {
-    Grid g = {.height = height_out(b), .width = width_out(b), .channels = b->middle, .stride = 1, .maps = b->flow,
+/* Of the input pixels whose row and column are `top` and `left` modulo the stride. */
+static Grid backward_grid(const Branch *b, i64 top, i64 left, const float *flow, const float *zeros, int pairs) {
+    Grid g = {.height = height_out(b), .width = width_out(b), .stride = 1, .maps = flow,
+              .channels = pairs ? b->middle / 2 : b->middle,
               .rows = (b->height - top + b->stride - 1) / b->stride,
               .columns = (b->width - left + b->stride - 1) / b->stride, .zeros = zeros, .pairs = pairs};
     for (i64 t = 0; t < b->kernel * b->kernel; t++) {

@@ -79,8 +79,6 @@ typedef struct {
     Norm norm1, norm2;
     double values;                     /* of a channel, on all processes */
     void (*reduce)(double *, i64);     /* adds up over processes, in place; null where there is one */
-    float *maps;                       /* [pixels, middle] of the grouped convolution's output */
-    float *flow;                       /* [pixels, middle] of its gradient, in the end in pairs; forward, null or [pixels, out_channels] */
     float *scratch;
     i64 threads;
 } Branch;

@@ -73,14 +73,17 @@ static void outer_product(int pairs, const float *gradient, i64 pitch, i64 rows,
     else outer_product_of(0, gradient, pitch, rows, x, x_step, offset, count, to, to_pitch, columns);
 }
 
-/* Pairs of the values of two pixels, for the channels from `from` to before `end`: to[pixel / 2][channel]. */
-static void pair_pixels(const float *values, i64 rows, i64 channels, i64 from, i64 end, float *to) {
-    for (i64 r = 0; r < rows; r += 2, values += 2 * channels, to += channels)
+/* Pairs of the bf16 values of two pixels, for the channels from `from` to before `end`: to[pixel / 2][channel]; the last
+ * of an odd number is paired with `zeros`. */
+static void pair_pixels(const uint16_t *values, const uint16_t *zeros, i64 rows, i64 channels, i64 from, i64 end,
+                        float *to) {
+    for (i64 r = 0; r < rows; r += 2, values += 2 * channels, to += channels) {
+        const uint16_t *second = r + 1 < rows ? values + channels : zeros;
         for (i64 c = from; c < end; c += LANES) {
             const i64 n = min_of(LANES, end - c);
-            const V second = r + 1 < rows ? v_get(values + channels + c, n) : v_all(0);
-            v_put(to + c, v_pair(v_get(values + c, n), second), n);
+            v_put(to + c, v_get_pair(values + c, second + c, n), n);
         }
+    }
 }
 
 /* ---- batch norm over rows of channels */
@@ -124,11 +127,11 @@ static void affine(const float *from, float *to, i64 rows, i64 channels, const f
     }
 }
 
-/* to = a * gradient + b * (maps - mean) + d, of `norm`, for the channels from `from` to before `end`. */
-static void norm_backward(const float *maps, const float *gradient, float *to, i64 rows, i64 channels, const float *norm,
-                          i64 from, i64 end) {
-    for (i64 c = from; c < end; c += LANES) {
-        const i64 n = min_of(LANES, end - c);
+/* to = a * gradient + b * (maps - mean) + d, of `norm`. */
+static void norm_backward(const float *maps, const float *gradient, float *to, i64 rows, i64 channels,
+                          const float *norm) {
+    for (i64 c = 0; c < channels; c += LANES) {
+        const i64 n = min_of(LANES, channels - c);
         const V a = v_get(norm + c, n), b = v_get(norm + channels + c, n);
         const V d = v_get(norm + 2 * channels + c, n), mean = v_get(norm + 3 * channels + c, n);
         for (i64 r = 0; r < rows; r++) {
