@@ -183,7 +183,7 @@ def test_all_that_a_chain_gives_in_bf16_is_within_its_rounding(name, int8, threa
     if int8:
         quantise(nn.ModuleList(stage.conv for stage in chain.stages))
         chain = replace(chain, stages=tuple(map(replace, chain.stages)))
-    x = x.bfloat16() if name != "stem" else x  # as photos come to the first chain
+    x = x.bfloat16() if name != "stem" else x  # as images come from a loop of the user's own
     pools = min(chain.block_input_size(x.shape)) > 1
     output, pooled, kept = native_backend.chain_forward(chain, x, torch.bfloat16, True, pools)
     expected = eager_backend.chain_forward(chain, x.float(), torch.float32, True, pools)
