@@ -197,7 +197,9 @@ def test_training_normalised_by_imagenet_whatever_the_backbone_wants(make_model)
     model.config = replace(model.config, preprocessing=own)
     augment = RandomCropFlip(images=1, seed=0, scale=(1.0, 1.0), flip=False)
     changes = Changes(1, resolve(Config(), 1))
-    run = SimpleNamespace(model=model, augment=augment, changes=changes)
+    run = SimpleNamespace(
+        model=model, augment=augment, changes=changes, accelerator=SimpleNamespace(mixed_precision="no")
+    )
     pixels, sizes = torch.full((1, 3, 40, 40), 255, dtype=torch.uint8), torch.tensor([[40, 40]])
     batch = {"pixels": pixels, "sizes": sizes, "index": torch.tensor([0])}
     torch.testing.assert_close(augmented(run, batch, 224).unique(), torch.tensor([(1 - 0.5) / 0.25]))
