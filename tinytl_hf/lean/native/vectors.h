@@ -97,8 +97,9 @@ INLINE V v_add_to_exponent(V v, V bits) { return (V)((VU)v + ((VU)bits << 23)); 
 #define TILE_COLUMNS (2 * LANES)
 
 /* Pairs of bf16 values, which some processors multiply and add up at once. A pair is moved as one fp32 value is. In maps
- * it is of neighbouring channels, and a pixel's pairs lie in the first half of the room of its fp32 values; in gradients
- * of weights, which are sums over pixels, it is of one channel of two pixels (v_pair, v_get_pair). */
+ * it is of neighbouring channels, as bf16 values lie anyway (in a chain, where a map may be read as fp32 first, a pixel's
+ * pairs are in the first half of the room of its fp32 values); in gradients of weights, which are sums over pixels, it is
+ * of one channel of two pixels (v_pair, v_get_pair). */
 #if defined(TINYTL_BF16)
 #define HAS_PAIRS 1
 INLINE V v_dot(V a, V b, V sum) { /* sum + a * b of both values */
