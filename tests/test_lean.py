@@ -264,6 +264,29 @@ def test_bf16_autocast_is_as_near_to_fp32_as_the_stock_model_is(backend, make_mo
     assert lean > 0.9 and lean > plain - 0.02
 
 
+def backbones_for_bf16():
+    for backbone in BACKBONES:
+        quick = backbone in ("mobilenet_v2", "mobilenet_v3_small", "convnext_tiny")  # of each way to be computed
+        yield pytest.param(backbone, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("backbone", backbones_for_bf16())
+def test_images_in_bf16_give_the_gradients_that_they_give_stock(backbone, make_model):
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def gradient(lean, images, autocast=True):
+        model = make_model("TinyTL-L+B", backbone, lean=lean).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            logits = model(images)
+        F.cross_entropy(logits.float(), torch.arange(4)).backward()
+        return torch.cat([p.grad.flatten() for p in model.trainable_parameters()])
+
+    exact = gradient(False, images, autocast=False)
+    plain, lean = (gradient(kind, images.bfloat16()) for kind in (False, True))
+    assert torch.equal(plain, gradient(False, images))  # as autocast makes the same of fp32 images
+    assert (lean - exact).norm() <= 1.2 * (plain - exact).norm() + 0.01 * exact.norm()
+
+
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
 def test_a_gradient_in_bf16_is_the_exact_one_up_to_its_rounding(convolution):
     torch.manual_seed(0)

@@ -150,6 +150,8 @@ class _Backward:
         self.needs_input: bool = ctx.needs_input_grad[0]
         self.grad_input: Tensor | None = None
         self.totals = [torch.zeros_like(parameter) for parameter in ctx.trained]
+        with computed_again(x.device, ctx.autocast):  # it can take a forward pass of an image to measure them
+            self._slices = list(self.run.mains.slices(x))
 
     def through_mains(self, small: list[Tensor], of_pooled: Tensor) -> Tensor | None:
         """Back through the blocks; ``of_pooled``: the gradient of the last lite residual's input.
@@ -158,7 +160,7 @@ class _Backward:
             The gradient of ``small``, the output of the first lite residual, if there are two.
         """
         grad_input, of_small = Gathered(len(self.x)), Gathered(len(self.x))
-        for part in self.run.mains.slices(self.x):
+        for part in self._slices:
             *first, last = self.run.parts
             with computed_again(self.x.device, self.ctx.autocast):
                 inputs = maps = self.x[part].detach().requires_grad_(self.needs_input)
@@ -185,7 +187,7 @@ class _Backward:
         trained = [p for unit in first.head for p in own_parameters(unit) if p.requires_grad]
         if not self.needs_input and not trained:
             return
-        for part in self.run.mains.slices(self.x):
+        for part in self._slices:
             with computed_again(self.x.device, self.ctx.autocast):
                 inputs = self.x[part].detach().requires_grad_(self.needs_input)
                 pooled = first.path.pooled(first.head(inputs))
