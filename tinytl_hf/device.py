@@ -75,10 +75,14 @@ def make_accelerator(
     return accelerator
 
 
+def precision_of(mixed_precision: str | None) -> str:
+    """A run's precision, ``no``, ``bf16`` or ``fp16``: its option or, without one, what the launcher was told."""
+    return mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+
+
 def view_dtype(mixed_precision: str | None) -> torch.dtype:
     """What mixed precision turns the images of a network into, so that they need not lie there in fp32 until then."""
-    told = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(told.lower(), torch.float32)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision_of(mixed_precision), torch.float32)
 
 
 def check_launch() -> None:

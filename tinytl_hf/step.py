@@ -35,7 +35,12 @@ def make_optimizer(model: TinyTLModel, options: TrainConfig) -> Optimizer:
 
 
 def training_view(
-    model: TinyTLModel, batch: Mapping[str, Tensor], augment: RandomCropFlip, size: int, changes: Changes
+    model: TinyTLModel,
+    batch: Mapping[str, Tensor],
+    augment: RandomCropFlip,
+    size: int,
+    changes: Changes,
+    dtype: torch.dtype,
 ) -> Tensor:
     """A batch of decoded photos, cropped, flipped, resized, normalised, and changed where the run does that.
 
@@ -45,9 +50,10 @@ def training_view(
         augment: What draws the crops.
         size: Side of the result in px.
         changes: What else happens to the images.
+        dtype: Of the result.
 
     Returns:
-        ``float32`` ``[N, 3, size, size]``, channels last.
+        ``[N, 3, size, size]``, channels last.
     """
     boxes, flips = augment(batch["sizes"], batch["index"])
     options = model.config.preprocessing
@@ -56,7 +62,8 @@ def training_view(
     else:
         pixels = resample(batch["pixels"], batch["sizes"], boxes, size, *AS_THEY_ARE, options.interpolation, flips)
         images = normalise(changes.operate(pixels, batch["index"]).float(), options.mean, options.std)
-    return changes.mix(images, batch["index"]) if changes.acts and changes.mixes else images
+    images = changes.mix(images, batch["index"]) if changes.acts and changes.mixes else images
+    return images.to(dtype)
 
 
 @contextmanager

@@ -58,8 +58,8 @@ class MeasuredStep:
 
     def view(self) -> Tensor:
         """What the network gets of the photos."""
-        view = training_view(self.model, self.batch, self.augment, self._size, self.changes)
-        return view.to(view_dtype(self.options.mixed_precision))
+        dtype = view_dtype(self.options.mixed_precision)
+        return training_view(self.model, self.batch, self.augment, self._size, self.changes, dtype)
 
     def __call__(self) -> None:
         """Take the step, and wait for the device."""

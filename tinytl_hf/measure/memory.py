@@ -8,7 +8,6 @@ step. Figures are bytes; MB are 1e6 bytes.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +22,7 @@ from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import MemoryTableConfig
 from tinytl_hf.cuda_graph import describe_passes
 from tinytl_hf.data.images import decoded_photo_size
-from tinytl_hf.device import device_of_figures, make_accelerator
+from tinytl_hf.device import device_of_figures, make_accelerator, precision_of
 from tinytl_hf.lean.backend import describe, left_to_eager
 from tinytl_hf.lean.notes import STOCK, grouped
 from tinytl_hf.measure.ledger import kept_by_layer
@@ -152,7 +151,7 @@ def conditions(config: Config, **sizes: int | str) -> dict[str, Any]:
         **({} if config.train.max_grad_norm is None else {"max_grad_norm": config.train.max_grad_norm}),
         "frozen_weights": config.backbone.frozen_weights,
         **({} if config.trained_blocks == "all" else {"trained_blocks": config.trained_blocks}),
-        "precision": config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        "precision": precision_of(config.train.mixed_precision),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "engine": describe(config.engine, device) + describe_passes(config, device, processes=1),
         "threads": torch.get_num_threads(),

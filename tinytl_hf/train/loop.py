@@ -155,8 +155,8 @@ def augmented(run: Run, batch: dict[str, Tensor], size: int) -> Tensor:
     """What the network gets of a batch of pixels at this image size, or the features of one of its views."""
     if "features" in batch:
         return drawn_view(batch, run.augment)
-    view = training_view(run.model, batch, run.augment, size, run.changes)
-    return view.to(view_dtype(run.accelerator.mixed_precision))
+    dtype = view_dtype(run.accelerator.mixed_precision)
+    return training_view(run.model, batch, run.augment, size, run.changes, dtype)
 
 
 def evaluate(run: Run, after_batch: Callable[[], None] | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -106,10 +106,15 @@ static void outer_rows(const Branch *b, Maps maps, i64 first, i64 count, const f
     outer_convolution(b, act, count, b->middle, packed, b->out_channels, to, room);
 }
 
+/* Forward, [pixels, out_channels] of what the 1x1 convolution makes, in fp32 until it is finished. */
+static float *outer_maps(const Branch *b, const Room *room) {
+    return b->output.is_bf16 ? b->scratch + room->flow : b->output.data;
+}
+
 /* The 1x1 convolution, forward, with sums as above. */
 static double *convolve_outer(const Branch *b, const float *norm1, const float *centre) {
     const Room room = branch_room(b);
-    float *packed = b->scratch + room.packed, *outer = b->output.is_bf16 ? b->scratch + room.flow : b->output.data;
+    float *packed = b->scratch + room.packed, *outer = outer_maps(b, &room);
     const Maps maps = wide_maps(b, room.maps);
     pack_weight2(b, 0, packed);
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
@@ -127,7 +132,8 @@ static double *convolve_outer(const Branch *b, const float *norm1, const float *
 }
 
 static void finish_forward(const Branch *b, const float *norm2) {
-    float *outer = b->output.is_bf16 ? b->scratch + branch_room(b).flow : b->output.data;
+    const Room room = branch_room(b);
+    float *outer = outer_maps(b, &room);
 #pragma omp parallel for schedule(static) num_threads((int)b->threads)
     for (i64 t = 0; t < b->threads; t++) EACH_CHUNK(pixels_out(b)) {
         float *to = outer + first * b->out_channels;
