@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -15,10 +16,12 @@ from torch import nn
 
 from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.adapter.record import DataRecord
+from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.images import to_pixels
 from tinytl_hf.data.view import centre_view, normalised
 from tinytl_hf.deploy import exported as exported_network
 from tinytl_hf.deploy import onnx as deploy_onnx
+from tinytl_hf.deploy.check import evaluation_images
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 ort = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
@@ -71,6 +74,19 @@ def check_logits(model, file, printed):
 def test_any_number_of_images_gives_pytorchs_logits(exported):
     folder, model, printed = exported
     check_logits(model, folder / "new" / "m.onnx", printed)
+
+
+def test_the_images_of_a_check_are_in_memory_a_batch_at_a_time(make_model):
+    model = make_model("FT-Last", "resnet18", num_classes=10, train_size=32)
+    data = DataConfig(dataset="digits", train_size=32)
+    images = evaluation_images(model, data, None)
+    seen, alive = 0, []
+    for batch in images.batches:
+        assert sum(earlier() is not None for earlier in alive) <= 1  # the one before goes with the name
+        alive.append(weakref.ref(batch))
+        seen += len(batch)
+    again = sum(len(batch) for batch in images.batches)
+    assert seen == again == images.count == len(images.labels) == 1797 and len(alive) == 57
 
 
 @pytest.mark.slow

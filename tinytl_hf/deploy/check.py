@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.config.data import DataConfig
@@ -31,17 +34,28 @@ CROP = 0.6  # share of a photo's sides that a crop of it has
 
 @dataclass(frozen=True)
 class RealImages:
-    """Evaluation views of real images.
+    """Evaluation views of real images, of which a batch exists at a time: a whole split of them can be gigabytes.
 
     Attributes:
         source: Where they come from, in words.
-        views: Normalised images ``[N, 3, S, S]``.
-        labels: Class numbers ``[N]``, or None.
+        count: How many they are.
+        batches: Normalised images ``[N, 3, S, S]``; can be gone through again.
+        labels: Class numbers ``[count]``, or None.
     """
 
     source: str
-    views: Tensor
+    count: int
+    batches: Iterable[Tensor]
     labels: np.ndarray | None = None
+
+    def first(self, count: int) -> Tensor:
+        """The first images, or all of them if they are fewer, ``[N, 3, S, S]``."""
+        return torch.cat(list(islice(self.one_by_one(), count)))
+
+    def one_by_one(self) -> Iterator[Tensor]:
+        """Each image, ``[1, 3, S, S]``."""
+        for batch in self.batches:
+            yield from batch.split(1)
 
 
 @dataclass(frozen=True)
@@ -68,10 +82,10 @@ class Comparison:
 
     def __str__(self) -> str:
         """The figures in words, one line for each kind."""
-        count = len(self.images.views)
+        count = self.images.count
         lines = [
-            f"checked in {self.runtime} on {count} images of {self.images.source}: largest difference of a logit "
-            f"{self.difference:.1e}, same label for {self.same_label} of {count}"
+            f"checked in {self.runtime} on {count:,} images of {self.images.source}: largest difference of a logit "
+            f"{self.difference:.1e}, same label for {self.same_label:,} of {count:,}"
         ]
         if self.accuracy is not None:
             ours, theirs = self.accuracy
@@ -132,7 +146,7 @@ def calibration_images(model: TinyTLModel, data: DataConfig, count: int) -> Tens
         raise TinyTLError("quantize=int8: the adapter names no data set to calibrate on; name one with --data.dataset")
     train = sets.open_train_split(replace(data, max_train_samples=min(count, data.max_train_samples or count)))
     logger.info("the ranges of 8 bits are those of %d images of %s", len(train.labels), train.title)
-    return _views(model, train, data).views
+    return _views(model, train, data).first(count)
 
 
 def compare(
@@ -147,9 +161,10 @@ def compare(
         run: The runtime: a batch of one to logits ``[1, classes]``.
         images: The images.
     """
+    logger.info("checking in %s on %s images of %s", runtime, f"{images.count:,}", images.source)
     ours, theirs, seconds = [], [], []
     with torch.inference_mode():
-        for view in images.views.split(1):
+        for view in images.one_by_one():
             inputs = deployed.inputs_of(view)
             start = time.perf_counter()
             ours.append(model(deployed.normalised(inputs)).numpy())
@@ -171,11 +186,22 @@ def compare(
     )
 
 
+@dataclass(frozen=True)
+class _Views:
+    """The batches of a loader, as a model normalises them."""
+
+    model: TinyTLModel
+    loader: DataLoader[Any]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self.loader:
+            yield self.model.normalise(batch["pixels"], batch["sizes"]).contiguous()
+
+
 def _views(model: TinyTLModel, split: sets.Split, data: DataConfig) -> RealImages:
     images = read_images(split, data, model.config.preprocessing.eval_size)
-    batches = make_loader(images, data, batch_size=BATCH_SIZE)
-    views = [model.normalise(batch["pixels"], batch["sizes"]).contiguous() for batch in batches]
-    return RealImages(f"{split.title} of {data.dataset}", torch.cat(views), images.split.labels)
+    batches = _Views(model, make_loader(images, data, batch_size=BATCH_SIZE))
+    return RealImages(f"{split.title} of {data.dataset}", len(images), batches, images.split.labels)
 
 
 def _photos(model: TinyTLModel, count: int) -> RealImages:
@@ -187,5 +213,5 @@ def _photos(model: TinyTLModel, count: int) -> RealImages:
         width, height = (int(CROP * side) for side in photo.size)
         left, top = int(x * (photo.width - width)), int(y * (photo.height - height))
         crops.append(photo.crop((left, top, left + width, top + height)))
-    parts = [model.preprocess(crops[i : i + BATCH_SIZE]) for i in range(0, count, BATCH_SIZE)]
-    return RealImages("crops of scikit-learn's photos", torch.cat(parts).contiguous())
+    parts = [model.preprocess(crops[i : i + BATCH_SIZE]).contiguous() for i in range(0, count, BATCH_SIZE)]
+    return RealImages("crops of scikit-learn's photos", count, parts)

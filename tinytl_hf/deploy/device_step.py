@@ -94,9 +94,10 @@ def export_device_step(model: TinyTLModel, config: ExportConfig, data: DataConfi
     check_method(model)
     require("executorch.exir", EXTRA)
     path = check_output(config)
-    images = evaluation_images(model, data, max(config.batch_size, LEAST_IMAGES))
+    wanted = max(config.batch_size, LEAST_IMAGES)
+    images = evaluation_images(model, data, wanted)
     size = model.config.preprocessing.train_size
-    views = F.interpolate(images.views, (size, size), mode="bilinear", antialias=True)
+    views = F.interpolate(images.first(wanted), (size, size), mode="bilinear", antialias=True)
     views = views[torch.arange(max(config.batch_size, len(views))) % len(views)]
     labels = torch.arange(config.batch_size) % len(model.label_names)
     with torch.enable_grad():

@@ -40,7 +40,7 @@ def export_executorch(model: TinyTLModel, config: ExportConfig, data: DataConfig
     path = check_output(config)
     deployed = Deployed(model, config.input, config.layout)
     images = evaluation_images(model, data, config.check_images)
-    exported = torch.export.export(deployed, (deployed.inputs_of(images.views[:1]),))
+    exported = torch.export.export(deployed, (deployed.inputs_of(images.first(1)),))
     content = _lowered(exported)
     comparison = compare("ExecuTorch", model, deployed, session(content), images)
     comparison.check()
