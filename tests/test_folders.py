@@ -203,6 +203,51 @@ def test_links_to_folders_and_files_are_followed_but_not_in_circles(tmp_path):
     assert {k: len(v) for k, v in paths_by_class(root, train, held_out).items()} == {"cat": 4, "dog": 5}
 
 
+def test_links_are_classes_and_splits_whatever_their_names_sort_by(tmp_path, caplog):
+    root = make(tmp_path, each("seg_train/cat", "seg_train/dog", "seg_test/cat", "seg_test/dog"))
+    for split in ("train", "test"):
+        (root / split).symlink_to(root / f"seg_{split}")
+    train, test, _, found = opened(root)[:4]
+    assert train.label_names == ["cat", "dog"] and test.name == "test"
+    assert found.left_out == {"beside the splits": 16} and "test, train: a link makes this folder" in caplog.text
+
+
+def test_links_to_one_another_end(tmp_path):
+    root = make(tmp_path, each(*"abcdef"))
+    for one in "abcdef":
+        for other in "abcdef":
+            (root / one / f"to_{other}").symlink_to(root / other)
+    found = opened(root).found
+    assert len(found.classes) == 6 and found.images["train"] == 6 * (4 + 5 * 4)
+
+
+def test_a_link_that_leads_nowhere_is_counted(tmp_path):
+    root = make(tmp_path, each("cat", "dog"))
+    (root / "loop").symlink_to(root / "loop")
+    (root / "emu").symlink_to(tmp_path / "not mounted")
+    (root / "cat" / "loop.png").symlink_to(root / "cat" / "loop.png")
+    assert opened(root).found.left_out == {"broken link": 3}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser reads every folder")
+def test_a_folder_that_cannot_be_read_is_counted(tmp_path):
+    root = make(tmp_path, each("cat", "dog", "lost"))
+    (root / "lost").chmod(0)
+    try:
+        assert opened(root).found.left_out == {"folder that cannot be read": 1}
+    finally:
+        (root / "lost").chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    "folders", [["cat/train", "cat/test", "dog/train"], ["a/train/cat", "a/test/cat", "b/val/cat"]]
+)
+def test_splits_inside_the_classes_are_refused_with_both_readings(folders, tmp_path):
+    make(tmp_path, each(*folders))
+    with pytest.raises(TinyTLError, match=r"called as splits are: if (cat|a) is a class, .* is a data set"):
+        opened(tmp_path)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="file names are bytes on POSIX systems only")
 def test_a_name_that_is_no_text_is_left_out(tmp_path):
     make(tmp_path, each("cat", "dog"))

@@ -1,10 +1,11 @@
 import io
+import struct
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tinytl_hf.data.images import UnreadableImageError, _note_few_bits, allow_megapixels
+from tinytl_hf.data.images import UnreadableImageError, _note_few_bits, allow_megapixels, decoded_size
 from tinytl_hf.data.tensors import decode, pad_images, to_rgb
 
 
@@ -97,6 +98,25 @@ def test_exif_rotation_is_applied():
     pixels = decode({"bytes": file.getvalue(), "path": None}, 32)
     assert pixels.shape == (3, 20, 10)
     assert pixels[0, :8].float().mean() > 240 and pixels[0, 12:].float().mean() < 15  # white is on top now
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8, 99])
+def test_the_size_by_the_header_is_that_of_the_decoded_image(kind, orientation):
+    exif, file = Image.Exif(), io.BytesIO()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    Image.new("RGB", (20, 10)).save(file, kind, exif=exif)
+    encoded = {"bytes": file.getvalue(), "path": None}
+    assert decoded_size(encoded, 32) == decode(encoded, 32).shape[1:]
+
+
+def test_an_orientation_that_is_a_text_says_nothing():
+    text = struct.pack("<HHI4s", 0x0112, 2, 2, b"6")  # one entry: its tag, a text, of two bytes, and it
+    exif, file = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + text + bytes(4), io.BytesIO()
+    Image.new("RGB", (20, 10)).save(file, "JPEG", exif=exif)
+    encoded = {"bytes": file.getvalue(), "path": None}
+    assert decoded_size(encoded, 32) == decode(encoded, 32).shape[1:] == (10, 20)
 
 
 def test_large_images_are_reduced_with_their_shape_kept(tmp_path):

@@ -92,6 +92,26 @@ def test_a_run_that_replaces_another_deleted_my_files_beside_it(trained, colour_
     assert json.loads((output / "eval_results.json").read_text())["n"] == 10  # of the new data
 
 
+@pytest.mark.parametrize("overwrite", ["true", "false"])
+def test_an_adapter_that_i_had_linked_into_a_run_was_emptied(overwrite, trained, colour_folder, tmp_path):
+    output, kept = tmp_path / "run", tmp_path / "kept"
+    shutil.copytree(trained, output)
+    (output / "adapter").rename(kept)
+    (output / "adapter").symlink_to(kept)
+    before = files(kept)
+    done = run_cli(*last_layer(colour_folder, output, "--overwrite", overwrite, "--train.resume", "auto"))
+    assert done.returncode == 1 and "holds adapter, which no run of tinytl-hf wrote" in done.stderr
+    assert files(kept) == before
+
+
+@pytest.mark.parametrize("words", [["train", "--output_dir", ""], ["predict", "--adapter", "{}/adapter", ""]])
+def test_a_variable_that_was_not_set_meant_the_current_folder(words, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run_cli(*(word.format(trained) for word in words))
+    assert done.returncode == 1 and "it is empty, as of a variable that is not set" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_table_of_mine_called_metrics_jsonl_in_a_runs_folder_was_a_key_error(trained, colour_folder, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(trained, output)

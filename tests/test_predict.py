@@ -145,6 +145,14 @@ def test_a_url_is_shown_as_it_was_typed(adapter):
     assert done.returncode == 1 and "https://example.org/a//cat.jpg: error: it is a URL" in done.stderr
 
 
+def test_a_csv_file_stays_where_the_adapter_is_not_found(adapter, tmp_path):
+    file, image = tmp_path / "out.csv", write_image(tmp_path / "a.png")
+    assert run_cli("predict", "--adapter", adapter, "--csv", file, image).returncode == 0
+    before = file.read_text()
+    assert run_cli("predict", "--adapter", tmp_path / "typo", "--csv", file, image).returncode == 1
+    assert file.read_text() == before and before.count("a.png") == 1
+
+
 def test_a_csv_file_has_a_line_for_each_image_and_replaces_only_its_like(adapter, tmp_path):
     write_image(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no image")

@@ -292,62 +292,6 @@ def test_the_cause_that_datasets_hides_is_shown(photos, tmp_path):
         opened(path)
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_metadata_labels_images_where_it_has_a_column_for_that(suffix, tmp_path, caplog):
-    caplog.set_level("INFO")
-    names = [f"{folder}/{i}.png" for folder in ("cat", "dog") for i in range(6)]
-    for number, name in enumerate(names):
-        write_image(tmp_path / name, seed=number)
-    table = pd.DataFrame({"file_name": names, "photographer": [f"p{i % 3}" for i in range(12)]})
-    file = tmp_path / f"metadata.{suffix}"
-    write = {"csv": table.to_csv, "parquet": table.to_parquet}
-    kinds = {"csv": {"index": False}, "parquet": {}}
-    if suffix == "jsonl":
-        table.to_json(file, orient="records", lines=True)
-    else:
-        write[suffix](file, **kinds[suffix])
-    assert opened(tmp_path).train.label_names == ["cat", "dog"]
-    assert f"metadata.{suffix} has no column label: the class folders are the labels" in caplog.text
-    assert opened(tmp_path, label_column="photographer").train.label_names == ["p0", "p1", "p2"]
-    with pytest.raises(TinyTLError, match=r"data.label_column=nope: no such column; metadata.* has photographer"):
-        opened(tmp_path, label_column="nope")
-
-
-def write_metadata(root, names, labels, there):
-    for number, name in enumerate(there):
-        write_image(root / name, seed=number)
-    pd.DataFrame({"file_name": names, "label": labels}).to_csv(root / "metadata.csv", index=False)
-    return root
-
-
-def test_images_that_metadata_does_not_name_are_counted(tmp_path):
-    names = [f"{i}.png" for i in range(20)]
-    root = write_metadata(tmp_path, names[:16], ["a", "b"] * 8, names)
-    found = opened(root).found
-    assert "labels are from column label of metadata.csv" in str(found)
-    assert found.images == {"train": 16} and found.left_out == {"not named by metadata.csv": 4}
-
-
-def test_files_that_metadata_names_must_be_there_and_once(tmp_path):
-    names = [f"{i}.png" for i in range(10)]
-    root = write_metadata(tmp_path, names, ["a", "b"] * 5, names[:8])
-    with pytest.raises(TinyTLError, match=r"metadata.csv: names 8.png and 1 more, and there is no such image"):
-        opened(root)
-    found = opened(root, skip_corrupt=True).found
-    assert found.images == {"train": 8} and found.left_out == {"named by metadata, but not there": 2}
-    write_metadata(tmp_path, [*names, "0.png"], ["a", "b"] * 5 + ["a"], names)
-    with pytest.raises(TinyTLError, match=r"names 0.png twice"):
-        opened(root)
-
-
-def test_each_split_may_have_its_own_metadata(tmp_path):
-    for split, count in (("train", 8), ("test", 4)):
-        names = [f"{i}.png" for i in range(count)]
-        write_metadata(tmp_path / split, names, ["a", "b"] * (count // 2), names)
-    train, test = opened(tmp_path)[:2]
-    assert (len(train.labels), len(test.labels), test.name) == (8, 4, "test")
-
-
 def test_a_flat_folder_beside_a_table_is_told_to_name_the_table(tmp_path):
     write_image(tmp_path / "0.png")
     (tmp_path / "labels.csv").write_text("path,label\n0.png,a\n")
@@ -488,3 +432,10 @@ def test_the_sets_of_the_hub_that_are_here_open_as_before(shared_data):
     assert (len(train.labels), len(test.labels), len(train.label_names)) == (2730, 1441, 100)
     train, test = opened(shared_data / "cifar10")[:2]
     assert (len(train.labels), len(test.labels), train.label_names[3]) == (50_000, 10_000, "cat")
+
+
+def test_a_table_at_a_url_that_has_changed_is_read_again(tmp_path, server):
+    url = f"{server(tmp_path)}/table.parquet"
+    for names in (["cat", "dog"], ["apple", "pear"]):
+        pd.DataFrame({"image": [png(i) for i in range(8)], "label": names * 4}).to_parquet(tmp_path / "table.parquet")
+        assert opened(url).train.label_names == names

@@ -13,7 +13,8 @@ def check(holds: bool, key: str, value: object, fix: str) -> None:
 
 
 def check_text(key: str, value: str) -> None:
-    """Raise unless a path is UTF-8 text, which libraries that read and write there need."""
+    """Raise unless a path is UTF-8 text, which libraries that read and write there need, and not empty."""
+    check(bool(value.strip()), key, value, "it is empty, as of a variable that is not set; name a path")
     is_text = value == value.encode("utf-8", "replace").decode("utf-8")
     check(is_text, key, value, "use a path that is UTF-8 text")
 

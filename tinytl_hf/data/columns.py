@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,11 @@ def class_order(names: Collection[str]) -> list[str]:
     return sorted(names)
 
 
+def as_label(text: str) -> str:
+    """The class that a folder's name or a text says: systems write one accented letter in two ways."""
+    return unicodedata.normalize("NFC", text)
+
+
 def image_rows(table: datasets.Dataset, config: DataConfig, base: Path | None) -> tuple[str, datasets.Dataset]:
     """The name of the images' column, and a table of that column alone, called ``image``, undecoded.
 
@@ -51,7 +57,7 @@ def image_rows(table: datasets.Dataset, config: DataConfig, base: Path | None) -
     Raises:
         TinyTLError: There is none, or there are several.
     """
-    fits = (_is_image, _holds_bytes, _holds_paths)
+    fits = (_is_image, _holds_bytes, holds_paths)
     if config.image_column is None:
         column = _only(table, "image_column", fits)
     else:
@@ -62,6 +68,9 @@ def image_rows(table: datasets.Dataset, config: DataConfig, base: Path | None) -
         rows = rows.rename_column(column, "image")
     if _is_image(rows, "image"):
         pass
+    elif feature_is_struct(feature) and _has_paths_alone(rows):
+        paths = rows.flatten().select_columns(["image.path"]).rename_column("image.path", "image")
+        return column, _from_paths(paths, column, base, config.skip_corrupt)
     elif _is_bytes(feature):
         if feature_is_struct(feature):
             rows = rows.cast_column("image", {"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
@@ -114,6 +123,8 @@ def _numbered(values: np.ndarray, column: str) -> tuple[np.ndarray, list[str]]:
                 "text, a whole number, or true or false"
             )
         values = values.astype(np.int64)  # pandas' whole numbers
+    if values.dtype.kind in "OU":
+        values = np.array([as_label(str(value)) for value in values])
     classes, labels = np.unique(values, return_inverse=True)
     texts = [str(value) for value in classes]
     names = class_order(texts)
@@ -192,7 +203,14 @@ def feature_is_struct(feature: Any) -> bool:
 
 def _is_bytes(feature: Any) -> bool:
     inner = feature["bytes"] if feature_is_struct(feature) else feature
-    return isinstance(inner, datasets.Value) and inner.dtype in BYTES
+    nothing = {"null"} if feature_is_struct(feature) else set()
+    return isinstance(inner, datasets.Value) and inner.dtype in BYTES | nothing
+
+
+def _has_paths_alone(rows: datasets.Dataset) -> bool:
+    """Whether a column of ``{"bytes": ..., "path": ...}`` has no bytes."""
+    content = rows.flatten().data.column("image.bytes")
+    return content.null_count == len(content)
 
 
 def _first(table: datasets.Dataset, column: str) -> Any:
@@ -214,7 +232,8 @@ def _holds_bytes(table: datasets.Dataset, column: str) -> bool:
         return isinstance(value, dict)
 
 
-def _holds_paths(table: datasets.Dataset, column: str) -> bool:
+def holds_paths(table: datasets.Dataset, column: str) -> bool:
+    """Whether a column has paths of images, by the first."""
     if not _is_string(table.features[column]):
         return False
     return os.path.splitext(str(_first(table, column) or ""))[1].lower() in IMAGE_SUFFIXES
@@ -241,8 +260,17 @@ def _from_paths(rows: datasets.Dataset, column: str, base: Path | None, skip_mis
     return datasets.Dataset.from_dict({"image": places}, features=features)
 
 
+def images_named(table: datasets.Dataset, base: Path) -> set[str]:
+    """Whole paths of the images that a table names."""
+    columns = [column for column in table.column_names if holds_paths(table, column)]
+    return {_place(str(path), base) for column in columns for path in table[column][:] if path is not None}
+
+
 def _place(path: str, base: Path) -> str:
     beside = os.path.join(base, expanded(path))
+    for form in ("NFC", "NFD"):  # systems write one accented letter in two ways
+        spelled = unicodedata.normalize(form, beside)
+        beside = spelled if not os.path.exists(beside) and os.path.exists(spelled) else beside
     if not os.path.isabs(path) and not os.path.exists(beside) and os.path.exists(path):
         return os.path.abspath(path)
     return beside

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import re
-import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 
-from tinytl_hf.data.columns import class_order
+from tinytl_hf.data.columns import as_label, class_order
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.roles import SPLIT_WORDS, role_of
 from tinytl_hf.errors import TinyTLError
@@ -73,6 +72,7 @@ def class_folders(listing: Listing, chosen: set[str]) -> datasets.DatasetDict:
     tops, inner = _unwrapped(tops, chosen)
     splits = find_splits(tops, listing, chosen)
     if splits is None:
+        _check_splits_inside(listing.root, tops)
         _say_odd_names(tops)
         found = {"train": {name: folder.all for name, folder in tops.items()}}
     else:
@@ -175,6 +175,21 @@ def _two_readings(root: Path, tops: Tops, split: str, other: str) -> TinyTLError
     )
 
 
+def _check_splits_inside(root: Path, tops: Tops) -> None:
+    """Raise if all folders hold nothing but splits, as in ``cat/train``: their test images would be trained on."""
+    names = {name for folder in tops.values() for name in folder.below}
+    if len({role_of(name) for name in names}) < 2 or not all(role_of(name) for name in names):
+        return
+    if any(folder.direct for folder in tops.values()):
+        return
+    first = next(iter(tops))
+    raise TinyTLError(
+        f"data.dataset={root}: its folders hold {', '.join(sorted(names))} ({tops[first].example}), which are called "
+        f"as splits are: if {first} is a class, put its images into train/{first} and test/{first} or, to train on "
+        f"all of them, right into {first}/; if {first} is a data set, name {root / first}"
+    )
+
+
 def _say_odd_names(tops: Tops) -> None:
     odd = [top for top in tops if SPLIT_WORDS & set(re.split(r"[^a-z]+", top.lower()))]
     if (odd and len(odd) == len(tops)) or any(role_of(top) for top in odd):
@@ -212,8 +227,3 @@ def _tables(root: Path, found: dict[str, dict[str, list[str]]]) -> datasets.Data
         columns = {"image": [f"{root}/{path}" for _, path in rows], "label": [label for label, _ in rows]}
         tables[split] = datasets.Dataset.from_dict(columns, features=features)
     return tables
-
-
-def as_label(folder: str) -> str:
-    """The class that a folder's name says: systems write one accented letter in two ways."""
-    return unicodedata.normalize("NFC", folder)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 # photo takes little memory; only crops of less than a quarter of its area could show more detail than that.
 REDUCE_ABOVE = 2
 MAX_ASPECT = 4  # longer images are cropped to it at their centre: a batch takes the size of its largest image
-FIRST_TURNED = 5  # EXIF's orientations from here on swap width and height
+TURNED = {5, 6, 7, 8}  # EXIF's orientations that swap width and height
 
 Image.init()
 if find_spec("pillow_heif") is not None:
@@ -109,12 +109,13 @@ def decoded_size(encoded: dict[str, Any], input_size: int) -> tuple[int, int] | 
     source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
     try:
         with Image.open(source, formats=FORMATS) as image:
-            size, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
+            size, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation)
+            is_turned = orientation in TURNED and image.format != "TIFF"  # whose size Pillow gives upright
     except Exception:  # a damaged file can make Pillow raise almost anything; who decodes it says what is wrong
         return None
     longest = MAX_ASPECT * min(size)
     width, height = _reduced(min(size[0], longest), min(size[1], longest), input_size)
-    return (width, height) if orientation >= FIRST_TURNED else (height, width)
+    return (width, height) if is_turned else (height, width)
 
 
 def _reduced(width: int, height: int, input_size: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import datasets
 import pandas as pd
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.columns import LABEL
+from tinytl_hf.data.columns import LABEL, as_label
 from tinytl_hf.data.folder import Folder, find_splits
 from tinytl_hf.data.listing import Listing
-from tinytl_hf.data.roles import chosen_splits
+from tinytl_hf.data.roles import chosen_splits, role_of
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
@@ -27,10 +28,27 @@ IMAGE = "image"
 def read_csv(place: str | Path) -> pd.DataFrame:
     """A CSV or TSV file, on this disk or at a URL, with all columns as texts; only what is empty is missing."""
     separator = "\t" if str(place).lower().endswith(".tsv") else ","
-    return pd.read_csv(place, sep=separator, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+    table = pd.read_csv(place, sep=separator, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+    for column in table.columns:
+        if str(column) != str(column).lstrip():  # "file_name, label": a space after each comma
+            table[column] = table[column].str.lstrip()
+    return table.rename(columns=lambda column: str(column).strip())
 
 
-def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> datasets.DatasetDict | None:
+@dataclass(frozen=True)
+class Metadata:
+    """Images by the metadata files that label them.
+
+    Attributes:
+        splits: A table for each split.
+        name: One of these files.
+    """
+
+    splits: datasets.DatasetDict
+    name: str
+
+
+def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> Metadata | None:
     """The images that metadata files label, with the columns of those.
 
     Args:
@@ -39,40 +57,42 @@ def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> da
         has_classes: Whether folders can give the labels; then metadata needs a column for it by name.
 
     Returns:
-        A table for each split; None: the folders give the labels.
+        None: the folders give the labels.
 
     Raises:
         TinyTLError: A file cannot be read, or names images that are not there.
     """
-    frames = [frame for path in listing.metadata if (frame := _read(listing, path)) is not None]
+    frames = {path: frame for path in listing.metadata if (frame := _read(listing, path)) is not None}
     if not frames:
         return None
     wanted = config.label_column or LABEL
-    columns = sorted({str(column) for frame in frames for column in frame.columns} - {FILE_NAME})
-    frames_with = [frame for frame in frames if wanted in frame.columns]
+    frames_with = {path: frame for path, frame in frames.items() if wanted in frame.columns}
+    used = frames_with or frames
+    name = next(iter(used))
     if not frames_with and has_classes:
         if config.label_column not in (None, LABEL):
-            raise TinyTLError(
-                f"data.label_column={wanted}: no such column; {listing.metadata[0]} has {', '.join(columns)}"
-            )
+            columns = sorted({str(column) for frame in frames.values() for column in frame.columns} - {FILE_NAME})
+            raise TinyTLError(f"data.label_column={wanted}: no such column; {name} has {', '.join(columns)}")
         logger.info(
             "%s has no column %s: the class folders are the labels, and --data.label_column names another column",
-            listing.metadata[0],
+            name,
             LABEL,
         )
         return None
-    table = pd.concat(frames_with or frames, ignore_index=True)
-    _check_files(listing, table, config.skip_corrupt)
-    return _split(listing, table, config)
+    table = pd.concat(used.values(), ignore_index=True)
+    _check_files(listing, table, name, config.skip_corrupt)
+    if wanted in table.columns:
+        _check_labels(table, name, wanted)
+    return Metadata(_split(listing, table, config), name)
 
 
 def _read(listing: Listing, path: str) -> pd.DataFrame | None:
     place = listing.root / path
     try:
-        if path.endswith(".csv"):
+        if path.lower().endswith(".csv"):
             frame = read_csv(place)
-        elif path.endswith(".jsonl"):
-            frame = pd.read_json(place, lines=True, dtype=False, convert_dates=False)
+        elif path.lower().endswith(".jsonl"):
+            frame = pd.read_json(place, lines=True, dtype=False, convert_dates=False, encoding="utf-8-sig")
         else:
             frame = pd.read_parquet(place)
     except Exception as error:  # damaged files can make pandas raise almost anything
@@ -82,9 +102,12 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
         return None
     prefix = os.path.dirname(path)
     frame = frame[frame[FILE_NAME].notna()].copy()
-    frame[FILE_NAME] = [
-        os.path.normpath(os.path.join(prefix, str(name))).replace(os.sep, "/") for name in frame[FILE_NAME]
-    ]
+    names = [os.path.normpath(os.path.join(prefix, str(name))).replace(os.sep, "/") for name in frame[FILE_NAME]]
+    there = set(listing.images)
+    if not there.issuperset(names):  # systems write one accented letter in two ways
+        spelled = {as_label(image): image for image in listing.images}
+        names = [name if name in there else spelled.get(as_label(name), name) for name in names]
+    frame[FILE_NAME] = names
     return frame
 
 
@@ -93,42 +116,74 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _check_files(listing: Listing, table: pd.DataFrame, skip_missing: bool) -> None:
+def _check_files(listing: Listing, table: pd.DataFrame, metadata: str, skip_missing: bool) -> None:
     """Compare the files that metadata names with those that are there, both ways."""
     names, there = list(table[FILE_NAME]), set(listing.images)
     if twice := table.loc[table[FILE_NAME].duplicated(), FILE_NAME].tolist():
-        raise TinyTLError(f"{listing.metadata[0]}: names {twice[0]} twice; leave one of the two out")
+        others = f" (also {', '.join(listing.metadata[1:])})" if len(listing.metadata) > 1 else ""
+        raise TinyTLError(f"{metadata}{others}: names {twice[0]} twice; leave one of the two out")
     missing = [name for name in names if name not in there]
     if missing and not skip_missing:
         more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise TinyTLError(
-            f"{listing.metadata[0]}: names {missing[0]}{more}, and there is no such image in {listing.root}; mend it, "
+            f"{metadata}: names {missing[0]}{more}, and there is no such image in {listing.root}; mend it, "
             "or leave such lines out with --data.skip_corrupt true"
         )
     if missing:
         listing.leave_out("named by metadata, but not there", missing[0], len(missing))
     named = set(names)
     if unnamed := [path for path in listing.images if path not in named]:
-        listing.leave_out(f"not named by {os.path.basename(listing.metadata[0])}", unnamed[0], len(unnamed))
+        listing.leave_out(f"not named by {os.path.basename(metadata)}", unnamed[0], len(unnamed))
+
+
+def _check_labels(table: pd.DataFrame, metadata: str, column: str) -> None:
+    """Name an image without a label beside others that have one."""
+    empty = table[column].isna()
+    if empty.any() and not empty.all() and not _is_empty_in_whole_folders(table, empty):
+        raise TinyTLError(
+            f"{metadata}: {table.loc[empty, FILE_NAME].iloc[0]} has no {column}; fill it in, or leave that line out"
+        )
+
+
+def _is_empty_in_whole_folders(table: pd.DataFrame, empty: pd.Series) -> bool:
+    """Whether folders have no label at all or one for each image: a test split has often none."""
+    shares = empty.groupby(table[FILE_NAME].map(os.path.dirname)).mean()
+    return bool(shares.isin([0, 1]).all())
 
 
 def _split(listing: Listing, table: pd.DataFrame, config: DataConfig) -> datasets.DatasetDict:
     """A table for each split, with the images as paths, in the order of their names."""
     rows = table[table[FILE_NAME].isin(set(listing.images))].sort_values(FILE_NAME, ignore_index=True)
+    chosen = chosen_splits(config)
+    folders = [path.split("/")[:-1] for path in rows[FILE_NAME]]
+    depth = _depth_of_splits(folders, chosen)
+    top = pd.Series([folder[depth] if len(folder) > depth else "" for folder in folders], dtype=str)
     tops: dict[str, Folder] = defaultdict(Folder)
-    for path in rows[FILE_NAME]:
-        tops[path.split("/")[0] if "/" in path else ""].direct.append(path)
-    splits = None if "" in tops else find_splits(dict(tops), listing, chosen_splits(config), labelled=True)
+    for path, name in zip(rows[FILE_NAME], top, strict=True):
+        tops[name].direct.append(path)
+    loose = tops.pop("", None)
+    splits = find_splits(dict(tops), listing, chosen, labelled=True)
     parts = {"train": rows}
-    if splits is not None:
-        folder = rows[FILE_NAME].str.split("/").str[0]
-        parts = {name: rows[folder == top] for name, top in splits.items()}
+    if splits is not None and (loose is None or len(splits) > 1):
+        if loose is not None:
+            listing.leave_out("beside the splits", loose.example, len(loose.direct))
+        parts = {name: rows[top == folder] for name, folder in splits.items()}
     return datasets.DatasetDict({name: _table(listing.root, part) for name, part in parts.items()})
+
+
+def _depth_of_splits(folders: list[list[str]], chosen: set[str]) -> int:
+    """At which level folders may be splits: below those that all images have in common, as in ``data/train``."""
+    depth = 0
+    for level in zip(*folders, strict=False):
+        if len(set(level)) > 1 or role_of(level[0]) or level[0] in chosen:
+            break
+        depth += 1
+    return depth
 
 
 def _table(root: Path, rows: pd.DataFrame) -> datasets.Dataset:
     columns: dict[str, Any] = {
-        str(name): rows[name].tolist() for name in rows.columns if str(name) not in (FILE_NAME, IMAGE)
+        str(name): _of_one_kind(rows[name].tolist()) for name in rows.columns if str(name) not in (FILE_NAME, IMAGE)
     }
     table = datasets.Dataset.from_pandas(pd.DataFrame(columns), preserve_index=False)
     paths = datasets.Dataset.from_dict(
@@ -136,3 +191,15 @@ def _table(root: Path, rows: pd.DataFrame) -> datasets.Dataset:
         features=datasets.Features({IMAGE: datasets.Image(decode=False)}),
     )
     return datasets.concatenate_datasets([paths, table], axis=1) if columns else paths
+
+
+def _of_one_kind(values: list[Any]) -> list[Any]:
+    """Values of several kinds as texts: JSON has 1 in one line and "1" in another, which a table does not take."""
+    kinds = {type(value) for value in values if not _is_missing(value)}
+    if len(kinds) < 2 or kinds == {int, float}:
+        return values
+    return [None if _is_missing(value) else str(value) for value in values]
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)

@@ -190,11 +190,36 @@ def open_eval_split(config: DataConfig, whole: bool) -> Split:
         name = find_split(str(config.eval_split), names)
         if name is None:
             raise TinyTLError(f"data.eval_split={config.eval_split}: use {', '.join([*names, HOLDOUT])}")
-    elif config.eval_split is None:
-        name = find_split("test", names) or find_split("validation", names) or (names[0] if whole else None)
-    if config.eval_split == HOLDOUT or name is None:
-        return _open_data(tables, config).evaluation
-    return _subset(_labelled(tables, name, config)[0], config.max_eval_samples, config.split_seed)
+        split: Split | None = _labelled(tables, name, _with_columns_of_training(tables, config))[0]
+    else:
+        split = _first_with_labels(tables, config, whole) if config.eval_split is None else None
+    if split is None:
+        return _open_data(tables, replace(config, eval_split=HOLDOUT)).evaluation
+    return _subset(split, config.max_eval_samples, config.split_seed)
+
+
+def _first_with_labels(tables: Tables, config: DataConfig, whole: bool) -> Split | None:
+    """The test split, else that for validation, else, of data taken whole, the training split."""
+    names = list(tables.splits)
+    same_columns = _with_columns_of_training(tables, config)
+    for role in ("test", "validation"):
+        name = find_split(role, names)
+        if name is not None and (split := _labelled_or_none(tables, name, same_columns)) is not None:
+            return split
+    train = find_split("train", names) or names[0]
+    return _labelled(tables, train, config)[0] if whole else None
+
+
+def _with_columns_of_training(tables: Tables, config: DataConfig) -> DataConfig:
+    """Options that name the columns that training takes, which a small split may not tell."""
+    name = find_split(config.train_split, list(tables.splits))
+    if name is None:
+        return config
+    try:
+        image_column, label_column = _labelled(tables, name, config)[1]
+    except TinyTLError:  # as a set to evaluate on alone can have
+        return config
+    return replace(config, image_column=image_column, label_column=label_column)
 
 
 def find_training_split(config: DataConfig, train_sha256: str | None) -> Split | None:
@@ -254,7 +279,10 @@ def _labelled(tables: Tables, name: str, config: DataConfig) -> tuple[Split, tup
 
 def _labelled_or_none(tables: Tables, name: str, config: DataConfig) -> Split | None:
     """A split; None for one without labels that the user did not name."""
+    label = config.label_column
     try:
+        if label is not None and label not in tables.splits[name].column_names:
+            raise NoLabelsError(f"it has no column {label}")
         return _labelled(tables, name, config)[0]
     except NoLabelsError as error:
         if config.eval_split is not None:

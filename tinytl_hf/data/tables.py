@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -21,13 +21,15 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.columns import images_named
 from tinytl_hf.data.find import ARCHIVES, TABLES, Source, find
 from tinytl_hf.data.folder import class_folders
 from tinytl_hf.data.found import left_out
 from tinytl_hf.data.images import IMAGE_SUFFIXES
 from tinytl_hf.data.listing import Listing, list_folder
-from tinytl_hf.data.metadata import read_csv, read_metadata
-from tinytl_hf.data.roles import chosen_splits, role_of_table
+from tinytl_hf.data.metadata import read_metadata
+from tinytl_hf.data.roles import chosen_splits, role_of, role_of_table
+from tinytl_hf.data.table_files import by_split_column, is_saved, load_saved, load_tables, saved_below, table_at
 from tinytl_hf.errors import TinyTLError
 
 
@@ -61,17 +63,17 @@ def load(config: DataConfig) -> Tables:
         TinyTLError: It cannot be found or read.
     """
     source = find(config.dataset)
-    path = Path(source.name)
-    if source.place == "local":
-        with explained(config.dataset):
-            return _load_folder(source, path, config) if path.is_dir() else _load_files(source, config)
     if source.place == "digits":
-        splits = datasets.DatasetDict(train=_digits())
-    else:
-        where = "" if source.place == "url" else "no such folder here, and from the Hub: "
-        with explained(config.dataset, where):
+        return Tables(source, datasets.DatasetDict(train=_digits()), None, {}, {})
+    where = "no such folder here, and from the Hub: " if source.place == "hub" else ""
+    with explained(config.dataset, where):
+        if source.place == "local":
+            path = Path(source.name)
+            tables = _load_folder(source, path, config) if path.is_dir() else _load_files(source, config)
+        else:
             splits = _load_url(source.name, config) if source.place == "url" else _load_any(source.name, config)
-    return Tables(source, splits, None, {}, {})
+            tables = Tables(source, splits, None, {}, {})
+        return replace(tables, splits=by_split_column(tables.splits, config))
 
 
 @contextmanager
@@ -103,7 +105,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _load_folder(source: Source, path: Path, config: DataConfig) -> Tables:
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if is_saved(path):
         loaded = datasets.load_from_disk(str(path))
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
         return Tables(source, splits, path, {}, {})
@@ -116,16 +118,13 @@ def _load_folder(source: Source, path: Path, config: DataConfig) -> Tables:
                 listing.leave_out(os.path.splitext(name)[1].lower(), name)
         splits, metadata = _label_images(listing, config)
         return _as_tables(source, listing, splits, metadata, _hint(listing))
-    for name in listing.images:
-        listing.leave_out(os.path.splitext(name)[1].lower(), name)
     if listing.tables:
-        if config.subset is not None or _has_configs(path):
-            if glob.has_magic(str(path)):
-                raise TinyTLError(
-                    f"data.dataset={path}: its README names files by patterns; take [, ], * and ? out of the path"
-                )
-            return _as_tables(source, listing, _load_any(str(path), config))
-        return _as_tables(source, listing, _load_tables(_by_split(listing)))
+        splits = _load_tables_of(listing, config)
+        named = {place for table in splits.values() for place in images_named(table, path)}
+        for name in listing.images:
+            if str(path / name) not in named:
+                listing.leave_out(os.path.splitext(name)[1].lower(), name)
+        return _as_tables(source, listing, splits)
     aside = f"; {left_out(listing.left_out, listing.examples)}" if listing.left_out else ""
     what = f"no image, but {listing.archives[0]}; unpack it first" if listing.archives else "no image and no table"
     raise TinyTLError(
@@ -133,18 +132,39 @@ def _load_folder(source: Source, path: Path, config: DataConfig) -> Tables:
     )
 
 
+def _load_tables_of(listing: Listing, config: DataConfig) -> datasets.DatasetDict:
+    if config.subset is not None or _has_configs(listing.root):
+        if glob.has_magic(str(listing.root)):
+            raise TinyTLError(
+                f"data.dataset={listing.root}: its README names files by patterns; take [, ], * and ? out of the path"
+            )
+        return _load_any(str(listing.root), config)
+    if saved := saved_below(listing):
+        return load_saved(listing, saved)
+    return load_tables(_by_split(listing), listing.root)
+
+
 def _label_images(listing: Listing, config: DataConfig) -> tuple[datasets.DatasetDict, str | None]:
     """Tables of images with their labels, and the metadata file that these are from, if they are."""
-    has_classes = any("/" in path for path in listing.images)
-    splits = read_metadata(listing, config, has_classes=len(_tops(listing)) > 1)
-    if splits is None and not has_classes and (tables := [t for t in listing.tables if not t.endswith(".json")]):
+    has_folders = any("/" in path for path in listing.images)
+    are_splits = _are_flat_splits(listing)
+    metadata = read_metadata(listing, config, has_classes=len(_tops(listing)) > 1 and not are_splits)
+    if metadata is not None:
+        return metadata.splits, metadata.name
+    tables = [name for name in listing.tables if not name.endswith(".json")]
+    if tables and (are_splits or not has_folders):
         raise TinyTLError(
             f"data.dataset={listing.root}: its images lie in no class folder ({listing.images[0]}); if {tables[0]} "
             f"has their paths and labels, name that file, {listing.root / tables[0]}"
         )
-    if splits is not None:
-        return splits, listing.metadata[0]
     return class_folders(listing, chosen_splits(config)), None
+
+
+def _are_flat_splits(listing: Listing) -> bool:
+    """Whether all images lie right in folders that are called as two splits or more are: there is no class folder."""
+    tops = _tops(listing)
+    is_flat = all(path.count("/") == 1 for path in listing.images)
+    return is_flat and len({role_of(top) for top in tops}) > 1 and all(role_of(top) for top in tops)
 
 
 def _holds_images(listing: Listing) -> bool:
@@ -168,7 +188,7 @@ def _hint(listing: Listing) -> str:
     if len(tops) == 1 and len(below) > 1:
         (top,) = tops
         return f"; if {', '.join(below[:5])} are the classes, name {listing.root / top}"
-    tables = [name for name in listing.tables if name.endswith((".csv", ".tsv", ".jsonl"))]
+    tables = [name for name in listing.tables if name.endswith((".csv", ".tsv", ".jsonl", ".parquet"))]
     return f"; if {tables[0]} has the paths and labels of images, name {listing.root / tables[0]}" if tables else ""
 
 
@@ -196,6 +216,8 @@ def _by_split(listing: Listing) -> dict[str, list[str]]:
 
 def _load_files(source: Source, config: DataConfig) -> Tables:
     """A file, or all files that a pattern matches."""
+    if config.subset is not None:
+        raise TinyTLError(f"data.subset={config.subset}: {source.name} is a file, which has no subsets")
     is_file = os.path.isfile(source.name)
     files = (
         [source.name] if is_file else sorted(f for f in glob.glob(source.name, recursive=True) if os.path.isfile(f))
@@ -206,31 +228,14 @@ def _load_files(source: Source, config: DataConfig) -> Tables:
             fix = "name the folder of the images" if suffix in IMAGE_SUFFIXES else "name a folder, or such a file"
             fix = "unpack it, and name the folder" if suffix in ARCHIVES else fix
             raise TinyTLError(f"data.dataset={config.dataset}: {file} is no {', '.join(TABLES)} file; {fix}")
-    return Tables(source, _load_tables({"train": files}), Path(files[0]).parent, {}, {})
-
-
-def _load_tables(files: dict[str, list[str]]) -> datasets.DatasetDict:
-    kinds = {TABLES[os.path.splitext(file)[1].lower()] for each in files.values() for file in each}
-    if len(kinds) > 1:
-        raise TinyTLError(f"{', '.join(sorted(kinds))} files cannot be put together; name those of one kind")
-    (kind,) = kinds
-    if kind == "csv":
-        return datasets.DatasetDict({name: _csv(each) for name, each in files.items()})
-    escaped = {name: [glob.escape(file) for file in each] for name, each in files.items()}
-    return datasets.load_dataset(kind, data_files=escaped)
-
-
-def _csv(places: list[str]) -> datasets.Dataset:
-    tables = [datasets.Dataset.from_pandas(read_csv(place), preserve_index=False) for place in places]
-    return datasets.concatenate_datasets(tables)
+    base = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
+    return Tables(source, load_tables({"train": files}, base), base, {}, {})
 
 
 def _load_url(url: str, config: DataConfig) -> datasets.DatasetDict:
     suffix = os.path.splitext(urlparse(url).path)[1].lower()
-    if suffix in TABLES and TABLES[suffix] == "csv":
-        return datasets.DatasetDict(train=_csv([url]))
     if suffix in TABLES:
-        return datasets.load_dataset(TABLES[suffix], data_files={"train": [url]})
+        return datasets.DatasetDict(train=table_at(url, TABLES[suffix]))
     if url.startswith("hf://"):
         return _load_any(url, config)
     raise TinyTLError(

@@ -45,6 +45,8 @@ def find_images(name: str) -> list[Source]:
         return [
             Source(name, problem="it is a URL; download it, or hand it over: curl -sL URL | tinytl-hf predict ... -")
         ]
+    if not name.strip():
+        return [Source(name, problem="it is empty, as of a variable that is not set; name an image or a folder")]
     try:
         path = expanded(name)
         if path.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,17 @@ def into_csv(path: str, top_k: int, results: Iterable[dict[str, Any]]) -> Iterat
     """
     file = expanded(path)
     more = [f"{name}_{number}" for number in range(2, top_k + 1) for name in ("label", "probability")]
+    results = iter(results)
+    with _explained(path):
+        _check_ours(file)
+    first = list(islice(results, 1))  # the adapter is loaded now, or was not: the file before is still there
     with ExitStack() as opened:
         with _explained(path):
-            _check_ours(file)
             file.parent.mkdir(parents=True, exist_ok=True)
             lines = opened.enter_context(file.open("w", encoding="utf-8", errors="backslashreplace", newline=""))
             table = csv.DictWriter(lines, [*HEAD, *more, "error"])
             table.writeheader()
-        for result in results:
+        for result in chain(first, results):
             with _explained(path):
                 table.writerow(_row(result))
                 lines.flush()

@@ -7,6 +7,7 @@ Every other file in it whose name a run also uses is checked before anything is 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> No
 
 def _others(output: Path) -> list[str]:
     """Names that a run would write, that exist in ``output`` already, and that no run wrote."""
-    present = [name for name in NAMES if (output / name).exists()]
+    present = [name for name in NAMES if os.path.lexists(output / name)]
     values = _read(output / CONFIG_FILE)
     if values.keys() >= OPTIONS and all(isinstance(values[group], dict) for group in GROUPS):
         return [name for name in present if not _is_of_a_run(output / name)]
@@ -131,7 +132,7 @@ def _has_metrics(output: Path) -> bool:
 
 def _is_adapter(folder: Path) -> bool:
     """Whether a folder is an adapter of ours, or the part of one that a kill left."""
-    if not folder.is_dir():
+    if folder.is_symlink() or not folder.is_dir():  # what a link leads to was put there by a person
         return False
     config = folder / ADAPTER_CONFIG_FILE
     if config.exists():

@@ -1,0 +1,112 @@
+"""Files that hold tables: the images that they name, splits of which one lacks columns, and saved data sets."""
+
+import datasets
+import pandas as pd
+import pytest
+from conftest import write_image
+from test_tables import opened, png
+
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.sets import open_eval_split
+
+AB = ["a", "b"]
+
+
+def classes_of_folders(*splits):
+    """Which classes have the images of each folder that holds an ``img``."""
+    return {
+        (image["path"].split("/img/")[0].split("/")[-1], split.label_names[label])
+        for split in splits
+        for image, label in zip(split.rows["image"], split.labels, strict=True)
+    }
+
+
+def write_table(file, kind, columns):
+    table = pd.DataFrame(columns)
+    if kind == "csv":
+        table.to_csv(file, index=False)
+    elif kind == "jsonl":
+        table.to_json(file, orient="records", lines=True)
+    else:
+        table.to_parquet(file)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_path_is_that_of_an_image_beside_its_own_table(kind, tmp_path):
+    for number, (folder, label) in enumerate((("one", "cat"), ("two", "dog"))):
+        for i in range(6):
+            write_image(tmp_path / folder / "img" / f"{i}.png", seed=10 * number + i)
+        paths = [f"img/{i}.png" for i in range(6)]
+        write_table(tmp_path / folder / f"labels.{kind}", kind, {"path": paths, "label": [label] * 6})
+    train, held_out = opened(tmp_path / "*" / f"labels.{kind}")[:2]
+    assert classes_of_folders(train, held_out) == {("one", "cat"), ("two", "dog")}
+
+
+def test_a_table_in_a_folder_names_images_there_which_are_not_left_out(tmp_path):
+    for i in range(8):
+        write_image(tmp_path / "train" / "img" / f"{i}.png", seed=i)
+    columns = {"path": [f"img/{i}.png" for i in range(8)], "label": AB * 4}
+    write_table(tmp_path / "train" / "x.parquet", "parquet", columns)
+    write_image(tmp_path / "train" / "img" / "unused.png")
+    train, held_out, _, found = opened(tmp_path)[:4]
+    assert (len(train.labels), len(held_out.labels), found.left_out) == (4, 4, {".png": 1})
+
+
+def test_paths_where_bytes_could_be_are_those_of_files_beside_the_table(tmp_path, monkeypatch):
+    for i in range(8):
+        write_image(tmp_path / "img" / f"{i}.png", seed=i)
+    images = [{"bytes": None, "path": f"img/{i}.png"} for i in range(8)]
+    pd.DataFrame({"image": images, "label": AB * 4}).to_parquet(tmp_path / "x.parquet")
+    train = opened(tmp_path / "x.parquet").train
+    assert {image["path"] for image in train.rows["image"]} < {str(tmp_path / "img" / f"{i}.png") for i in range(8)}
+
+
+def table_of(count, *, label=True):
+    return {"image": [png(i) for i in range(count)], **({"label": AB * (count // 2)} if label else {})}
+
+
+def test_a_test_table_without_a_column_of_labels_is_left_out(tmp_path, caplog):
+    write_table(tmp_path / "train.parquet", "parquet", table_of(8))
+    write_table(tmp_path / "test.parquet", "parquet", table_of(4, label=False))
+    assert opened(tmp_path).found.not_used == ["test"]
+    assert "split test is not used: it has no column label" in caplog.text
+    held_out = open_eval_split(DataConfig(dataset=str(tmp_path), eval_fraction=0.5), whole=False)
+    assert held_out.title == "holdout" and len(held_out.labels) == 4
+
+
+def test_eval_takes_the_split_and_the_columns_that_a_training_takes(tmp_path):
+    captions = {"caption": [f"photo {i}" for i in range(40)], "species": ["cat", "dog"] * 20}
+    splits = {"train": 40, "validation": 10, "test": 8}
+    saved = datasets.DatasetDict()
+    for name, count in splits.items():
+        values = {key: texts[:count] for key, texts in captions.items()}
+        values["species"] = [None] * count if name == "test" else values["species"]
+        saved[name] = datasets.Dataset.from_dict({"image": [png(i) for i in range(count)], **values})
+    saved.save_to_disk(tmp_path / "saved")
+    assert opened(tmp_path / "saved").evaluation.name == "validation"
+    evaluated = open_eval_split(DataConfig(dataset=str(tmp_path / "saved")), whole=True)
+    assert (evaluated.name, len(evaluated.labels), evaluated.label_names) == ("validation", 10, ["cat", "dog"])
+
+
+def test_a_set_that_is_evaluated_whole_is_its_training_split_whatever_comes_first(tmp_path):
+    parts = {name: datasets.Dataset.from_dict(table_of(count)) for name, count in (("extra", 4), ("train", 8))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path)
+    assert open_eval_split(DataConfig(dataset=str(tmp_path)), whole=True).name == "train"
+
+
+def test_saved_sets_in_folders_are_read_without_the_files_of_their_cache(tmp_path):
+    for name, count in (("train", 8), ("test", 4)):
+        datasets.Dataset.from_dict(table_of(count)).save_to_disk(tmp_path / name)
+    cached = datasets.load_from_disk(tmp_path / "train")
+    cached.map(lambda row: {"label": row["label"].upper()}, cache_file_name=str(tmp_path / "train" / "cache-1.arrow"))
+    train, test = opened(tmp_path)[:2]
+    assert (len(train.labels), train.label_names, len(test.labels)) == (8, AB, 4)
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+def test_a_file_of_another_tool_makes_no_saved_set(name, tmp_path):
+    for folder in ("cat", "dog"):
+        for i in range(4):
+            write_image(tmp_path / folder / f"{i}.png")
+    (tmp_path / name).write_text('{"epoch": 3}')
+    assert opened(tmp_path).train.label_names == ["cat", "dog"]

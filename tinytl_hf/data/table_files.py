@@ -1,0 +1,150 @@
+"""Files that hold tables: read as one, with the places of the images that they name, and saved data sets."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import datasets
+import httpx2
+import numpy as np
+
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.columns import holds_paths
+from tinytl_hf.data.find import TABLES
+from tinytl_hf.data.listing import Listing
+from tinytl_hf.data.metadata import read_csv
+from tinytl_hf.data.roles import role_of, role_of_table
+from tinytl_hf.errors import TinyTLError
+
+logger = logging.getLogger(__name__)
+
+SPLIT = "split"
+
+
+def load_tables(files: dict[str, list[str]], base: Path) -> datasets.DatasetDict:
+    """Read files of one kind, each split by itself, as a test split may lack columns.
+
+    Args:
+        files: Paths of the files of each split.
+        base: Folder that paths of images are relative to, unless there is such a file beside the table itself.
+
+    Raises:
+        TinyTLError: They are of several kinds.
+    """
+    kinds = {TABLES[os.path.splitext(file)[1].lower()] for each in files.values() for file in each}
+    if len(kinds) > 1:
+        raise TinyTLError(f"{', '.join(sorted(kinds))} files cannot be put together; name those of one kind")
+    (kind,) = kinds
+    return datasets.DatasetDict({name: _load_split(each, kind, base) for name, each in files.items()})
+
+
+def _load_split(files: list[str], kind: str, base: Path) -> datasets.Dataset:
+    if {os.path.dirname(file) for file in files} == {str(base)}:
+        return _load(files, kind)
+    by_folder: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        by_folder[os.path.dirname(file)].append(file)
+    first = _load(next(iter(by_folder.values())), kind)
+    if not any(holds_paths(first, column) for column in first.column_names):
+        return _load(files, kind)
+    return datasets.concatenate_datasets([_placed(_load(each, kind), place) for place, each in by_folder.items()])
+
+
+def _load(files: list[str], kind: str) -> datasets.Dataset:
+    if kind == "csv":
+        return datasets.concatenate_datasets([_csv(file) for file in files])
+    return datasets.load_dataset(kind, data_files={"train": [glob.escape(file) for file in files]})["train"]
+
+
+def _csv(place: str) -> datasets.Dataset:
+    return datasets.Dataset.from_pandas(read_csv(place), preserve_index=False)
+
+
+def _placed(table: datasets.Dataset, folder: str) -> datasets.Dataset:
+    """A table whose paths of images that lie beside it are whole."""
+    for column in table.column_names:
+        if not holds_paths(table, column):
+            continue
+        beside = [None if path is None else os.path.join(folder, path) for path in table[column][:]]
+        paths = [
+            place if place is not None and os.path.isfile(place) else path
+            for place, path in zip(beside, table[column][:], strict=True)
+        ]
+        values = datasets.Dataset.from_dict(
+            {column: paths}, features=datasets.Features({column: table.features[column]})
+        )
+        table = datasets.concatenate_datasets([table.remove_columns(column), values], axis=1)
+    return table
+
+
+def table_at(url: str, kind: str) -> datasets.Dataset:
+    """The table at a URL; downloaded again where the server does not tell whether it has changed."""
+    if kind == "csv":
+        return _csv(url)
+    modes = datasets.DownloadMode
+    mode = modes.REUSE_DATASET_IF_EXISTS if _tells_versions(url) else modes.FORCE_REDOWNLOAD
+    return datasets.load_dataset(kind, data_files={"train": [url]}, download_mode=mode)["train"]
+
+
+def _tells_versions(url: str) -> bool:
+    """Whether a server sends what the library datasets knows a changed file by."""
+    if not url.startswith(("http://", "https://")):
+        return True
+    try:
+        return "etag" in httpx2.head(url, follow_redirects=True).headers
+    except httpx2.HTTPError:
+        return False
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` of the library datasets wrote a folder: files of other things have such names, too."""
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return True
+    try:
+        values = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    except ValueError:
+        return True  # a damaged one, as reading it will say
+    return isinstance(values, dict) and isinstance(values.get("splits"), list)
+
+
+def saved_below(listing: Listing) -> list[str]:
+    """Folders below that hold saved data sets; files of a cache lie in them as well, and are no rows."""
+    folders = sorted({os.path.dirname(name) for name in listing.tables if name.endswith(".arrow")})
+    return [folder for folder in folders if is_saved(listing.root / folder)]
+
+
+def load_saved(listing: Listing, folders: list[str]) -> datasets.DatasetDict:
+    """Saved data sets in several folders, by the split that the folders' names say."""
+    roles = {folder: role_of_table(folder) for folder in folders}
+    found: dict[str, list[datasets.Dataset]] = defaultdict(list)
+    for folder in folders:
+        role = roles[folder] if any(roles.values()) else "train"
+        if role is None:
+            listing.leave_out("saved data set", folder)
+        else:
+            found[role].append(datasets.load_from_disk(str(listing.root / folder)))
+    return datasets.DatasetDict({role: datasets.concatenate_datasets(each) for role, each in found.items()})
+
+
+def by_split_column(splits: datasets.DatasetDict, config: DataConfig) -> datasets.DatasetDict:
+    """The only table in parts, if its column ``split`` calls each row's split as people call them."""
+    if len(splits) != 1 or SPLIT in (config.image_column, config.label_column):
+        return splits
+    (table,) = splits.values()
+    feature = table.features.get(SPLIT)
+    if not isinstance(feature, datasets.Value) or "string" not in feature.dtype:
+        return splits
+    roles = np.array([role_of(str(value)) or "" for value in table[SPLIT][:]])
+    found = set(roles.tolist())
+    if "" in found or "train" not in found or len(found) < 2:
+        return splits
+    logger.info("the column %s says which rows are of which split", SPLIT)
+    rest = table.remove_columns(SPLIT)
+    return datasets.DatasetDict({role: rest.select(np.flatnonzero(roles == role)) for role in sorted(found)})
