@@ -227,3 +227,15 @@ def test_cifar10_reads_as_on_the_hub(shared_data):
     train, test = open_splits(config(shared_data / "cifar10", max_train_samples=256, max_eval_samples=100))
     assert train.label_names[3] == "cat" and len(train.labels) == 256 and len(test.labels) == 100
     assert read_images(train, config("unused"), 32).images.shape == (256, 3, 32, 32)
+
+
+def test_a_class_of_which_no_image_can_be_read_is_named(tmp_path, caplog):
+    for folder in ("cat", "dog"):
+        for i in range(4):
+            write_image(tmp_path / folder / f"{i}.png", seed=i)
+    options = config(tmp_path, eval_fraction=0.5, skip_corrupt=True)
+    train, _ = open_splits(options)
+    for file in (tmp_path / "dog").iterdir():
+        file.write_bytes(b"no image")
+    assert len(read_images(train, options, 32)) == 2
+    assert "split train: no image of dog is left" in caplog.text

@@ -241,7 +241,10 @@ def _drop_corrupt(split: Split, good: np.ndarray) -> Split:
         f"{bad.size:,}",
         named([_title(split, i, image) for i, image in zip(bad.tolist(), encoded, strict=False)], bad.size),
     )
-    return split.select(np.flatnonzero(good))
+    left = split.select(np.flatnonzero(good))
+    if empty := [name for name in split.occurring() if name not in left.occurring()]:
+        logger.warning("split %s: no image of %s is left", split.name, named(empty))
+    return left
 
 
 def _title(split: Split, i: int, encoded: dict[str, Any] | None) -> str:
