@@ -348,3 +348,14 @@ def test_files_are_listed_and_not_read(tmp_path):
             (tmp_path / folder / f"{number}.jpg").touch()  # an empty file cannot be decoded
     train, held_out = opened(tmp_path)[:2]
     assert len(train.labels) + len(held_out.labels) == 1000
+
+
+def test_a_comparison_inside_the_data_is_no_class_and_a_class_with_files_of_another_tool_is_one(tmp_path):
+    root = make(tmp_path, each("cat", "dog", "runs/comparison"))
+    for name in ("compare.csv", "compare.md"):
+        (root / "runs" / "comparison" / name).write_text("method\n")
+    (root / "runs" / "comparison" / "compare.json").write_text('{"rows": [{"method": "FT-Last"}]}')
+    (root / "cat" / "config.yaml").write_text("camera: 3\n")
+    (root / "cat" / "metrics.jsonl").write_text("{}\n")
+    found = opened(root).found
+    assert found.classes == ["cat", "dog"] and found.left_out == {"folder written by tinytl-hf": 1}

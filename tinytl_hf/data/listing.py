@@ -14,11 +14,12 @@ from tinytl_hf.data.images import HEIF_SUFFIXES, IMAGE_SUFFIXES, UNREAD_SUFFIXES
 logger = logging.getLogger(__name__)
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-# A folder with all names of one of these was written by this package: a run, an adapter, or a comparison.
+# What this package writes: a folder with all these names in it, of which the first holds this text, is a run's, an
+# adapter's or a comparison's.
 OURS = (
-    {"config.yaml", "metrics.jsonl"},
-    {"adapter_config.json", "adapter_model.safetensors"},
-    {"compare.json", "compare.csv", "compare.md"},
+    (("config.yaml", "metrics.jsonl"), "\nlite:"),
+    (("adapter_config.json", "adapter_model.safetensors"), "format_version"),
+    (("compare.json", "compare.csv", "compare.md"), '"method"'),
 )
 NEVER = {".git", "__MACOSX", "@eaDir"}  # not even counted
 
@@ -57,21 +58,26 @@ class _Place:
 
     Attributes:
         prefix: Its path relative to the root, with a ``/`` at the end; the root's is empty.
-        around: Where it and the folders that it was reached through really are.
+        real: Where it really is.
+        around: The same of the folders that it was reached through.
         in_link: Whether one of them is a link.
     """
 
     prefix: str
-    around: frozenset[str]
+    real: str
+    around: tuple[str, ...] = ()
     in_link: bool = False
 
-    def below(self, name: str, real: str, is_link: bool) -> _Place:
+    def below(self, entry: os.DirEntry[str]) -> _Place:
         """A folder in it."""
-        return _Place(f"{self.prefix}{name}/", self.around | {real}, self.in_link or is_link)
+        is_link = entry.is_symlink()
+        real = os.path.realpath(entry.path) if is_link else os.path.join(self.real, entry.name)
+        return _Place(f"{self.prefix}{entry.name}/", real, (*self.around, self.real), self.in_link or is_link)
 
-    def is_below(self, real: str) -> bool:
-        """Whether it lies in that folder, or is it."""
-        return any(f"{each}/".startswith(f"{real}/") for each in self.around)
+    @property
+    def leads_back(self) -> bool:
+        """Whether a folder that it was reached through is it, or lies in it."""
+        return any(f"{each}/".startswith(f"{self.real}/") for each in self.around)
 
 
 def list_folder(root: Path) -> Listing:
@@ -83,16 +89,18 @@ def list_folder(root: Path) -> Listing:
     Raises:
         OSError: The folder itself cannot be read.
     """
-    listing, seen = Listing(root), {os.path.realpath(root)}
+    start = _Place("", os.path.realpath(root))
+    listing, seen = Listing(root), {start.real}
     visited: list[str] = []
     twice: list[str] = []
-    folders = [_Place("", frozenset(seen))]  # those to come, the next one last
+    ours: list[str] = []
+    folders = [start]  # those to come, the next one last
     while folders:
         place = folders.pop()
         inside = _entries(listing, place.prefix)
-        names = {entry.name for entry in inside}
-        if place.prefix and any(names >= ours for ours in OURS):
+        if place.prefix and _is_ours(root / place.prefix, {entry.name for entry in inside}):
             listing.leave_out("folder written by tinytl-hf", place.prefix)
+            ours.append(place.prefix)
             continue
         visited.append(place.prefix.rstrip("/"))
         below = []
@@ -104,22 +112,29 @@ def list_folder(root: Path) -> Listing:
             elif not entry.is_dir():
                 _add(listing, path, entry)
             elif entry.name not in NEVER:
-                real = os.path.realpath(entry.path) if is_link else os.path.join(root, path)
-                if is_link and place.is_below(real):
-                    continue  # a link back would be followed for ever, and has nothing new
-                if is_link and place.in_link and real in seen:
+                inner = place.below(entry)
+                if is_link and inner.leads_back:
+                    continue  # it would be followed for ever, and has nothing new
+                if is_link and place.in_link and inner.real in seen:
                     listing.leave_out("link to a folder that is listed already", path)
                     continue
-                twice += [path] if real in seen else []
-                seen.add(real)
-                below.append(place.below(entry.name, real, is_link))
+                if inner.real in seen and not any(path.startswith(f"{each}/") for each in twice):
+                    twice.append(path)
+                seen.add(inner.real)
+                below.append(inner)
         folders += reversed(below)
     if twice:
         logger.warning("%s: a link makes this folder a part of the data set twice", ", ".join(twice[:5]))
-    _say_empty_folders(listing, visited)
+    _say_empty_folders(listing, [name for name in visited if not any(each.startswith(f"{name}/") for each in ours)])
     for files in (listing.images, listing.metadata, listing.tables, listing.archives):
         files.sort()
     return listing
+
+
+def _is_ours(folder: Path, names: set[str]) -> bool:
+    """Whether this package wrote a folder that holds those names."""
+    found = [(folder / ours[0], mark) for ours, mark in OURS if names.issuperset(ours)]
+    return any(file.is_file() and mark in file.read_text(encoding="utf-8", errors="replace") for file, mark in found)
 
 
 def _entries(listing: Listing, prefix: str) -> list[os.DirEntry[str]]:
