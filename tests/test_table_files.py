@@ -110,3 +110,21 @@ def test_a_file_of_another_tool_makes_no_saved_set(name, tmp_path):
             write_image(tmp_path / folder / f"{i}.png")
     (tmp_path / name).write_text('{"epoch": 3}')
     assert opened(tmp_path).train.label_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "names"),
+    [
+        (["0", "1"], ["0.0", "1.0"], ["0", "1"]),
+        (["0.0", "10.0"], ["10", "0"], ["0", "10"]),
+        (["1.0", "1.5"], ["1.0", "1.5"], ["1.0", "1.5"]),
+        (["v1.0", "v2.0"], ["v1.0", "v2.0"], ["v1.0", "v2.0"]),
+    ],
+)
+def test_whole_numbers_that_one_of_two_csv_files_has_with_a_zero_are_one_class(train, test, names, tmp_path):
+    root = tmp_path / "tables"
+    root.mkdir()
+    for split, labels in (("train", train), ("test", test)):
+        paths = [write_image(tmp_path / f"{split}{i}.png", seed=i) for i in range(8)]
+        write_table(root / f"{split}.csv", "csv", {"path": [str(path) for path in paths], "label": labels * 4})
+    assert opened(root).train.label_names == names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ STRINGS = {"string", "large_string"}
 SEEN = 100  # rows that are looked at for a value
 FEW = 20  # rows in which each text may be a class of its own
 BYTES = {"binary", "large_binary"}
+WHOLE = re.compile(r"-?\d+(\.0+)?")
 
 
 class NoLabelsError(TinyTLError):
@@ -44,6 +46,14 @@ def class_order(names: Collection[str]) -> list[str]:
 def as_label(text: str) -> str:
     """The class that a folder's name or a text says: systems write one accented letter in two ways."""
     return unicodedata.normalize("NFC", text)
+
+
+def whole_numbers(columns: Sequence[Sequence[str | None]]) -> list[list[str | None]]:
+    """Texts without ``.0``, if all are whole numbers: pandas writes 0 and 1 as 0.0 and 1.0 beside what is missing."""
+    values = [value for column in columns for value in column if value is not None]
+    if not any("." in value for value in values) or not all(WHOLE.fullmatch(value) for value in values):
+        return [list(column) for column in columns]
+    return [[value and value.partition(".")[0] for value in column] for column in columns]
 
 
 def image_rows(table: datasets.Dataset, config: DataConfig, base: Path | None) -> tuple[str, datasets.Dataset]:

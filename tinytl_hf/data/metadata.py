@@ -13,7 +13,7 @@ import datasets
 import pandas as pd
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.columns import LABEL, as_label
+from tinytl_hf.data.columns import LABEL, as_label, whole_numbers
 from tinytl_hf.data.folder import Folder, find_splits
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.roles import chosen_splits, role_of
@@ -83,6 +83,10 @@ def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> Me
     _check_files(listing, table, name, config.skip_corrupt)
     if wanted in table.columns:
         _check_labels(table, name, wanted)
+    for column in table.columns.drop(FILE_NAME):
+        values = [None if _is_missing(value) else value for value in table[column].tolist()]
+        if all(value is None or isinstance(value, str) for value in values):
+            (table[column],) = whole_numbers([values])
     return Metadata(_split(listing, table, config), name)
 
 

@@ -8,13 +8,14 @@ import logging
 import os
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import datasets
 import httpx2
 import numpy as np
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.columns import holds_paths
+from tinytl_hf.data.columns import holds_paths, whole_numbers
 from tinytl_hf.data.find import TABLES
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.metadata import read_csv
@@ -40,7 +41,8 @@ def load_tables(files: dict[str, list[str]], base: Path) -> datasets.DatasetDict
     if len(kinds) > 1:
         raise TinyTLError(f"{', '.join(sorted(kinds))} files cannot be put together; name those of one kind")
     (kind,) = kinds
-    return datasets.DatasetDict({name: _load_split(each, kind, base) for name, each in files.items()})
+    splits = {name: _load_split(each, kind, base) for name, each in files.items()}
+    return datasets.DatasetDict(_with_whole_numbers(splits) if kind == "csv" else splits)
 
 
 def _load_split(files: list[str], kind: str, base: Path) -> datasets.Dataset:
@@ -75,17 +77,31 @@ def _placed(table: datasets.Dataset, folder: str) -> datasets.Dataset:
             place if place is not None and os.path.isfile(place) else path
             for place, path in zip(beside, table[column][:], strict=True)
         ]
-        values = datasets.Dataset.from_dict(
-            {column: paths}, features=datasets.Features({column: table.features[column]})
-        )
-        table = datasets.concatenate_datasets([table.remove_columns(column), values], axis=1)
+        table = _with_column(table, column, paths)
     return table
+
+
+def _with_column(table: datasets.Dataset, column: str, values: list[Any]) -> datasets.Dataset:
+    features = datasets.Features({column: table.features[column]})
+    replaced = datasets.Dataset.from_dict({column: values}, features=features)
+    return datasets.concatenate_datasets([table.remove_columns(column), replaced], axis=1)
+
+
+def _with_whole_numbers(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    """Tables of texts, in whose columns whole numbers are written alike in all splits."""
+    splits = dict(splits)
+    for column in {column for table in splits.values() for column in table.column_names}:
+        having = {name: table[column][:] for name, table in splits.items() if column in table.column_names}
+        for name, values in zip(having, whole_numbers(list(having.values())), strict=True):
+            if values != having[name]:
+                splits[name] = _with_column(splits[name], column, values)
+    return splits
 
 
 def table_at(url: str, kind: str) -> datasets.Dataset:
     """The table at a URL; downloaded again where the server does not tell whether it has changed."""
     if kind == "csv":
-        return _csv(url)
+        return _with_whole_numbers({"train": _csv(url)})["train"]
     modes = datasets.DownloadMode
     mode = modes.REUSE_DATASET_IF_EXISTS if _tells_versions(url) else modes.FORCE_REDOWNLOAD
     return datasets.load_dataset(kind, data_files={"train": [url]}, download_mode=mode)["train"]
