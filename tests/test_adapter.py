@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from conftest import METHODS
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -166,12 +167,25 @@ def test_other_weights_of_the_same_backbone_are_refused_by_their_hash(saved, tmp
 
 def test_the_same_weights_from_another_place_are_accepted(saved, tmp_path):
     model, path = saved
-    import torchvision
-
     with torch.random.fork_rng():
         torch.manual_seed(0)  # what weights="none" are
         torch.save(torchvision.models.mobilenet_v2().state_dict(), tmp_path / "same.pth")
     loaded = TinyTLModel.from_pretrained(path, weights=str(tmp_path / "same.pth")).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IMAGES), model(IMAGES))
+    assert loaded.config == model.config  # which others can load, where they do not have this file
+    loaded.load_adapter(path, "again")
+    with loaded.using("again"), torch.no_grad():
+        assert torch.equal(loaded(IMAGES), model(IMAGES))
+
+
+def test_a_file_of_weights_is_found_from_another_folder(make_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(torchvision.models.mobilenet_v2().state_dict(), "w.pth")
+    model = make_model("TinyTL-B", weights="w.pth").eval()
+    model.save_pretrained("adapter")
+    monkeypatch.chdir("/")
+    loaded = TinyTLModel.from_pretrained(tmp_path / "adapter").eval()
     with torch.no_grad():
         assert torch.equal(loaded(IMAGES), model(IMAGES))
 
@@ -217,3 +231,35 @@ def test_preprocess_takes_any_image_and_gives_the_evaluation_view(saved):
     torch.testing.assert_close(batch[0].mean((1, 2)), grey, atol=1e-4, rtol=0)
     torch.testing.assert_close(model.preprocess(images[0]), batch[:1], atol=1e-5, rtol=0)
     assert model(batch).shape == (2, 4)
+
+
+@pytest.mark.parametrize("part", ["", "classifier", "features"])
+def test_what_is_frozen_after_training_is_saved_all_the_same(part, saved, tmp_path):
+    model, before = saved
+    model.backbone.get_submodule(part).requires_grad_(False)
+    model.save_pretrained(tmp_path / "frozen")
+    assert (tmp_path / "frozen" / TENSORS_FILE).read_bytes() == (before / TENSORS_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_parameter_that_the_method_does_not_train_is_named_before_it_would_be_lost(lean, make_model):
+    model = make_model("TinyTL-B", lean=lean).train()
+    weight = model.backbone.features[18][0].weight.requires_grad_(True)
+    with pytest.raises(TinyTLError, match=r"features.18.0.weight requires a gradient, and TinyTL-B does not train it"):
+        model(IMAGES)
+    assert model.eval()(IMAGES).requires_grad
+    weight.requires_grad_(False)
+    model.train()(IMAGES).sum().backward()
+
+
+def test_arguments_that_loading_does_not_take_are_named(saved):
+    for options, near in (
+        ({"leen": False}, "did you mean lean"),
+        ({"torch_dtype": torch.float16}, "use weights, lean"),
+    ):
+        (name,) = options
+        with pytest.raises(TinyTLError, match=rf"{name}=.*: loading an adapter has no such argument; {near}"):
+            TinyTLModel.from_pretrained(saved[1], **options)
+    model = TinyTLModel.from_pretrained(saved[1], cache_dir="x", local_files_only=True)
+    with pytest.raises(TinyTLError, match="is_trainable=True: loading an adapter has no such argument"):
+        model.load_adapter(saved[1], "again", is_trainable=True)

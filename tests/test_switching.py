@@ -232,3 +232,14 @@ def test_adapters_with_int8_weights_share_them_and_stay_apart_from_fp32_ones(fol
     own = frozen_tensors(model.backbone)
     assert own["features.1.conv.0.0.weight"].dtype == torch.int8
     assert all(shared[key] is tensor for key, tensor in own.items())
+
+
+@pytest.mark.parametrize("waiting", ["last", "lite"])
+def test_freezing_everything_for_use_and_moving_it_changes_no_adapter(waiting, folders, alone):
+    model = TinyTLModel.from_pretrained(folders / "bias")
+    model.load_adapter(folders / waiting, "waiting")
+    model.eval().requires_grad_(False).to("cpu")
+    model.load_adapter(folders / "small", "later")
+    for name, kind in (("waiting", waiting), ("later", "small"), ("default", "bias")):
+        with model.using(name):
+            assert torch.equal(logits(model), alone[kind])

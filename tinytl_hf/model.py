@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tinytl_hf.adapter.build import build_network, check_fits, check_weights
+from tinytl_hf.adapter.build import build_network, check_fits, check_weights, recorded
 from tinytl_hf.adapter.delta import adapter_tensors, frozen_tensors, load_tensors
 from tinytl_hf.adapter.format import holds, read_config, read_tensors, write_adapter
 from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, DataRecord, Preprocessing, label_strings
@@ -43,8 +43,8 @@ class TinyTLModel(nn.Module):
     """An image classifier whose heavy weights are frozen and whose deltas train.
 
     Build it with :meth:`from_backbone` or :meth:`from_pretrained`. Parameter names under ``backbone`` are its
-    library's, with ``lite_residual`` added to the blocks that have one. More adapters can share its frozen weights
-    (:meth:`load_adapter`); everything else is about the active one.
+    library's, with ``lite_residual`` added to the blocks that have one. The method says what trains, and an adapter is
+    that, whatever is frozen later. More adapters can share the frozen weights (:meth:`load_adapter`).
 
     Args:
         config: What to build. A ``sha256`` in it is checked against the frozen weights.
@@ -68,7 +68,7 @@ class TinyTLModel(nn.Module):
         # One layout always, so that a saved and a loaded model run the same kernels on the same numbers.
         self.backbone.to(memory_format=torch.channels_last)
         self.prefix = find_prefix(self.backbone, self._blocks, trained, self.engine.slice_mb)
-        self._adapters = Adapters()
+        self._adapters, self._weights_from = Adapters(), config.backbone.weights
         self.loaded_from: Path | None = None
 
     @classmethod
@@ -192,13 +192,12 @@ class TinyTLModel(nn.Module):
         tensors = read_tensors(folder)
         check_fits(saved, tensors, str(folder))
         # A method that trains everything needs nothing of the backbone but its shape.
-        weights = "none"
-        if saved.backbone.sha256 is not None:
-            source, weights = locate_weights(saved.backbone.name, source, **net)
+        needed = saved.backbone.sha256 is not None
+        source, weights = locate_weights(saved.backbone.name, source, **net) if needed else (source, "none")
         model = cls(replace(saved, backbone=replace(saved.backbone, weights=weights)), engine)
         load_tensors(model.backbone, tensors, source=str(folder))
-        model.config = replace(model.config, backbone=replace(model.config.backbone, weights=source))
-        model.loaded_from = folder
+        model._weights_from, model.loaded_from = source, folder
+        model.config = replace(model.config, backbone=replace(model.config.backbone, weights=recorded(saved, source)))
         return model
 
     def save_pretrained(
@@ -269,10 +268,11 @@ class TinyTLModel(nn.Module):
         """Normalised images ``[N, 3, H, W]``, or :meth:`features` or ``prefix.maps`` of them, to logits."""
         if images.ndim == 2:
             return self._head(images)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            methods.check_trained(self.backbone, self.config.method)
         images = images.contiguous(memory_format=torch.channels_last)
-        if self.prefix is None:
-            return self.backbone(images)
-        return self.prefix.run(self.backbone, images, lean=self.training and self.engine.lean)
+        lean = self.training and self.engine.lean
+        return self.backbone(images) if self.prefix is None else self.prefix.run(self.backbone, images, lean=lean)
 
     def features(self, images: Tensor) -> Tensor:
         """What the head gets of images, as of :meth:`forward`: ``[N, features]``, without gradients; in any thread."""
@@ -325,7 +325,7 @@ class TinyTLModel(nn.Module):
         folder = find_adapter(path, revision, **download)
         saved = read_config(folder)
         self._adapters.check_new(name, saved, self.config, folder)
-        source = weights or self._adapters.source(self.config, own=saved.backbone.weights)
+        source = weights or self._adapters.source(self._loaded(), own=saved.backbone.weights)
         new = self._with_tensors(folder, saved, source, self.engine, **download)
         self._adapters.add(name, new._loaded(), self._loaded(), folder, saved.backbone.sha256)
 
@@ -339,7 +339,8 @@ class TinyTLModel(nn.Module):
         """
         adapter = self._adapters.switch(name, self._loaded())
         adapter.backbone.train(self.training)
-        self.backbone, self._blocks, self.prefix, self.stock_layers, self.config, self.loaded_from = adapter
+        self.backbone, self._blocks, self.prefix, self.stock_layers = adapter[:4]
+        self.config, self._weights_from, self.loaded_from = adapter[4:]
 
     @contextmanager
     def using(self, name: str) -> Iterator[TinyTLModel]:
@@ -388,8 +389,8 @@ class TinyTLModel(nn.Module):
         return next(module for module in self.backbone.modules() if isinstance(module, Head))
 
     def _loaded(self) -> LoadedAdapter:
-        network = self.backbone, self._blocks, self.prefix
-        return LoadedAdapter(*network, self.stock_layers, self.config, self.loaded_from)
+        network = self.backbone, self._blocks, self.prefix, self.stock_layers
+        return LoadedAdapter(*network, self.config, self._weights_from, self.loaded_from)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TinyTLModel:
         """Move or cast all adapters, where PyTorch would only reach the active one."""

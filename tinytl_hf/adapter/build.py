@@ -14,6 +14,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network import methods
 from tinytl_hf.network.backbones import check_size, create_backbone
 from tinytl_hf.network.blocks import TinyTLBlock, convert_blocks
+from tinytl_hf.network.weights import is_weights_file
 
 
 def build_network(
@@ -46,6 +47,11 @@ def check_fits(config: AdapterConfig, tensors: Mapping[str, Tensor], source: str
     with torch.device("meta"):
         backbone, _ = build_network(config, "none")
     check_tensors(backbone, tensors, source)
+
+
+def recorded(saved: AdapterConfig, source: str) -> str:
+    """What an adapter says of its weights, once they were read from ``source``: a name that others know stays."""
+    return source if is_weights_file(saved.backbone.weights) else saved.backbone.weights
 
 
 def check_weights(saved: AdapterConfig, found: str | None, weights: str, source: str) -> None:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.lite_residual import LiteResidual
-from tinytl_hf.network.methods import changing_buffers
+from tinytl_hf.network.methods import changing_buffers, trained_names
 
 
 def adapter_tensors(backbone: nn.Module) -> dict[str, Tensor]:
-    """The tensors that make up the delta: parameters that train and buffers that training can change."""
-    buffers = changing_buffers(backbone)
-    tensors = {name: p.detach() for name, p in backbone.named_parameters() if p.requires_grad}
+    """The tensors that make up the delta: parameters that the method trains and buffers that training can change."""
+    buffers, trained = changing_buffers(backbone), trained_names(backbone)
+    tensors = {name: p.detach() for name, p in backbone.named_parameters() if name in trained}
     tensors.update({name: buffer for name, buffer in backbone.named_buffers() if name in buffers})
     return tensors
 

@@ -35,6 +35,7 @@ class LoadedAdapter(NamedTuple):
         prefix: What runs before its first trained block, where that can run by itself.
         stock_layers: Its layers that keep full-size maps while training.
         config: What the adapter says of itself.
+        weights_from: Where the frozen tensors were read.
         loaded_from: Its folder, or None.
     """
 
@@ -43,6 +44,7 @@ class LoadedAdapter(NamedTuple):
     prefix: Prefix | None
     stock_layers: list[str]
     config: AdapterConfig
+    weights_from: str
     loaded_from: Path | None
 
 
@@ -66,10 +68,10 @@ class Adapters:
         if not same_network(saved.backbone.name, current.backbone.name):
             raise _other_backbone(folder, current, f"it is for {saved.backbone.name}")
 
-    def source(self, current: AdapterConfig, own: str) -> str:
+    def source(self, current: LoadedAdapter, own: str) -> str:
         """The source of the frozen tensors now in memory, or ``own`` if no loaded adapter has any."""
-        configs = [current, *(waiting.config for waiting in self._waiting.values())]
-        return next((config.backbone.weights for config in configs if config.backbone.sha256), own)
+        loaded = [current, *self._waiting.values()]
+        return next((adapter.weights_from for adapter in loaded if adapter.config.backbone.sha256), own)
 
     def add(self, name: str, new: LoadedAdapter, current: LoadedAdapter, folder: Path, trained_on: str | None) -> None:
         """Take in an adapter, on the device and in the type of ``current``, over the frozen tensors in memory.

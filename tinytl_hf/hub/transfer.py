@@ -6,10 +6,12 @@ tries again; the adapter on the disk is never touched by it.
 
 from __future__ import annotations
 
+import difflib
 import functools
+import inspect
 import logging
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 TIMM_FILES = ("config.json", "model.safetensors", CARD_FILE)  # of a model that timm loads
 EXAMPLE_NAME = "user/name"  # in the card of such a model, until it has a name on the Hub
+LOADING = ("weights", "lean", "backend", "slice_mb", "gradient_checkpointing", "revision", "token")  # what ours takes
 LOGIN = "run `hf auth login` or set HF_TOKEN"
 
 
@@ -132,6 +135,7 @@ def find_adapter(name: str | Path, revision: str | None = None, token: str | Non
     Raises:
         TinyTLError: No such folder and no such adapter on the Hub, or a local folder with a revision.
     """
+    _check_options(options)
     path = expanded(name)
     if path.exists() or not REPO_NAME.fullmatch(str(name)):
         if revision is not None:
@@ -140,6 +144,15 @@ def find_adapter(name: str | Path, revision: str | None = None, token: str | Non
     retry = _command("pull", PullConfig(repo=str(name), output=path.name, revision=revision))
     with _explained(f"{name} is no folder here, and loading it from the Hub failed", retry):
         return _download(str(name), revision, token, **options)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raise for an argument that is none of a download's: a slip, or one of another library."""
+    known = inspect.signature(snapshot_download).parameters.keys() - {"repo_id", "repo_type"}
+    for name in options.keys() - known:
+        near = difflib.get_close_matches(name, [*LOADING, *known], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use {', '.join(LOADING)} or those of a download"
+        raise TinyTLError(f"{name}={options[name]}: loading an adapter has no such argument; {hint}")
 
 
 def _own_folder(folder: Path) -> Path:

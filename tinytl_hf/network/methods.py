@@ -147,6 +147,29 @@ def apply_method(
     roles = parameter_roles(backbone)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(roles[name] in plan.trains and parameter not in untrained)
+    backbone.trained_names = frozenset(  # type: ignore[assignment]
+        name for name, parameter in backbone.named_parameters() if parameter.requires_grad
+    )
+
+
+def trained_names(backbone: nn.Module) -> frozenset[str]:
+    """Names of the parameters that the method trains, whoever freezes some of them afterwards."""
+    return backbone.trained_names  # type: ignore[return-value]
+
+
+def check_trained(backbone: nn.Module, method: str) -> None:
+    """Raise if a parameter trains that the method does not train: an adapter has no place for it.
+
+    Raises:
+        TinyTLError: With its name.
+    """
+    trained = trained_names(backbone)
+    for name, parameter in backbone.named_parameters():
+        if parameter.requires_grad and name not in trained:
+            raise TinyTLError(
+                f"{name} requires a gradient, and {method} does not train it, so that no adapter would hold it; use a "
+                "method that trains it (FT-Full trains all), or requires_grad_(False)"
+            )
 
 
 def parameter_roles(backbone: nn.Module) -> dict[str, Role]:
