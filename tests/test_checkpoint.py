@@ -174,6 +174,35 @@ def test_more_epochs_go_on_where_the_run_ended(finished, colour_folder):
     assert done.returncode == 0 and metrics(finished)[:2] == first and len(metrics(finished)) == 3
 
 
+def test_going_on_from_before_a_better_epoch_leaves_its_adapter_behind(colour_folder, tmp_path):
+    output = tmp_path / "run"
+    options = [*OPTIONS, "--train.keep_checkpoints", "9", "--train.lr", "1e-2", "--train.epochs"]
+    assert run_cli(*small_run(colour_folder, output, *options, "3")).returncode == 0
+    lines = metrics(output)
+    lines[1]["eval"]["accuracy"] = 2.0  # the second epoch was the best
+    (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shutil.copytree(output / "adapter", tmp_path / "of_later")
+    first = next(path for path in checkpoints(output) if path.name.endswith("epoch_0001"))
+    done = run_cli(*small_run(colour_folder, output, *options, "1", "--train.resume", first))
+    assert done.returncode == 0 and len(metrics(output)) == 1, done.stderr
+    kept = load_file(output / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in load_file(first / "delta.safetensors").items())
+
+
+def test_options_that_change_no_result_may_differ(finished, colour_folder):
+    done = resume(
+        *(colour_folder, finished, "--train.epochs", "3"),
+        *("--memory.cuda_graph", "false", "--train.gradient_checkpointing", "true"),
+    )
+    assert done.returncode == 0 and len(metrics(finished)) == 3, done.stderr
+
+
+def test_a_loss_that_is_not_finite_names_a_good_state_only_if_there_is_one(finished, colour_folder, tmp_path):
+    too_high = ["--train.lr", "1e30", "--train.optimizer", "sgd"]
+    done = run_cli(*small_run(colour_folder, tmp_path / "new", *OPTIONS, *too_high))
+    assert done.returncode == 1 and "loss is not finite" in done.stderr and "good state" not in done.stderr
+
+
 def test_a_folder_of_another_run_is_not_taken_over_by_a_resume(finished, colour_folder, tmp_path):
     elsewhere = shutil.copytree(checkpoints(finished)[-1], tmp_path / "elsewhere" / "step_00000006_epoch_0002")
     done = resume(colour_folder, finished, "--train.resume", elsewhere)

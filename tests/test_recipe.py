@@ -79,6 +79,7 @@ def test_what_is_left_is_said_once_in_the_first_minute_and_grows_with_the_images
     monkeypatch.setattr(time_left.time, "perf_counter", lambda: clock[0])
     data = DataConfig(start_size=32, train_size=64)
     left = TimeLeft(Config(data=data, train=TrainConfig(lr=1e-3, epochs=2)))  # of 32 and then 64 px: work of 1 and 4
+    assert left.after_epoch(0) == ""  # resumed for its evaluation
     with caplog.at_level(logging.INFO):
         for step in range(1, 21):  # 2 s each
             clock[0] += 2

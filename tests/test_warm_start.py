@@ -1,5 +1,6 @@
 """Training that goes on from an adapter of other data, classes or a smaller method."""
 
+import json
 import logging
 
 import pytest
@@ -115,3 +116,43 @@ def test_a_run_goes_on_and_its_config_and_card_say_from_what(saved, colour_folde
     assert TinyTLModel.from_pretrained(tmp_path / "run" / "adapter").config.init.method == "FT-Last"
     done = run_cli("train", "--adapter", folder, "--data.dataset", colour_folder)
     assert done.returncode == 2 and "adapter: train makes one; --adapter.init PATH_OR_NAME" in done.stderr
+
+
+def digits_run(output, *options):
+    sizes = ["--data.max_train_samples", "40", "--data.max_eval_samples", "80", "--train.epochs", "1"]
+    return run_cli(*small_run("digits", output, "--method", "FT-Last", *sizes, *options))
+
+
+def test_images_that_the_first_adapter_was_trained_on_are_counted_among_those_of_the_evaluation(tmp_path):
+    assert digits_run(tmp_path / "first", "--data.max_train_samples", "1000").returncode == 0
+    done = digits_run(tmp_path / "again", "--adapter.init", tmp_path / "first", "--data.split_seed", "7")
+    assert done.returncode == 0, done.stderr
+    trained_on = json.loads((tmp_path / "again" / "eval_results.json").read_text())["trained_on"]
+    assert 20 < trained_on < 80 and f"it was trained on {trained_on} of the 80 images of holdout" in done.stderr
+    done = run_cli("eval", "--adapter", tmp_path / "again" / "adapter")
+    assert "whether it was trained on any of them is not known" in done.stderr
+    done = digits_run(tmp_path / "same", "--adapter.init", tmp_path / "first")
+    assert "it was trained on" not in done.stderr
+    assert json.loads((tmp_path / "same" / "eval_results.json").read_text())["trained_on"] == 0
+
+
+def test_an_adapter_in_the_folder_that_a_run_replaces_is_kept(tmp_path):
+    assert digits_run(tmp_path / "run").returncode == 0
+    before = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    for init in (tmp_path / "run", tmp_path / "run" / "adapter"):
+        done = digits_run(tmp_path / "run", "--overwrite", "true", "--adapter.init", init)
+        assert done.returncode == 1 and "which this run replaces; choose another --output_dir" in done.stderr
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("named", ["where it was", "where it is", "not at all"])
+def test_a_run_is_resumed_without_the_adapter_that_it_went_on_from(named, saved, colour_folder, tmp_path):
+    folder, _ = saved("FT-Last", labels=("red", "blue"), train_size=32)
+    options = ["--method", "TinyTL-B", "--train.resume", "auto", "--train.epochs"]
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", *options, "1", "--adapter.init", folder))
+    assert done.returncode == 0, done.stderr
+    folder.rename(tmp_path / "moved")
+    init = {"where it was": ["--adapter.init", folder], "where it is": ["--adapter.init", tmp_path / "moved"]}
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", *options, "2", *init.get(named, [])))
+    assert done.returncode == 0 and "goes on from" not in done.stderr.split("epoch 2")[0], done.stderr
+    assert TinyTLModel.from_pretrained(tmp_path / "run" / "adapter").config.init.method == "FT-Last"

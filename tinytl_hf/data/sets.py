@@ -236,6 +236,11 @@ def find_training_split(config: DataConfig, train_sha256: str | None) -> Split |
     return train if train_sha256 in (None, sha256(train)) else None
 
 
+def count_shared(one: Split, other: Split) -> int:
+    """How many images two parts of a data set have in common."""
+    return len(np.intersect1d(one.numbers, other.numbers)) if one.name == other.name else 0
+
+
 def with_label_names(split: Split, label_names: Sequence[str]) -> Split:
     """Number the classes of ``split`` as in ``label_names``.
 

@@ -55,9 +55,12 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     split = sets.with_label_names(split, model.label_names)
     images, digest = read_images(split, data_config, eval_size), sets.sha256(split)
     if train is not None:
-        trained_on: int | None = _count_shared(images.split, train)
+        trained_on: int | None = sets.count_shared(images.split, train)
     else:
         trained_on = _trained_on(digest, record, len(images))
+    init = model.config.init
+    if trained_on == 0 and init is not None and init.train_sha256 not in (None, record and record.train_sha256):
+        trained_on = None  # what it went on from may have been trained on some of them
     evaluated = Evaluated(find(data_config.dataset).name, split.title, digest, len(images), trained_on)
     logger.log(logging.WARNING if evaluated.trained_on else logging.INFO, "evaluating on %s", evaluated)
     prepared, loader = accelerator.prepare(model, make_loader(images, data_config, batch_size=config.batch_size))
@@ -106,11 +109,6 @@ def _trained_on(digest: str, record: DataRecord | None, count: int) -> int | Non
     if record is None or digest not in (record.train_sha256, record.eval_sha256, record.test_sha256):
         return None
     return count if digest == record.train_sha256 else 0
-
-
-def _count_shared(one: Split, other: Split) -> int:
-    """How many images two parts of a data set have in common."""
-    return len(np.intersect1d(one.numbers, other.numbers)) if one.name == other.name else 0
 
 
 @torch.no_grad()

@@ -44,13 +44,16 @@ NAME = re.compile(r"step_\d{8,}_epoch_\d{4,}")
 MAY_DIFFER = {
     *("data.dataset", "backbone.weights"),  # where they lie; that they are the same is known by their hashes
     *("output_dir", "overwrite", "tracker", "metrics", "adapter.dtype", "data.workers", "data.memory_limit_mb"),
+    "adapter.init",  # what was taken from it is in the checkpoint
     *(
+        "memory.cuda_graph",
         "memory.lean",
         "memory.backend",
         "memory.slice_mb",
         "memory.budget_mb",
         "memory.report",
         "train.epochs",
+        "train.gradient_checkpointing",
         "train.patience",
         "train.resume",
         "train.threads",
@@ -74,6 +77,7 @@ class Progress:
         seconds: Training time of the current epoch.
         learning_rate: That of the last step.
         overflows: Steps of the current epoch that fp16 could not represent and that were left out.
+        init: The adapter that the run went on from, as its record says.
     """
 
     epoch: int = 0
@@ -85,6 +89,7 @@ class Progress:
     learning_rate: float = 0.0
     overflows: int = 0
     epochs_since_best: int = 0
+    init: dict[str, Any] | None = None
 
     def next_epoch(self, accuracy: float) -> None:
         """Turn to the next epoch."""

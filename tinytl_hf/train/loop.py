@@ -238,9 +238,11 @@ def show_progress(run: Run, bar: tqdm, loss: float, sums: EpochSums) -> None:
 
 def raise_not_finite(run: Run) -> None:
     """End a run whose loss is infinite or not a number; what it saved before stays."""
+    output = run.config.output_dir
+    kept = checkpoint.list_checkpoints(Path(output) / run_folder.CHECKPOINTS)
     raise TinyTLError(
         f"the loss is not finite at step {run.progress.step} (lr {run.scheduler.get_last_lr()[-1]:.2g}); use a "
-        f"lower --train.lr or --train.max_grad_norm 1, the last good state is in {run.config.output_dir}"
+        f"lower --train.lr or --train.max_grad_norm 1{f', the last good state is in {output}' if kept else ''}"
     )
 
 

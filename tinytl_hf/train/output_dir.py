@@ -64,6 +64,28 @@ def check_free(config: Config) -> None:
     )
 
 
+def check_keeps_init(config: Config) -> None:
+    """Raise if the adapter that a run goes on from lies in the folder that the run replaces.
+
+    Raises:
+        TinyTLError: With another way.
+    """
+    init, output = config.adapter.init, local_path(config.output_dir)
+    if init is not None and output in (local_path(init), *local_path(init).parents) and local_path(init).exists():
+        raise TinyTLError(
+            f"adapter.init={init}: lies in output_dir={config.output_dir}, which this run replaces; choose another "
+            "--output_dir"
+        )
+
+
+def has_adapter_of_later_epoch(config: Config, epochs_done: int) -> bool:
+    """Whether the adapter in a run's folder is of an epoch after the checkpoint that the run goes on from."""
+    lines = read_metrics(Path(config.output_dir))
+    done = [line["eval"]["accuracy"] for line in lines if line["epoch"] <= epochs_done]
+    later = [line["eval"]["accuracy"] for line in lines if line["epoch"] > epochs_done]
+    return bool(later) and (config.adapter.keep == "last" or max(later) > max(done, default=-1.0))
+
+
 def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> None:
     """Write the config, and clear what a former run left.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 
-from tinytl_hf.adapter.record import DataRecord
+from tinytl_hf.adapter.record import DataRecord, InitRecord
 from tinytl_hf.config import recipe
 from tinytl_hf.config.run import Config, flat
 from tinytl_hf.cuda_graph import describe_passes, training_passes
@@ -41,11 +41,11 @@ from tinytl_hf.train.budget import within_budget
 from tinytl_hf.train.cached_features import compute_features
 from tinytl_hf.train.checkpoint import Progress
 from tinytl_hf.train.finish import save_adapters
-from tinytl_hf.train.output_dir import check_free, make_ready
+from tinytl_hf.train.output_dir import check_free, check_keeps_init, has_adapter_of_later_epoch, make_ready
 from tinytl_hf.train.run import FinalTest, Run
 from tinytl_hf.train.schedule import make_scheduler
 from tinytl_hf.train.time_left import TimeLeft
-from tinytl_hf.train.warm_start import warm_start
+from tinytl_hf.train.warm_start import seen_before, warm_start
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,8 @@ def set_up(config: Config) -> Run:
     set_seed(config.seed)
 
     model = TinyTLModel.from_config(config, train_split.label_names)
-    if config.adapter.init is not None:
+    if config.adapter.init is not None and resume_from is None:
+        check_keeps_init(config)
         warm_start(model, config.adapter.init, config.backbone.weights)
     log_recipe(asked, config, len(train_split.labels))
     train_images = batches.read_images(train_split, config.data, config.data.train_size)
@@ -125,10 +126,11 @@ def set_up(config: Config) -> Run:
     record = DataRecord.of(config.data, opened.source, digests[0])
     record = replace(record, eval_sha256=digests[1], test_sha256=digests[2])
     place = opened.source.name
-    evaluated = Evaluated(place, eval_split.title, str(digests[1]), len(eval_images), trained_on=0)
+    seen = seen_before(config.adapter.init, config.data, [eval_split, *([] if test_split is None else [test_split])])
+    evaluated = Evaluated(place, eval_split.title, str(digests[1]), len(eval_images), seen[0])
     final = None
     if test_split is not None and test_images is not None:
-        tested = Evaluated(place, test_split.title, str(digests[2]), len(test_images), trained_on=0)
+        tested = Evaluated(place, test_split.title, str(digests[2]), len(test_images), seen[1])
         loader = batches.make_loader(test_images, config.data, batch_size=options.global_batch_size)
         final = FinalTest(tested, test_images, accelerator.prepare(loader))
     unreadable = sum(
@@ -139,15 +141,20 @@ def set_up(config: Config) -> Run:
     found = opened.found.to_json()
     if unreadable:
         found["left_out"]["unreadable"] = unreadable
-    progress = checkpoint.load(accelerator, resume_from, hashes) if resume_from else Progress()
+    init = None if model.config.init is None else asdict(model.config.init)
+    progress = checkpoint.load(accelerator, resume_from, hashes) if resume_from else Progress(init=init)
+    if progress.init is not None:
+        model.config = replace(model.config, init=InitRecord(**progress.init))
     progress.seconds += feature_seconds
+    is_of_later_epoch = resume_from is not None and has_adapter_of_later_epoch(config, progress.epoch)
+    accelerator.wait_for_everyone()  # all have seen what is there
     if accelerator.is_main_process:
         make_ready(config, resume_from, progress.epoch)
     accelerator.wait_for_everyone()
     is_missing = resume_from is not None and not (Path(config.output_dir) / ADAPTER).exists()
     accelerator.wait_for_everyone()
-    if is_missing:
-        # Resumed into another folder: the best so far stayed in the first.
+    if is_missing or is_of_later_epoch:
+        # Resumed into another folder, where the best so far stayed in the first, or from before a better epoch.
         progress.best_accuracy, progress.epochs_since_best = -1.0, 0
         save_adapters(model, config, record, [ADAPTER], accelerator)
     accelerator.wait_for_everyone()  # the main process writes it, and all will read it

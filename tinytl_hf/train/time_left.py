@@ -38,8 +38,8 @@ class TimeLeft:
     def after_epoch(self, epoch: int) -> str:
         """What is left after an epoch and its evaluation, in words; nothing after the last."""
         done = self._done(epoch + 1)
-        if epoch + 1 == len(self.work) or done <= self.start[1]:
-            return ""
+        if self.steps == 0 or epoch + 1 == len(self.work) or done <= self.start[1]:
+            return ""  # with no step, a run was resumed for an evaluation, and no time was taken
         return f"; {self._left(time.perf_counter(), done)} left"
 
     def _done(self, epochs: int) -> float:

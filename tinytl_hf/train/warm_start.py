@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tinytl_hf.adapter.format import read_config
 from tinytl_hf.adapter.record import InitRecord
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.sets import Split, count_shared, find_training_split
 from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.transfer import find_adapter
@@ -68,6 +70,32 @@ def warm_start(model: TinyTLModel, init: str, weights: str) -> None:
     source = None if expanded(init).exists() else init
     train_sha256 = saved.data.train_sha256 if saved.data is not None else None
     model.config = replace(own, init=InitRecord(saved.method, saved.label_names, source, train_sha256))
+
+
+def seen_before(init: str | None, data: DataConfig, splits: Sequence[Split]) -> list[int | None]:
+    """How many images of each split the adapter that a run goes on from was trained on; None: it is not known.
+
+    Of a data set that holds a part out, that adapter may have held out another.
+    """
+    if init is None:
+        return [0] * len(splits)
+    try:
+        record = read_config(find_adapter(init)).data
+    except TinyTLError:  # a run that is resumed can be without it
+        return [None] * len(splits)
+    train = None if record is None else find_training_split(record.as_trained(data), record.train_sha256)
+    counts = [0 if train is None else count_shared(split, train) for split in splits]
+    for split, count in zip(splits, counts, strict=True):
+        if count:
+            logger.warning(
+                "adapter.init=%s: it was trained on %d of the %d images of %s that this run evaluates on; hold out "
+                "what it held out, by its --data.split_seed and --data.eval_fraction",
+                init,
+                count,
+                len(split.labels),
+                split.title,
+            )
+    return list(counts)
 
 
 def _fitting(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> list[str]:
