@@ -98,3 +98,27 @@ def test_names_and_aliases_are_those_of_the_methods():
 def test_a_value_out_of_range_is_named_with_the_fix(make, message):
     with pytest.raises(TinyTLError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Config(method="TinyTL-LB"), "method=TinyTL-LB: use one of FT-Last, TinyTL-B"),
+        (lambda: Config(tracker="mlflow"), "tracker=mlflow: use one of none, tensorboard"),
+        (lambda: Config(trained_blocks="some"), "trained_blocks=some: use 1 or more, or all"),
+        (lambda: TrainConfig(optimizer="lion"), "train.optimizer=lion: use one of adamw, adam, sgd, muon"),
+        (lambda: TrainConfig(schedule="linear"), "train.schedule=linear: use one of exponential, cosine, constant"),
+        (lambda: TrainConfig(mixed_precision="fp8"), "train.mixed_precision=fp8: use one of no, bf16, fp16, null"),
+        (lambda: LiteConfig(norm="layer"), "lite.norm=layer: use one of batch, group"),
+        (lambda: DataConfig(auto_augment="rand"), "data.auto_augment=rand: use one of none, trivial"),
+    ],
+)
+def test_a_name_that_is_no_choice_is_refused_in_python_as_on_the_command_line(make, message):
+    with pytest.raises(TinyTLError, match=f"^{message}"):
+        make()
+
+
+def test_a_path_is_taken_for_a_text(tmp_path):
+    config = Config(output_dir=tmp_path / "run", data=DataConfig(dataset=tmp_path))
+    assert (config.output_dir, config.data.dataset) == (str(tmp_path / "run"), str(tmp_path))
+    assert Config(method="finetune").method == "FT-Last" and TrainConfig().mixed_precision is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tinytl_hf.config.check import check, expand_paths
+from tinytl_hf.config.check import check, check_choices, expand_paths
 
 TOTAL_STRIDE = 32  # of the backbones, in px; at sizes in between, their maps have odd sides and shift
 
@@ -72,6 +72,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "dataset")
+        check_choices(self, "data.")
         for name in ("train_size", "start_size", "eval_size"):
             size = getattr(self, name)
             check(size is None or size >= 1, f"data.{name}", size, "use a size in px, such as 224")
