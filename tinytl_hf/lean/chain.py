@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tinytl_hf.config.engine import BackendName
+from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean import backend, operators
 from tinytl_hf.lean.slices import compute_dtype, empty_maps, even_slices, slice_mb_on
 from tinytl_hf.lean.stage import SMOOTH, Stage
@@ -82,8 +83,22 @@ class Chain:
         widest = max(size[0] * size[1] * size[2] for size in self.map_sizes(shape)[1:])
         yield from even_slices(shape[0], widest * dtype.itemsize, slice_mb_on(device, self.slice_mb))
 
+    def check(self, shape: torch.Size) -> None:
+        """Raise if an input of ``shape`` is not for the first stage: kernels would read what lies beyond it.
+
+        Raises:
+            TinyTLError: It has other channels, or is no batch of maps.
+        """
+        channels = self.stages[0].conv.in_channels
+        if len(shape) != 4 or shape[1] != channels:
+            raise TinyTLError(
+                f"input of shape {list(shape)}: its convolution takes [images, {channels}, height, width]; "
+                "model.preprocess makes RGB of images of any kind"
+            )
+
     def input_sizes(self, shape: torch.Size) -> list[tuple[int, int, int]]:
         """Channels, height and width of each stage's input."""
+        self.check(shape)
         height, width = shape[2:]
         sizes = []
         for stage in self.stages:
@@ -95,9 +110,9 @@ class Chain:
         """Channels, height and width of the input and of each stage's output."""
         if torch.compiler.is_compiling() or any(isinstance(side, torch.SymInt) for side in shape):
             return self._map_sizes(shape)  # a graph is compiled: what is worked out once is not to be part of it
-        if shape[2:] not in self.facts:
-            self.facts[shape[2:]] = self._map_sizes(shape)
-        return self.facts[shape[2:]]
+        if shape[1:] not in self.facts:
+            self.facts[shape[1:]] = self._map_sizes(shape)
+        return self.facts[shape[1:]]
 
     def _map_sizes(self, shape: torch.Size) -> list[tuple[int, int, int]]:
         last, sizes = self.stages[-1], self.input_sizes(shape)
@@ -138,6 +153,7 @@ class _ChainFunction(Function):
     def forward(
         ctx: Any, x: Tensor, chain: Chain, pools: bool, unread: bool, *biases: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        chain.check(x.shape)
         dtype = compute_dtype(x)
         ctx.backend = backend.named(backend.of_chain(chain, x.device, dtype, x.shape))
         ctx.chain, ctx.shape, ctx.dtype, ctx.compute_dtype = chain, x.shape, x.dtype, dtype

@@ -28,10 +28,11 @@ from tinytl_hf.lean.independence import (
 from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation, LeanReLU, LeanReLU6
 from tinytl_hf.lean.lite_branch import Branch
 from tinytl_hf.lean.max_pool import LeanMaxPool2d, is_plain
-from tinytl_hf.lean.paths import DoneByBlock, LeanBlockPath, LeanResNetPath, lean_part
+from tinytl_hf.lean.paths import LeanBlockPath, LeanResNetPath, lean_part
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.runs import LeanSequence, join_recomputed, run_as
 from tinytl_hf.lean.stage import UPPER, Stage
+from tinytl_hf.lean.together import DoneByAnother, Together
 from tinytl_hf.network.blocks import TinyTLBlock, is_layer, leaves, own_layers, own_modules, unknown_blocks
 from tinytl_hf.network.head import Head, PointwiseHead
 from tinytl_hf.network.kinds import class_name
@@ -212,13 +213,15 @@ def _join(stem: LeanConvNormActivation | LeanConv2d, block: TinyTLBlock, prefix:
     path = block.lean_path
     main = path.main if isinstance(path, LeanBlockPath) else path
     apart = stem in prefix and block not in prefix  # the stem runs without gradients, and the block trains
-    if not isinstance(main, Chain) or not isinstance(stem.chain, Chain):
+    if path is None or not isinstance(main, Chain) or not isinstance(stem.chain, Chain):
         return
     if main.residual or block.gradient_checkpointing or apart:
         return
     joined = replace(main, stages=(*stem.chain.stages, *main.stages), branch=len(stem.chain.stages))
-    block.lean_path = replace(path, main=joined) if isinstance(path, LeanBlockPath) else joined
-    stem.chain = DoneByBlock()
+    members = (stem, block)
+    whole = replace(path, main=joined) if isinstance(path, LeanBlockPath) else joined
+    block.lean_path = Together(members, whole, path)
+    stem.chain = Together(members, DoneByAnother(), stem.chain)
 
 
 def _join_layers(layers: nn.Sequential, engine: Engine, prefix: Collection[nn.Module]) -> None:

@@ -19,8 +19,9 @@ from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.grouping import CONVOLUTIONS, as_stages, chain_of, is_frozen_convolution
 from tinytl_hf.lean.independence import independent_by_type
 from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation, NormOfConvolution, UnreadLinear
-from tinytl_hf.lean.paths import Activated, DoneByBlock, UnreadWhenAgain
+from tinytl_hf.lean.paths import Activated, UnreadWhenAgain
 from tinytl_hf.lean.stage import Stage
+from tinytl_hf.lean.together import DoneByAnother, Together
 from tinytl_hf.network.blocks import TinyTLBlock, leaves, own_modules
 from tinytl_hf.network.norms import FrozenBatchNormAct2d
 
@@ -55,6 +56,7 @@ def join_norm(conv: nn.Module, norm: nn.Module, engine: Engine) -> bool:
     path = Activated(chain_of((Stage(conv, norm),), engine), norm.act) if stages is None else chain_of(stages, engine)
     train_by(conv, path)
     norm.__class__ = NormOfConvolution
+    norm.of = (conv,)  # type: ignore[assignment]
     return True
 
 
@@ -96,9 +98,9 @@ def _join_neighbours(units: Iterable[nn.Module]) -> None:
             continue
         if len(run) > 1:
             chains = [each.chain for each in run if isinstance(each.chain, Chain)]
-            run[0].chain = replace(chains[0], stages=tuple(stage for chain in chains for stage in chain.stages))
-            for other in run[1:]:
-                other.chain = DoneByBlock()
+            joined = replace(chains[0], stages=tuple(stage for chain in chains for stage in chain.stages))
+            for unit, chain in zip(run, chains, strict=True):
+                unit.chain = Together(tuple(run), joined if unit is run[0] else DoneByAnother(), chain)
         run = []
 
 

@@ -72,11 +72,17 @@ class LeanFrozenBatchNormAct2d(LeanFrozenBatchNorm2d, FrozenBatchNormAct2d):
 
 
 class NormOfConvolution(FrozenBatchNormAct2d):
-    """A frozen norm and its activation that train as a part of the convolution before them, which does their work."""
+    """A frozen norm and its activation that train as a part of the convolution before them, which does their work.
+
+    Attributes:
+        of: That convolution, in a tuple, as a module's attribute it would be a child; its mode counts, not the norm's.
+    """
+
+    of: tuple[LeanConv2d]
 
     def forward(self, input: Tensor) -> Tensor:
-        """As :class:`~tinytl_hf.network.norms.FrozenBatchNormAct2d`; in training, what it is given."""
-        return input if self.training else super().forward(input)
+        """As :class:`~tinytl_hf.network.norms.FrozenBatchNormAct2d`; what it is given, where its work is done."""
+        return input if self.of[0].training else super().forward(input)
 
 
 class UnreadLinear(nn.Linear):

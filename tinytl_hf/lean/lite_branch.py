@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tinytl_hf.config.engine import BackendName
+from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean import backend, operators
 from tinytl_hf.lean.slices import compute_dtype
 from tinytl_hf.lean.stage import Stage
@@ -88,7 +89,15 @@ class Branch:
         return (*first, self.conv2.weight, self.norm2.weight, self.norm2.bias)
 
     def output_size(self, shape: torch.Size) -> tuple[int, int, int]:
-        """Channels, height and width of its maps for an input of ``shape``."""
+        """Channels, height and width of its maps for an input of ``shape``.
+
+        Raises:
+            TinyTLError: That has other channels than the branch. Kernels would read beyond them.
+        """
+        if shape[1] != self.conv1.in_channels:
+            raise TinyTLError(
+                f"input of shape {list(shape)}: the lite residual takes maps of {self.conv1.in_channels} channels"
+            )
         return (self.conv2.out_channels, *Stage(self.conv1).output_size(*shape[2:]))
 
     def _uses_batch_statistics(self) -> bool:

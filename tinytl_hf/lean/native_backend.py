@@ -53,8 +53,7 @@ def cache_bytes() -> int:
 
 def fits(chain: Chain, dtype: torch.dtype, shape: torch.Size) -> str | None:
     """Why the kernels cannot run a chain; None if they can."""
-    parameters = [tensor for stage in chain.stages for tensor in (stage.conv.weight, stage.bias)]
-    if (reason := unfit_types(dtype, parameters)) is not None:
+    if (reason := unfit_types(dtype, (tensor for stage in chain.stages for tensor in stage.tensors))) is not None:
         return reason
     if "unfit" not in chain.facts:
         chain.facts["unfit"] = _geometry_fits(chain)
@@ -195,7 +194,7 @@ class _Call:
         """Call a kernel with the scratch memory that it asks for."""
         chosen = kernels()
         assert chosen is not None
-        scratch = torch.empty(chosen.chain_scratch(self.arguments))
+        scratch = torch.empty(chosen.chain_scratch(self.arguments), dtype=torch.float32)
         self.arguments.scratch = scratch.data_ptr()
         getattr(chosen, name)(self.arguments)
 
@@ -229,7 +228,7 @@ def chain_backward(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """See :class:`~tinytl_hf.lean.backend.Backend`."""
     grads = [
-        torch.empty(stage.conv.out_channels) if needed else None
+        torch.empty(stage.conv.out_channels, dtype=torch.float32) if needed else None
         for stage, needed in zip(chain.stages, needs_bias, strict=True)
     ]
     call = _Call.of(chain, shape, kept, grads)
@@ -264,6 +263,6 @@ def _resample(kernel: str, maps: Tensor, small: Tensor) -> None:
     assert chosen is not None
     sizes = (len(maps), *maps.shape[2:], *small.shape[2:], maps.shape[1])
     arguments = UpsamplingArguments(*sizes, Maps.of(maps), Maps.of(small), None, torch.get_num_threads())
-    scratch = torch.empty(chosen.upsampling_scratch(arguments))
+    scratch = torch.empty(chosen.upsampling_scratch(arguments), dtype=torch.float32)
     arguments.scratch = scratch.data_ptr()
     getattr(chosen, kernel)(arguments)

@@ -33,13 +33,14 @@ def branch_fits(branch: Branch, dtype: torch.dtype) -> str | None:
         return f"lite residuals with a kernel of more than {LARGEST_KERNEL} px"
     if branch.conv1.weight.numel() > MOST_WEIGHTS:
         return f"lite residuals with more than {MOST_WEIGHTS:,} weights in the grouped convolution"
-    return unfit_types(dtype, branch.parameters)
+    statistics = [tensor for norm in (branch.norm1, branch.norm2) for tensor in (norm.running_mean, norm.running_var)]
+    return unfit_types(dtype, [*branch.parameters, *statistics])
 
 
 def branch_forward(branch: Branch, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """See :class:`~tinytl_hf.lean.backend.Backend`."""
     middle, channels = branch.conv1.out_channels, branch.conv2.out_channels
-    statistics = [torch.empty(size) for size in (middle, middle, channels, channels)]
+    statistics = [torch.empty(size, dtype=torch.float32) for size in (middle, middle, channels, channels)]
     call = _Call(branch, pooled, statistics)
     call.arguments.norm1.rate = branch.norm1.count_batch()
     call.arguments.norm2.rate = branch.norm2.count_batch()
@@ -55,7 +56,7 @@ def branch_backward(
     """See :class:`~tinytl_hf.lean.backend.Backend`."""
     call = _Call(branch, pooled, statistics)
     grad_input = empty_maps(len(pooled), tuple(pooled.shape[1:]), pooled.dtype) if needs_input else None
-    grads = [torch.empty(parameter.shape) for parameter in branch.parameters]
+    grads = [torch.empty(parameter.shape, dtype=torch.float32) for parameter in branch.parameters]
     grads[0] = torch.empty_like(branch.conv1.weight, memory_format=torch.channels_last)
     call.set(grad_output=channels_last(grad), grad_input=grad_input)
     arguments = call.arguments
@@ -109,7 +110,7 @@ class _Call:
         """Call a kernel with the scratch memory that it asks for."""
         found = kernels()
         assert found is not None
-        scratch = torch.empty(found.branch_scratch(self.arguments))
+        scratch = torch.empty(found.branch_scratch(self.arguments), dtype=torch.float32)
         self.arguments.scratch = scratch.data_ptr()
         getattr(found, name)(self.arguments)
         if self.failed is not None:

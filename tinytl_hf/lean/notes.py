@@ -18,6 +18,7 @@ from tinytl_hf.lean.lite_runs import LiteRun
 from tinytl_hf.lean.paths import LeanBlockPath, LeanPart, LeanResNetPath
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.runs import LeanSequence
+from tinytl_hf.lean.together import Together
 from tinytl_hf.network.blocks import TinyTLBlock, is_layer, own_modules
 
 MASKS, RECOMPUTE, BY_LAYER, STOCK = "masks", "recompute", "layer by layer", "stock"
@@ -65,7 +66,8 @@ def _paths(name: str, part: nn.Module, in_runs: set[nn.Module]) -> Iterator[tupl
 
 
 def _block_path(block: TinyTLBlock) -> str:
-    main = block.lean_path.main if isinstance(block.lean_path, LeanBlockPath) else block.lean_path
+    path = block.lean_path.as_one if isinstance(block.lean_path, Together) else block.lean_path
+    main = path.main if isinstance(path, LeanBlockPath) else path
     if isinstance(main, Recomputed):
         return RECOMPUTE
     if isinstance(main, (Chain, LeanResNetPath)):

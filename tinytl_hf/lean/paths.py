@@ -104,15 +104,6 @@ class LeanBlockPath:
 
 
 @dataclass(frozen=True)
-class DoneByBlock:
-    """The training pass of a stem whose chain the block after it runs."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """What it is given."""
-        return x
-
-
-@dataclass(frozen=True)
 class UnreadWhenAgain:
     """The last convolution of a block that is computed again: nothing but the addition of its input follows.
 

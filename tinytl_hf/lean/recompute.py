@@ -22,6 +22,7 @@ from tinytl_hf.lean.again import autocast_on, computed_again
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation
 from tinytl_hf.lean.slices import Gathered, even_slices, slice_mb_on
+from tinytl_hf.lean.together import Together
 from tinytl_hf.network.blocks import own_modules, own_parameters
 
 # Of the slices of a chain, as autograd keeps several maps of a slice at a time; a run of blocks keeps so little of the
@@ -67,8 +68,10 @@ class Recomputed:
 
         def look(part: nn.Module, inputs: tuple[Any, ...], maps: Any) -> None:
             found.append(maps.numel() if isinstance(maps, Tensor) else 0)
-            if isinstance(part, (LeanConv2d, LeanConvNormActivation)) and isinstance(part.chain, Chain):
-                found.extend(map(math.prod, part.chain.map_sizes(inputs[0].shape)))
+            path = part.chain if isinstance(part, (LeanConv2d, LeanConvNormActivation)) else None
+            path = path.as_one if isinstance(path, Together) else path
+            if isinstance(path, Chain):
+                found.extend(map(math.prod, path.map_sizes(inputs[0].shape)))
 
         hooks = [part.register_forward_hook(look) for part in own_modules(self.module)]
         try:

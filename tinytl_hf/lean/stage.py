@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinytl_hf.lean import bits
-from tinytl_hf.lean.int8 import weight_of
+from tinytl_hf.lean.int8 import Int8Conv2d, weight_of
 from tinytl_hf.network.same_padding import SameConv2d, same_padding
 
 UPPER = {"relu": float("inf"), "relu6": 6.0}  # activations whose gradient is a mask
@@ -39,6 +39,14 @@ class Stage:
     def bias(self) -> Tensor | None:
         """The bias that may train: the norm's, or the convolution's where there is no norm."""
         return self.conv.bias if self.norm is None else self.norm.bias
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """All that it computes with; a model that was cast can have them in several types."""
+        norm, of_conv = self.norm, [self.conv.weight, self.conv.bias]
+        if isinstance(self.conv, Int8Conv2d):
+            of_conv.append(self.conv.weight_scale)
+        return of_conv if norm is None else [*of_conv, norm.weight, norm.bias, norm.running_mean, norm.running_var]
 
     def folded_weight(self, dtype: torch.dtype) -> Tensor:
         """Weight of the convolution that does the norm's work too."""
