@@ -110,7 +110,7 @@ def default_dtype(request):
 @pytest.mark.parametrize(("method", "backbone"), [LITE, TIMM, ("TinyTL-B", "resnet18")])
 def test_the_default_type_does_not_reach_the_kernels(method, backbone, default_dtype, make_model):
     model, images = pair(make_model, method, backbone)[0], torch.randn(4, 3, 64, 64)
-    expected = step(model, images)
+    expected = step(copy.deepcopy(model), images)  # statistics are summed up around the running ones
     torch.set_default_dtype(default_dtype)
     assert off(step(model, images), expected) < 1e-5
 
@@ -123,3 +123,19 @@ def test_a_model_with_int8_weights_can_be_cast(backbone, make_model):
         expected = stock(images)
         lean, stock = (model.to(torch.bfloat16)(images.bfloat16()) for model in (lean, stock))
     assert (lean - expected).norm() < 1.5 * (stock - expected).norm() + 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("trained_blocks", [None, 2])
+@pytest.mark.parametrize(
+    ("method", "backbone"),
+    [LITE, TIMM, *(("TinyTL-L+B", name) for name in ("resnet18", "mobilenet_v3_small", "convnext_tiny"))],
+)
+def test_an_empty_batch_gives_no_logits_and_changes_nothing(method, backbone, trained_blocks, backend, make_model):
+    model = make_model(method, backbone, trained_blocks=trained_blocks, backend=backend).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "num_batches" not in name}
+    logits = model(torch.empty(0, 3, 64, 64))
+    logits.sum().backward()
+    assert logits.shape == (0, 4) and all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+    assert model(torch.randn(4, 3, 64, 64)).isfinite().all()

@@ -155,7 +155,9 @@ def why_not(name: BackendName, device: torch.device) -> str | None:
 
 
 def of_chain(chain: Chain, device: torch.device, dtype: torch.dtype, shape: torch.Size) -> BackendName:
-    """Who runs a chain with maps of ``dtype`` and an input of ``shape``."""
+    """Who runs a chain with maps of ``dtype`` and an input of ``shape``; eager where that is no image."""
+    if shape[0] == 0:
+        return "eager"
     name = chosen(chain.backend, device)
     return _or_eager(name, named(name).fits(chain, dtype, shape))
 
@@ -180,9 +182,9 @@ def _say_once(name: BackendName, reason: str) -> None:
 
 
 def of_upsampling(name: BackendName, maps: Tensor, small: Tensor) -> BackendName:
-    """Who adds ``small`` to ``maps``: the others than eager want channels-last maps of one type."""
+    """Who adds ``small`` to ``maps``: the others than eager want channels-last maps of one type, and some."""
     name = chosen(name, maps.device)
-    ordered = maps.is_contiguous(memory_format=torch.channels_last) and maps.dtype == small.dtype
+    ordered = len(maps) > 0 and maps.is_contiguous(memory_format=torch.channels_last) and maps.dtype == small.dtype
     return name if ordered and named(name).upsampling_fits(maps.dtype) else "eager"
 
 

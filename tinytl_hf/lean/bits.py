@@ -57,12 +57,14 @@ def mask_(values: Tensor, bits: Tensor) -> Tensor:
 def pack_images(activated: Tensor, upper: float) -> Tensor:
     """As :func:`pack`, of ``[N, ...]``: ``uint8 [N, bytes]``, where each image begins with a byte."""
     images = activated.flatten(1)
-    return pack(F.pad(images, (0, rest)) if (rest := -images.shape[1] % 8) else images, upper).view(len(images), -1)
+    return pack(F.pad(images, (0, rest)) if (rest := -images.shape[1] % 8) else images, upper).view(
+        len(images), -(-images.shape[1] // 8)
+    )
 
 
 def mask_images_(values: Tensor, bits: Tensor) -> Tensor:
     """As :func:`mask_`, by the mask that :func:`pack_images` gave."""
-    if values[0].numel() % 8 == 0:
+    if values[:1].numel() % 8 == 0:
         return mask_(values, bits.view(-1))
     images = values.view(len(values), -1)
     images.mul_(unpack(bits.reshape(-1), (len(bits), 8 * bits.shape[1]))[:, : images.shape[1]])

@@ -50,12 +50,12 @@ class Branch:
         """``[N, in_channels, h, w]`` to what is to be up-sampled, ``[N, out_channels, h, w]``."""
         dtype = compute_dtype(pooled)
         of_one_type = self.conv1.weight.dtype == pooled.dtype == dtype
-        if self._uses_batch_statistics() and (of_one_type or self._backend(pooled, dtype) != "eager"):
+        if len(pooled) and self._uses_batch_statistics() and (of_one_type or self._backend(pooled, dtype) != "eager"):
             if torch.compiler.is_compiling():
                 return operators.run_branch(self, pooled, dtype)
             return _BranchFunction.apply(pooled, self, *self.parameters)
-        # Group norms, and mixed precision on the eager back-end: stock layers, computed again for the backward pass.
-        # A compiled graph takes no contexts and needs none: it repeats no change of a buffer.
+        # Group norms, an empty batch, and mixed precision on the eager back-end: stock layers, computed again for the
+        # backward pass. A compiled graph takes no contexts and needs none: it repeats no change of a buffer.
         contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": recompute_contexts}
         run = self.lite.before_upsampling
         return checkpoint(run, pooled, use_reentrant=False, preserve_rng_state=False, **contexts)

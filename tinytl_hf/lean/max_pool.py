@@ -77,7 +77,7 @@ class _MaxPool(Function):
 def _slices(input: Tensor, slice_mb: float | None) -> Iterator[slice]:
     if input.device.type != "cpu":
         return iter([slice(0, len(input))])
-    a_quarter_of_eight_bytes = 2 * input[0].numel()
+    a_quarter_of_eight_bytes = 2 * input[:1].numel()
     return even_slices(len(input), a_quarter_of_eight_bytes, slice_mb_on(input.device, slice_mb))
 
 

@@ -40,7 +40,7 @@ class Prefix:
         """What the first trained block gets: ``[N, 3, H, W]`` to ``[N, C, h, w]``, channels last."""
         gathered = Gathered(len(images))
         slice_mb = SHARE_OF_CHAIN * slice_mb_on(images.device, self.slice_mb)
-        for part in even_slices(len(images), images[0].numel() * images.itemsize, slice_mb):
+        for part in even_slices(len(images), images[:1].numel() * images.itemsize, slice_mb):
             maps = images[part]
             for layer in self.parts:
                 maps = layer(maps)

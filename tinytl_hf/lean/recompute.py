@@ -56,6 +56,9 @@ class Recomputed:
 
     def slices(self, x: Tensor) -> Iterator[slice]:
         """Ranges of the batch whose widest map takes a share of ``slice_mb``."""
+        if len(x) == 0:
+            yield slice(0, 0)
+            return
         if x.shape[1:] not in self.widest:
             self.widest[x.shape[1:]] = self._measure_widest(x[:1])
         image_bytes = self.widest[x.shape[1:]] * x.element_size()

@@ -20,7 +20,10 @@ def slice_mb_on(device: torch.device, slice_mb: float | None) -> float:
 
 
 def even_slices(images: int, image_bytes: int, slice_mb: float) -> Iterator[slice]:
-    """Ranges of a batch of ``images``, of one size as far as it goes, each of about ``slice_mb``."""
+    """Ranges of ``images``, of one size as far as it goes, each of about ``slice_mb``; an empty one of no images."""
+    if images == 0:
+        yield slice(0, 0)
+        return
     count = max(1, int(slice_mb * 1e6) // image_bytes)
     count = -(-images // -(-images // count))
     for start in range(0, images, count):
