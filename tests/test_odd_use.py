@@ -139,3 +139,11 @@ def test_an_empty_batch_gives_no_logits_and_changes_nothing(method, backbone, tr
     assert logits.shape == (0, 4) and all(torch.equal(model.state_dict()[name], before[name]) for name in before)
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
     assert model(torch.randn(4, 3, 64, 64)).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_a_batch_of_one_value_a_channel_is_refused_before_statistics_take_it_in(backend, make_model):
+    model = make_model(train_size=32, backend=backend).train()
+    with pytest.raises(TinyTLError, match="more than one value a channel"):
+        model(torch.randn(1, 3, 32, 32))
+    assert all(tensor.isfinite().all() for tensor in model.buffers())

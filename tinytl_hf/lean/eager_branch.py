@@ -148,11 +148,12 @@ class _InnerBackward:
 
 def _normalise(norm: GlobalBatchNorm2d, maps: Tensor, slice_mb: float) -> tuple[Tensor, _Statistics]:
     """The norm's output and the statistics it used; ``maps`` may be written over."""
+    values = norm.values_of_a_channel(maps.shape)  # before the running statistics take in those of one value
     if not norm.spans_processes:
         output, mean, inverse = torch.native_batch_norm(
             maps, norm.weight, norm.bias, norm.running_mean, norm.running_var, True, norm.count_batch(), norm.eps
         )
-        return output, _Statistics(mean, inverse, norm.values_of_a_channel(maps.shape))
+        return output, _Statistics(mean, inverse, values)
     statistics = _Statistics.of(norm, maps, slice_mb)
     return _affine(statistics.normalised_(maps), norm.weight, norm.bias, out=maps), statistics
 
