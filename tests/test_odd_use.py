@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from tinytl_hf import TinyTLError
 
 LITE, TIMM = ("TinyTL-L+B", "mobilenet_v2"), ("TinyTL-B", "timm/efficientnet_b0")
+LEAN = ("TinyTL-B", "TinyTL-L+B")
 
 
 @torch.no_grad()
@@ -147,3 +149,47 @@ def test_a_batch_of_one_value_a_channel_is_refused_before_statistics_take_it_in(
     with pytest.raises(TinyTLError, match="more than one value a channel"):
         model(torch.randn(1, 3, 32, 32))
     assert all(tensor.isfinite().all() for tensor in model.buffers())
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize(
+    ("method", "backbone"),
+    [LITE, ("TinyTL-L+B", "resnet18"), ("TinyTL-L+B", "mobilenet_v3_small"), *((m, "convnext_tiny") for m in LEAN)],
+)
+def test_parameters_that_are_not_its_own_give_no_wrong_gradients(method, backbone, backend, make_model):
+    model = pair(make_model, method, backbone, backend=backend)[0]
+    images, kinds = torch.randn(4, 3, 64, 64), torch.arange(4)
+
+    def gradients(given):
+        loss = F.cross_entropy(functional_call(model, given, (images,)), kinds)
+        return dict(zip(given, torch.autograd.grad(loss, given.values()), strict=True))
+
+    same = {name: parameter.detach().clone().requires_grad_() for name, parameter in trained(model).items()}
+    other = {name: (0.9 * parameter).detach().requires_grad_() for name, parameter in same.items()}
+    expected = step(copy.deepcopy(model), images)
+    del expected["logits"]
+    assert off(gradients(same), expected) < 1e-4
+    with pytest.raises(TinyTLError, match="with its own parameters, and was given others"):
+        gradients(other)
+
+
+def test_biases_of_chains_may_be_others(make_model):
+    lean, stock = pair(make_model, "TinyTL-B", "mobilenet_v2")
+    given = {name: (0.9 * parameter).detach().requires_grad_() for name, parameter in trained(lean).items()}
+    images, found = torch.randn(4, 3, 64, 64), []
+    for model in (lean, stock):
+        loss = functional_call(model, given, (images,)).square().sum()
+        found.append(dict(zip(given, torch.autograd.grad(loss, given.values()), strict=True)))
+    assert off(*found) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("method", "backbone"), [*((m, "convnext_tiny") for m in LEAN), ("TinyTL-B", "timm/convnext_atto")]
+)
+def test_factors_of_a_block_may_train_that_did_not_when_it_became_lean(method, backbone, make_model):
+    models, images = pair(make_model, method, backbone), torch.randn(2, 3, 64, 64)
+    for model in models:
+        for name, parameter in model.backbone.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or name.endswith(("layer_scale", "gamma")))
+    lean, stock = (step(model.backbone, images) for model in models)
+    assert any(name.endswith(("layer_scale", "gamma")) for name in lean) and off(lean, stock) < 1e-2

@@ -61,6 +61,11 @@ class Chain:
         return _ChainFunction.apply(x, self, False, True, *(stage.bias for stage in self.stages))[0]
 
     @property
+    def read_backward(self) -> list[Tensor]:
+        """The tensors of its layers that its gradients depend on."""
+        return [tensor for stage in self.stages for tensor in stage.read_backward]
+
+    @property
     def keeps_maps(self) -> bool:
         """Whether it keeps whole maps, not only bits: then it is for a slice that is computed again."""
         return any(stage.activation in SMOOTH for stage in self.stages)
@@ -157,6 +162,7 @@ class _ChainFunction(Function):
         dtype = compute_dtype(x)
         ctx.backend = backend.named(backend.of_chain(chain, x.device, dtype, x.shape))
         ctx.chain, ctx.shape, ctx.dtype, ctx.compute_dtype = chain, x.shape, x.dtype, dtype
+        ctx.read = chain.read_backward
         if unread:
             ctx.save_for_backward(*([None] * len(chain.stages)))
             return empty_maps(x, dtype, (len(x), *chain.map_sizes(x.shape)[-1])), None
@@ -169,6 +175,7 @@ class _ChainFunction(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
         needs_input, _, _, _, *needs_bias = ctx.needs_input_grad
+        operators.check_own(ctx.read, ctx.chain.read_backward)
         with torch.autocast(grad.device.type, enabled=False):
             grad_input, bias_grads = ctx.backend.chain_backward(
                 ctx.chain,

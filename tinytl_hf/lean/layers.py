@@ -86,11 +86,17 @@ class NormOfConvolution(FrozenBatchNormAct2d):
 
 
 class UnreadLinear(nn.Linear):
-    """A frozen last layer of a block that is computed again: then, only its gradient is."""
+    """A frozen last layer of a block that is computed again: then, only its gradient is.
+
+    Attributes:
+        block: That block, in a tuple, as a module's attribute it would be a child.
+    """
+
+    block: tuple[nn.Module]
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``; while it is computed again, room for its output, which holds anything."""
-        if not is_computed_again():
+        if not is_computed_again() or self.weight.requires_grad or scales_output(self.block[0]):
             return super().forward(input)
         return _UnreadLinear.apply(input, self.weight, self.bias)
 
@@ -129,6 +135,11 @@ class LeanConvNormActivation(Conv2dNormActivation):
         if not self.training:
             return super().forward(input)
         return self.chain(input)
+
+
+def scales_output(block: nn.Module) -> bool:
+    """Whether a factor trains that a block multiplies its last layer's output by, whose gradient needs that output."""
+    return any(parameter.requires_grad for parameter in block.parameters(recurse=False))
 
 
 def masked_relu(input: Tensor, upper: float) -> Tensor:

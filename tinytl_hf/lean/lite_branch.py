@@ -57,7 +57,13 @@ class Branch:
         # Group norms, an empty batch, and mixed precision on the eager back-end: stock layers, computed again for the
         # backward pass. A compiled graph takes no contexts and needs none: it repeats no change of a buffer.
         contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": recompute_contexts}
-        run = self.lite.before_upsampling
+        held = tuple(self.lite.parameters())
+
+        def run(pooled: Tensor) -> Tensor:
+            if not torch.compiler.is_compiling():
+                operators.check_own(held, self.lite.parameters())
+            return self.lite.before_upsampling(pooled)
+
         return checkpoint(run, pooled, use_reentrant=False, preserve_rng_state=False, **contexts)
 
     @property
@@ -116,7 +122,7 @@ class _BranchFunction(Function):
     @staticmethod
     def forward(ctx: Any, pooled: Tensor, branch: Branch, *parameters: Tensor) -> Tensor:
         dtype = compute_dtype(pooled)
-        ctx.branch, ctx.compute_dtype = branch, dtype
+        ctx.branch, ctx.compute_dtype, ctx.parameters = branch, dtype, parameters
         ctx.backend = backend.named(backend.of_branch(branch, pooled.device, dtype))
         with torch.autocast(pooled.device.type, enabled=False):
             output, statistics = ctx.backend.branch_forward(branch, pooled, dtype)
@@ -127,6 +133,7 @@ class _BranchFunction(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pooled, *statistics = ctx.saved_tensors
+        operators.check_own(ctx.parameters, ctx.branch.parameters)
         with torch.autocast(pooled.device.type, enabled=False):
             grad_pooled, of_parameters = ctx.backend.branch_backward(
                 ctx.branch, pooled, statistics, ctx.compute_dtype, grad, ctx.needs_input_grad[0]

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from tinytl_hf.lean.again import autocast_on, computed_again
 from tinytl_hf.lean.layers import upsample_add, upsample_gradient
+from tinytl_hf.lean.operators import check_own
 from tinytl_hf.lean.paths import LeanBlockPath
 from tinytl_hf.lean.recompute import SHARE_FOR_RUNS, Recomputed
 from tinytl_hf.lean.slices import Gathered
@@ -102,7 +103,7 @@ class _LiteRunFunction(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: LiteRun, *trained: nn.Parameter) -> Tensor:
-        ctx.run, ctx.trained, ctx.autocast = run, run.trained(), autocast_on(x.device)
+        ctx.run, ctx.held, ctx.autocast = run, list(run.mains.module.parameters()), autocast_on(x.device)
         maps, kept = x, [x]
         for part in run.parts:
             into = part.head(maps)
@@ -118,6 +119,7 @@ class _LiteRunFunction(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *pooled = ctx.saved_tensors
+        check_own(ctx.held, ctx.run.mains.module.parameters())
         back = _Backward(ctx, x, grad.contiguous(memory_format=torch.channels_last))
         with computed_again(x.device, ctx.autocast), keep_running_statistics():
             inputs = [maps.detach().requires_grad_() for maps in pooled]
@@ -141,15 +143,17 @@ class _Backward:
     Attributes:
         grad: The gradient of the run's output.
         grad_input: That of its input, if needed.
-        totals: Those of the trained parameters, but for the lite residuals', as far as they have been added up.
+        trained: The trained parameters, but for the lite residuals'.
+        totals: Their gradients, but for the lite residuals', as far as they have been added up.
     """
 
     def __init__(self, ctx: Any, x: Tensor, grad: Tensor) -> None:
         self.ctx, self.x, self.grad = ctx, x, grad
         self.run: LiteRun = ctx.run
+        self.trained = ctx.run.trained()
         self.needs_input: bool = ctx.needs_input_grad[0]
         self.grad_input: Tensor | None = None
-        self.totals = [torch.zeros_like(parameter) for parameter in ctx.trained]
+        self.totals = [torch.zeros_like(parameter) for parameter in self.trained]
         with computed_again(x.device, ctx.autocast):  # it can take a forward pass of an image to measure them
             self._slices = list(self.run.mains.slices(x))
 
@@ -170,14 +174,14 @@ class _Backward:
                 into = last.head(maps)
                 outputs = [last.block.stock_forward(into), last.path.pooled(into)]
             del maps, into
-            wanted = [*([inputs] if self.needs_input else []), *added, *self.ctx.trained]
+            wanted = [*([inputs] if self.needs_input else []), *added, *self.trained]
             found = list(torch.autograd.grad(outputs, wanted, [self.grad[part], of_pooled[part]]))
             del outputs
             if self.needs_input:
                 grad_input.put(part, found.pop(0).contiguous(memory_format=torch.channels_last))
             if small:
                 of_small.put(part, found.pop(0).contiguous(memory_format=torch.channels_last))
-            self._add(self.ctx.trained, found)
+            self._add(self.trained, found)
         self.grad_input = grad_input.whole
         return of_small.whole
 
@@ -198,6 +202,6 @@ class _Backward:
             self._add(trained, found)
 
     def _add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        totals = dict(zip(self.ctx.trained, self.totals, strict=True))
+        totals = dict(zip(self.trained, self.totals, strict=True))
         for parameter, gradient in zip(parameters, gradients, strict=True):
             totals[parameter] += gradient

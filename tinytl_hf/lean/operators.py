@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
 
@@ -43,6 +43,20 @@ def new_handle(holder: Chain | Branch) -> str:
     return handle
 
 
+def check_own(given: Iterable[Tensor], own: Iterable[Tensor]) -> None:
+    """Raise if a pass was given other parameters than those that the back-end will read.
+
+    Raises:
+        TinyTLError: It was; what it computed would be wrong.
+    """
+    pairs = [pair for pair in zip(given, own, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]
+    if not all(torch.equal(one, other) for one, other in pairs):
+        raise TinyTLError(
+            "a lean model computes its gradients with its own parameters, and was given others (by torch.func or, in "
+            "a compiled graph, by an optimizer's step): compile the model alone, or build it with lean=False"
+        )
+
+
 def run_chain(chain: Chain, x: Tensor, dtype: torch.dtype, pools: bool) -> tuple[Tensor, Tensor | None]:
     """A chain's output and, if ``pools``, the pooled input of its block."""
     biases = [stage.bias for stage in chain.stages if stage.bias is not None]
@@ -72,7 +86,7 @@ def chain_forward(
 ) -> list[Tensor]:
     """A chain's output; if ``pools`` the pooled input of its block; if ``keeps`` the masks that there are."""
     chain: Chain = _held[handle]
-    _check_own(biases, [stage.bias for stage in chain.stages if stage.bias is not None])
+    check_own(biases, [stage.bias for stage in chain.stages if stage.bias is not None])
     chosen = backend.named(backend.of_chain(chain, x.device, dtype, x.shape))
     with torch.autocast(x.device.type, enabled=False):
         output, pooled, kept = chosen.chain_forward(chain, x, dtype, keeps, pools)
@@ -173,7 +187,7 @@ def branch_forward(pooled: Tensor, parameters: list[Tensor], handle: str, dtype:
     Running statistics stay as they are: an operator with a gradient changes no tensor.
     """
     branch: Branch = _held[handle]
-    _check_own(parameters, branch.parameters)
+    check_own(parameters, branch.parameters)
     chosen = backend.named(backend.of_branch(branch, pooled.device, dtype))
     with torch.autocast(pooled.device.type, enabled=False), keep_running_statistics():
         output, statistics = chosen.branch_forward(branch, pooled, dtype)
@@ -279,16 +293,6 @@ def _backward_of_upsampling(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Non
 
 
 upsample_add.register_autograd(_backward_of_upsampling, setup_context=_keep_of_upsampling)
-
-
-def _check_own(given: Sequence[Tensor], own: Sequence[Tensor]) -> None:
-    """Raise if a graph was given other parameters than those that the back-end will read."""
-    pairs = [pair for pair in zip(given, own, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]
-    if not all(torch.equal(one, other) for one, other in pairs):
-        raise TinyTLError(
-            "a compiled lean model computes with its own parameters, and was given others (by torch.func or by an "
-            "optimizer's step in the same graph): compile the model alone, or build it with lean=False"
-        )
 
 
 def _empty_maps(like: Tensor, dtype: torch.dtype, size: Any) -> Tensor:

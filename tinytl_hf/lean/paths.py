@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from tinytl_hf.lean import bits
 from tinytl_hf.lean.again import is_computed_again
 from tinytl_hf.lean.chain import Chain
-from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
+from tinytl_hf.lean.layers import average_pool, masked_relu, scales_output, upsample_add
 from tinytl_hf.lean.lite_branch import Branch
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.sliced import in_slices
@@ -111,13 +111,16 @@ class UnreadWhenAgain:
 
     Attributes:
         chain: The convolution, without an activation.
+        block: The block.
     """
 
     chain: Chain
+    block: nn.Module
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output, or maps of its shape that hold anything."""
-        return self.chain.unread(x) if is_computed_again() else self.chain(x)
+        is_read = not is_computed_again() or scales_output(self.block)
+        return self.chain(x) if is_read else self.chain.unread(x)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from tinytl_hf.lean.again import autocast_on, computed_again
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation
+from tinytl_hf.lean.operators import check_own
 from tinytl_hf.lean.slices import Gathered, even_slices, slice_mb_on
 from tinytl_hf.lean.together import Together
 from tinytl_hf.network.blocks import own_modules, own_parameters
@@ -51,8 +52,8 @@ class Recomputed:
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the module."""
-        trained = [parameter for parameter in own_parameters(self.module) if parameter.requires_grad]
-        return _RecomputeFunction.apply(x, self, *trained)
+        held = own_parameters(self.module)
+        return _RecomputeFunction.apply(x, self, held, *(parameter for parameter in held if parameter.requires_grad))
 
     def slices(self, x: Tensor) -> Iterator[slice]:
         """Ranges of the batch whose widest map takes a share of ``slice_mb``."""
@@ -89,10 +90,10 @@ class _RecomputeFunction(Function):
     """The module's output; keeps its input only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, path: Recomputed, *trained: nn.Parameter) -> Tensor:
+    def forward(ctx: Any, x: Tensor, path: Recomputed, held: list[nn.Parameter], *trained: nn.Parameter) -> Tensor:
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(x)
-        ctx.path, ctx.trained, ctx.autocast = path, trained, autocast_on(x.device)
+        ctx.path, ctx.held, ctx.autocast = path, held, autocast_on(x.device)
         output = Gathered(len(x))
         for part in path.slices(x):
             output.put(part, path.run(x[part]).contiguous(memory_format=torch.channels_last))
@@ -104,14 +105,16 @@ class _RecomputeFunction(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        needs_input = ctx.needs_input_grad[0]
+        needs_input, own = ctx.needs_input_grad[0], own_parameters(ctx.path.module)
+        check_own(ctx.held, own)
+        ctx.trained = [mine for mine, given in zip(own, ctx.held, strict=True) if given.requires_grad]
         grad_input, totals = Gathered(len(x)), [torch.zeros_like(parameter) for parameter in ctx.trained]
         for part in ctx.path.slices(x):
             of_input = _slice_backward(ctx, x[part], grad[part], needs_input, totals)
             if of_input is not None:
                 grad_input.put(part, of_input)
             del of_input  # so that it is gone while the next slice runs
-        return grad_input.whole, None, *totals
+        return grad_input.whole, None, None, *totals
 
 
 def _slice_backward(ctx: Any, x: Tensor, grad: Tensor, needs_input: bool, totals: Sequence[Tensor]) -> Tensor | None:

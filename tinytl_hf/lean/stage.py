@@ -41,12 +41,20 @@ class Stage:
         return self.conv.bias if self.norm is None else self.norm.bias
 
     @property
-    def tensors(self) -> list[Tensor | None]:
-        """All that it computes with; a model that was cast can have them in several types."""
-        norm, of_conv = self.norm, [self.conv.weight, self.conv.bias]
+    def read_backward(self) -> list[Tensor]:
+        """The tensors of its layers that its gradient depends on."""
+        found = [self.conv.weight]
         if isinstance(self.conv, Int8Conv2d):
-            of_conv.append(self.conv.weight_scale)
-        return of_conv if norm is None else [*of_conv, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+            found.append(self.conv.weight_scale)
+        if self.norm is not None:
+            assert self.norm.running_var is not None
+            found += [self.norm.weight, self.norm.running_var]
+        return found
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """All that it computes with; those of a model that was cast can be of several types."""
+        return [*self.read_backward, self.bias, None if self.norm is None else self.norm.running_mean]
 
     def folded_weight(self, dtype: torch.dtype) -> Tensor:
         """Weight of the convolution that does the norm's work too."""
