@@ -197,3 +197,43 @@ def test_the_page_does_without_mistakes_and_memory_and_names_a_run_that_is_none(
     done = run_cli("report", runs, "--html")
     assert done.returncode == 1 and f"{runs} is no run" in done.stderr
     assert "FT-Last" in run_cli("report", runs / "last0").stdout
+
+
+def test_runs_of_other_classes_are_rows_of_their_own(runs, tmp_path):
+    results = runs / "last1" / "eval_results.json"
+    edit(results, label_names=["blue", "green", "red"], confusion_matrix=[[1, 0, 0]] * 3)
+    done = run_cli("compare", *(runs / f"last{seed}" for seed in range(3)), "--output", tmp_path / "out")
+    assert done.returncode == 0 and "FT-Last, classes 3 (blue, green, red)" in done.stdout, done.stderr
+
+
+def test_a_file_of_mine_is_not_replaced_and_one_of_ours_is(runs, one_run, tmp_path):
+    run, mine = runs / "bias", "mine, and not to be lost"
+    outputs = {
+        "eval": (["eval", "--adapter", one_run], "output", "figures.json"),
+        "report": (["report", run, "--html"], "output", "page.html"),
+        "compare.json": (["compare", run], "output", "compare.json"),
+        "compare.csv": (["compare", run], "output", "compare.csv"),
+        "compare.md": (["compare", run], "output", "compare.md"),
+    }
+    for name, (words, option, file) in outputs.items():
+        path = tmp_path / name / file
+        path.parent.mkdir()
+        target = path.parent if words[0] == "compare" else path
+        path.write_text(mine)
+        done = run_cli(*words, f"--{option}", target)
+        assert (
+            done.returncode == 1 and f"{option}={path}: is there, and was not written by this command" in done.stderr
+        )
+        assert path.read_text() == mine and len(list(path.parent.iterdir())) == 1
+        path.unlink()
+        for _ in range(2):
+            done = run_cli(*words, f"--{option}", target)
+            assert done.returncode == 0 and path.read_text() != mine, done.stderr
+
+
+def test_what_takes_long_says_at_its_start_that_a_file_of_mine_is_there(tmp_path):
+    for words, file in ((["fit", "--memory_mb", "8", "--output"], "run.yaml"), (["memory", "--plot"], "bars.png")):
+        (tmp_path / file).write_text("mine")
+        done = run_cli(*words, tmp_path / file, "--data.dataset", "digits", "--backbone.weights", "none")
+        assert done.returncode == 1 and f"{file}: is there, and was not written by this command" in done.stderr
+        assert (tmp_path / file).read_text() == "mine"

@@ -27,6 +27,7 @@ from tinytl_hf.config.verbs import (
     PredictConfig,
     ReportConfig,
 )
+from tinytl_hf.disk import check_ours
 from tinytl_hf.errors import TinyTLError, one_line
 
 PROG = "tinytl-hf"
@@ -121,11 +122,12 @@ def _memory(values: Namespace) -> None:
     from tinytl_hf.measure import memory
     from tinytl_hf.measure.data_memory import survey_data
     from tinytl_hf.measure.results import make_folder_of
-    from tinytl_hf.reports.plots import save_memory_bars
+    from tinytl_hf.reports.plots import SOFTWARE, save_memory_bars
 
     config, options = _build(Config, values), _build(MemoryTableConfig, values)
     set_threads(config.train.threads)
     if options.plot is not None:
+        check_ours("plot", Path(options.plot), SOFTWARE)
         make_folder_of("plot", Path(options.plot))
     data = survey_data(config) if options.with_data else None
     photo_size = memory.photo_size_of(config, options, data)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tinytl_hf.errors import TinyTLError
+
 
 def local_path(name: str | Path) -> Path:
     """The path that a name stands for: absolute, with ``~`` for the user's home and without ``.``, ``..`` and links.
@@ -24,6 +26,25 @@ def expanded(name: str | Path) -> Path:
         return Path(name).expanduser()
     except RuntimeError:  # ~other, where there is no such user
         return Path(name)
+
+
+def check_ours(key: str, path: Path, mark: str) -> None:
+    """Raise if a file is there that is none of ours: nothing else is ever replaced.
+
+    Args:
+        key: The option that names the file.
+        path: The file.
+        mark: What every one of ours holds.
+
+    Raises:
+        TinyTLError: It is another's, or cannot be read.
+    """
+    try:
+        is_other = os.path.lexists(path) and mark.encode() not in path.read_bytes()
+    except OSError as error:
+        raise TinyTLError(f"{key}={path}: cannot be written ({error}); name another file") from error
+    if is_other:
+        raise TinyTLError(f"{key}={path}: is there, and was not written by this command; name another file")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -24,6 +24,7 @@ from tinytl_hf.data.batches import make_loader, read_images
 from tinytl_hf.data.find import find, is_same_place, is_there
 from tinytl_hf.data.sets import Split
 from tinytl_hf.device import check_divides, forward_in_parts, make_accelerator, seconds_since
+from tinytl_hf.disk import check_ours
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.metrics import compute_metrics, load_metrics
 from tinytl_hf.measure.results import Evaluated, make_folder_of, save_results
@@ -42,6 +43,7 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     accelerator = make_accelerator(config.mixed_precision)
     check_divides(config.batch_size, "batch_size", accelerator.num_processes)
     if config.output is not None:
+        check_ours("output", Path(config.output), '"tinytl_hf_version"')
         make_folder_of("output", Path(config.output))
     extra = load_metrics(config.metrics)
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)

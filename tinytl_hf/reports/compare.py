@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tinytl_hf.config.verbs import CompareConfig
-from tinytl_hf.disk import expanded, write_text
+from tinytl_hf.disk import check_ours, expanded, write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.reports.finished_run import FinishedRun, read_run
 from tinytl_hf.reports.plots import MB, AccuracyMemory, save_accuracy_memory, save_confusion, save_curves
@@ -135,7 +135,8 @@ def _telling_apart(rivals: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _compared(run: FinishedRun) -> dict[str, Any]:
-    return {key: value for key, value in run.config.items() if key not in NOT_COMPARED and not key.startswith("hub.")}
+    options = {key: value for key, value in run.config.items() if key not in NOT_COMPARED and key[:4] != "hub."}
+    return {**options, "classes": f"{len(run.results['label_names'])} ({', '.join(run.results['label_names'])})"}
 
 
 def _row(name: str, runs: Sequence[FinishedRun]) -> Row:
@@ -198,6 +199,9 @@ def _values(values: Iterable[Any]) -> str:
 
 
 def _write(output: Path, runs: Sequence[FinishedRun], left_out: list[str]) -> None:
+    check_ours("output", output / "compare.json", '"left_out"')
+    check_ours("output", output / "compare.csv", ",".join(field.name for field in fields(Row)))
+    check_ours("output", output / "compare.md", _as_markdown(HEADER))
     groups = _groups(runs)
     rows = [_row(name, members) for name, members in groups.items()]
     notes = _notes(runs, groups)
@@ -210,9 +214,13 @@ def _write(output: Path, runs: Sequence[FinishedRun], left_out: list[str]) -> No
     writer.writerows({**values, "runs": " ".join(values["runs"])} for values in plain)
     write_text(output / "compare.csv", table.getvalue())
     lines = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *map(_cells, rows)]
-    markdown = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
+    markdown = [_as_markdown(cells) for cells in lines]
     write_text(output / "compare.md", "\n".join([*markdown, "", *(f"- {note}" for note in notes)]) + "\n")
     _draw(output, rows, groups)
+
+
+def _as_markdown(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _draw(output: Path, rows: Sequence[Row], groups: dict[str, list[FinishedRun]]) -> None:

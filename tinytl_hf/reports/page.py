@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tinytl_hf.config.run import Config, flat
 from tinytl_hf.config.verbs import ReportConfig
-from tinytl_hf.disk import expanded, write_text
+from tinytl_hf.disk import check_ours, expanded, write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.reports.compare import CONDITIONS, describe
 from tinytl_hf.reports.finished_run import FinishedRun, read_run
@@ -22,6 +22,7 @@ from tinytl_hf.reports.run_folder import MISTAKES_FILE
 from tinytl_hf.version import __version__
 
 TEMPLATE = "report_template.html"
+MARK = '<p class="note">tinytl_hf '  # at the end of every page
 
 
 def report(config: ReportConfig, folder: str) -> str:
@@ -37,6 +38,7 @@ def report(config: ReportConfig, folder: str) -> str:
     if not config.html:
         return describe([run])
     path = Path(config.output or run.folder / "report.html")
+    check_ours("output", path, MARK)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, render(run))

@@ -20,6 +20,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX*"  # one more than colours, so that no pair comes twice for a long time
 MB = 1e6
 DPI = 144
+SOFTWARE = "tinytl_hf (Matplotlib)"  # which each picture names
 LONGEST_LABEL = 24  # characters of a class's name that are shown
 LONGEST_NAME = 48  # and of a run's
 COUNTED_CLASSES = 20  # up to so many classes each cell of a confusion matrix holds its count
@@ -222,7 +223,8 @@ def _figure(path: Path | BinaryIO, width: float, height: float, names: Iterable[
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
-        figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.1)  # no label is cut off
+        metadata = {"Software": SOFTWARE}
+        figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.1, metadata=metadata)  # no label is cut off
 
 
 def _legend(figure: Figure, axis: Axes) -> None:
