@@ -1,11 +1,12 @@
 import json
 
 import pytest
+import safetensors.torch
 import torch
 import torchvision
 from conftest import run_cli
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_methods import train_steps
 
 from tinytl_hf import TinyTLError
@@ -47,6 +48,27 @@ def test_the_file_is_torchvisions_own_network_with_the_same_logits(method, backb
     network.eval().to(memory_format=torch.channels_last)
     assert same_logits(network, model)
     assert f"torchvision's {backbone} with 4 classes; load it with torchvision.models.get_model" in printed
+
+
+@pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L"])
+def test_an_mnasnet_loads_by_itself_and_as_the_command_says(method, merged, monkeypatch):
+    model, path, printed = merged(method, "mnasnet0_5")
+    assert same_logits(load_merged(path).eval(), model)
+    if method == "TinyTL-B":
+        known = {"torchvision": torchvision, "safetensors": safetensors}
+        monkeypatch.chdir(path.parent)
+        exec(printed.strip().partition("load it with ")[2], known)
+        assert same_logits(known["network"].eval().to(memory_format=torch.channels_last), model)
+
+
+def test_a_file_that_lacks_a_tensor_is_refused(merged):
+    _, path, _ = merged("FT-Last")
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), load_file(path)
+    del tensors["classifier.1.bias"]
+    save_file(tensors, path, metadata)
+    with pytest.raises(TinyTLError, match=r"does not fit.*it lacks classifier\.1\.bias"):
+        load_merged(path)
 
 
 @pytest.mark.parametrize("method", ["TinyTL-L", "TinyTL-L+B", "FT-Norm+Last"])

@@ -7,12 +7,14 @@ layers that they do not have, so with them the file is for :func:`load_merged`.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 from tinytl_hf.adapter.build import build_network
 from tinytl_hf.adapter.delta import frozen_tensors
@@ -26,6 +28,8 @@ from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.backbones import sha256
 from tinytl_hf.network.methods import METHODS
 from tinytl_hf.network.timm_nets import PREFIX, architecture
+
+ASKS_FOR_VERSION = "mnasnet"  # of torchvision: loads no state dict without the version that its own has beside it
 
 
 def merge(config: MergeConfig) -> str:
@@ -75,17 +79,30 @@ def load_merged(path: str | Path) -> TinyTLModel:
     saved = config_from(values, path)
     try:
         with torch.device("meta"):  # first without memory, in case the config asks for more than the file holds
-            build_network(saved, "none")[0].load_state_dict(tensors, assign=True)
+            _fill(build_network(saved, "none")[0], tensors, assign=True)
         model = TinyTLModel(replace(saved, backbone=replace(saved.backbone, weights="none")))
-        model.backbone.load_state_dict(tensors)
+        _fill(model.backbone, tensors)
     except RuntimeError as error:
         raise TinyTLError(f"{path} does not fit the adapter_config in its metadata: {error}") from error
     model.config = saved
     return model
 
 
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor], assign: bool = False) -> None:
+    """Load all that a network has, and nothing else.
+
+    Raises:
+        RuntimeError: They are not those of the network.
+    """
+    state = network.state_dict()  # which holds the version, too, that torchvision's MNASNet asks for
+    if missing := sorted(state.keys() - tensors.keys()):
+        raise RuntimeError(f"it lacks {', '.join(missing)}")
+    state.update(tensors)
+    network.load_state_dict(state, assign=assign)
+
+
 def _description(config: AdapterConfig, file: str) -> tuple[str, str]:
-    """What the file is, and the expression that loads it."""
+    """What the file is, and the code that loads it."""
     name, classes = config.backbone.name, len(config.label_names)
     library, own_name, build = "torchvision", name, "torchvision.models.get_model"
     if name.startswith(PREFIX):
@@ -95,4 +112,8 @@ def _description(config: AdapterConfig, file: str) -> tuple[str, str]:
         return what, f'tinytl_hf.load_merged("{file}")'
     what = f"{library}'s {own_name} with {classes} classes"
     network = f'{build}("{own_name}", num_classes={classes})'
-    return what, f'{network}.load_state_dict(safetensors.torch.load_file("{file}"))'
+    tensors = f'safetensors.torch.load_file("{file}")'
+    if own_name.startswith(ASKS_FOR_VERSION) and library == "torchvision":
+        filled = f"state = network.state_dict(); state.update({tensors}); network.load_state_dict(state)"
+        return what, f"network = {network}; {filled}"
+    return what, f"{network}.load_state_dict({tensors})"
