@@ -184,7 +184,7 @@ def _say_once(name: BackendName, reason: str) -> None:
 def of_upsampling(name: BackendName, maps: Tensor, small: Tensor) -> BackendName:
     """Who adds ``small`` to ``maps``: the others than eager want channels-last maps of one type, and some."""
     name = chosen(name, maps.device)
-    ordered = len(maps) > 0 and maps.is_contiguous(memory_format=torch.channels_last) and maps.dtype == small.dtype
+    ordered = maps.shape[0] > 0 and maps.is_contiguous(memory_format=torch.channels_last) and maps.dtype == small.dtype
     return name if ordered and named(name).upsampling_fits(maps.dtype) else "eager"
 
 

@@ -50,7 +50,11 @@ class Branch:
         """``[N, in_channels, h, w]`` to what is to be up-sampled, ``[N, out_channels, h, w]``."""
         dtype = compute_dtype(pooled)
         of_one_type = self.conv1.weight.dtype == pooled.dtype == dtype
-        if len(pooled) and self._uses_batch_statistics() and (of_one_type or self._backend(pooled, dtype) != "eager"):
+        if (
+            pooled.shape[0]
+            and self._uses_batch_statistics()
+            and (of_one_type or self._backend(pooled, dtype) != "eager")
+        ):
             if torch.compiler.is_compiling():
                 return operators.run_branch(self, pooled, dtype)
             return _BranchFunction.apply(pooled, self, *self.parameters)
