@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from tinytl_hf import TinyTLError
+from tinytl_hf.lean.chain import Chain
 
 LITE, TIMM = ("TinyTL-L+B", "mobilenet_v2"), ("TinyTL-B", "timm/efficientnet_b0")
 LEAN = ("TinyTL-B", "TinyTL-L+B")
@@ -193,3 +194,25 @@ def test_factors_of_a_block_may_train_that_did_not_when_it_became_lean(method, b
             parameter.requires_grad_(parameter.requires_grad or name.endswith(("layer_scale", "gamma")))
     lean, stock = (step(model.backbone, images) for model in models)
     assert any(name.endswith(("layer_scale", "gamma")) for name in lean) and off(lean, stock) < 1e-2
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "convnext_tiny"])
+def test_training_mode_without_gradients_gives_what_it_gives_with_them(backbone, mode, make_model):
+    model = make_model("TinyTL-L+B", backbone).train()
+    images = torch.randn(4, 3, 64, 64)
+    expected = copy.deepcopy(model)(images)
+    with mode():
+        assert torch.equal(model(images), expected)
+
+
+def test_without_gradients_no_masks_are_made(make_model, monkeypatch):
+    model = make_model("TinyTL-B", "resnet18").train()
+    made = []
+    room = Chain.empty_kept
+    monkeypatch.setattr(
+        Chain, "empty_kept", lambda chain, x, dtype, keeps: made.append(keeps) or room(chain, x, dtype, keeps)
+    )
+    with torch.no_grad():
+        model(torch.randn(2, 3, 64, 64))
+    assert made and not any(made)

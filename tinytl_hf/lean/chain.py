@@ -58,7 +58,7 @@ class Chain:
 
     def unread(self, x: Tensor) -> Tensor:
         """Maps of the output's shape that hold anything, whose gradient goes back as the output's does."""
-        return _ChainFunction.apply(x, self, False, True, *(stage.bias for stage in self.stages))[0]
+        return _ChainFunction.apply(x, self, False, True, False, *(stage.bias for stage in self.stages))[0]
 
     @property
     def read_backward(self) -> list[Tensor]:
@@ -135,7 +135,9 @@ class Chain:
     def _run(self, x: Tensor, pools: bool) -> tuple[Tensor, Tensor | None]:
         if torch.compiler.is_compiling():
             return operators.run_chain(self, x, compute_dtype(x), pools)
-        return _ChainFunction.apply(x, self, pools, False, *(stage.bias for stage in self.stages))
+        return _ChainFunction.apply(
+            x, self, pools, False, torch.is_grad_enabled(), *(stage.bias for stage in self.stages)
+        )
 
 
 def _room_for(stage: Stage, x: Tensor, dtype: torch.dtype, size: tuple[int, int, int] | None) -> Tensor | None:
@@ -151,12 +153,13 @@ def _room_for(stage: Stage, x: Tensor, dtype: torch.dtype, size: tuple[int, int,
 class _ChainFunction(Function):
     """The chain's output; keeps what the gradients of its activations need, and nothing else.
 
-    With ``unread`` its output is room that holds anything, which only chains without activations may have.
+    With ``unread`` its output is room that holds anything, which only chains without activations may have. Without
+    ``keeps``, as no gradient is wanted, it keeps nothing: that is not to be seen from within.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, chain: Chain, pools: bool, unread: bool, *biases: Tensor | None
+        ctx: Any, x: Tensor, chain: Chain, pools: bool, unread: bool, keeps: bool, *biases: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         chain.check(x.shape)
         dtype = compute_dtype(x)
@@ -167,14 +170,15 @@ class _ChainFunction(Function):
             ctx.save_for_backward(*([None] * len(chain.stages)))
             return empty_maps(x, dtype, (len(x), *chain.map_sizes(x.shape)[-1])), None
         with torch.autocast(x.device.type, enabled=False):
-            output, pooled, kept = ctx.backend.chain_forward(chain, x, dtype, any(ctx.needs_input_grad), pools)
+            keeps = keeps and any(ctx.needs_input_grad)
+            output, pooled, kept = ctx.backend.chain_forward(chain, x, dtype, keeps, pools)
         ctx.save_for_backward(*kept)
         return output, pooled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs_input, _, _, _, *needs_bias = ctx.needs_input_grad
+        needs_input, _, _, _, _, *needs_bias = ctx.needs_input_grad
         operators.check_own(ctx.read, ctx.chain.read_backward)
         with torch.autocast(grad.device.type, enabled=False):
             grad_input, bias_grads = ctx.backend.chain_backward(
@@ -191,4 +195,4 @@ class _ChainFunction(Function):
             None if total is None or stage.bias is None else total.to(stage.bias.dtype)
             for stage, total in zip(ctx.chain.stages, bias_grads, strict=True)
         ]
-        return None if grad_input is None else grad_input.to(ctx.dtype), None, None, None, *of_biases
+        return None if grad_input is None else grad_input.to(ctx.dtype), None, None, None, None, *of_biases
