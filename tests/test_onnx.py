@@ -1,5 +1,6 @@
 """Models in onnxruntime: the same logits, and labels without torch."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -90,6 +91,17 @@ def test_the_images_of_a_check_are_in_memory_a_batch_at_a_time(make_model):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_that_was_cast_is_exported_in_fp32_and_stays_as_it_is(dtype, make_model, tmp_path):
+    model = make_model("FT-Last", "mobilenet_v3_small").to(dtype).train()
+    model.export(tmp_path / "m.onnx", format="onnx", check_images=2)
+    assert model.training and {parameter.dtype for parameter in model.parameters()} == {dtype}
+    logits = ort.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"images": IMAGES.numpy()})[0]
+    with torch.no_grad():
+        expected = copy.deepcopy(model).float().eval()(IMAGES)
+    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
+
+
 @pytest.mark.parametrize(("method", "backbone"), [("FT-Norm+Last", "mnasnet1_0"), ("TinyTL-B", "efficientnet_b0")])
 def test_other_networks_give_pytorchs_logits(method, backbone, save, tmp_path):
     model = save(tmp_path / "adapter", method, backbone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ def export_as(
 
 
 def export_model(model: TinyTLModel, config: ExportConfig, data: DataConfig | None = None) -> str:
-    """As :func:`export_as`, with the options of the verb."""
+    """As :func:`export_as`, with the options of the verb; of a model that was cast, an fp32 copy is exported."""
+    if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in model.state_dict().values()):
+        model = copy.deepcopy(model).float()
     sizes = model.config.preprocessing
     record = model.config.data
     if data is None:
