@@ -51,6 +51,17 @@ def test_gradients_are_those_of_the_whole_network(make_model, backbone, count, m
         assert (grad - wanted[name]).abs().max() <= 1e-9 * (1 + wanted[name].abs().max()), name
 
 
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "resnet18", "mobilenet_v3_small", "convnext_tiny"])
+def test_images_whose_gradient_is_wanted_get_it(backbone, make_model):
+    found = []
+    for lean in (True, False):
+        model = make_model("TinyTL-B", backbone, trained_blocks=2, train_size=32, lean=lean).double()
+        images = torch.linspace(-1, 1, 4 * 3 * 32 * 32, dtype=torch.float64).view(4, 3, 32, 32).requires_grad_()
+        found.append([*gradients(model, images, torch.arange(4)).values(), images.grad])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("method", ["TinyTL-L+B", "FT-Full", "FT-Norm+Last", "FT-Layerwise"])
 def test_what_stands_before_stays_as_it_is_its_statistics_too(make_model, method):
     model = make_model(method, trained_blocks=5, train_size=32)

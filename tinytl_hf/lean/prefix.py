@@ -54,11 +54,12 @@ class Prefix:
         Args:
             backbone: The network that this is the prefix of.
             inputs: Images ``[N, 3, H, W]`` or :meth:`maps` of them ``[N, C, h, w]``.
-            lean: Whether images go through the prefix some at a time; a graph that is compiled is not sliced.
+            lean: Whether images go through the prefix some at a time, without gradients; a graph that is compiled is
+                not sliced, and images whose gradient is wanted get it.
         """
         if inputs.shape[1] != 3:
             return self.rest_of(backbone)(inputs)
-        if not lean or torch.compiler.is_compiling():
+        if not lean or inputs.requires_grad or torch.compiler.is_compiling():
             return backbone(inputs)
         return self.rest_of(backbone)(self.maps(inputs))
 
