@@ -15,7 +15,7 @@ from tinytl_hf.config.run import Config
 from tinytl_hf.config.yaml12 import dump_yaml
 from tinytl_hf.data.sets import Opened, open_data
 from tinytl_hf.device import device_of_figures, has_bf16, memory_limit
-from tinytl_hf.disk import check_ours, write_text
+from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.data_memory import data_memory
 from tinytl_hf.measure.peak import process_high_water
@@ -29,7 +29,6 @@ from tinytl_hf.train.search import Budget, DataFacts, Family, Row, search
 logger = logging.getLogger(__name__)
 
 MB = 1e6
-MARK = "# Recommended by tinytl-hf fit"  # begins every config that it writes
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,6 @@ def fit(config: Config, options: FitConfig) -> Fit:
         TinyTLError: Nothing fits, with the least that works; or there is no budget, or bad data or weights.
     """
     if options.output is not None:
-        check_ours("output", Path(options.output), MARK)
         make_folder_of("output", Path(options.output))
     process = _process_budget(options)
     if options.memory_mb is None and process is None:
@@ -91,7 +89,7 @@ def fit(config: Config, options: FitConfig) -> Fit:
     run = _run_of(row.plan, config, options, its_epochs if its_epochs < epochs else config.train.epochs)
     found = Fit(rows, budget, epochs, row, its_epochs, facts, run)
     if options.output is not None:
-        write_text(Path(options.output), f"{MARK}: {row.plan}\n{dump_yaml(run.to_dict())}")
+        write_text(Path(options.output), f"# Recommended by tinytl-hf fit: {row.plan}\n{dump_yaml(run.to_dict())}")
     return found
 
 
