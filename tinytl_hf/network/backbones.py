@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from tinytl_hf.config.data import TOTAL_STRIDE
-from tinytl_hf.disk import expanded, local_path
+from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network import hub_weights, proxylessnas, timm_nets, torchvision_nets
 from tinytl_hf.network.head import Head, PointwiseHead
@@ -118,8 +118,8 @@ def pin_weights(name: str, weights: str, **download: Any) -> str:
 def locate_weights(name: str, weights: str, **download: Any) -> tuple[str, str]:
     """A source as of :func:`pin_weights`, and where it is: of weights on the Hub, the file in the client's cache."""
     source = _of_library(name) if weights == "imagenet" else weights
-    if is_weights_file(source) and local_path(source).is_file():
-        source = str(local_path(source))  # as it is stored, and read from another folder
+    if is_weights_file(source) and expanded(source).is_file():
+        source = str(expanded(source).absolute())  # as it is read from another folder; a link's target has other names
     if not source.startswith(HUB):
         return source, source
     path = hub_weights.fetch(source, **download)

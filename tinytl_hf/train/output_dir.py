@@ -71,7 +71,8 @@ def check_keeps_init(config: Config) -> None:
         TinyTLError: With another way.
     """
     init, output = config.adapter.init, local_path(config.output_dir)
-    if init is not None and output in (local_path(init), *local_path(init).parents) and local_path(init).exists():
+    replaced = (output, output / ADAPTER, output / LAST_ADAPTER)
+    if init is not None and local_path(init) in replaced and local_path(init).exists():
         raise TinyTLError(
             f"adapter.init={init}: lies in output_dir={config.output_dir}, which this run replaces; choose another "
             "--output_dir"
