@@ -1,7 +1,8 @@
 """The seven train methods: which parameters train, and what each norm layer does.
 
 ``apply_method`` is the only place that sets ``requires_grad``. It gives every parameter one role and the
-method says which roles train, so the optimizer, the adapter file and the counts all follow from it.
+method says which roles train, so the optimizer, the adapter file and the counts all follow from it. The names of those
+that train are kept with the network: a user can freeze some of them, and they are the adapter's still.
 """
 
 from __future__ import annotations
@@ -147,14 +148,22 @@ def apply_method(
     roles = parameter_roles(backbone)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(roles[name] in plan.trains and parameter not in untrained)
-    backbone.trained_names = frozenset(  # type: ignore[assignment]
-        name for name, parameter in backbone.named_parameters() if parameter.requires_grad
-    )
+    trained = frozenset(name for name, parameter in backbone.named_parameters() if parameter.requires_grad)
+    # Plain attributes, so that copies of the network have them. Of a frozen parameter, its place: another object can
+    # take it.
+    vars(backbone)["trained_names"] = trained
+    vars(backbone)["frozen_places"] = [
+        (module, own_name, name)
+        for prefix, module in backbone.named_modules()
+        for own_name in module._parameters
+        if (name := f"{prefix}.{own_name}".lstrip(".")) in roles and name not in trained
+    ]
 
 
 def trained_names(backbone: nn.Module) -> frozenset[str]:
     """Names of the parameters that the method trains, whoever freezes some of them afterwards."""
-    return backbone.trained_names  # type: ignore[return-value]
+    names: frozenset[str] = vars(backbone)["trained_names"]
+    return names
 
 
 def check_trained(backbone: nn.Module, method: str) -> None:
@@ -163,12 +172,12 @@ def check_trained(backbone: nn.Module, method: str) -> None:
     Raises:
         TinyTLError: With its name.
     """
-    trained = trained_names(backbone)
-    for name, parameter in backbone.named_parameters():
-        if parameter.requires_grad and name not in trained:
+    for module, own_name, name in vars(backbone)["frozen_places"]:
+        parameter = module._parameters.get(own_name)  # a buffer if its weights are int8
+        if parameter is not None and parameter.requires_grad:
             raise TinyTLError(
                 f"{name} requires a gradient, and {method} does not train it, so that no adapter would hold it; use a "
-                "method that trains it (FT-Full trains all), or requires_grad_(False)"
+                "method or trained_blocks that do (FT-Full trains all), or requires_grad_(False)"
             )
 
 
