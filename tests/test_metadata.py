@@ -139,7 +139,10 @@ def test_a_column_called_split_says_the_split(tmp_path, caplog):
     train, test = opened(root)[:2]
     assert names_of(train, root) == set(names[:8]) and names_of(test, root) == set(names[8:])
     assert "the column split says which rows are of which split" in caplog.text
-    table["split"] = ["train", "left"] * 6
+    table.loc[8:, "label"] = None
+    table.to_csv(root / "metadata.csv", index=False)
+    assert opened(root).found.not_used == ["test"] and "split test is not used: no row" in caplog.text
+    table["split"], table["label"] = ["train", "left"] * 6, ["a", "b"] * 6
     table.to_csv(root / "metadata.csv", index=False)
     assert opened(root).found.images == {"train": 12}
 
@@ -162,7 +165,8 @@ def test_spaces_marks_and_capitals_of_a_file_change_nothing(name, tmp_path):
         lines = [{"file_name": f"{i}.png", "label": ["a", "b"][i % 2], "width": [640, "640"][i % 2]} for i in range(8)]
         text = "\ufeff" + "\n\n".join(json.dumps(line) for line in lines)
     else:
-        text = "\ufefffile_name, label\r\n" + "".join(f"{i}.png, {'ab'[i % 2]}\r\n" for i in range(8))
+        lines = [f"{i}.png, {'ab'[i % 2]},\r\n" for i in range(8)]
+        text = "".join(["\ufefffile_name, label, note\r\n", *lines])
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
     train = opened(tmp_path).train
     assert train.label_names == ["a", "b"] and len(train.labels) == 4

@@ -23,6 +23,7 @@ from tinytl_hf.errors import TinyTLError
 logger = logging.getLogger(__name__)
 
 LABEL = "label"
+SPLIT = "split"
 OF_WEBDATASET = "cls"
 NO_LABELS = {"__key__", "__url__", "file_name"}  # they name an image each
 STRINGS = {"string", "large_string"}

@@ -13,7 +13,7 @@ import datasets
 import pandas as pd
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.columns import LABEL, as_label, whole_numbers
+from tinytl_hf.data.columns import LABEL, SPLIT, as_label, whole_numbers
 from tinytl_hf.data.folder import Folder, find_splits
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.roles import chosen_splits, role_of
@@ -31,7 +31,7 @@ def read_csv(place: str | Path) -> pd.DataFrame:
     table = pd.read_csv(place, sep=separator, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
     for column in table.columns:
         if str(column) != str(column).lstrip():  # "file_name, label": a space after each comma
-            table[column] = table[column].str.lstrip()
+            table[column] = [text.lstrip() if isinstance(text, str) else text for text in table[column]]
     return table.rename(columns=lambda column: str(column).strip())
 
 
@@ -81,7 +81,7 @@ def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> Me
         return None
     table = pd.concat(used.values(), ignore_index=True)
     _check_files(listing, table, name, config.skip_corrupt)
-    if wanted in table.columns:
+    if wanted in table.columns and SPLIT not in table.columns:  # whose test images have often none
         _check_labels(table, name, wanted)
     for column in table.columns.drop(FILE_NAME):
         values = [None if _is_missing(value) else value for value in table[column].tolist()]

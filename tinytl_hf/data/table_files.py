@@ -15,7 +15,7 @@ import httpx2
 import numpy as np
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.columns import holds_paths, whole_numbers
+from tinytl_hf.data.columns import SPLIT, holds_paths, whole_numbers
 from tinytl_hf.data.find import TABLES
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.metadata import read_csv
@@ -23,8 +23,6 @@ from tinytl_hf.data.roles import role_of, role_of_table
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
-
-SPLIT = "split"
 
 
 def load_tables(files: dict[str, list[str]], base: Path) -> datasets.DatasetDict:
