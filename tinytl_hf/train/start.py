@@ -155,7 +155,8 @@ def set_up(config: Config) -> Run:
     accelerator.wait_for_everyone()
     if is_missing or is_of_later_epoch:
         # Resumed into another folder, where the best so far stayed in the first, or from before a better epoch.
-        progress.best_accuracy, progress.epochs_since_best = -1.0, 0
+        if config.adapter.keep == "best":
+            progress.best_accuracy, progress.epochs_since_best = -1.0, 0
         save_adapters(model, config, record, [ADAPTER], accelerator)
     accelerator.wait_for_everyone()  # the main process writes it, and all will read it
     start_tracker(accelerator, config)

@@ -83,7 +83,9 @@ def seen_before(init: str | None, data: DataConfig, splits: Sequence[Split]) -> 
         record = read_config(find_adapter(init)).data
     except TinyTLError:  # a run that is resumed can be without it
         return [None] * len(splits)
-    train = None if record is None else find_training_split(record.as_trained(data), record.train_sha256)
+    train = None
+    if record is not None and record.train_sha256 is not None:
+        train = find_training_split(record.as_trained(data), record.train_sha256)
     counts = [0 if train is None else count_shared(split, train) for split in splits]
     for split, count in zip(splits, counts, strict=True):
         if count:
