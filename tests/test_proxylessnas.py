@@ -5,7 +5,9 @@ import torch
 from conftest import METHODS
 from torch import nn
 
-from tinytl_hf import TinyTLError, TinyTLModel
+from tinytl_hf import TinyTLError, TinyTLModel, load_merged
+from tinytl_hf.config.verbs import MergeConfig
+from tinytl_hf.deploy.merge import merge
 from tinytl_hf.measure.paper_rule import paper_rule
 from tinytl_hf.network import proxylessnas
 from tinytl_hf.network.backbones import create_backbone
@@ -108,3 +110,12 @@ def test_without_a_lite_residual_on_the_first_block_memory_is_the_papers(method)
     assert paper_rule(model, 8) / 1e6 == pytest.approx(48.5, abs=0.1)
     model.backbone.features[1].lite_residual = None
     assert paper_rule(model, 8) / 1e6 == pytest.approx(37.1, abs=0.1)  # of the paper: 37
+
+
+def test_a_merged_file_names_the_way_to_load_it(make_model, tmp_path):
+    model = make_model("TinyTL-B", NAME)
+    model.save_pretrained(tmp_path / "adapter")
+    told = merge(MergeConfig(str(tmp_path / "adapter"), str(tmp_path / "m.safetensors")))
+    assert told.endswith('load it with tinytl_hf.load_merged("m.safetensors")')
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(load_merged(tmp_path / "m.safetensors").eval()(images), model.eval()(images))

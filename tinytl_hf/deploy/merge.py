@@ -25,6 +25,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.transfer import without_paths
 from tinytl_hf.lean.int8 import dequantise
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.network import proxylessnas
 from tinytl_hf.network.backbones import sha256
 from tinytl_hf.network.methods import METHODS
 from tinytl_hf.network.timm_nets import PREFIX, architecture
@@ -107,9 +108,12 @@ def _description(config: AdapterConfig, file: str) -> tuple[str, str]:
     library, own_name, build = "torchvision", name, "torchvision.models.get_model"
     if name.startswith(PREFIX):
         library, own_name, build = "timm", architecture(name).removeprefix(PREFIX), "timm.create_model"
+    load_merged = f'tinytl_hf.load_merged("{file}")'
+    if name == proxylessnas.NAME:
+        return f"{name} ({config.method}, {classes} classes), which neither torchvision nor timm has", load_merged
     if METHODS[config.method].lite_residual:
         what = f"{name} with lite residuals ({config.method}, {classes} classes), not a {library} model"
-        return what, f'tinytl_hf.load_merged("{file}")'
+        return what, load_merged
     what = f"{library}'s {own_name} with {classes} classes"
     network = f'{build}("{own_name}", num_classes={classes})'
     tensors = f'safetensors.torch.load_file("{file}")'
