@@ -98,6 +98,8 @@ def list_folder(root: Path) -> Listing:
     while folders:
         place = folders.pop()
         inside = _entries(listing, place.prefix)
+        if inside is None:
+            continue
         if place.prefix and _is_ours(root / place.prefix, {entry.name for entry in inside}):
             listing.leave_out("folder written by tinytl-hf", place.prefix)
             ours.append(place.prefix)
@@ -137,8 +139,8 @@ def _is_ours(folder: Path, names: set[str]) -> bool:
     return any(file.is_file() and mark in file.read_text(encoding="utf-8", errors="replace") for file, mark in found)
 
 
-def _entries(listing: Listing, prefix: str) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name; one below the root that cannot be read is left out."""
+def _entries(listing: Listing, prefix: str) -> list[os.DirEntry[str]] | None:
+    """What a folder holds, by name; None: it is below the root and cannot be read, so it is left out."""
     try:
         with os.scandir(listing.root / prefix) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -146,7 +148,7 @@ def _entries(listing: Listing, prefix: str) -> list[os.DirEntry[str]]:
         if not prefix:
             raise
         listing.leave_out("folder that cannot be read", prefix)
-        return []
+        return None
 
 
 def _is_hidden(path: str) -> bool:

@@ -120,7 +120,8 @@ def _load_folder(source: Source, path: Path, config: DataConfig) -> Tables:
         return _as_tables(source, listing, splits, metadata, _hint(listing))
     if listing.tables:
         splits = _load_tables_of(listing, config)
-        named = {place for table in splits.values() for place in images_named(table, path)}
+        tables = splits.values() if listing.images else ()  # else no file is looked for among those that they name
+        named = {place for table in tables for place in images_named(table, path)}
         for name in listing.images:
             if str(path / name) not in named:
                 listing.leave_out(os.path.splitext(name)[1].lower(), name)
