@@ -63,6 +63,11 @@ def adapter(colour_folder, tmp_path_factory):
             ["compare", "--revision", "v1", "x"],
             "revision: this verb has no such option (eval, predict, merge, export, push, pull",
         ),
+        (
+            ["eval", "--train.mixed_precision", "bf16"],
+            "this verb has no such option (train, memory, bench, fit have); it has mixed_precision",
+        ),
+        (["report", "--learning_rate", "1e-3", "x"], "learning_rate: no such option; see --help"),
         (["train", "--data.dataset", "${DATA}/x"], "data.dataset=${DATA}/x: ${DATA} is not expanded; write it out"),
     ],
 )

@@ -74,7 +74,7 @@ def _main(argv: list[str]) -> None:
             raise
         if debug:
             traceback.print_exc()
-        _end(f"error: {_one_line(error)}", 2 if isinstance(error, ArgumentError) else 1)
+        _end(f"error: {_one_line(error, argv)}", 2 if isinstance(error, ArgumentError) else 1)
 
 
 def _output_is_closed() -> bool:
@@ -97,7 +97,7 @@ def execute(argv: list[str]) -> None:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", load_yaml, (yaml.YAMLError,))
     set_dumper("yaml", dump_yaml)
-    parser = make_parser(next((word for word in argv if word in VERBS), None), _adapter_defaults(argv))
+    parser = make_parser(_verb(argv), _adapter_defaults(argv))
     try:
         parsed = parser.parse_args(argv)
     except (UnicodeDecodeError, RecursionError) as error:
@@ -111,6 +111,10 @@ def execute(argv: list[str]) -> None:
 
     bound_waiting()
     VERBS[parsed.subcommand].does(values)
+
+
+def _verb(argv: list[str]) -> str | None:
+    return next((word for word in argv if word in VERBS), None)
 
 
 def _check_no_variables(values: Namespace) -> None:
@@ -200,8 +204,8 @@ def _with_values(argv: list[str]) -> list[str]:
     return result
 
 
-def _one_line(error: Exception) -> str:
-    """What went wrong and how to mend it, without the library's own layout."""
+def _one_line(error: Exception, argv: list[str]) -> str:
+    """What went wrong with the words of ``argv`` and how to mend it, without the library's own layout."""
     text = one_line(error)
     if text.startswith("Caught TinyTLError in DataLoader"):  # torch wraps what a worker process raises
         text = text.rpartition("TinyTLError: ")[2]
@@ -211,7 +215,7 @@ def _one_line(error: Exception) -> str:
         return f"{type(error).__name__}: {text} (unexpected: --debug shows where)"
     unknown = re.search(r"does not accept option '([^']+)'|unrecognized arguments: -*([\w.]+)", text)
     if unknown:
-        return _no_such_option(unknown[1] or unknown[2])
+        return _no_such_option(unknown[1] or unknown[2], _verb(argv))
     text = re.sub(r"<class '([^']+)'>", r"\1", text).replace("typing.", "")
     text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
     if text.startswith("adapter: Unable to load config"):
@@ -239,17 +243,26 @@ def _with_fix(text: str) -> str:
     return text
 
 
-def _no_such_option(key: str) -> str:
+def _no_such_option(key: str, verb: str | None) -> str:
     if key in RENAMED:
         return f"{key}: this option is called {RENAMED[key]} now"
-    options = [f"data.{field.name}" for field in fields(DataConfig)]
-    own = {name: [field.name for kind in verb.options for field in fields(kind)] for name, verb in VERBS.items()}
-    if owners := [name for name, names in own.items() if key in names]:
-        return f"{key}: this verb has no such option ({', '.join(owners)} {'have' if len(owners) > 1 else 'has'})"
-    options += [name for names in own.values() for name in names]
-    options += flat(Config().to_dict())
-    close = difflib.get_close_matches(key, options, n=1)
-    return f"{key}: no such option{f'; did you mean {close[0]}?' if close else '; see --help'}"
+    options = {name: _options(name) for name in VERBS}
+    own = options[verb] if verb is not None else [name for names in options.values() for name in names]
+    last = key.rpartition(".")[2]
+    near = [last] if last in own else difflib.get_close_matches(key, own, n=1)
+    owners = [name for name, names in options.items() if key in names]
+    if owners:
+        has = f"{', '.join(owners)} {'have' if len(owners) > 1 else 'has'}"
+        return f"{key}: this verb has no such option ({has}){f'; it has {last}' if last in own else ''}"
+    return f"{key}: no such option{f'; did you mean {near[0]}?' if near else '; see --help'}"
+
+
+def _options(name: str) -> list[str]:
+    """What a verb's options are called."""
+    verb = VERBS[name]
+    names = [field.name for kind in verb.options if kind is not Config for field in fields(kind)]
+    names += [*Config().to_dict(), *flat(Config().to_dict())] if Config in verb.options else []
+    return names + [f"data.{field.name}" for field in fields(DataConfig)] if verb.has_data_options else names
 
 
 def _end(message: str, code: int) -> NoReturn:

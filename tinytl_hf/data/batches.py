@@ -184,7 +184,7 @@ class ShuffledBatches(Sampler[list[int]]):
         yield from order.reshape(self.batches, self.batch_size).tolist()
 
 
-def make_loader(images: DecodedImages | StreamedImages, config: DataConfig, **batching: Any) -> DataLoader:
+def make_loader(images: Dataset, config: DataConfig, **batching: Any) -> DataLoader:
     """A loader of ``images``; ``batching`` is a ``batch_sampler`` or a ``batch_size``."""
     workers = config.workers if isinstance(images, StreamedImages) else 0
     # A generator of its own, so that starting an epoch does not move the random state of the run.

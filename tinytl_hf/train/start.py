@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -21,16 +19,15 @@ from tinytl_hf.cuda_graph import describe_passes, training_passes
 from tinytl_hf.data import batches, sets
 from tinytl_hf.data.augment import RandomCropFlip
 from tinytl_hf.data.changes import Changes
+from tinytl_hf.data.sets import Opened
 from tinytl_hf.device import (
     check_divides,
     device_name,
     make_accelerator,
     say_what_launch_settings_do,
-    seconds_since,
 )
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.backend import describe
-from tinytl_hf.measure.memory import DataMemory
 from tinytl_hf.measure.metrics import load_metrics
 from tinytl_hf.measure.results import Evaluated
 from tinytl_hf.model import TinyTLModel
@@ -38,9 +35,9 @@ from tinytl_hf.reports.run_folder import ADAPTER
 from tinytl_hf.step import Loss, make_optimizer
 from tinytl_hf.train import checkpoint
 from tinytl_hf.train.budget import within_budget
-from tinytl_hf.train.cached_features import compute_features
 from tinytl_hf.train.checkpoint import Progress
 from tinytl_hf.train.finish import save_adapters
+from tinytl_hf.train.inputs import Inputs, read_inputs
 from tinytl_hf.train.output_dir import check_free, check_keeps_init, has_adapter_of_later_epoch, make_ready
 from tinytl_hf.train.run import FinalTest, Run
 from tinytl_hf.train.schedule import make_scheduler
@@ -52,6 +49,70 @@ logger = logging.getLogger(__name__)
 
 def set_up(config: Config) -> Run:
     """Check and load everything, and bring it to where a checkpoint left it if there is one."""
+    accelerator = accelerator_for(config)
+    metrics = load_metrics(config.metrics)
+    opened = sets.open_data(config.data)
+    asked, config = config, settle(config, accelerator, opened)
+    options, n_train = config.train, len(opened.train.labels)
+    resume_from = checkpoint.find(config)
+    set_seed(config.seed)
+    model = TinyTLModel.from_config(config, opened.train.label_names)
+    if config.adapter.init is not None and resume_from is None:
+        check_keeps_init(config)
+        warm_start(model, config.adapter.init, config.backbone.weights)
+    log_recipe(asked, config, n_train)
+    inputs = read_inputs(accelerator, model, opened, config)
+    shuffled = batches.ShuffledBatches(
+        len(inputs.train_images), options.global_batch_size, options.gradient_accumulation_steps, config.seed
+    )
+    optimizer = make_optimizer(model, options)
+    prepared, prepared_optimizer, train_loader, eval_loader, scheduler = accelerator.prepare(
+        model,
+        optimizer,
+        batches.make_loader(inputs.train_set, config.data, batch_sampler=shuffled),
+        batches.make_loader(inputs.eval_set, config.data, batch_size=options.global_batch_size),
+        make_scheduler(optimizer, options, shuffled.optimizer_steps),
+    )
+    checkpoint.register(accelerator)
+    record = record_of(config, opened)
+    hashes = {
+        "backbone.sha256": model.config.backbone.sha256,
+        "data.train_sha256": record.train_sha256,
+        "data.eval_sha256": record.eval_sha256,
+    }
+    evaluated, final = evaluations(config, accelerator, opened, inputs, record)
+    progress = start_or_go_on(config, accelerator, model, record, resume_from, hashes)
+    progress.seconds += inputs.seconds
+    start_tracker(accelerator, config)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        prepared=prepared,
+        passes=training_passes(prepared, config),
+        optimizer=prepared_optimizer,
+        scheduler=scheduler,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        eval_images=inputs.eval_images,
+        evaluated=evaluated,
+        final=final,
+        found=inputs.found(opened),
+        data_memory=inputs.memory,
+        record=record,
+        batches=shuffled,
+        augment=RandomCropFlip(len(inputs.train_images), config.seed, config.data.crop_scale, config.data.flip),
+        changes=Changes(len(inputs.train_images), config),
+        loss=Loss(options, inputs.train_images.labels, len(opened.train.label_names)),
+        time_left=TimeLeft(config),
+        progress=progress,
+        metrics=metrics,
+        hashes=hashes,
+    )
+
+
+def accelerator_for(config: Config) -> Accelerator:
+    """What runs the training; says on what, and checks that the run's options fit it."""
     options = config.train
     accelerator = make_accelerator(
         options.mixed_precision,
@@ -65,87 +126,58 @@ def set_up(config: Config) -> Run:
     log_conditions(accelerator, config)
     say_what_launch_settings_do(options.mixed_precision, options.gradient_accumulation_steps)
     check_tracker(config.tracker)
-    metrics = load_metrics(config.metrics)
-    opened = sets.open_data(config.data)
-    train_split, eval_split, test_split = opened.train, opened.evaluation, opened.test
-    if config.adapter.keep == "best":
-        reported = "the same images" if test_split is None else test_split.title
-        logger.info(
-            "the adapter of the epoch that is best on %s is kept; its figures are of %s", eval_split.title, reported
-        )
-    asked, config = config, recipe.resolve(config, len(train_split.labels))
-    check_free(config)
-    config = within_budget(config, accelerator, opened)
-    options = config.train
-    resume_from = checkpoint.find(config)
-    set_seed(config.seed)
+    return accelerator
 
-    model = TinyTLModel.from_config(config, train_split.label_names)
-    if config.adapter.init is not None and resume_from is None:
-        check_keeps_init(config)
-        warm_start(model, config.adapter.init, config.backbone.weights)
-    log_recipe(asked, config, len(train_split.labels))
-    train_images = batches.read_images(train_split, config.data, config.data.train_size)
-    eval_size = model.config.preprocessing.eval_size
-    eval_images = batches.read_images(eval_split, config.data, eval_size)
-    test_images = None if test_split is None else batches.read_images(test_split, config.data, eval_size)
-    train_set: Any = train_images
-    eval_set: Any = eval_images
-    in_memory = {"train": train_images.in_memory, "eval": eval_images.in_memory}
-    start = time.perf_counter()
-    if options.cache_features:
-        train_set = compute_features(accelerator, model, train_images, config, trains=True)
-        eval_set = compute_features(accelerator, model, eval_images, config, trains=False)
-        # The training images go when the features are there.
-        in_memory = {
-            "train features": train_set.in_memory,
-            "eval features": eval_set.in_memory,
-            "eval": eval_images.in_memory,
-        }
-    if test_images is not None:
-        in_memory["test"] = test_images.in_memory
-    feature_seconds = seconds_since(start, accelerator.device)
-    shuffled = batches.ShuffledBatches(
-        len(train_images), options.global_batch_size, options.gradient_accumulation_steps, config.seed
+
+def settle(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
+    """The config with what it leaves open chosen by the data and the budget, and its folder checked."""
+    if config.adapter.keep == "best":
+        logger.info(
+            "the adapter of the epoch that is best on %s is kept; its figures are of %s",
+            opened.evaluation.title,
+            "the same images" if opened.test is None else opened.test.title,
+        )
+    config = recipe.resolve(config, len(opened.train.labels))
+    check_free(config)
+    return within_budget(config, accelerator, opened)
+
+
+def record_of(config: Config, opened: Opened) -> DataRecord:
+    """What the adapter says of its data."""
+    train, evaluation, test = (
+        None if split is None else sets.sha256(split) for split in (opened.train, opened.evaluation, opened.test)
     )
-    optimizer = make_optimizer(model, config.train)
-    prepared, prepared_optimizer, train_loader, eval_loader, scheduler = accelerator.prepare(
-        model,
-        optimizer,
-        batches.make_loader(train_set, config.data, batch_sampler=shuffled),
-        batches.make_loader(eval_set, config.data, batch_size=options.global_batch_size),
-        make_scheduler(optimizer, config.train, shuffled.optimizer_steps),
-    )
-    checkpoint.register(accelerator)
-    digests = [None if split is None else sets.sha256(split) for split in (train_split, eval_split, test_split)]
-    hashes = {
-        "backbone.sha256": model.config.backbone.sha256,
-        "data.train_sha256": digests[0],
-        "data.eval_sha256": digests[1],
-    }
-    record = DataRecord.of(config.data, opened.source, digests[0])
-    record = replace(record, eval_sha256=digests[1], test_sha256=digests[2])
-    place = opened.source.name
-    seen = seen_before(config.adapter.init, config.data, [eval_split, *([] if test_split is None else [test_split])])
-    evaluated = Evaluated(place, eval_split.title, str(digests[1]), len(eval_images), seen[0])
-    final = None
-    if test_split is not None and test_images is not None:
-        tested = Evaluated(place, test_split.title, str(digests[2]), len(test_images), seen[1])
-        loader = batches.make_loader(test_images, config.data, batch_size=options.global_batch_size)
-        final = FinalTest(tested, test_images, accelerator.prepare(loader))
-    unreadable = sum(
-        len(split.labels) - len(images)
-        for split, images in ((train_split, train_images), (eval_split, eval_images), (test_split, test_images))
-        if split is not None and images is not None
-    )
-    found = opened.found.to_json()
-    if unreadable:
-        found["left_out"]["unreadable"] = unreadable
+    record = DataRecord.of(config.data, opened.source, train)
+    return replace(record, eval_sha256=evaluation, test_sha256=test)
+
+
+def evaluations(
+    config: Config, accelerator: Accelerator, opened: Opened, inputs: Inputs, record: DataRecord
+) -> tuple[Evaluated, FinalTest | None]:
+    """What is evaluated on after each epoch, and what at the end if that is another split."""
+    place, evaluation, test = opened.source.name, opened.evaluation, opened.test
+    seen = seen_before(config.adapter.init, config.data, [evaluation, *([] if test is None else [test])])
+    evaluated = Evaluated(place, evaluation.title, str(record.eval_sha256), len(inputs.eval_images), seen[0])
+    if test is None or inputs.test_images is None:
+        return evaluated, None
+    tested = Evaluated(place, test.title, str(record.test_sha256), len(inputs.test_images), seen[1])
+    loader = batches.make_loader(inputs.test_images, config.data, batch_size=config.train.global_batch_size)
+    return evaluated, FinalTest(tested, inputs.test_images, accelerator.prepare(loader))
+
+
+def start_or_go_on(
+    config: Config,
+    accelerator: Accelerator,
+    model: TinyTLModel,
+    record: DataRecord,
+    resume_from: Path | None,
+    hashes: dict[str, str | None],
+) -> Progress:
+    """Make the run's folder ready, and bring the model to where the checkpoint left it if there is one."""
     init = None if model.config.init is None else asdict(model.config.init)
     progress = checkpoint.load(accelerator, resume_from, hashes) if resume_from else Progress(init=init)
     if progress.init is not None:
         model.config = replace(model.config, init=InitRecord(**progress.init))
-    progress.seconds += feature_seconds
     is_of_later_epoch = resume_from is not None and has_adapter_of_later_epoch(config, progress.epoch)
     accelerator.wait_for_everyone()  # all have seen what is there
     if accelerator.is_main_process:
@@ -159,33 +191,7 @@ def set_up(config: Config) -> Run:
             progress.best_accuracy, progress.epochs_since_best = -1.0, 0
         save_adapters(model, config, record, [ADAPTER], accelerator)
     accelerator.wait_for_everyone()  # the main process writes it, and all will read it
-    start_tracker(accelerator, config)
-    augment = RandomCropFlip(len(train_images), config.seed, config.data.crop_scale, config.data.flip)
-    return Run(
-        config=config,
-        accelerator=accelerator,
-        model=model,
-        prepared=prepared,
-        passes=training_passes(prepared, config),
-        optimizer=prepared_optimizer,
-        scheduler=scheduler,
-        train_loader=train_loader,
-        eval_loader=eval_loader,
-        eval_images=eval_images,
-        evaluated=evaluated,
-        final=final,
-        found=found,
-        data_memory=DataMemory(in_memory, train_images.photo_size),
-        record=record,
-        batches=shuffled,
-        augment=augment,
-        changes=Changes(len(train_images), config),
-        loss=Loss(config.train, train_images.labels, len(train_split.label_names)),
-        time_left=TimeLeft(config),
-        progress=progress,
-        metrics=metrics,
-        hashes=hashes,
-    )
+    return progress
 
 
 def log_recipe(asked: Config, config: Config, images: int) -> None:

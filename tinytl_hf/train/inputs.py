@@ -1,0 +1,80 @@
+"""What a run reads: the images of its splits, or features of them that are computed once."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+
+from tinytl_hf.config.run import Config
+from tinytl_hf.data import batches
+from tinytl_hf.data.batches import DecodedImages, StreamedImages
+from tinytl_hf.data.sets import Opened
+from tinytl_hf.device import seconds_since
+from tinytl_hf.measure.memory import DataMemory
+from tinytl_hf.model import TinyTLModel
+from tinytl_hf.train.cached_features import CachedFeatures, compute_features
+
+
+@dataclass
+class Inputs:
+    """What a run reads.
+
+    Attributes:
+        train_images: To train on.
+        eval_images: To evaluate on after each epoch.
+        test_images: To evaluate on at the end, if another split is for that.
+        train_set: The training images, or their features.
+        eval_set: The images of the evaluations, or their features.
+        seconds: What the features took.
+    """
+
+    train_images: DecodedImages | StreamedImages
+    eval_images: DecodedImages | StreamedImages
+    test_images: DecodedImages | StreamedImages | None
+    train_set: DecodedImages | StreamedImages | CachedFeatures
+    eval_set: DecodedImages | StreamedImages | CachedFeatures
+    seconds: float = 0.0
+
+    @property
+    def memory(self) -> DataMemory:
+        """What stays in memory during the run: where there are features, the training images go."""
+        held = {"train": self.train_set.in_memory, "eval": self.eval_set.in_memory}
+        if isinstance(self.train_set, CachedFeatures):
+            held = {f"{name} features": size for name, size in held.items()} | {"eval": self.eval_images.in_memory}
+        if self.test_images is not None:
+            held["test"] = self.test_images.in_memory
+        return DataMemory(held, self.train_images.photo_size)
+
+    def found(self, opened: Opened) -> dict[str, Any]:
+        """What the data set holds, for the results, with the images among it that could not be read."""
+        found = opened.found.to_json()
+        splits = (opened.train, opened.evaluation, opened.test)
+        images = (self.train_images, self.eval_images, self.test_images)
+        pairs = [
+            (one, other) for one, other in zip(splits, images, strict=True) if one is not None and other is not None
+        ]
+        if unreadable := sum(len(split.labels) - len(read) for split, read in pairs):
+            found["left_out"]["unreadable"] = unreadable
+        return found
+
+
+def read_inputs(accelerator: Accelerator, model: TinyTLModel, opened: Opened, config: Config) -> Inputs:
+    """Decode the images, or prepare to stream them, and compute their features if the run caches them.
+
+    Raises:
+        TinyTLError: An image cannot be read, or the features do not fit anywhere.
+    """
+    eval_size = model.config.preprocessing.eval_size
+    train_images = batches.read_images(opened.train, config.data, config.data.train_size)
+    eval_images = batches.read_images(opened.evaluation, config.data, eval_size)
+    test_images = None if opened.test is None else batches.read_images(opened.test, config.data, eval_size)
+    inputs = Inputs(train_images, eval_images, test_images, train_images, eval_images)
+    if config.train.cache_features:
+        start = time.perf_counter()
+        inputs.train_set = compute_features(accelerator, model, train_images, config, trains=True)
+        inputs.eval_set = compute_features(accelerator, model, eval_images, config, trains=False)
+        inputs.seconds = seconds_since(start, accelerator.device)
+    return inputs
