@@ -79,15 +79,24 @@ def test_training_into_a_folder_of_mine_deleted_my_files(name, overwrite, colour
 def test_a_run_that_replaces_another_deleted_my_files_beside_it(trained, colour_folder, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(trained, output)
-    for name in ("notes.txt", "checkpoints/mine.pt", "adapter/mine.onnx", "checkpoints/step_1/weights.pt"):
-        (output / name).parent.mkdir(exist_ok=True)
-        (output / name).write_text("mine")
+    mine = (
+        "notes.txt",
+        "checkpoints/mine.pt",
+        "adapter/mine.onnx",
+        "checkpoints/step_1/weights.pt",
+        "tinytl_hf/my.py",
+    )
+    former = output / "tinytl_hf" / "events.out.tfevents.1"  # of TensorBoard, which draws all that lie there as one
+    for path in (*(output / name for name in mine), former):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
     card = output / "adapter" / "README.md"
     card.write_text(card.read_text() + "\nWritten by hand.\n")
     done = run_cli(*last_layer(colour_folder, output, "--overwrite", "true"))
     assert done.returncode == 0, done.stderr
-    for name in ("notes.txt", "checkpoints/mine.pt", "adapter/mine.onnx", "checkpoints/step_1/weights.pt"):
+    for name in mine:
         assert (output / name).read_text() == "mine"
+    assert not former.exists()
     assert "Written by hand." in card.read_text()
     assert json.loads((output / "eval_results.json").read_text())["n"] == 10  # of the new data
 

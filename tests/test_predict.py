@@ -159,7 +159,7 @@ def test_a_csv_file_has_a_line_for_each_image_and_replaces_only_its_like(adapter
     mine = tmp_path / "mine.csv"
     mine.write_text("image,truth\n")
     refused = run_cli("predict", "--adapter", adapter, "--csv", mine, tmp_path)
-    assert refused.returncode == 1 and "was not written by predict" in refused.stderr
+    assert refused.returncode == 1 and "was not written by this command" in refused.stderr
     assert mine.read_text() == "image,truth\n"
     for _ in range(2):  # the second time over the first
         done = run_cli(

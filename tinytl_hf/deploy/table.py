@@ -6,10 +6,9 @@ import csv
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
-from tinytl_hf.disk import expanded
+from tinytl_hf.disk import check_ours, expanded
 from tinytl_hf.errors import TinyTLError
 
 HEAD = ("image", "label", "probability")
@@ -29,8 +28,7 @@ def into_csv(path: str, top_k: int, results: Iterable[dict[str, Any]]) -> Iterat
     file = expanded(path)
     more = [f"{name}_{number}" for number in range(2, top_k + 1) for name in ("label", "probability")]
     results = iter(results)
-    with _explained(path):
-        _check_ours(file)
+    check_ours("csv", file, ",".join(HEAD))
     first = list(islice(results, 1))  # the adapter is loaded now, or was not: the file before is still there
     with ExitStack() as opened:
         with _explained(path):
@@ -43,15 +41,6 @@ def into_csv(path: str, top_k: int, results: Iterable[dict[str, Any]]) -> Iterat
                 table.writerow(_row(result))
                 lines.flush()
             yield result
-
-
-def _check_ours(file: Path) -> None:
-    if not file.exists():
-        return
-    head = ",".join(HEAD).encode()
-    with file.open("rb") as content:
-        if content.read(len(head)) != head:
-            raise TinyTLError(f"csv={file}: is there and was not written by predict; name another file")
 
 
 @contextmanager

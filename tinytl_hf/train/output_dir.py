@@ -38,6 +38,7 @@ from tinytl_hf.train.checkpoint import MAY_DIFFER, list_checkpoints
 GROUPS = {"backbone", "lite", "head", "data", "train", "memory", "adapter", "hub"}
 OPTIONS = {*GROUPS, "output_dir", "overwrite", "seed", "method", "tracker", "metrics"}
 KEYS = {RESULTS_FILE: "tinytl_hf_version", MISTAKES_FILE: "shown", MEMORY_FILE: "rows"}  # and these files these
+TRACKED_AS = "tinytl_hf"  # what trackers call the project, and TensorBoard its folder
 NAMES = (CONFIG_FILE, METRICS_FILE, *KEYS, ADAPTER, LAST_ADAPTER, CHECKPOINTS)
 
 
@@ -109,6 +110,9 @@ def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> No
                 shutil.rmtree(path)
         for name in () if goes_on else (ADAPTER, LAST_ADAPTER):
             _remove_adapter(output / name)
+        tracked = output / TRACKED_AS
+        for path in () if goes_on or tracked.is_symlink() else tracked.rglob("events.out.tfevents.*"):
+            path.unlink()  # TensorBoard would draw the former run's curves into those of this one
         for name in KEYS:
             (output / name).unlink(missing_ok=True)
         config.save(output / CONFIG_FILE)  # written first: the other files count as a run's only beside it

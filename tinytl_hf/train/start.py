@@ -38,7 +38,13 @@ from tinytl_hf.train.budget import within_budget
 from tinytl_hf.train.checkpoint import Progress
 from tinytl_hf.train.finish import save_adapters
 from tinytl_hf.train.inputs import Inputs, read_inputs
-from tinytl_hf.train.output_dir import check_free, check_keeps_init, has_adapter_of_later_epoch, make_ready
+from tinytl_hf.train.output_dir import (
+    TRACKED_AS,
+    check_free,
+    check_keeps_init,
+    has_adapter_of_later_epoch,
+    make_ready,
+)
 from tinytl_hf.train.run import FinalTest, Run
 from tinytl_hf.train.schedule import make_scheduler
 from tinytl_hf.train.time_left import TimeLeft
@@ -235,7 +241,7 @@ def start_tracker(accelerator: Accelerator, config: Config) -> None:
         return
     os.environ.setdefault("TRACKIO_DIR", str(Path(config.output_dir) / "trackio"))
     options = {key: str(value) for key, value in flat(config.to_dict()).items()}  # no lists or nulls for tensorboard
-    accelerator.init_trackers("tinytl_hf", options, init_kwargs={"wandb": {"dir": config.output_dir}})
+    accelerator.init_trackers(TRACKED_AS, options, init_kwargs={"wandb": {"dir": config.output_dir}})
 
 
 def check_tracker(tracker: str) -> None:
