@@ -63,7 +63,21 @@ def shared_data():
     return Path(folder)
 
 
+# Rows of these networks take seconds each: `make test-slow` has them. What only they have is tested without rows.
+HEAVY = {"convnext_tiny", "resnet50", "efficientnet_b0", "timm/efficientnet_b0"}
+
+
+def slow(*values):
+    """A row of a matrix for `make test-slow`: `make test` has others that show the same."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.hookimpl(tryfirst=True)  # before rows are left out by their marks
 def pytest_collection_modifyitems(items):
+    for item in items:
+        values = item.callspec.params.values() if item.get_closest_marker("parametrize") else ()
+        if any(isinstance(value, str) and value in HEAVY for value in values):
+            item.add_marker(pytest.mark.slow)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import METHODS
+from conftest import slow
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from started_runs import CONTEXT, HANG
@@ -36,7 +36,10 @@ def saved(trained, tmp_path):
     return copy.deepcopy(model), Path(shutil.copytree(path, tmp_path / "adapter"))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    ["TinyTL-L+B", "FT-Norm+Last", "FT-Full", *map(slow, ("FT-Last", "TinyTL-B", "TinyTL-L", "FT-Layerwise"))],
+)
 def test_a_loaded_adapter_gives_the_same_logits_bit_for_bit(method, make_model, tmp_path):
     model = make_model(method)
     train_steps(model)
@@ -56,6 +59,7 @@ def write_logits(path, output):
         torch.save(TinyTLModel.from_pretrained(path).eval()(IMAGES), output)
 
 
+@pytest.mark.slow
 def test_another_process_computes_the_same_bits(saved):
     model, path = saved
     process = CONTEXT.Process(target=write_logits, args=(path, path / "logits.pt"))

@@ -253,10 +253,8 @@ def test_slices_with_a_graph_each_are_counted_freed_and_used_again_as_one_graph_
         torch.autograd.grad(output.square().sum(), inputs)
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["TinyTL-L+B", *(pytest.param(each, marks=pytest.mark.slow) for each in ("TinyTL-B", "FT-Norm+Last"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["TinyTL-L+B", "TinyTL-B", "FT-Norm+Last"])
 def test_convnext_keeps_an_eighth_of_stock_or_less_and_has_its_gradients(method, make_model):
     images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     results, kept = [], []
@@ -275,7 +273,8 @@ def test_convnext_keeps_an_eighth_of_stock_or_less_and_has_its_gradients(method,
         assert (results[1][name] - gradient).abs().max() <= 1e-10 * largest, name
 
 
-@pytest.mark.parametrize("norm", ["batch", pytest.param("group", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["batch", "group"])
 def test_convnext_with_lite_residuals_runs_each_block_twice_and_goes_back_twice_the_same(norm, make_model):
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     found, seen = [], []

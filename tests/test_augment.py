@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import slow
 from torchvision.transforms.v2 import functional as TF
 
 from tinytl_hf.adapter.record import Preprocessing
@@ -85,7 +86,7 @@ def test_a_draw_depends_on_seed_epoch_and_image_alone():
     assert not torch.equal(boxes, whole) and not flips.any()
 
 
-@pytest.mark.parametrize(("width", "megabytes"), [(448, 10), (672, 12), (1792, 16)])
+@pytest.mark.parametrize(("width", "megabytes"), [slow(448, 10), slow(672, 12), (1792, 16)])
 def test_large_photos_take_little_more_than_what_the_network_gets_of_them(width, megabytes):
     pixels = torch.zeros(8, 3, 448, width, dtype=torch.uint8)
     sizes = torch.tensor([[448, width]]).expand(8, 2)

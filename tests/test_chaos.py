@@ -99,7 +99,8 @@ def check_refused_write(data, folder, tmp_path, straight, spoil=lambda: None, me
 
 
 # Times the delta: AdamW's moments are twice as large.
-@pytest.mark.parametrize("growth", [pytest.param(0.5, marks=pytest.mark.slow), 1.5])
+@pytest.mark.slow
+@pytest.mark.parametrize("growth", [0.5, 1.5])
 def test_files_that_cannot_grow_end_a_run_with_one_line(growth, two_epochs, colour_folder, tmp_path):
     check_refused_write(colour_folder, tmp_path / "run", tmp_path, two_epochs, growth=growth)
 

@@ -298,6 +298,7 @@ def other_processes(data, tmp_path, method, before, after):
         assert theirs["train_curve"]["accuracy"] == ours["train_curve"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_in_one(colour_folder, tmp_path):
     other_processes(colour_folder, tmp_path, "FT-Last", before=2, after=1)
 

@@ -27,6 +27,7 @@ def test_tuning_takes_the_best_learning_rate_of_finished_runs_and_trains_none_of
     assert tuned == {"FT-Last": {"best": 0.003, "accuracy": accuracy}}
 
 
+@pytest.mark.slow
 def test_runs_of_the_defaults_are_published_without_the_place_of_their_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = ROOT / "model_cards" / "runs"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import slow
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -19,10 +20,10 @@ def compiled(model):
 
 
 TOOLS = [
-    pytest.param(exported, "mobilenet_v2", marks=pytest.mark.slow),
-    (exported, "mobilenet_v3_small"),
+    slow(exported, "mobilenet_v2"),
+    slow(exported, "mobilenet_v3_small"),
     (traced, "mobilenet_v2"),
-    (compiled, "resnet18"),
+    slow(compiled, "resnet18"),
 ]
 
 

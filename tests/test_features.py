@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import BACKBONES, run_cli, small_run
+from conftest import BACKBONES, run_cli, slow, small_run
 from safetensors.torch import load_file
 from started_runs import metrics
 
@@ -67,7 +67,7 @@ def test_features_that_training_changes_cannot_be_cached(colour_folder, tmp_path
     assert told in done.stderr
 
 
-@pytest.mark.parametrize(("limit", "where"), [("2048", "MB"), ("0", "streams")])
+@pytest.mark.parametrize(("limit", "where"), [slow("2048", "MB"), ("0", "streams")])
 def test_the_last_blocks_train_on_maps_computed_once(colour_folder, tmp_path, limit, where):
     output = tmp_path / "run"
     options = ["--trained_blocks", "2", "--train.cache_features", "true", "--train.lr", "3e-3", "--train.epochs", "6"]

@@ -227,6 +227,7 @@ def sgd_run(data, output, *options):
     return small_run(data, output, "--data.train_size", "64", "--memory.report", "true", *options)
 
 
+@pytest.mark.slow
 def test_a_budget_splits_the_batch_and_a_method_without_batch_statistics_trains_the_same(
     colour_folder, tmp_path, ready_processes
 ):

@@ -9,7 +9,7 @@ import sys
 import httpx2
 import pytest
 import torch
-from conftest import ROOT, run_cli
+from conftest import ROOT, run_cli, slow
 from hub_server import READER, WRITER, HubServer
 from huggingface_hub import HfApi, ModelCard, constants, get_session, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
@@ -23,7 +23,7 @@ IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))
 FILES = {".gitattributes", "adapter_config.json", "adapter_model.safetensors", "README.md"}
 
 
-@pytest.fixture(params=["xet", "lfs"])
+@pytest.fixture(params=["xet", slow("lfs")])
 def any_server(request, use_server, tmp_path):
     (tmp_path / "xet").mkdir()
     with HubServer(tmp_path / "xet" if request.param == "xet" else None) as server:

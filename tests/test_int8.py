@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import run_cli, small_run
+from conftest import run_cli, slow, small_run
 from safetensors.torch import load_file
 from torch import nn
 
@@ -30,7 +30,7 @@ def test_weights_are_the_nearest_of_255_steps_of_each_channel():
     assert type(conv) is nn.Conv2d and torch.equal(network(x), expected)
 
 
-@pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L+B", "FT-Norm+Last"])
+@pytest.mark.parametrize("method", [slow("TinyTL-B"), "TinyTL-L+B", slow("FT-Norm+Last")])
 def test_a_model_keeps_its_names_and_hash_and_a_quarter_of_its_frozen_weights(method, make_model):
     plain, small = (make_model(method, train_size=64, frozen_weights=kind) for kind in ("fp32", "int8"))
     assert plain.state_dict().keys() == {n for n in small.state_dict() if not n.endswith("weight_scale")}

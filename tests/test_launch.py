@@ -121,6 +121,7 @@ def test_one_two_and_three_processes_train_the_same_adapter(method, colour_folde
         check_same_run(method, tmp_path / "1", tmp_path / str(processes), 10)
 
 
+@pytest.mark.slow
 def test_only_the_first_process_shows_bars_and_writes(colour_folder, tmp_path):
     arguments = small_run(colour_folder, tmp_path / "run", "--method", "FT-Last", *SGD)
     done = run(arguments, tmp_path / "log", 2)

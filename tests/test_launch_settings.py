@@ -94,6 +94,7 @@ def test_processes_on_a_cpu_see_no_gpu(told, launched, sees, monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == sees
 
 
+@pytest.mark.slow
 def test_runs_in_a_thread_and_one_after_the_other_with_another_precision_and_accumulation(colour_folder, tmp_path):
     options = [
         {"mixed_precision": "bf16"},

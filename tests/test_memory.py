@@ -271,6 +271,7 @@ def test_bf16_saves_half_of_what_fp32_takes_where_the_processor_multiplies_it(ma
     assert dynamic["bf16"] < dynamic["no"] * (0.55 if multiplies else 0.9)
 
 
+@pytest.mark.slow
 def test_the_step_has_the_optimizer_and_the_accumulation_of_the_run(make_model):
     once, twice = (
         measure_peak(make_model("FT-Full", train_size=224), *make_batch(4), Config(train=TrainConfig(**options)))
@@ -392,6 +393,7 @@ def test_memory_of_one_network_is_the_same_in_both_libraries(method, make_model)
     assert kept_for_backward(theirs, images, labels) == kept_for_backward(ours, images, labels)
 
 
+@pytest.mark.slow
 def test_the_table_of_a_timm_network_names_its_parts(ready_processes):
     pytest.importorskip("timm")
     options = [

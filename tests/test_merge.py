@@ -4,7 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
-from conftest import run_cli
+from conftest import run_cli, slow
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_methods import train_steps
@@ -39,7 +39,12 @@ def same_logits(one, other):
 
 @pytest.mark.parametrize(
     ("method", "backbone"),
-    [*((method, "mobilenet_v2") for method in PLAIN), ("TinyTL-B", "resnet18"), ("FT-Norm+Last", "efficientnet_b0")],
+    [
+        *((method, "mobilenet_v2") for method in PLAIN[:3]),
+        *(slow(method, "mobilenet_v2") for method in PLAIN[3:]),
+        ("TinyTL-B", "resnet18"),
+        ("FT-Norm+Last", "efficientnet_b0"),
+    ],
 )
 def test_the_file_is_torchvisions_own_network_with_the_same_logits(method, backbone, merged):
     model, path, printed = merged(method, backbone)
@@ -71,7 +76,7 @@ def test_a_file_that_lacks_a_tensor_is_refused(merged):
         load_merged(path)
 
 
-@pytest.mark.parametrize("method", ["TinyTL-L", "TinyTL-L+B", "FT-Norm+Last"])
+@pytest.mark.parametrize("method", [slow("TinyTL-L"), "TinyTL-L+B", slow("FT-Norm+Last")])
 def test_the_file_needs_nothing_else(method, merged, tmp_path):
     model, path, printed = merged(method)
     loaded = load_merged(path).eval()

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import BACKBONES, METHODS
+from conftest import BACKBONES, METHODS, slow
 from torch import nn
 
 from tinytl_hf import TinyTLError
@@ -130,6 +130,7 @@ def test_a_backbone_without_blocks_says_which_methods_it_supports(method, make_m
         make_model(method, "shufflenet_v2_x0_5")
 
 
+@pytest.mark.slow
 def test_a_backbone_without_blocks_trains_by_the_others(make_model):
     assert sum(p.numel() for p in make_model("FT-Last", "vgg11_bn").trainable_parameters()) == 4096 * 4 + 4
 
@@ -194,7 +195,7 @@ def test_kernels_shrink_to_the_pooled_map():
     assert fit_kernel(3, 112) == (3, True)
 
 
-@pytest.mark.parametrize("train_size", [32, 33, 64, 97, 224])
+@pytest.mark.parametrize("train_size", [32, 33, slow(64), 97, slow(224)])
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_lite_residuals_fit_any_size(train_size, norm, make_model):
     model = make_model("TinyTL-L", train_size=train_size, lite=LiteConfig(norm=norm)).train()

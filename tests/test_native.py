@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import slow
 from torch import nn
 
 from tinytl_hf import TinyTLModel
@@ -24,13 +25,14 @@ pytestmark = pytest.mark.skipif(not SETS, reason="the package was installed with
 CL = torch.channels_last
 
 
-@pytest.fixture(params=list(SETS) or [None])
+# The best one and the one for any processor; those between are built of the same sources.
+@pytest.fixture(params=[name if name in (next(iter(SETS)), "portable") else slow(name) for name in SETS] or [None])
 def instruction_set(request, monkeypatch):
     for module in (native_backend, native_branch):
         monkeypatch.setattr(module, "kernels", lambda: SETS[request.param])
 
 
-@pytest.fixture(params=[1, 3])
+@pytest.fixture(params=[slow(1), 3])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import slow
 from torch import nn
 from torch.func import functional_call
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.lean.chain import Chain
 
-LITE, TIMM = ("TinyTL-L+B", "mobilenet_v2"), ("TinyTL-B", "timm/efficientnet_b0")
+LITE, TIMM = ("TinyTL-L+B", "mobilenet_v2"), ("TinyTL-B", "timm/test_efficientnet")
 LEAN = ("TinyTL-B", "TinyTL-L+B")
 
 
@@ -84,7 +85,7 @@ EVALUATED = {
 @pytest.mark.parametrize("evaluated", EVALUATED)
 @pytest.mark.parametrize(
     ("method", "backbone"),
-    [LITE, TIMM, ("TinyTL-L+B", "timm/mobilenetv3_small_100"), ("TinyTL-B", "mobilenet_v3_small")],
+    [LITE, slow(*TIMM), slow("TinyTL-L+B", "timm/mobilenetv3_small_100"), ("TinyTL-B", "mobilenet_v3_small")],
 )
 def test_parts_in_evaluation_mode_give_what_stock_gives(method, backbone, evaluated, make_model):
     lean, stock = pair(make_model, method, backbone)
@@ -132,7 +133,7 @@ def test_a_model_with_int8_weights_can_be_cast(backbone, make_model):
 @pytest.mark.parametrize("trained_blocks", [None, 2])
 @pytest.mark.parametrize(
     ("method", "backbone"),
-    [LITE, TIMM, *(("TinyTL-L+B", name) for name in ("resnet18", "mobilenet_v3_small", "convnext_tiny"))],
+    [LITE, TIMM, *(slow("TinyTL-L+B", name) for name in ("resnet18", "mobilenet_v3_small", "convnext_tiny"))],
 )
 def test_an_empty_batch_gives_no_logits_and_changes_nothing(method, backbone, trained_blocks, backend, make_model):
     model = make_model(method, backbone, trained_blocks=trained_blocks, backend=backend).train()

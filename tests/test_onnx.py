@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_cli, write_image
+from conftest import ROOT, run_cli, slow, write_image
 from PIL import Image
 from test_methods import train_steps
 from torch import nn
@@ -102,7 +102,9 @@ def test_a_model_that_was_cast_is_exported_in_fp32_and_stays_as_it_is(dtype, mak
     np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize(("method", "backbone"), [("FT-Norm+Last", "mnasnet1_0"), ("TinyTL-B", "efficientnet_b0")])
+@pytest.mark.parametrize(
+    ("method", "backbone"), [slow("FT-Norm+Last", "mnasnet1_0"), slow("TinyTL-B", "efficientnet_b0")]
+)
 def test_other_networks_give_pytorchs_logits(method, backbone, save, tmp_path):
     model = save(tmp_path / "adapter", method, backbone)
     _, printed = export(tmp_path / "adapter", tmp_path / "new" / "m.onnx")
@@ -147,6 +149,7 @@ def test_predict_needs_no_torch_and_gives_the_adapters_labels(exported, tmp_path
     check_predictions(folder / "adapter", folder / "new" / "m.onnx", tmp_path, 1e-4, "--mirror")
 
 
+@pytest.mark.slow
 def test_pixels_with_channels_last_at_another_size_give_the_labels_of_an_adapter_for_it(save, tmp_path):
     model = save(tmp_path / "adapter")
     options = ("--input", "uint8", "--layout", "NHWC", "--data.eval_size", "96")
@@ -174,6 +177,7 @@ def converted(exported, monkeypatch):
     return folder / "adapter"
 
 
+@pytest.mark.slow
 def test_int8_is_smaller_and_its_loss_is_measured(converted, exported, tmp_path):
     _, model, _ = exported
     options = ("--format", "onnx", "--output", tmp_path / "m.onnx", "--quantize", "int8")

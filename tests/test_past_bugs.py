@@ -248,6 +248,7 @@ for told in ({"OMP_NUM_THREADS": "3"}, {}, {"LOCAL_WORLD_SIZE": "9"}, launched):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="affinity masks are Linux's")
 def test_a_run_on_one_core_of_many_started_a_thread_for_each_and_one_of_a_launcher_a_single_one():
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}

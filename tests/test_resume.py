@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from conftest import METHODS, small_run
+from conftest import METHODS, slow, small_run
 from started_runs import differences, metrics, run, state
 
 OPTIONS = ["--train.global_batch_size", "8", "--head.dropout", "0.2", "--train.checkpoint_every", "2"]
@@ -31,11 +31,8 @@ def check_resume(data, tmp_path, options, processes, killed_at):
     ("method", "options", "processes"),
     [
         ("TinyTL-L+B", [*MIXED, "--train.optimizer", "muon"], 1),
-        ("TinyTL-B", ["--train.gradient_accumulation_steps", "2"], 2),
-        pytest.param(
-            *("FT-Layerwise", ["--train.optimizer", "sgd", "--data.start_size", "32", "--data.train_size", "48"], 1),
-            marks=pytest.mark.slow,
-        ),
+        slow("TinyTL-B", ["--train.gradient_accumulation_steps", "2"], 2),
+        slow("FT-Layerwise", ["--train.optimizer", "sgd", "--data.start_size", "32", "--data.train_size", "48"], 1),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(method, options, processes, colour_folder, tmp_path):

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import run_cli
+from conftest import run_cli, slow
 from hub_server import yaml_errors
 
 from tinytl_hf import TinyTLError, TinyTLModel, load_merged
@@ -127,8 +127,8 @@ def test_values_that_no_adapter_can_have_are_refused_when_it_is_saved(value, dty
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("method", ["TinyTL-L+B", "FT-Norm+Last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, slow(torch.float64)])
+@pytest.mark.parametrize("method", ["TinyTL-L+B", slow("FT-Norm+Last")])
 def test_a_cast_model_is_saved_as_it_is_read(dtype, method, make_model, tmp_path):
     model = make_model(method, train_size=32).to(dtype)
     loaded = save_and_load(model, tmp_path)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_cli, write_image
+from conftest import ROOT, run_cli, slow, write_image
 from hub_server import READER, File
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
@@ -149,6 +149,7 @@ def test_a_token_is_for_the_adapter_and_for_its_base(pushed, hub, monkeypatch):
     model.load_adapter("me/flowers", "again", token=READER, force_download=True)
 
 
+@pytest.mark.slow
 def test_what_one_process_trains_and_pushes_another_one_loads_by_name_though_the_base_has_changed(
     hub, colour_folder, tmp_path
 ):
@@ -269,7 +270,7 @@ NETWORKS = {  # each kind of block, SAME padding, odd sizes; how much is lean by
 }
 
 
-@pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L+B", "FT-Norm+Last"])
+@pytest.mark.parametrize("method", [slow("TinyTL-B"), "TinyTL-L+B", slow("FT-Norm+Last")])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_lean_is_stock_in_float64(name, method):
     size = NETWORKS[name]

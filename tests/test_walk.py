@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import slow
 from torch import nn
 
 from tinytl_hf import TinyTLError, TinyTLModel
@@ -36,7 +37,7 @@ SAMPLE = {  # how the biases train, and whether there are lite residuals
 }
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", [slow(name) if name.startswith(("regnet", "convnext")) else name for name in SAMPLE])
 def test_a_network_trains_by_the_methods_that_it_claims_or_says_why_not(name):
     methods = ("TinyTL-B", "TinyTL-L+B", "FT-Full")
     found = walk(name, methods)
