@@ -270,6 +270,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = File(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self._large(value["oid"], value["size"])
+            elif line["key"] == "deletedFile" and files.pop(value["path"], None):
+                pass
             else:
                 raise Refused(400, f"unexpected operation {line['key']}")
         ref, pull = revision, None

@@ -3,12 +3,14 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
 import httpx2
 import pytest
 import torch
+import yaml
 from conftest import ROOT, run_cli, slow
 from hub_server import READER, WRITER, HubServer
 from huggingface_hub import HfApi, ModelCard, constants, get_session, set_client_factory
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.adapter.record import FORMAT_VERSION
 from tinytl_hf.hub import client
+from tinytl_hf.hub.card import END, MEASURED
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))
 FILES = {".gitattributes", "adapter_config.json", "adapter_model.safetensors", "README.md"}
@@ -124,6 +127,70 @@ def test_the_card_on_the_hub_loads_the_adapter_by_its_name_and_keeps_what_was_wr
     server.add_repo("me/flowers", {"README.md": b"All mine."})
     push(adapter)
     assert server.repos["me/flowers"].files()["README.md"].content == b"All mine."
+
+
+def card_there(server):
+    return server.repos["me/flowers"].files()["README.md"].content.decode()
+
+
+def head_and_results(card):
+    head = yaml.safe_load(card.split("---\n")[1])
+    return head, [(r["task"]["name"], r["metrics"][0]["value"]) for m in head["model-index"] for r in m["results"]]
+
+
+def test_what_a_person_wrote_into_the_card_here_or_there_stays_and_pushing_again_changes_nothing(server, adapter):
+    TinyTLModel.from_pretrained(adapter).save_pretrained(adapter, metrics={"accuracy": 0.5})
+    push(adapter)
+    local = adapter / "README.md"
+    local.write_text(local.read_text().replace("license: apache-2.0", "license: mit\nlanguage: en", 1))
+    head, _ = head_and_results(card_there(server))
+    trial = {
+        "task": {"type": "image-classification", "name": "field trial"},
+        "dataset": {"type": "custom", "name": "x"},
+    }
+    trial["metrics"] = [{"type": "accuracy", "value": 0.1}]
+    head["model-index"].append({"name": "trial", "results": [trial]})
+    text = card_there(server).split("---\n", 2)[2]
+    server.add_repo("me/flowers", {"README.md": f"---\n{yaml.safe_dump(head)}---\n{text}\n## Ethics\n".encode()})
+    for _ in range(3):
+        push(adapter)
+        head, results = head_and_results(card_there(server))
+        assert head["license"] == "mit" and head["language"] == "en" and "## Ethics" in card_there(server)
+        assert sorted(results) == [("field trial", 0.1), (MEASURED, 0.5)]
+    assert len(server.repos["me/flowers"].commits) == 2  # what was there, and the first of these pushes
+    pulled = adapter.parent / "pulled"
+    assert run_cli("pull", "--repo", "me/flowers", "--output", pulled).returncode == 0
+    push(pulled)
+    assert len(server.repos["me/flowers"].commits) == 2
+
+
+def test_text_here_replaces_that_of_the_hub_and_says_so(server, adapter):
+    push(adapter)
+    there = card_there(server) + "\n## Ethics\n"
+    server.add_repo("me/flowers", {"README.md": there.encode()})
+    local = adapter / "README.md"
+    local.write_text(local.read_text() + "\nWritten here.\n")
+    done = run_cli("push", "--adapter", adapter, "--repo", "me/flowers")
+    assert done.returncode == 0 and "text that the card here has not" in done.stderr
+    assert "Written here." in card_there(server) and "Ethics" not in card_there(server)
+
+
+def test_another_adapter_leaves_nothing_of_the_one_before(server, adapter, make_model, tmp_path):
+    card = adapter / "README.md"
+    text = card.read_text().replace("- tinytl\n- mobilenet_v2\n- FT-Last\n", "- tinytl\n- resnet18\n- FT-Full\n")
+    text = text.replace("tags:", "base_model: timm/resnet18.tv_in1k\nbase_model_relation: adapter\ntags:", 1)
+    card.write_text(text.replace(END, f"[figures](eval_results.json)\n{END}"))
+    (adapter / "eval_results.json").write_text("{}")
+    shutil.copytree(adapter, tmp_path / "pulled")
+    push(adapter)
+    assert "eval_results.json" in server.repos["me/flowers"].files() and "resnet18" in card_there(server)
+    make_model("FT-Last", train_size=32, num_classes=2).save_pretrained(tmp_path / "other")
+    push(tmp_path / "other")
+    assert set(server.repos["me/flowers"].files()) == FILES and "resnet18" not in card_there(server)
+    assert yaml.safe_load(card_there(server).split("---\n")[1])["tags"] == ["tinytl", "mobilenet_v2", "FT-Last"]
+    pull = ("pull", "--repo", "me/flowers", "--output", tmp_path / "pulled")
+    assert run_cli(*pull).returncode == 1 and run_cli(*pull, "--overwrite").returncode == 0
+    assert not (tmp_path / "pulled" / "eval_results.json").exists()
 
 
 def test_private_is_never_pushed_to_what_is_public(server, adapter):

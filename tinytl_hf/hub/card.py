@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import urlparse
@@ -40,6 +41,9 @@ METRICS = {  # our name: the Hub's name of the metric, and the reader's
     "ece": ("expected_calibration_error", "expected calibration error"),
 }
 MEASURED = "image classification, measured by tinytl_hf"  # tells our results from those of a person
+# Fields of a card's metadata that we write; all others are a person's.
+OUR_KEYS = {"library_name", "license", "pipeline_tag", "tags", "base_model", "base_model_relation", "datasets"}
+OUR_KEYS |= {"model-index"}
 # torchvision's networks whose very weight files timm has on the Hub, under the same names.
 ON_THE_HUB = re.compile(r"(wide_)?res(net|next)\d")
 
@@ -144,19 +148,21 @@ def update_card(existing: str, new: str) -> str:
 
     Args:
         existing: A card. One without our two marks belongs to a person, and is returned as it is.
-        new: A card with our part.
+        new: A card with our part. What a person wrote into its metadata comes along.
     """
     before, begin, rest = existing.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         return existing
     text = f"{before}{BEGIN}{_block(new)}{END}{after}"
-    head, own = REGEX_YAML_BLOCK.search(text), ModelCard(new).data.to_dict()
+    head, own = REGEX_YAML_BLOCK.search(text), REGEX_YAML_BLOCK.search(new)
+    if own is None:
+        return text
     if head is None:
-        return f"{_head(own)}\n{text}"
+        return f"---\n{own[2]}\n---\n\n{text}"
     try:
         theirs = yaml.safe_load(head[2]) or {}
-        merged = _merged(theirs, own)
+        merged = _merged(theirs, yaml.safe_load(own[2]) or {})
     except (yaml.YAMLError, AttributeError, TypeError, ValueError):
         return text  # a head that is no mapping of the Hub's is a person's business
     return text if merged == theirs else f"{_head(merged)}{text[head.end() :]}"
@@ -165,10 +171,20 @@ def update_card(existing: str, new: str) -> str:
 def is_untouched(card: str) -> bool:
     """Whether a card holds our part and nothing that a person wrote."""
     head = REGEX_YAML_BLOCK.search(card)
-    before, begin, rest = card[head.end() if head else 0 :].partition(BEGIN)
-    _, end, after = rest.partition(END)
     licensed = re.search(r"^license: (\S+)$", head[2] if head else "", re.MULTILINE)
-    return bool(begin and end and licensed and licensed[1] == LICENCE) and not (before + after).strip()
+    return bool(_block(card) and licensed and licensed[1] == LICENCE) and not text_around(card)
+
+
+def has_our_part(card: str) -> bool:
+    """Whether a card has our part; one without it is a person's own."""
+    return END in card.partition(BEGIN)[2]
+
+
+def text_around(card: str) -> str:
+    """What a person wrote around our part of a card, beside its metadata."""
+    head = REGEX_YAML_BLOCK.search(card)
+    before, _, rest = card[head.end() if head else 0 :].partition(BEGIN)
+    return (before + rest.partition(END)[2]).strip()
 
 
 def with_name(card: str, name: str) -> str:
@@ -232,24 +248,44 @@ def _result(data: DataRecord | None, name: str, value: float) -> EvalResult:
 
 
 def _merged(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Their metadata with ours in it: our fields, our entries of lists, our results."""
-    merged = dict(theirs)
-    merged.setdefault("license", own["license"])
+    """Their metadata with ours in it: our fields, our entries of lists, our results, and what else is in ours."""
+    persons = {key: value for key, value in own.items() if key not in OUR_KEYS}
+    merged = {**theirs, **persons}
+    if own.get("license", LICENCE) != LICENCE or "license" not in theirs:
+        merged["license"] = own.get("license", LICENCE)
+    if str(theirs.get("base_model")).startswith("timm/") and theirs.get("base_model_relation") == "adapter":
+        del merged["base_model"], merged["base_model_relation"]  # ours, of the adapter that was there
     for key in ("library_name", "pipeline_tag", "base_model", "base_model_relation"):
         if key in own:
             merged[key] = own[key]
-    methods = get_args(MethodName)
-    kept = [tag for tag in _as_list(theirs.get("tags")) if tag not in methods]
-    merged["tags"] = kept + [tag for tag in own["tags"] if tag not in kept]
+    former = _our_tags(_as_list(theirs.get("tags")))
+    kept = [tag for tag in _as_list(theirs.get("tags")) if tag not in former]
+    merged["tags"] = kept + [tag for tag in _as_list(own.get("tags")) if tag not in kept]
     datasets = _as_list(theirs.get("datasets"))
-    if new := [name for name in own.get("datasets", []) if name not in datasets]:
+    if new := [name for name in _as_list(own.get("datasets")) if name not in datasets]:
         merged["datasets"] = datasets + new
-    models = [dict(model) for model in _as_list(theirs.get("model-index"))]
-    for model in models:
-        model["results"] = [r for r in model.get("results", []) if (r.get("task") or {}).get("name") != MEASURED]
-    models = [model for model in models if model["results"]] + own.get("model-index", [])
     merged.pop("model-index", None)
+    models = _models(theirs, ours=False)
+    models += [model for model in _models(own, ours=False) if model not in models] + _models(own, ours=True)
     return {**merged, "model-index": models} if models else merged
+
+
+def _our_tags(tags: Sequence[Any]) -> set[Any]:
+    """The backbone and the method among the tags of a card, which we write one after the other."""
+    methods = get_args(MethodName)
+    return {name for backbone, method in pairwise(tags) if method in methods for name in (backbone, method)} | set(
+        methods
+    )
+
+
+def _models(metadata: Mapping[str, Any], ours: bool) -> list[dict[str, Any]]:
+    """The models of a card's metadata with the results that we measured, or with those of a person."""
+    found = []
+    for model in _as_list(metadata.get("model-index")):
+        results = [r for r in model.get("results", []) if ((r.get("task") or {}).get("name") == MEASURED) is ours]
+        if results:
+            found.append({**model, "results": results})
+    return found
 
 
 def _as_list(value: Any) -> list[Any]:

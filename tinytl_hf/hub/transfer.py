@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -40,8 +40,9 @@ from tinytl_hf.hub.card import (
     dataset_name,
     files_of_adapter,
     files_of_card,
-    is_untouched,
+    has_our_part,
     read_card,
+    text_around,
     update_card,
     with_name,
 )
@@ -116,8 +117,11 @@ def pull(config: PullConfig) -> Path:
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
+        former = files_of_card(read_card(output) or "") if others else []
         for file in files:
             write_bytes(output / file.name, file.read_bytes())
+        for name in set(former) - {file.name for file in files}:  # of the adapter that was there
+            (output / name).unlink(missing_ok=True)
     except OSError as error:
         raise TinyTLError(f"output={output}: cannot be written ({error}); name another folder") from error
     return output
@@ -187,19 +191,38 @@ def is_timm_model(folder: Path) -> bool:
 
 def _operations(
     api: HfApi, folder: Path, record: AdapterConfig | None, config: PushConfig
-) -> list[CommitOperationAdd]:
+) -> list[CommitOperationAdd | CommitOperationDelete]:
     card = read_card(folder) or ""
     if record is None:
         files = [CommitOperationAdd(name, folder / name) for name in TIMM_FILES if name != CARD_FILE]
         return [*files, CommitOperationAdd(CARD_FILE, card.replace(EXAMPLE_NAME, config.repo).encode())]
-    if is_untouched(card) and (there := _card_there(api, config)) is not None:
-        card = update_card(there, card)
+    there = _card_there(api, config)
+    if there is not None:
+        card = _with_what_is_there(card, there)
     names = [TENSORS_FILE, *(name for name in files_of_card(card) if (folder / name).is_file())]
     operations = [CommitOperationAdd(CONFIG_FILE, without_paths(record).to_json().encode())]
     operations += [CommitOperationAdd(name, folder / name) for name in names]
     if card:
         operations.append(CommitOperationAdd(CARD_FILE, with_name(card, config.repo).encode()))
-    return operations
+    former = [name for name in files_of_card(there or "") if name not in names]  # of an adapter that this one replaces
+    gone = [name for name in former if api.file_exists(config.repo, name, revision=config.revision)]
+    return [*operations, *(CommitOperationDelete(name) for name in gone)]
+
+
+def _with_what_is_there(card: str, there: str) -> str:
+    """The card of this folder for a repository that has one, with what a person wrote into either.
+
+    Where both have text around ours, that of this folder is taken: the Hub keeps the other in its history.
+    """
+    text, text_there = text_around(card), text_around(there)
+    if text and text_there and not (text in text_there or text_there in text):
+        logger.warning(
+            "README.md on the Hub has text that the card here has not; it is replaced by that of the card here, and "
+            "stays in the repository's history"
+        )
+    if not text or text in text_there:
+        return update_card(there, card)
+    return update_card(card, update_card(there, card)) if has_our_part(there) else card
 
 
 def without_paths(config: AdapterConfig) -> AdapterConfig:

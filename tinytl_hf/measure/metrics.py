@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
@@ -25,7 +26,9 @@ class ClassificationFigures(evaluate.Metric):
     """
 
     def __init__(self) -> None:
-        super().__init__(keep_in_memory=True)
+        # Though it keeps all in memory, it makes a folder; the cache of the Hub's client can be one that is only read.
+        self._folder = tempfile.TemporaryDirectory(prefix="tinytl-metric-")
+        super().__init__(keep_in_memory=True, cache_dir=self._folder.name)
 
     def _info(self) -> evaluate.MetricInfo:
         logits, number = datasets.List(datasets.Value("float32")), datasets.Value("int64")
