@@ -7,6 +7,7 @@ from conftest import run_cli, small_run, write_image
 from PIL import Image
 
 from tinytl_hf import TinyTLModel
+from tinytl_hf.config.yaml12 import load_yaml
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,11 @@ def adapter(colour_folder, tmp_path_factory):
             ["eval", "--train.mixed_precision", "bf16"],
             "this verb has no such option (train, memory, bench, fit have); it has mixed_precision",
         ),
+        (["train", "--data.data", "digits"], "data.data: no such option; did you mean data.dataset?"),
+        (["eval", "--ada", "nowhere"], "ada: no such option; did you mean adapter?"),
+        (["train", "--data.flip", "no"], "data.flip=no: use true or false"),
+        (["predict", "--json", "0", "x.png"], "json=0: use true or false"),
+        (["train", "--seed", "4294967296"], "seed=4294967296: use 0 or more, below 2**32"),
         (["report", "--learning_rate", "1e-3", "x"], "learning_rate: no such option; see --help"),
         (["train", "--data.dataset", "${DATA}/x"], "data.dataset=${DATA}/x: ${DATA} is not expanded; write it out"),
     ],
@@ -95,6 +101,16 @@ def test_a_mistake_ends_with_one_line_that_names_it(arguments, message, tmp_path
         ("train: {weight_decay: .inf}", "train.weight_decay=inf: use a finite number"),
         ("memory: {slice_mb: .inf}", "memory.slice_mb=inf: use a finite number"),
         ("data: {crop_scale: [.nan, 1.0]}", "data.crop_scale=[nan, 1.0]: use two shares"),
+        ("train:\n- epochs: 1\n- lr: 0.5", "train=[{'epochs': 1}, {'lr': 0.5}]: it is a group of options"),
+        ("train: 5", "train=5: it is a group of options; write them below it, or leave it out"),
+        ("memory: false", "memory=False: it is a group of options"),
+        ("data: 3", "data=3: it is a group of options"),
+        ("hub:", "hub=null: it is a group of options"),
+        ("train: {lr_factors: 3}", "train.lr_factors=3: it is a group of options"),
+        ("memory: {lean: null}", "memory.lean=null: use true or false"),
+        ("data: {flip: null}", "data.flip=null: use true or false"),
+        ("output_dir: null", "output_dir=null: use a name or a path"),
+        ("seed: null", "seed=null: use a whole number"),
         ("# nothing\n", "empty config file"),
         ("seed: 1\ntrain: {lr: 1e-4}\nseed: 2", "seed is there twice, again in line 3; leave one of them"),
         ("train: {lr: 1e-4, lr: 1e-3}", "lr is there twice"),
@@ -192,3 +208,24 @@ def test_eval_takes_other_data_whose_classes_are_matched_by_name(adapter, colour
     (tmp_path / "other" / "train" / "red").rename(tmp_path / "other" / "train" / "green")
     done = run_cli("eval", "--adapter", adapter, "--data.dataset", tmp_path / "other")
     assert done.returncode == 1 and "has the class 'green', which is not among" in done.stderr
+
+
+def test_the_command_line_wins_over_a_config_file_wherever_it_stands(tmp_path):
+    (tmp_path / "c.yaml").write_text("seed: 8\ndata: {dataset: digits, max_train_samples: 20}\n")
+    run = tmp_path / "run"
+    options = ["--output_dir", run, "--backbone.weights", "none", "--method", "FT-Last", "--data.train_size", "32"]
+    options += ["--train.epochs", "1", "--memory.report", "false", "--data.max_eval_samples", "20"]
+    done = run_cli("train", "--seed", "5", *options, f"--config={tmp_path / 'c.yaml'}")
+    assert done.returncode == 0, done.stderr
+    written = load_yaml((run / "config.yaml").read_text())
+    assert written["seed"] == 5 and written["data"]["max_train_samples"] == 20
+
+
+def test_data_given_as_a_mapping_are_not_those_of_the_training(tmp_path, colour_folder):
+    for name in ("one", "two"):
+        write_image(tmp_path / name / "red" / "1.png", colour=(255, 0, 0))
+        write_image(tmp_path / name / "blue" / "2.png", colour=(0, 0, 255))
+    assert run_cli(*small_run(colour_folder, tmp_path / "run", "--method", "FT-Last")).returncode == 0
+    for data in (["--data.dataset", tmp_path / "two"], ["--data", f"{{dataset: {tmp_path / 'two'}}}"]):
+        done = run_cli("eval", "--adapter", tmp_path / "run", *data)
+        assert "evaluating on 2 images" in done.stderr and "split train" in done.stderr

@@ -8,8 +8,9 @@ from conftest import ROOT
 from tinytl_hf import TinyTLError, cli
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.network import METHOD_ALIASES, HeadConfig, LiteConfig, MethodAlias
-from tinytl_hf.config.run import Config
+from tinytl_hf.config.run import Config, MemoryConfig
 from tinytl_hf.config.train import LrFactors, TrainConfig
+from tinytl_hf.config.verbs import CompareConfig, EvalConfig, MemoryTableConfig
 from tinytl_hf.config.yaml12 import Yaml12Loader
 from tinytl_hf.network.methods import METHODS
 
@@ -105,11 +106,21 @@ def test_a_value_out_of_range_is_named_with_the_fix(make, message):
     [
         (lambda: Config(method="TinyTL-LB"), "method=TinyTL-LB: use one of FT-Last, TinyTL-B"),
         (lambda: Config(tracker="mlflow"), "tracker=mlflow: use one of none, tensorboard"),
-        (lambda: Config(trained_blocks="some"), "trained_blocks=some: use 1 or more, or all"),
+        (lambda: Config(trained_blocks="some"), "trained_blocks=some: use a whole number or all"),
         (lambda: TrainConfig(optimizer="lion"), "train.optimizer=lion: use one of adamw, adam, sgd, muon"),
         (lambda: TrainConfig(schedule="linear"), "train.schedule=linear: use one of exponential, cosine, constant"),
         (lambda: TrainConfig(mixed_precision="fp8"), "train.mixed_precision=fp8: use one of no, bf16, fp16, null"),
         (lambda: LiteConfig(norm="layer"), "lite.norm=layer: use one of batch, group"),
+        (lambda: TrainConfig(lr="1e-3"), "train.lr=1e-3: use a number or null"),
+        (lambda: TrainConfig(epochs=2.0), "train.epochs=2.0: use a whole number or null"),
+        (lambda: DataConfig(crop_scale=(0.5,)), r"data.crop_scale=\(0.5,\): use a list of 2 values"),
+        (lambda: MemoryConfig(lean=None), "memory.lean=null: use true or false"),
+        (lambda: LrFactors(head=None), "train.lr_factors.head=null: use a number"),
+        (lambda: EvalConfig("a", mixed_precision="fp8"), "mixed_precision=fp8: use one of no, bf16, fp16, null"),
+        (lambda: MemoryTableConfig(methods=["foo"]), r"methods=\['foo'\]: use a list of values or null"),
+        (lambda: Config(seed=2**32), r"seed=4294967296: use 0 or more, below 2\*\*32"),
+        (lambda: DataConfig(split_seed=-1), r"data.split_seed=-1: use 0 or more, below 2\*\*32"),
+        (lambda: CompareConfig(output=""), "output=: it is empty"),
         (lambda: DataConfig(auto_augment="rand"), "data.auto_augment=rand: use one of none, trivial"),
     ],
 )

@@ -17,6 +17,7 @@ import sys
 import traceback
 import warnings
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -97,6 +98,7 @@ def execute(argv: list[str]) -> None:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", load_yaml, (yaml.YAMLError,))
     set_dumper("yaml", dump_yaml)
+    argv = _with_config_first(argv)
     parser = make_parser(_verb(argv), _adapter_defaults(argv))
     try:
         parsed = parser.parse_args(argv)
@@ -111,6 +113,47 @@ def execute(argv: list[str]) -> None:
 
     bound_waiting()
     VERBS[parsed.subcommand].does(values)
+
+
+def _with_config_first(argv: list[str]) -> list[str]:
+    """The words with each ``--config FILE`` right after the verb, as what is on the command line wins.
+
+    Raises:
+        TinyTLError: A group of options in such a file is no group.
+    """
+    verb = _verb(argv)
+    if verb is None or Config not in VERBS[verb].options:
+        return argv
+    files: list[str] = []
+    others: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--config" and (value := value if equals else next(words, "")):
+            files.append(value)
+        else:
+            others.append(word)
+    for file in files:
+        try:
+            values = load_yaml(Path(file).read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # the parser says what is wrong
+        _check_groups(values, Config, f"{file}: ")
+    at = others.index(verb) + 1
+    return [*others[:at], *(word for file in files for word in ("--config", file)), *others[at:]]
+
+
+def _check_groups(values: Any, kind: Any, where: str) -> None:
+    """Raise if a file has a value where options belong: some of those the parser drops, and others confuse it."""
+    for group in (field for field in fields(kind) if is_dataclass(field.default_factory)):
+        given = values.get(group.name, {}) if isinstance(values, dict) else {}
+        names_a_file = isinstance(given, str) and group.name not in VERBS
+        if not isinstance(given, dict) and not names_a_file:
+            raise TinyTLError(
+                f"{where}{group.name}={'null' if given is None else given}: it is a group of options; write them "
+                "below it, or leave it out"
+            )
+        _check_groups(given, group.default_factory, f"{where}{group.name}.")
 
 
 def _verb(argv: list[str]) -> str | None:
@@ -137,12 +180,14 @@ def make_parser(chosen: str | None, data_defaults: dict[str, Any] | None = None)
         chosen: The verb whose options it knows: those of all verbs take half a second to gather.
         data_defaults: What a verb with options of data takes from its adapter.
     """
-    parser = ArgumentParser(prog=PROG, exit_on_error=False, description="TinyTL adapters, the Hugging Face way.")
+    parser = ArgumentParser(
+        prog=PROG, exit_on_error=False, allow_abbrev=False, description="TinyTL adapters, the Hugging Face way."
+    )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     parser.add_argument("--debug", action="store_true", help="Show where an error was raised.")
     verbs = parser.add_subcommands(metavar="VERB")
     for name, verb in VERBS.items():
-        added = ArgumentParser(exit_on_error=False)
+        added = ArgumentParser(exit_on_error=False, allow_abbrev=False)
         verbs.add_subcommand(name, added, help=verb.about)
         if name != chosen:
             continue
@@ -166,6 +211,7 @@ def _adapter_defaults(argv: list[str]) -> dict[str, Any]:
     first.add_argument("--adapter")
     first.add_argument("--revision")
     first.add_argument("--data.dataset", dest="dataset")
+    first.add_argument("--data", type=load_yaml)
     try:
         known, _ = first.parse_known_args(argv)
     except argparse.ArgumentError:
@@ -173,6 +219,8 @@ def _adapter_defaults(argv: list[str]) -> dict[str, Any]:
     verb = VERBS.get(known.verb)
     if verb is None or not verb.has_data_options or known.adapter is None:
         return {}
+    if known.dataset is None and isinstance(known.data, dict):
+        known.dataset = known.data.get("dataset")
     from tinytl_hf.adapter.format import read_config
     from tinytl_hf.data.find import is_same_place
     from tinytl_hf.hub.client import bound_waiting
@@ -192,13 +240,16 @@ def _adapter_defaults(argv: list[str]) -> dict[str, Any]:
 
 def _with_values(argv: list[str]) -> list[str]:
     """Let an option that is true or false stand alone, as ``--json``: it is true then."""
-    groups: list[tuple[str, type]] = [("", options) for verb in VERBS.values() for options in verb.options]
+    verb = VERBS.get(_verb(argv) or "")
+    groups: list[tuple[str, type]] = [("", options) for options in verb.options] if verb is not None else []
     groups += [("data.", DataConfig), ("train.", TrainConfig), ("memory.", MemoryConfig), ("hub.", HubConfig)]
     flags = {f"--{prefix}{field.name}" for prefix, kind in groups for field in fields(kind) if field.type == "bool"}
     result = []
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         argument = "--create_pr" if argument == "--create-pr" else argument  # as the Hub's own client spells it
         result.append(argument)
+        if argument in flags and following.lower() in {"yes", "no", "on", "off", "0", "1", "null", "none"}:
+            raise TinyTLError(f"{argument[2:]}={following}: use true or false")
         if argument in flags and following.lower() not in {"true", "false"}:
             result.append("true")
     return result
@@ -261,7 +312,7 @@ def _options(name: str) -> list[str]:
     """What a verb's options are called."""
     verb = VERBS[name]
     names = [field.name for kind in verb.options if kind is not Config for field in fields(kind)]
-    names += [*Config().to_dict(), *flat(Config().to_dict())] if Config in verb.options else []
+    names += [*flat(Config().to_dict())] if Config in verb.options else []
     return names + [f"data.{field.name}" for field in fields(DataConfig)] if verb.has_data_options else names
 
 

@@ -14,17 +14,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tinytl_hf.adapter.build import build_network, check_fits, check_weights, recorded
+from tinytl_hf.adapter.build import as_it_is, build_network, check_fits, check_weights, new_config, recorded
 from tinytl_hf.adapter.delta import adapter_tensors, frozen_tensors, load_tensors
 from tinytl_hf.adapter.format import holds, read_config, read_tensors, write_adapter
-from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, DataRecord, Preprocessing, label_strings
+from tinytl_hf.adapter.record import AdapterConfig, DataRecord
 from tinytl_hf.adapter.switching import Adapters, LoadedAdapter
 from tinytl_hf.config.engine import BackendName, Engine
 from tinytl_hf.config.hub import PushConfig
 from tinytl_hf.config.network import HeadConfig, LiteConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import centre_boxes, resample
-from tinytl_hf.data.inputs import pixels_of
+from tinytl_hf.data.inputs import check_normalised, pixels_of
 from tinytl_hf.data.tensors import pad_images
 from tinytl_hf.disk import expanded
 from tinytl_hf.hub.card import read_card, render_card
@@ -34,7 +34,7 @@ from tinytl_hf.lean.int8 import quantise
 from tinytl_hf.lean.notes import training_paths
 from tinytl_hf.lean.prefix import find_prefix
 from tinytl_hf.network import methods
-from tinytl_hf.network.backbones import find_backbone, locate_weights, sha256
+from tinytl_hf.network.backbones import locate_weights, sha256
 from tinytl_hf.network.blocks import name_unknown_blocks
 from tinytl_hf.network.head import Head, without_head
 
@@ -70,6 +70,7 @@ class TinyTLModel(nn.Module):
         self.prefix = find_prefix(self.backbone, self._blocks, trained, self.engine.slice_mb)
         self._adapters, self._weights_from = Adapters(), config.backbone.weights
         self.loaded_from: Path | None = None
+        self._unchecked = True
 
     @classmethod
     def from_config(cls, config: Config, label_names: Sequence[str]) -> TinyTLModel:
@@ -85,7 +86,7 @@ class TinyTLModel(nn.Module):
             crop_pct=config.data.crop_pct,
             lite=config.lite,
             head=config.head,
-            trained_blocks=None if config.trained_blocks == "all" else config.trained_blocks,
+            trained_blocks=config.trained_blocks,
             **asdict(config.engine),
         )
 
@@ -104,7 +105,7 @@ class TinyTLModel(nn.Module):
         crop_pct: float | None = None,
         lite: LiteConfig | None = None,
         head: HeadConfig | None = None,
-        trained_blocks: int | None = None,
+        trained_blocks: int | Literal["all"] | None = None,
         lean: bool = Engine.lean,
         backend: BackendName = Engine.backend,
         slice_mb: float | None = None,
@@ -124,7 +125,7 @@ class TinyTLModel(nn.Module):
             crop_pct: Side of the evaluation crop as a share of an image's shorter side; None: as the backbone has it.
             lite: Options of the lite residuals.
             head: Options of the head.
-            trained_blocks: How many of the last residual blocks train, with what follows them; None: all.
+            trained_blocks: How many of the last residual blocks train, with what follows them; None or "all": all.
             lean: Keep only what the gradients need while training, or what stock PyTorch keeps.
             backend: Who computes frozen blocks: eager, native (CPU), triton (CUDA), or auto, the fastest there is.
             slice_mb: About how much of a frozen block's widest map exists at a time, in MB; None: what suits it.
@@ -133,17 +134,8 @@ class TinyTLModel(nn.Module):
         Raises:
             TinyTLError: A name, source or option that does not fit, with the fix.
         """
-        names = label_strings(label_names, num_classes)
-        found = find_backbone(name, weights)
-        config = AdapterConfig(
-            backbone=BackboneRecord(found.name, found.weights, frozen_weights=frozen_weights, license=found.license),
-            method=methods.by_name(method),
-            preprocessing=Preprocessing.of(found, train_size, eval_size, crop_pct),
-            label_names=names,
-            trained_blocks=trained_blocks,
-            lite=lite or LiteConfig(),
-            head=head or HeadConfig(),
-        )
+        labels, sizes = (label_names, num_classes), (train_size, eval_size, crop_pct)
+        config = new_config(name, weights, method, labels, sizes, frozen_weights, trained_blocks, lite, head)
         model = cls(config, Engine(lean, backend, slice_mb, gradient_checkpointing))
         name_unknown_blocks(model.backbone, model._blocks)
         return model
@@ -217,10 +209,11 @@ class TinyTLModel(nn.Module):
             metrics: Figures on the evaluation set for the card.
 
         Raises:
-            TinyTLError: The folder cannot be written, or a value is not finite.
+            TinyTLError: The folder cannot be written, or a value is not finite or would not be read again.
         """
         folder = expanded(save_directory)
-        config = replace(self.config, dtype=dtype or self.config.dtype, data=data or self.config.data)
+        config = as_it_is(self.config, self.backbone)
+        config = replace(config, dtype=dtype or config.dtype, data=data or config.data)
         write_adapter(folder, config, self.adapter_tensors(), render_card(config, metrics, read_card(folder)))
 
     def push_to_hub(
@@ -266,13 +259,20 @@ class TinyTLModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``[N, 3, H, W]``, or :meth:`features` or ``prefix.maps`` of them, to logits."""
+        check_normalised(images)
         if images.ndim == 2:
             return self._head(images)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            methods.check_trained(self.backbone, self.config.method)
+            methods.check_trained(self.backbone, self.config.method, whole=self._unchecked)
+            self._unchecked = False
         images = images.contiguous(memory_format=torch.channels_last)
         lean = self.training and self.engine.lean
         return self.backbone(images) if self.prefix is None else self.prefix.run(self.backbone, images, lean=lean)
+
+    def train(self, mode: bool = True) -> TinyTLModel:
+        """As of any module; the next training pass looks again at what trains."""
+        self._unchecked = True
+        return super().train(mode)
 
     def features(self, images: Tensor) -> Tensor:
         """What the head gets of images, as of :meth:`forward`: ``[N, features]``, without gradients; in any thread."""

@@ -2,19 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from numbers import Real
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from tinytl_hf.adapter.delta import check_tensors
-from tinytl_hf.adapter.record import AdapterConfig
+from tinytl_hf.adapter.delta import check_complete, check_tensors, frozen_tensors, remember_complete
+from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, Preprocessing, checked, label_strings
+from tinytl_hf.config.check import check, whole_number
 from tinytl_hf.config.engine import Engine
+from tinytl_hf.config.network import HeadConfig, LiteConfig
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network import methods
-from tinytl_hf.network.backbones import check_size, create_backbone
+from tinytl_hf.network.backbones import check_size, create_backbone, find_backbone, sha256
 from tinytl_hf.network.blocks import TinyTLBlock, convert_blocks
 from tinytl_hf.network.weights import is_weights_file
+
+logger = logging.getLogger(__name__)
+
+
+def new_config(
+    name: str,
+    weights: str,
+    method: str,
+    labels: tuple[Iterable[object] | None, int | None],
+    sizes: tuple[int, int | None, float | None],
+    frozen_weights: Literal["fp32", "int8"],
+    trained_blocks: int | Literal["all"] | None,
+    lite: LiteConfig | None,
+    head: HeadConfig | None,
+) -> AdapterConfig:
+    """What a new adapter is, from the arguments of ``TinyTLModel.from_backbone``.
+
+    Args:
+        name: The backbone.
+        weights: Source of its weights.
+        method: The method, or an alias.
+        labels: Names of the classes, and their number.
+        sizes: Of training and evaluation in px, and the share of the crop.
+        frozen_weights: How frozen weights are stored.
+        trained_blocks: How many of the last blocks train; None: all.
+        lite: Options of the lite residuals.
+        head: Options of the head.
+
+    Raises:
+        TinyTLError: One that does not fit.
+    """
+    (names, count), (train_size, eval_size, crop_pct) = labels, sizes
+    check(isinstance(name, str), "name", name, "use the name of a backbone, such as mobilenet_v2")
+    check(isinstance(weights, (str, Path)), "weights", weights, "use imagenet, a file or none, for example")
+    is_share = isinstance(crop_pct, Real) and not isinstance(crop_pct, bool)
+    check(crop_pct is None or is_share, "crop_pct", crop_pct, "use a share above 0, at most 1")
+    for key, given, kind in (("lite", lite, LiteConfig), ("head", head, HeadConfig)):
+        check(given is None or isinstance(given, kind), key, given, f"use a {kind.__name__}")
+    found = find_backbone(name, str(weights))
+    config = AdapterConfig(
+        backbone=BackboneRecord(found.name, found.weights, frozen_weights=frozen_weights, license=found.license),
+        method=methods.by_name(method),
+        preprocessing=Preprocessing.of(
+            found,
+            whole_number("train_size", train_size),
+            None if eval_size is None else whole_number("eval_size", eval_size),
+            crop_pct,
+        ),
+        label_names=label_strings(names, None if count is None else whole_number("num_classes", count)),
+        trained_blocks=None if trained_blocks in (None, "all") else whole_number("trained_blocks", trained_blocks),
+        lite=lite or LiteConfig(),
+        head=head or HeadConfig(),
+    )
+    return checked(config)
+
+
+def as_it_is(config: AdapterConfig, backbone: nn.Module) -> AdapterConfig:
+    """The config with the hash of the frozen tensors as they are now, where they have kept their type.
+
+    Raises:
+        TinyTLError: As of :func:`check_complete`.
+    """
+    check_complete(backbone)
+    tensors = frozen_tensors(backbone)
+    floats = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if config.backbone.sha256 is None or config.backbone.frozen_weights == "int8" or floats != {torch.float32}:
+        return config
+    if (found := sha256(tensors)) != config.backbone.sha256:
+        logger.warning(
+            "the frozen weights are not those of %s any more: who loads this adapter has to name a file that holds "
+            "them, with weights=",
+            config.backbone.weights,
+        )
+    return replace(config, backbone=replace(config.backbone, sha256=found))
 
 
 def build_network(
@@ -39,6 +120,7 @@ def build_network(
     backbone = create_backbone(name, weights, len(config.label_names), config.head.dropout)
     blocks = convert_blocks(backbone, engine is not None and engine.gradient_checkpointing)
     methods.apply_method(backbone, blocks, config.method, sizes.train_size, config.lite, config.trained_blocks)
+    remember_complete(backbone)
     return backbone, blocks
 
 

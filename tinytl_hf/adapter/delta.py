@@ -20,6 +20,27 @@ def adapter_tensors(backbone: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def remember_complete(backbone: nn.Module) -> None:
+    """Note what a new network's delta consists of, for :func:`check_complete`; copies of the network have it too."""
+    vars(backbone)["delta_shapes"] = {name: tensor.shape for name, tensor in adapter_tensors(backbone).items()}
+
+
+def check_complete(backbone: nn.Module) -> None:
+    """Raise unless the delta still has all its tensors: an adapter without one could not be loaded.
+
+    Raises:
+        TinyTLError: A layer was replaced or parametrized; with the name of a tensor.
+    """
+    shapes, own = vars(backbone)["delta_shapes"], adapter_tensors(backbone)
+    for name, shape in shapes.items():
+        if name not in own or own[name].shape != shape:
+            raise TinyTLError(
+                f"{name} {'is not in the network any more' if name not in own else 'has another shape'}, as a layer "
+                "was replaced or parametrized, and an adapter without it could not be loaded; undo that before saving "
+                "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove)"
+            )
+
+
 def frozen_tensors(backbone: nn.Module) -> dict[str, Tensor]:
     """The tensors that come with the backbone and never change, as they are in its modules."""
     delta = adapter_tensors(backbone)

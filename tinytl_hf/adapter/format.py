@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from tinytl_hf.adapter.record import AdapterConfig, config_from
+from tinytl_hf.adapter.record import AdapterConfig, checked, config_from
 from tinytl_hf.disk import write_bytes, write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.version import __version__
@@ -33,7 +33,7 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Ten
     Raises:
         TinyTLError: The folder cannot be written, or a value is not finite or does not fit ``config.dtype``.
     """
-    config = replace(config, tinytl_hf_version=__version__)  # not that of an adapter it was loaded from
+    config = checked(replace(config, tinytl_hf_version=__version__))  # not that of an adapter it was loaded from
     stored = {name: _to_disk(name, tensor, config.dtype) for name, tensor in tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)

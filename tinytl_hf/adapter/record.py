@@ -78,7 +78,7 @@ class Preprocessing:
         """That of a backbone's weights, at these sizes; None: ``train_size``, and the backbone's own share."""
         share = backbone.crop_pct if crop_pct is None else crop_pct
         as_trained = (backbone.mean, backbone.std, backbone.interpolation)
-        return cls(train_size, eval_size or train_size, share, *as_trained)
+        return cls(train_size, train_size if eval_size is None else eval_size, share, *as_trained)
 
     @property
     def normal(self) -> tuple[tuple[float, float, float], tuple[float, float, float], Interpolation]:
@@ -206,6 +206,20 @@ class AdapterConfig:
     def to_json(self) -> str:
         """Sorted, indented JSON."""
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+def checked(config: AdapterConfig) -> AdapterConfig:
+    """The record as it will be read from its file.
+
+    Raises:
+        TinyTLError: A value is of a type that no file holds, or that would be refused there.
+    """
+    try:
+        text = json.dumps(asdict(config), default=lambda value: value.item())  # a number of NumPy's is one
+    except (AttributeError, TypeError, ValueError) as error:
+        raise TinyTLError(f"an option of the adapter is nothing that JSON holds ({error})") from error
+    record: AdapterConfig = _build(AdapterConfig, json.loads(text), "", False, Path())
+    return record
 
 
 def label_strings(names: Iterable[object] | None, num_classes: int | None) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
 from types import UnionType
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
@@ -16,18 +18,30 @@ def check(holds: bool, key: str, value: object, fix: str) -> None:
         raise TinyTLError(f"{key}={value}: {fix}")
 
 
-def check_choices(config: object, prefix: str = "") -> None:
-    """Raise unless each option that is one of several names is one of them: Python checks no annotation.
+def check_types(config: object, prefix: str = "") -> None:
+    """Raise unless each option is of its type: Python checks no annotation, and YAML has null for everything.
 
     Args:
         config: The options, a dataclass.
         prefix: What comes before their names, such as ``train.``.
     """
     for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
         if choices := _choices(kind):
-            value = getattr(config, name)
             named = ", ".join("null" if choice is None else str(choice) for choice in choices)
-            check(value in choices, f"{prefix}{name}", value, f"use one of {named}")
+            check(_is(value, kind), f"{prefix}{name}", value, f"use one of {named}")
+        shown = "null" if value is None else value
+        check(_is(value, kind), f"{prefix}{name}", shown, f"use {_in_words(kind)}")
+
+
+def whole_number(key: str, value: object) -> int:
+    """``value`` as an integer, of whatever library.
+
+    Raises:
+        TinyTLError: It is none.
+    """
+    check(isinstance(value, Integral) and not isinstance(value, bool), key, value, "use a whole number")
+    return int(value)  # type: ignore[call-overload]
 
 
 def _choices(kind: object) -> tuple[object, ...]:
@@ -36,8 +50,36 @@ def _choices(kind: object) -> tuple[object, ...]:
         return get_args(kind)
     if kind is type(None):
         return (None,)
-    parts = [_choices(part) for part in get_args(kind)] if get_origin(kind) in (Union, UnionType) else []
+    parts = [_choices(part) for part in get_args(kind)] if _is_union(kind) else []
     return tuple(choice for part in parts for choice in part) if all(parts) else ()
+
+
+def _is_union(kind: object) -> bool:
+    return get_origin(kind) in (Union, UnionType)
+
+
+def _is(value: object, kind: Any) -> bool:
+    origin, parts = get_origin(kind), get_args(kind)
+    if _is_union(kind):
+        return any(_is(value, part) for part in parts)
+    if origin is Literal:
+        return any(value == part and type(value) is type(part) for part in parts)
+    if origin in (list, tuple):
+        several = isinstance(value, (list, tuple)) and (origin is list or len(value) == len(parts))
+        return several and all(_is(each, parts[0]) for each in value)  # type: ignore[attr-defined]
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    return isinstance(value, (str, PathLike) if kind is str else kind)
+
+
+def _in_words(kind: Any) -> str:
+    if _is_union(kind) or get_origin(kind) is Literal:
+        parts = get_args(kind)
+        return " or ".join(_in_words(part) if _is_union(kind) else str(part) for part in parts)
+    if get_origin(kind) in (list, tuple):
+        return f"a list of {len(get_args(kind)) if get_origin(kind) is tuple else ''} values".replace("  ", " ")
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a name or a path"}
+    return "null" if kind is type(None) else words.get(kind, f"a {kind.__name__}")
 
 
 def check_text(key: str, value: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tinytl_hf.config.check import check, check_choices, expand_paths
+from tinytl_hf.config.check import check, check_types, expand_paths
 
 TOTAL_STRIDE = 32  # of the backbones, in px; at sizes in between, their maps have odd sides and shift
 
@@ -72,7 +72,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "dataset")
-        check_choices(self, "data.")
+        check_types(self, "data.")
         for name in ("train_size", "start_size", "eval_size"):
             size = getattr(self, name)
             check(size is None or size >= 1, f"data.{name}", size, "use a size in px, such as 224")
@@ -99,6 +99,7 @@ class DataConfig:
             self.crop_pct,
             "use a share above 0, at most 1",
         )
+        check(0 <= self.split_seed < 2**32, "data.split_seed", self.split_seed, "use 0 or more, below 2**32")
         check(self.workers >= 0, "data.workers", self.workers, "use 0 or more")
         for name in ("max_megapixels", "max_train_samples", "max_eval_samples"):
             count = getattr(self, name)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tinytl_hf.config.check import check, check_types
+
 BackendName = Literal["auto", "eager", "native", "triton"]
 
 
@@ -25,3 +27,8 @@ class Engine:
     backend: BackendName = "auto"
     slice_mb: float | None = None
     gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        fits = self.slice_mb is None or self.slice_mb > 0
+        check(fits, "slice_mb", self.slice_mb, "use a number of MB above 0, such as 5, or null")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tinytl_hf.config.check import check, check_text, expand_paths
+from tinytl_hf.config.check import check, check_text, check_types, expand_paths
 
 ExportFormat = Literal["onnx", "executorch", "timm"]
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "executorch": ".pte", "timm": ""}
@@ -44,6 +44,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "adapter", "weights", "output")
+        check_types(self)
         check_text("output", self.output)
         suffix = SUFFIXES[self.format]
         fits = self.output.endswith(suffix) and (suffix != "" or not self.output.endswith((".onnx", ".pte")))

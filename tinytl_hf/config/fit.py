@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tinytl_hf.config.check import check, check_text, expand_paths
+from tinytl_hf.config.check import check, check_text, check_types, expand_paths
 from tinytl_hf.config.network import MethodName
 
 
@@ -33,6 +33,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "output")
+        check_types(self)
         for name in ("memory_mb", "process_mb", "minutes"):
             value = getattr(self, name)
             check(value is None or 0 < value < float("inf"), name, value, "use a number above 0, or null")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from tinytl_hf.config.check import expand_paths
+from tinytl_hf.config.check import check_text, check_types, expand_paths
 from tinytl_hf.errors import TinyTLError
 
 REPO_NAME = re.compile(r"(?!.*(\.\.|--|\.git$))\w[\w.-]{0,95}/\w[\w.-]{0,95}(?<![.-])", re.ASCII)
@@ -23,6 +23,7 @@ class HubConfig:
     """Make the repository a private one."""
 
     def __post_init__(self) -> None:
+        check_types(self, "hub.")
         if self.push and self.repo is None:
             raise TinyTLError("hub.push=True: say where to, as --hub.repo user/name")
         if self.repo is not None:
@@ -48,6 +49,7 @@ class PushConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "adapter")
+        check_types(self)
         _check_repo("repo", self.repo)
         if self.create_pr and self.revision not in (None, "main"):
             raise TinyTLError(f"revision={self.revision}: a pull request is against main; leave one of the two out")
@@ -68,6 +70,8 @@ class PullConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "output")
+        check_types(self)
+        check_text("output", self.output)
         _check_repo("repo", self.repo)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tinytl_hf.config.check import check, check_choices, expand_paths
+from tinytl_hf.config.check import check, check_types, expand_paths
 
 MethodName = Literal["FT-Last", "TinyTL-B", "TinyTL-L", "TinyTL-L+B", "FT-Norm+Last", "FT-Full", "FT-Layerwise"]
 MethodAlias = Literal["finetune", "fintune", "norm+last", "deep", "bias", "low"]
@@ -37,7 +37,7 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "weights")
-        check_choices(self, "backbone.")
+        check_types(self, "backbone.")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class LiteConfig:
     good for a batch of 1)."""
 
     def __post_init__(self) -> None:
-        check_choices(self, "lite.")
+        check_types(self, "lite.")
         odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
         check(odd, "lite.kernel_size", self.kernel_size, "use an odd number such as 3 or 5")
         check(self.kernel_size < 128, "lite.kernel_size", self.kernel_size, "use a side below 128 px")
@@ -71,4 +71,5 @@ class HeadConfig:
     """Probability that an input feature of the head is dropped while training."""
 
     def __post_init__(self) -> None:
+        check_types(self, "head.")
         check(0 <= self.dropout < 1, "head.dropout", self.dropout, "use a probability from 0 to below 1")

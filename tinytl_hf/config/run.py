@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tinytl_hf.config.check import check, check_choices, check_text, expand_paths
+from tinytl_hf.config.check import check, check_text, check_types, expand_paths
 from tinytl_hf.config.data import TOTAL_STRIDE, DataConfig
 from tinytl_hf.config.engine import BackendName, Engine
 from tinytl_hf.config.hub import HubConfig
@@ -51,7 +51,7 @@ class MemoryConfig:
     """Measure a training step at the end and write what it takes to memory.json in output_dir."""
 
     def __post_init__(self) -> None:
-        check_choices(self, "memory.")
+        check_types(self, "memory.")
         fits = self.slice_mb is None or self.slice_mb > 0
         check(fits, "memory.slice_mb", self.slice_mb, "use a number of MB above 0, such as 5, or null")
         fits = self.budget_mb is None or self.budget_mb > 0
@@ -72,7 +72,7 @@ class AdapterOptions:
     method trains and the adapter has goes on, and so do the head's rows of classes that both have."""
 
     def __post_init__(self) -> None:
-        check_choices(self, "adapter.")
+        check_types(self, "adapter.")
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ class Config:
 
     def __post_init__(self) -> None:
         expand_paths(self, "output_dir", "metrics")
-        check(self.seed >= 0, "seed", self.seed, "use 0 or more")
+        check_types(self)
+        check(0 <= self.seed < 2**32, "seed", self.seed, "use 0 or more, below 2**32")
         check_text("output_dir", self.output_dir)
         for key, value in flat(self.to_dict()).items():
             is_number = not isinstance(value, float) or math.isfinite(value) or key == "train.max_grad_norm"
             check(is_number, key, value, "use a finite number")
         object.__setattr__(self, "method", METHOD_ALIASES.get(self.method, self.method))
-        check_choices(self)
         blocks = self.trained_blocks
         known = blocks >= 1 if isinstance(blocks, int) else blocks == "all"
         check(known, "trained_blocks", blocks, "use 1 or more, or all")

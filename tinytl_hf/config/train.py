@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Literal, NamedTuple
 
-from tinytl_hf.config.check import check, check_choices, expand_paths
+from tinytl_hf.config.check import check, check_types, expand_paths
 from tinytl_hf.config.engine import Engine
 
 
@@ -35,6 +35,7 @@ class LrFactors:
     """Biases of the backbone, of norms and others."""
 
     def __post_init__(self) -> None:
+        check_types(self, "train.lr_factors.")
         for name, factor in asdict(self).items():
             check(factor >= 0, f"train.lr_factors.{name}", factor, "use 0 or more")
 
@@ -105,7 +106,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "resume")
-        check_choices(self, "train.")
+        check_types(self, "train.")
         at_least_one = ("epochs", "global_batch_size", "gradient_accumulation_steps", "keep_checkpoints", "patience")
         for name in at_least_one:
             value = getattr(self, name)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tinytl_hf.config.check import check, check_text, expand_paths
+from tinytl_hf.config.check import check, check_text, check_types, expand_paths
 from tinytl_hf.config.network import MethodName
 
 
@@ -33,6 +33,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "adapter", "weights", "output", "metrics")
+        check_types(self)
         check(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
         is_json = self.output is None or self.output.endswith(".json")
         check(is_json, "output", self.output, "name a .json file")
@@ -62,6 +63,7 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "adapter", "weights", "csv")
+        check_types(self)
         check(self.top_k >= 1, "top_k", self.top_k, "use 1 or more")
         check(self.csv is None or self.csv.endswith(".csv"), "csv", self.csv, "name a .csv file")
         enough = self.max_megapixels is None or self.max_megapixels >= 1
@@ -85,6 +87,7 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "adapter", "weights", "output")
+        check_types(self)
         check(self.output.endswith(".safetensors"), "output", self.output, "name a .safetensors file")
         check_text("output", self.output)
 
@@ -98,6 +101,9 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "output")
+        check_types(self)
+        if self.output is not None:
+            check_text("output", self.output)
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "output")
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,7 @@ class MemoryTableConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self, "plot")
+        check_types(self)
         for name in ("batch_size", "num_classes", "repeats"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
         is_size = self.photo_size is None or re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.photo_size) is not None
@@ -166,6 +174,7 @@ class BenchConfig:
     """Print JSON with the conditions instead of a table."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("train_sizes", "batch_sizes"):
             values = getattr(self, name)
             check(bool(values) and min(values) >= 1, name, values, "use numbers of 1 or more")

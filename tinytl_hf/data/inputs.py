@@ -22,6 +22,19 @@ TAKEN = (
 CHANNELS = (1, 3, 4)  # grey, RGB, RGB with transparency
 
 
+def check_normalised(images: Tensor) -> None:
+    """Raise unless a tensor can be what a network takes: of pixels from 0 to 255, an engine would make nonsense.
+
+    Raises:
+        TinyTLError: With what to use.
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim not in (2, 4):
+        of = f"{images.dtype} and shape {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise TinyTLError(
+            f"images are of {of}: use normalised ones [N, 3, H, W] in floating point, as preprocess() gives them"
+        )
+
+
 def pixels_of(images: Any, input_size: int) -> list[Tensor]:
     """Decode what a caller calls images.
 

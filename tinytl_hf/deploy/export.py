@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tinytl_hf.config.check import check
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.export import ExportConfig, ExportFormat
 from tinytl_hf.device import set_threads
@@ -51,8 +52,11 @@ def export_as(
         What was written, and what was measured.
 
     Raises:
-        TinyTLError: The format does not fit, a package is missing, the result differs, or writing fails.
+        TinyTLError: An option does not fit, a package is missing, the result differs, or writing fails.
     """
+    names = [field.name for field in fields(ExportConfig)][3:]  # those after what has a name above
+    for name, value in options.items():
+        check(name in names, name, value, f"export has no such option; it has {', '.join(names)}")
     return export_model(model, ExportConfig("", format, str(output), **options), data)
 
 

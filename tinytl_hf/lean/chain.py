@@ -166,6 +166,7 @@ class _ChainFunction(Function):
         ctx.backend = backend.named(backend.of_chain(chain, x.device, dtype, x.shape))
         ctx.chain, ctx.shape, ctx.dtype, ctx.compute_dtype = chain, x.shape, x.dtype, dtype
         ctx.read = chain.read_backward
+        ctx.versions = operators.versions_of(ctx.read)
         if unread:
             ctx.save_for_backward(*([None] * len(chain.stages)))
             return empty_maps(x, dtype, (len(x), *chain.map_sizes(x.shape)[-1])), None
@@ -179,7 +180,7 @@ class _ChainFunction(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
         needs_input, _, _, _, _, *needs_bias = ctx.needs_input_grad
-        operators.check_own(ctx.read, ctx.chain.read_backward)
+        operators.check_own(ctx.read, ctx.chain.read_backward, ctx.versions)
         with torch.autocast(grad.device.type, enabled=False):
             grad_input, bias_grads = ctx.backend.chain_backward(
                 ctx.chain,

@@ -65,7 +65,7 @@ class Branch:
 
         def run(pooled: Tensor) -> Tensor:
             if not torch.compiler.is_compiling():
-                operators.check_own(held, self.lite.parameters())
+                operators.check_own(held, tuple(self.lite.parameters()))
             return self.lite.before_upsampling(pooled)
 
         return checkpoint(run, pooled, use_reentrant=False, preserve_rng_state=False, **contexts)
@@ -127,6 +127,7 @@ class _BranchFunction(Function):
     def forward(ctx: Any, pooled: Tensor, branch: Branch, *parameters: Tensor) -> Tensor:
         dtype = compute_dtype(pooled)
         ctx.branch, ctx.compute_dtype, ctx.parameters = branch, dtype, parameters
+        ctx.versions = operators.versions_of(parameters)
         ctx.backend = backend.named(backend.of_branch(branch, pooled.device, dtype))
         with torch.autocast(pooled.device.type, enabled=False):
             output, statistics = ctx.backend.branch_forward(branch, pooled, dtype)
@@ -137,7 +138,7 @@ class _BranchFunction(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pooled, *statistics = ctx.saved_tensors
-        operators.check_own(ctx.parameters, ctx.branch.parameters)
+        operators.check_own(ctx.parameters, ctx.branch.parameters, ctx.versions)
         with torch.autocast(pooled.device.type, enabled=False):
             grad_pooled, of_parameters = ctx.backend.branch_backward(
                 ctx.branch, pooled, statistics, ctx.compute_dtype, grad, ctx.needs_input_grad[0]

@@ -8,7 +8,8 @@ the gradient of its block's input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.again import autocast_on, computed_again
+from tinytl_hf.lean.inner_grad import inner_grad
 from tinytl_hf.lean.layers import upsample_add, upsample_gradient
-from tinytl_hf.lean.operators import check_own
+from tinytl_hf.lean.operators import check_own, versions_of
 from tinytl_hf.lean.paths import LeanBlockPath
 from tinytl_hf.lean.recompute import SHARE_FOR_RUNS, Recomputed
 from tinytl_hf.lean.slices import Gathered
@@ -89,9 +92,26 @@ class LiteRun:
         """As the blocks and layers."""
         return _LiteRunFunction.apply(x, self, *self.trained(), *(p for part in self.parts for p in _of_lite(part)))
 
+    def norms(self) -> list[nn.Module]:
+        """The norms of the lite residuals."""
+        return [norm for part in self.parts for norm in (part.path.branch.lite.norm1, part.path.branch.lite.norm2)]
+
     def trained(self) -> list[nn.Parameter]:
         """The trained parameters of all but the lite residuals."""
         return [p for unit in self.mains.module.children() for p in own_parameters(unit) if p.requires_grad]
+
+
+@contextmanager
+def _in_modes(norms: Sequence[nn.Module], modes: Sequence[bool]) -> Iterator[None]:
+    """Within it, norms are in the modes that they were in forward: a user may have called ``eval()`` since then."""
+    now = [norm.training for norm in norms]
+    for norm, mode in zip(norms, modes, strict=True):
+        norm.training = mode
+    try:
+        yield
+    finally:
+        for norm, mode in zip(norms, now, strict=True):
+            norm.training = mode
 
 
 def _of_lite(part: Part) -> list[nn.Parameter]:
@@ -104,6 +124,7 @@ class _LiteRunFunction(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: LiteRun, *trained: nn.Parameter) -> Tensor:
         ctx.run, ctx.held, ctx.autocast = run, list(run.mains.module.parameters()), autocast_on(x.device)
+        ctx.versions, ctx.modes = versions_of(ctx.held), [norm.training for norm in run.norms()]
         maps, kept = x, [x]
         for part in run.parts:
             into = part.head(maps)
@@ -119,19 +140,24 @@ class _LiteRunFunction(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *pooled = ctx.saved_tensors
-        check_own(ctx.held, ctx.run.mains.module.parameters())
+        trained = [*ctx.run.trained(), *(parameter for part in ctx.run.parts for parameter in _of_lite(part))]
+        if len(ctx.needs_input_grad) != 2 + len(trained):
+            raise TinyTLError(
+                "parameters were frozen or set to train between the forward and the backward pass; do so before both"
+            )
+        check_own(ctx.held, list(ctx.run.mains.module.parameters()), ctx.versions)
         back = _Backward(ctx, x, grad.contiguous(memory_format=torch.channels_last))
-        with computed_again(x.device, ctx.autocast), keep_running_statistics():
+        with computed_again(x.device, ctx.autocast), keep_running_statistics(), _in_modes(ctx.run.norms(), ctx.modes):
             inputs = [maps.detach().requires_grad_() for maps in pooled]
             small = [part.path.branch(maps) for part, maps in zip(ctx.run.parts, inputs, strict=True)]
         last = ctx.run.parts[-1]
         of_last = upsample_gradient(back.grad, small[-1], last.path.branch.backend)
-        of_pooled, *of_lite = torch.autograd.grad(small.pop(), [inputs.pop(), *_of_lite(last)], of_last)
+        of_pooled, *of_lite = inner_grad([small.pop()], [inputs.pop(), *_of_lite(last)], [of_last])
         del of_last
         of_small = back.through_mains(small, of_pooled)
         if small:
             first = ctx.run.parts[0]
-            of_pooled, *of_first = torch.autograd.grad(small, [*inputs, *_of_lite(first)], of_small)
+            of_pooled, *of_first = inner_grad(small, [*inputs, *_of_lite(first)], [of_small])
             back.through_head(of_pooled)
             of_lite = [*of_first, *of_lite]
         return back.grad_input, None, *back.totals, *of_lite
@@ -175,7 +201,7 @@ class _Backward:
                 outputs = [last.block.stock_forward(into), last.path.pooled(into)]
             del maps, into
             wanted = [*([inputs] if self.needs_input else []), *added, *self.trained]
-            found = list(torch.autograd.grad(outputs, wanted, [self.grad[part], of_pooled[part]]))
+            found = inner_grad(outputs, wanted, [self.grad[part], of_pooled[part]])
             del outputs
             if self.needs_input:
                 grad_input.put(part, found.pop(0).contiguous(memory_format=torch.channels_last))
@@ -196,7 +222,7 @@ class _Backward:
                 inputs = self.x[part].detach().requires_grad_(self.needs_input)
                 pooled = first.path.pooled(first.head(inputs))
             wanted = [*([inputs] if self.needs_input else []), *trained]
-            found = list(torch.autograd.grad(pooled, wanted, of_pooled[part]))
+            found = inner_grad([pooled], wanted, [of_pooled[part]])
             if self.grad_input is not None:
                 self.grad_input[part] += found.pop(0)
             self._add(trained, found)

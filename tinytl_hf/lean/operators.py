@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.library import custom_op
 
 from tinytl_hf.config.engine import BackendName
@@ -43,12 +43,27 @@ def new_handle(holder: Chain | Branch) -> str:
     return handle
 
 
-def check_own(given: Iterable[Tensor], own: Iterable[Tensor]) -> None:
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each parameter was written over, as autograd counts it."""
+    return [t._version for t in tensors if isinstance(t, nn.Parameter) and not t.is_inference()]
+
+
+def check_own(given: Sequence[Tensor], own: Sequence[Tensor], versions: Sequence[int] | None = None) -> None:
     """Raise if a pass was given other parameters than those that the back-end will read.
 
+    Args:
+        given: Those of the forward pass.
+        own: Those that will be read.
+        versions: What :func:`versions_of` gave of ``given`` in the forward pass; None: no time has passed.
+
     Raises:
-        TinyTLError: It was; what it computed would be wrong.
+        TinyTLError: It was, or they have changed since; what it computed would be wrong.
     """
+    if versions is not None and versions != versions_of(given):
+        raise TinyTLError(
+            "parameters were changed in place between the forward and the backward pass, which reads them: call "
+            "backward() before optimizer.step()"
+        )
     pairs = [pair for pair in zip(given, own, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]
     if not all(torch.equal(one, other) for one, other in pairs):
         raise TinyTLError(

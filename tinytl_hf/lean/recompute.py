@@ -20,8 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from tinytl_hf.lean.again import autocast_on, computed_again
 from tinytl_hf.lean.chain import Chain
+from tinytl_hf.lean.inner_grad import inner_grad
 from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation
-from tinytl_hf.lean.operators import check_own
+from tinytl_hf.lean.operators import check_own, versions_of
 from tinytl_hf.lean.slices import Gathered, even_slices, slice_mb_on
 from tinytl_hf.lean.together import Together
 from tinytl_hf.network.blocks import own_modules, own_parameters
@@ -94,6 +95,7 @@ class _RecomputeFunction(Function):
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(x)
         ctx.path, ctx.held, ctx.autocast = path, held, autocast_on(x.device)
+        ctx.versions, ctx.trains = versions_of(held), [parameter.requires_grad for parameter in held]
         output = Gathered(len(x))
         for part in path.slices(x):
             output.put(part, path.run(x[part]).contiguous(memory_format=torch.channels_last))
@@ -106,15 +108,17 @@ class _RecomputeFunction(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         needs_input, own = ctx.needs_input_grad[0], own_parameters(ctx.path.module)
-        check_own(ctx.held, own)
-        ctx.trained = [mine for mine, given in zip(own, ctx.held, strict=True) if given.requires_grad]
+        check_own(ctx.held, own, ctx.versions)
+        trained = [parameter for parameter, trains in zip(own, ctx.trains, strict=True) if trains]
+        ctx.trained = [parameter for parameter in trained if parameter.requires_grad]  # frozen since then: none
         grad_input, totals = Gathered(len(x)), [torch.zeros_like(parameter) for parameter in ctx.trained]
         for part in ctx.path.slices(x):
             of_input = _slice_backward(ctx, x[part], grad[part], needs_input, totals)
             if of_input is not None:
                 grad_input.put(part, of_input)
             del of_input  # so that it is gone while the next slice runs
-        return grad_input.whole, None, None, *totals
+        of_trained = dict(zip(ctx.trained, totals, strict=True))
+        return grad_input.whole, None, None, *(of_trained.get(parameter) for parameter in trained)
 
 
 def _slice_backward(ctx: Any, x: Tensor, grad: Tensor, needs_input: bool, totals: Sequence[Tensor]) -> Tensor | None:
@@ -123,7 +127,7 @@ def _slice_backward(ctx: Any, x: Tensor, grad: Tensor, needs_input: bool, totals
         inputs = x.detach().requires_grad_(needs_input)
         maps = ctx.path.run(inputs)
     wanted = [*([inputs] if needs_input else []), *ctx.trained]
-    found = list(torch.autograd.grad(maps, wanted, grad))
+    found = inner_grad([maps], wanted, [grad])
     of_input = found.pop(0).contiguous(memory_format=torch.channels_last) if needs_input else None
     for total, gradient in zip(totals, found, strict=True):
         total += gradient

@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
+from tinytl_hf.lean.inner_grad import inner_grad
 from tinytl_hf.lean.slices import Gathered
 
 
@@ -66,17 +67,19 @@ class _SlicedFunction(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_input, totals = Gathered(len(grad)), [torch.zeros_like(parameter) for parameter in ctx.trained]
+        trained = [parameter for parameter in ctx.trained if parameter.requires_grad]  # frozen since then: none
+        grad_input, totals = Gathered(len(grad)), [torch.zeros_like(parameter) for parameter in trained]
         ctx.unpacked.extend(ctx.saved_tensors)
         for part, (start, ends) in zip(ctx.slices, ctx.edges, strict=True):
             # The graph itself is small. What it keeps goes when this function's own saved tensors do.
-            found = torch.autograd.grad([start], [*ends, *ctx.trained], [grad[part]], retain_graph=True)
+            found = inner_grad([start], [*ends, *trained], [grad[part]], retain_graph=True)
             if ends:
                 grad_input.put(part, found[0])
             for total, gradient in zip(totals, found[len(ends) :], strict=True):
                 total += gradient
         ctx.unpacked.clear()
-        return grad_input.whole, None, None, *totals
+        of_trained = dict(zip(trained, totals, strict=True))
+        return grad_input.whole, None, None, *(of_trained.get(parameter) for parameter in ctx.trained)
 
 
 class _Entry(Function):

@@ -166,15 +166,22 @@ def trained_names(backbone: nn.Module) -> frozenset[str]:
     return names
 
 
-def check_trained(backbone: nn.Module, method: str) -> None:
+def check_trained(backbone: nn.Module, method: str, whole: bool = True) -> None:
     """Raise if a parameter trains that the method does not train: an adapter has no place for it.
+
+    Args:
+        backbone: A network that :func:`apply_method` has made ready.
+        method: The method, for the message.
+        whole: Look at parameters that were added since then, too, which takes several times as long.
 
     Raises:
         TinyTLError: With its name.
     """
-    for module, own_name, name in vars(backbone)["frozen_places"]:
-        parameter = module._parameters.get(own_name)  # a buffer if its weights are int8
-        if parameter is not None and parameter.requires_grad:
+    places = vars(backbone)["frozen_places"]  # a buffer if its weights are int8
+    parameters = ((name, module._parameters.get(own_name)) for module, own_name, name in places)
+    trained = trained_names(backbone)
+    for name, parameter in backbone.named_parameters() if whole else parameters:
+        if parameter is not None and parameter.requires_grad and name not in trained:
             raise TinyTLError(
                 f"{name} requires a gradient, and {method} does not train it, so that no adapter would hold it; use a "
                 "method or trained_blocks that do (FT-Full trains all), or requires_grad_(False)"

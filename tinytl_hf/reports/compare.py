@@ -16,9 +16,9 @@ import numpy as np
 
 from tinytl_hf.config.verbs import CompareConfig
 from tinytl_hf.disk import check_ours, expanded, write_text
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, one_line
 from tinytl_hf.reports.finished_run import FinishedRun, read_run
-from tinytl_hf.reports.plots import MB, AccuracyMemory, save_accuracy_memory, save_confusion, save_curves
+from tinytl_hf.reports.plots import MB, SOFTWARE, AccuracyMemory, save_accuracy_memory, save_confusion, save_curves
 from tinytl_hf.reports.table import aligned
 
 # Runs that differ in these options alone are one row: the seed, and what changes no figure.
@@ -35,6 +35,7 @@ NOT_COMPARED = {
     ),
     *("data.workers", "data.memory_limit_mb", "memory.report"),
 }
+LONGEST_NAME = 60  # of a row, in the name of a file
 CONDITIONS = (
     *("dataset", "split", "sha256", "n", "backbone", "eval_size"),
     *("device", "threads", "processes", "precision", "torch_version"),
@@ -51,7 +52,7 @@ class Row:
         adapter_mb: Size of the adapter's tensors in MB of 1e6 bytes.
         accuracy: On the evaluation set, a fraction; the mean over seeds.
         accuracy_std: Sample standard deviation over seeds; None for one.
-        seeds: Number of runs.
+        seeds: Number of seeds.
         peak_mb: Measured peak of a training step in MB; None if it was not measured.
         stock_peak_mb: The same with stock PyTorch.
         images_per_second: While training.
@@ -88,9 +89,12 @@ def compare(config: CompareConfig, folders: Iterable[str]) -> tuple[str, list[st
         TinyTLError: Not one finished run, or the output cannot be written.
     """
     runs, left_out = [], []
-    for folder in dict.fromkeys(folders):
+    places: dict[Path, Path] = {}  # a folder counts once, however it is spelled
+    for folder in map(expanded, folders):
+        places.setdefault(folder.resolve(), folder)
+    for folder in places.values():
         try:
-            runs.append(read_run(expanded(folder)))
+            runs.append(read_run(folder))
         except TinyTLError as error:
             left_out.append(str(error))
     if not runs:
@@ -115,12 +119,12 @@ def _groups(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
         groups.setdefault(json.dumps(_compared(run), sort_keys=True), []).append(run)
-    named = {}
+    named: dict[str, list[FinishedRun]] = {}
     for members in groups.values():
         rivals = [_compared(group[0]) for group in groups.values() if group[0].method == members[0].method]
         own = _compared(members[0])
         special = [own[key] if key == "backbone.name" else f"{key} {own[key]}" for key in _telling_apart(rivals)]
-        named[", ".join([members[0].method, *special])] = members
+        named[one_line(", ".join([members[0].method, *special]))] = members
     return named
 
 
@@ -136,7 +140,10 @@ def _telling_apart(rivals: Sequence[dict[str, Any]]) -> list[str]:
 
 def _compared(run: FinishedRun) -> dict[str, Any]:
     options = {key: value for key, value in run.config.items() if key not in NOT_COMPARED and key[:4] != "hub."}
-    return {**options, "classes": f"{len(run.results['label_names'])} ({', '.join(run.results['label_names'])})"}
+    results, labels = run.results, run.results["label_names"]
+    images = f"{results.get('n')} ({str(results.get('sha256'))[:8]})"
+    ran = {"precision": results.get("precision"), "images": images}  # a launcher can say the one, and data can change
+    return {**options, **ran, "classes": f"{len(labels)} ({', '.join(labels)})"}
 
 
 def _row(name: str, runs: Sequence[FinishedRun]) -> Row:
@@ -147,7 +154,7 @@ def _row(name: str, runs: Sequence[FinishedRun]) -> Row:
         adapter_mb=runs[0].adapter_bytes / MB,
         accuracy=mean(accuracies),
         accuracy_std=stdev(accuracies) if len(runs) > 1 else None,
-        seeds=len(runs),
+        seeds=len({run.config.get("seed") for run in runs}),
         peak_mb=_peak_mb(runs, runs[0].engine),
         stock_peak_mb=_peak_mb(runs, "stock"),
         images_per_second=sum(run.images for run in runs) / sum(run.seconds for run in runs),
@@ -186,12 +193,16 @@ def _notes(runs: Sequence[FinishedRun], groups: dict[str, list[FinishedRun]]) ->
     )
     if measured:
         notes.append(f"peak of one training step measured with: {measured}")
+    for name, members in groups.items():
+        seeds = [run.config.get("seed") for run in members]
+        if len(set(seeds)) < len(seeds):
+            notes.append(f"{name}: {len(seeds)} runs of {len(set(seeds))} seeds, {_values(seeds)}")
     firsts = [_compared(members[0]) for members in groups.values()]
     for key in firsts[0]:
         found = _values(first[key] for first in firsts)
         if key not in ("method", "backbone.name", "data.train_size") and " / " in found:
             notes.append(f"rows differ in {key}: {found}")
-    return notes
+    return [one_line(note) for note in notes]
 
 
 def _values(values: Iterable[Any]) -> str:
@@ -203,6 +214,8 @@ def _write(output: Path, runs: Sequence[FinishedRun], left_out: list[str]) -> No
     check_ours("output", output / "compare.csv", ",".join(field.name for field in fields(Row)))
     check_ours("output", output / "compare.md", _as_markdown(HEADER))
     groups = _groups(runs)
+    for name in ("curves.png", "accuracy_memory.png", *_pictures(groups).values()):
+        check_ours("output", output / name, SOFTWARE)
     rows = [_row(name, members) for name, members in groups.items()]
     notes = _notes(runs, groups)
     output.mkdir(parents=True, exist_ok=True)
@@ -238,10 +251,20 @@ def _draw(output: Path, rows: Sequence[Row], groups: dict[str, list[FinishedRun]
     ]
     if points:
         save_accuracy_memory(output / "accuracy_memory.png", points)
+    pictures = _pictures(groups)
     for name, members in groups.items():
         matrix = np.sum([run.results["confusion_matrix"] for run in members], axis=0)
-        file = re.sub(r"[^\w.+-]+", "_", name)
-        save_confusion(output / f"confusion_{file}.png", matrix.tolist(), members[0].results["label_names"])
+        save_confusion(output / pictures[name], matrix.tolist(), members[0].results["label_names"])
+
+
+def _pictures(names: Iterable[str]) -> dict[str, str]:
+    """File names of the confusion matrices, each its own and no longer than a file system takes."""
+    files: dict[str, str] = {}
+    for name in names:
+        plain = re.sub(r"[^\w.+-]+", "_", name)[:LONGEST_NAME]
+        taken = sum(file.startswith(f"confusion_{plain}") for file in files.values())
+        files[name] = f"confusion_{plain}{f'_{taken + 1}' if taken else ''}.png"
+    return files
 
 
 def _mean_epochs(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
