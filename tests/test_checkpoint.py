@@ -321,3 +321,24 @@ def test_random_states_of_a_machine_without_a_gpu_are_taken_on_one_with(colour_f
         checkpoint._take_random_state(file)
         drawn.append(torch.rand(4))
     assert torch.equal(*drawn)
+
+
+def test_more_epochs_have_the_rates_of_their_own_schedule_from_the_first_step_on(colour_folder, tmp_path, monkeypatch):
+    seen = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda own, *a, **k: (seen.append(own.param_groups[0]["lr"]), step(own))[1]
+    )
+    options = ["--method", "FT-Last", "--train.schedule", "cosine", "--train.global_batch_size", "8"]
+    for folder, epochs in (("a", "2"), ("a", "4"), ("b", "4")):
+        more = ["--train.epochs", epochs, "--train.resume", "auto"]
+        assert run_cli(*small_run(colour_folder, tmp_path / folder, *options, *more)).returncode == 0
+    assert len(seen) == 6 + 6 + 12 and seen[6:12] == pytest.approx(seen[18:24])
+
+
+def test_another_precision_of_the_launcher_is_refused_on_resuming(colour_folder, tmp_path, monkeypatch):
+    options = small_run(colour_folder, tmp_path / "run", "--method", "FT-Last")
+    assert run_cli(*options).returncode == 0
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    done = run_cli(*options, "--train.epochs", "3", "--train.resume", "auto")
+    assert done.returncode == 1 and "precision=bf16: the checkpoint" in done.stderr

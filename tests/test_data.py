@@ -239,3 +239,18 @@ def test_a_class_of_which_no_image_can_be_read_is_named(tmp_path, caplog):
         file.write_bytes(b"no image")
     assert len(read_images(train, options, 32)) == 2
     assert "split train: no image of dog is left" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_goes_while_images_stream_is_named(tmp_path, workers):
+    for label in ("a", "b"):
+        for number in range(20):
+            write_image(tmp_path / label / f"{number}.png", seed=number)
+    config = DataConfig(dataset=str(tmp_path), memory_limit_mb=0, skip_corrupt=True, workers=workers)
+    images = read_images(open_data(config).train, config, 32)
+    gone = next(path for path in (tmp_path / "a").iterdir() if str(path) in str(images.split.rows["image"]))
+    gone.unlink()
+    with pytest.raises(
+        TinyTLError, match=rf"{gone.name} of split train could be read at the start, and now it cannot"
+    ):
+        list(make_loader(images, config, batch_size=8))

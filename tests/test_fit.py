@@ -115,6 +115,17 @@ def made_up(options, budget, config=None):
     return [Family(each, facts, budget, 32, lambda plan, _: taken(plan)) for each in plans]
 
 
+def test_the_time_of_a_training_counts_the_test_split_once():
+    budget, few = Budget(64e6, None, None, 0), made_up(FitConfig(methods=["FT-Last"]), Budget(64e6, None, None, 0))
+    (row,) = search(few, lambda _: 0.0)
+    many = made_up(FitConfig(methods=["FT-Last"]), budget)
+    for family in many:
+        family.facts = {size: replace(facts, evaluated_last=5100) for size, facts in family.facts.items()}
+    (with_test,) = search(many, lambda _: 0.0)
+    assert with_test.plan == row.plan and row.training(3) == 3 * row.seconds
+    assert with_test.training(3) - row.training(3) == pytest.approx(5100 / row.step.eval_images_per_second)
+
+
 @pytest.mark.parametrize("memory_mb", [8, 16, 32, 64, 128, 512, 8000])
 def test_of_each_family_the_best_plan_that_fits_is_found_or_one_as_good_as_nearly_so(memory_mb):
     budget = Budget(memory_mb * 1e6, None, None, 0)
@@ -150,7 +161,9 @@ def test_where_the_time_is_short_smaller_images_follow_and_the_best_that_keeps_i
         assert (row.plan.train_size, epochs) == (size, 10) and seconds_of(row) <= seconds
     _, epochs = recommend(rows, 10, 3.2 * min(row.seconds for row in rows))
     assert epochs == 3
-    with pytest.raises(TinyTLError, match=r"minutes=.*: the quickest that fits the memory takes .* minutes an epoch"):
+    with pytest.raises(
+        TinyTLError, match=r"minutes=.*: the quickest that fits the memory takes .* minutes for an epoch"
+    ):
         recommend(rows, 10, 0.5)
 
 

@@ -276,3 +276,10 @@ def test_predict_says_what_is_wrong_with_a_file(tmp_path):
         assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     done = run_cli("predict", "--adapter", tmp_path / "other.onnx", "--weights", "none", "x.png")
     assert "holds its own weights" in done.stderr
+
+
+def test_no_place_on_this_disk_is_in_the_file(exported):
+    folder, _, _ = exported
+    content = (folder / "new" / "m.onnx").read_bytes()
+    for place in (b"site-packages", b".py", str(ROOT).encode(), str(folder).encode()):
+        assert place not in content

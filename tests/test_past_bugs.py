@@ -286,7 +286,9 @@ def test_a_run_resumed_into_the_folder_of_another_kept_the_others_adapter(traine
     ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (other, trained))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     results = [json.loads((run / "eval_results.json").read_text())["loss"] for run in (other, trained)]
-    assert results[0] == results[1] and not (other / "metrics.jsonl").read_text()
+    assert results[0] == results[1]
+    assert (other / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
+    assert run_cli("report", other).returncode == 0
 
 
 def test_a_finished_run_without_its_checkpoints_was_trained_again_by_resume_auto(trained, photos, tmp_path):

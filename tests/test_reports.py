@@ -214,6 +214,8 @@ def test_a_file_of_mine_is_not_replaced_and_one_of_ours_is(runs, one_run, tmp_pa
         "compare.json": (["compare", run], "output", "compare.json"),
         "compare.csv": (["compare", run], "output", "compare.csv"),
         "compare.md": (["compare", run], "output", "compare.md"),
+        "curves": (["compare", run], "output", "curves.png"),
+        "confusion": (["compare", run], "output", "confusion_TinyTL-B.png"),
     }
     for name, (words, option, file) in outputs.items():
         path = tmp_path / name / file
@@ -228,7 +230,64 @@ def test_a_file_of_mine_is_not_replaced_and_one_of_ours_is(runs, one_run, tmp_pa
         path.unlink()
         for _ in range(2):
             done = run_cli(*words, f"--{option}", target)
-            assert done.returncode == 0 and path.read_text() != mine, done.stderr
+            assert done.returncode == 0 and path.read_bytes() != mine.encode(), done.stderr
+
+
+def test_a_run_counts_once_and_one_of_other_images_or_in_another_precision_is_no_seed(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    run = runs / "last0"
+    (runs / "link").symlink_to(run)
+    assert rows(run_cli("compare", "last0", "last0/", "./last0", run, "link").stdout) == 1
+    assert rows(run_cli("compare", *(runs / f"last{seed}" for seed in range(3))).stdout) == 1
+    edit(runs / "last1" / "eval_results.json", precision="bf16")
+    edit(runs / "last2" / "eval_results.json", n=4, sha256="0" * 64)
+    done = run_cli("compare", *(runs / f"last{seed}" for seed in range(3)))
+    assert rows(done.stdout) == 3 and "precision bf16" in done.stdout and "images 4 (00000000)" in done.stdout
+
+
+def test_the_results_of_a_run_are_not_those_of_an_evaluation(one_run):
+    for file in (one_run / "eval_results.json", one_run / "adapter" / "eval_results.json"):
+        before = file.read_bytes()
+        done = run_cli("eval", "--adapter", one_run, "--output", file)
+        assert done.returncode == 1 and f"output={file}: holds the results of a run" in done.stderr
+        assert file.read_bytes() == before
+
+
+def test_a_page_that_is_named_is_written(one_run, tmp_path):
+    assert run_cli("report", one_run, "--output", tmp_path / "page.html").returncode == 0
+    assert "<html" in (tmp_path / "page.html").read_text()
+
+
+def test_an_evaluation_at_another_size_is_that_of_eval_size(one_run):
+    done = run_cli("eval", "--adapter", one_run, "--data.train_size", "64")
+    assert done.returncode == 1 and "the adapter was trained at 32 px" in done.stderr
+    assert run_cli("eval", "--adapter", one_run, "--data.eval_size", "64").returncode == 0
+
+
+def test_two_runs_of_one_seed_are_said_to_be(runs):
+    shutil.copytree(runs / "last0", runs / "again")
+    done = run_cli("compare", runs / "last0", runs / "last1", runs / "again")
+    assert "FT-Last: 3 runs of 2 seeds, 0 / 1" in done.stdout.replace("0 / 1 / 0", "0 / 1")
+
+
+def rows(table):
+    return len(table.split("\n\n")[0].splitlines()) - 1
+
+
+def test_pictures_of_rows_with_long_and_like_names_have_files_of_their_own(runs):
+    for number, name in enumerate(("x/y", "x y", "z" * 300)):
+        config = yaml.safe_load((runs / f"last{number}" / "config.yaml").read_text())
+        config["data"]["dataset"] = f"/d/{name}"
+        (runs / f"last{number}" / "config.yaml").write_text(yaml.safe_dump(config))
+    done = run_cli("compare", *(runs / f"last{seed}" for seed in range(3)), "--output", runs / "out")
+    assert done.returncode == 0, done.stderr
+    assert len(list((runs / "out").glob("confusion_*.png"))) == 3
+
+
+def test_names_of_classes_reach_no_terminal_as_they_are(runs):
+    edit(runs / "last0" / "eval_results.json", label_names=["\x1b[31mred", "two\nlines"])
+    done = run_cli("compare", runs / "last0", runs / "last1")
+    assert done.returncode == 0 and "\x1b" not in done.stdout and rows(done.stdout) == 2
 
 
 def test_memory_says_at_its_start_that_a_picture_of_mine_is_there(tmp_path):

@@ -140,7 +140,7 @@ def test_a_checkpoint_goes_on_in_another_folder(finished_run, colour_folder, tmp
         done = run_cli(*small_run(colour_folder, tmp_path / epochs, *options, *more))
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / epochs / "eval_results.json").read_text())["accuracy"] == 1.0
-    assert [line["epoch"] for line in metrics(tmp_path / "5")] == [5]
+    assert [line["epoch"] for line in metrics(tmp_path / "5")] == [1, 2, 3, 4, 5]  # with those that it goes on from
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_hint_and_the_last_good_checkpoint(colour_folder, tmp_path):

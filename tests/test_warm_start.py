@@ -156,3 +156,14 @@ def test_a_run_is_resumed_without_the_adapter_that_it_went_on_from(named, saved,
     done = run_cli(*small_run(colour_folder, tmp_path / "run", *options, "2", *init.get(named, [])))
     assert done.returncode == 0 and "goes on from" not in done.stderr.split("epoch 2")[0], done.stderr
     assert TinyTLModel.from_pretrained(tmp_path / "run" / "adapter").config.init.method == "FT-Last"
+
+
+def test_what_has_no_room_is_told_the_option_that_makes_some(colour_folder, tmp_path):
+    def train(folder, *options):
+        return run_cli(*small_run(colour_folder, tmp_path / folder, "--train.epochs", "1", *options))
+
+    assert train("all").returncode == 0
+    fewer = train("x", "--trained_blocks", "3", "--adapter.init", tmp_path / "all")
+    assert fewer.returncode == 1 and fewer.stderr.strip().endswith("more tensors; use --trained_blocks all")
+    other = train("x", "--lite.norm", "group", "--adapter.init", tmp_path / "all")
+    assert other.returncode == 1 and other.stderr.strip().endswith("more tensors; use --lite.norm batch")

@@ -113,7 +113,7 @@ class ReportConfig:
     html: bool = False
     """Write one HTML page that needs no network and no other file."""
     output: str | None = None
-    """The page; null: report.html in the run's folder."""
+    """The page, which is then written with or without html; null: report.html in the run's folder."""
 
     def __post_init__(self) -> None:
         expand_paths(self, "output")

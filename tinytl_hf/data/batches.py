@@ -148,8 +148,15 @@ class StreamedImages(Dataset):
         return len(self.labels)
 
     def __getitems__(self, index: list[int]) -> dict[str, Tensor]:
-        decoded = _decode_rows(self.split, np.array(index), self.config, self.size)
-        pixels, sizes = pad_images([image for _, image in decoded if image is not None])
+        images = []
+        for i, image in _decode_rows(self.split, np.array(index), self.config, self.size):
+            if image is None:  # those that were unreadable at the start are not among the images
+                raise TinyTLError(
+                    f"image {_title(self.split, i, self.split.rows[i]['image'])} of split {self.split.name} could be "
+                    "read at the start, and now it cannot; put it back and go on, or start again without it"
+                )
+            images.append(image)
+        pixels, sizes = pad_images(images)
         return {"pixels": pixels, "sizes": sizes, "labels": self.labels[index], "index": torch.tensor(index)}
 
 

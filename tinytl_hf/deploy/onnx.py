@@ -98,11 +98,20 @@ def _convert(deployed: Deployed, example: Tensor, about: Mapping[str, Any]) -> b
         log.setLevel(level)
     assert program is not None
     proto = program.model_proto
+    _forget_places(proto)
     proto.producer_name, proto.doc_string = "tinytl_hf", f"{about['backbone']} by {about['method']}"
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     onnx.helper.set_model_props(proto, texts)
     onnx.checker.check_model(proto)
     return proto.SerializeToString()
+
+
+def _forget_places(proto: Any) -> None:
+    """Drop where in this disk's files each operation was written, which the exporter notes and nobody reads."""
+    for graph in (proto.graph, *proto.functions):
+        for part in (graph, *graph.node, *graph.value_info):
+            del part.metadata_props[:]
+            part.doc_string = ""
 
 
 def _lacking(exported: torch.export.ExportedProgram, error: Exception) -> TinyTLError:

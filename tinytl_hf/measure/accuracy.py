@@ -44,10 +44,17 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     check_divides(config.batch_size, "batch_size", accelerator.num_processes)
     if config.output is not None:
         check_ours("output", Path(config.output), '"tinytl_hf_version"')
+        check_no_run(Path(config.output))
         make_folder_of("output", Path(config.output))
     extra = load_metrics(config.metrics)
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)
-    eval_size = data_config.eval_size or data_config.train_size
+    trained_at = model.config.preprocessing.train_size
+    if data_config.train_size != trained_at:
+        raise TinyTLError(
+            f"data.train_size={data_config.train_size}: the adapter was trained at {trained_at} px; choose the size "
+            "of the evaluation with --data.eval_size"
+        )
+    eval_size = data_config.eval_size or trained_at
     check_size(model.config.backbone.name, "eval_size", eval_size)
     crop_pct = data_config.crop_pct or model.config.preprocessing.crop_pct
     options = replace(model.config.preprocessing, eval_size=eval_size, crop_pct=crop_pct)
@@ -76,6 +83,16 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     if config.output is not None and accelerator.is_main_process:
         save_results(Path(config.output), figures, model, evaluated, accelerator)
     return {**figures, "n": len(images), "method": model.config.method}
+
+
+def check_no_run(output: Path) -> None:
+    """Raise if a file has the results of a run, which go with its other files and, of an adapter, to the Hub.
+
+    Raises:
+        TinyTLError: It has.
+    """
+    if output.is_file() and '"best_epoch_chosen_on"' in output.read_text(encoding="utf-8"):
+        raise TinyTLError(f"output={output}: holds the results of a run; name another file")
 
 
 def _open(config: DataConfig, record: DataRecord | None) -> tuple[Split, Split | None]:

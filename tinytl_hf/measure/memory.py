@@ -8,6 +8,7 @@ step. Figures are bytes; MB are 1e6 bytes.
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +24,7 @@ from tinytl_hf.config.verbs import MemoryTableConfig
 from tinytl_hf.cuda_graph import describe_passes
 from tinytl_hf.data.images import decoded_photo_size
 from tinytl_hf.device import device_of_figures, make_accelerator, precision_of
+from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.backend import describe, left_to_eager
 from tinytl_hf.lean.notes import STOCK, grouped
 from tinytl_hf.measure.ledger import kept_by_layer
@@ -32,6 +34,8 @@ from tinytl_hf.measure.peak import Peak, measure_peak, measure_speed, process_hi
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.methods import METHODS
 from tinytl_hf.reports.table import aligned
+
+logger = logging.getLogger(__name__)
 
 MB = 1e6
 NAMED_LAYERS = 4  # how many of a row's stock layers the table names
@@ -91,7 +95,13 @@ def measure_rows(config: Config, options: MemoryTableConfig, photo_size: tuple[i
     for method in options.methods or METHODS:
         for lean in (False, True):
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                yield pool.submit(_measure_alone, config, options, photo_size, method, lean).result()
+                try:
+                    yield pool.submit(_measure_alone, config, options, photo_size, method, lean).result()
+                except TinyTLError as error:
+                    if options.methods is not None:
+                        raise
+                    logger.warning("%s is left out: %s", method, error)  # the others of all methods may fit
+                    break
 
 
 def _measure_alone(

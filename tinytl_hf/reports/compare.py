@@ -214,8 +214,9 @@ def _write(output: Path, runs: Sequence[FinishedRun], left_out: list[str]) -> No
     check_ours("output", output / "compare.csv", ",".join(field.name for field in fields(Row)))
     check_ours("output", output / "compare.md", _as_markdown(HEADER))
     groups = _groups(runs)
-    for name in ("curves.png", "accuracy_memory.png", *_pictures(groups).values()):
-        check_ours("output", output / name, SOFTWARE)
+    if not (output / "compare.json").exists():  # beside it, pictures of these names are ours
+        for name in ("curves.png", "accuracy_memory.png", *_pictures(groups).values()):
+            check_ours("output", output / name, SOFTWARE)
     rows = [_row(name, members) for name, members in groups.items()]
     notes = _notes(runs, groups)
     output.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def report(config: ReportConfig, folder: str) -> str:
         TinyTLError: No finished run, or the page cannot be written.
     """
     run = read_run(expanded(folder))
-    if not config.html:
+    if not config.html and config.output is None:
         return describe([run])
     path = Path(config.output or run.folder / "report.html")
     check_ours("output", path, MARK)

@@ -89,7 +89,9 @@ def compute_features(
     mirrors = trains and config.data.flip
 
     def rows_of(index: np.ndarray) -> Iterator[Tensor]:
-        batches = np.array_split(index, max(1, -(-len(index) // config.train.global_batch_size)))
+        if index.size == 0:  # there are more processes than images
+            return
+        batches = np.array_split(index, -(-len(index) // config.train.global_batch_size))
         loader = make_loader(images, config.data, batch_sampler=[batch.tolist() for batch in batches])
         shown = accelerator.is_main_process
         for batch in tqdm(loader, desc="features", disable=not shown, leave=False, mininterval=1):

@@ -283,10 +283,9 @@ def _check_same(path: Path, now: dict[str, Any]) -> None:
     # An option that the checkpoint does not have was added later; its default is what runs did before.
     before = {**flat(Config().to_dict()), **with_new_names(_record(path).get("run", {}))}
     for key, value in now.items():
-        if key not in MAY_DIFFER and before.get(key) != value:
+        if key not in MAY_DIFFER and key in before and before[key] != value:
             raise TinyTLError(
-                f"{key}={value}: the checkpoint {path} was made with {before.get(key)}; use that, or another "
-                "--output_dir"
+                f"{key}={value}: the checkpoint {path} was made with {before[key]}; use that, or another --output_dir"
             )
 
 
@@ -302,7 +301,7 @@ def _say_what_changes(path: Path, config: Config) -> None:
                 "train.epochs=%s in place of %s: %s now %s that many, so the run goes on elsewhere on its curve",
                 *(config.train.epochs, epochs, " and ".join(spread), "span" if len(spread) > 1 else "spans"),
             )
-    hashes = {"processes", "backbone.sha256", "data.train_sha256", "data.eval_sha256"}
+    hashes = {"processes", "backbone.sha256", "data.train_sha256", "data.eval_sha256", "precision"}
     if unknown := sorted(before.keys() - now.keys() - hashes):
         logger.warning("checkpoint %s: options that are not known here: %s", path, ", ".join(unknown))
 

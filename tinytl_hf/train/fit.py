@@ -81,7 +81,7 @@ def fit(config: Config, options: FitConfig) -> Fit:
     budget = Budget(step, process, seconds, process_high_water())
     tried = make_families(config, options, blocks, facts, budget)
     epochs = config.train.epochs or epochs_for(len(opened.train.labels))
-    rows = list(search(tried, lambda row: epochs * row.seconds))
+    rows = list(search(tried, lambda row: row.training(epochs)))
     if not rows:
         rows = [_least(tried)]
     rows.sort(key=lambda row: (-row.plan.points, row.seconds))
@@ -106,17 +106,17 @@ def recommend(rows: list[Row], epochs: int, seconds: float | None) -> tuple[Row,
     Raises:
         TinyTLError: The time is too short for an epoch.
     """
-    in_time = [row for row in rows if seconds is None or epochs * row.seconds <= seconds]
+    in_time = [row for row in rows if seconds is None or row.training(epochs) <= seconds]
     if in_time:
         return in_time[0], epochs
     assert seconds is not None
-    row = min(rows, key=lambda row: row.seconds)
-    if row.seconds > seconds:
+    row = min(rows, key=lambda row: row.training(1))
+    if row.training(1) > seconds:
         raise TinyTLError(
-            f"minutes={seconds / 60:g}: the quickest that fits the memory takes {row.seconds / 60:.1f} minutes an "
-            f"epoch ({row.plan}); give it that much, or train on fewer images with --data.max_train_samples"
+            f"minutes={seconds / 60:g}: the quickest that fits the memory takes {row.training(1) / 60:.2g} minutes "
+            f"for an epoch ({row.plan}); give it that much, or train on fewer images with --data.max_train_samples"
         )
-    return row, int(seconds / row.seconds)
+    return row, int((seconds - row.seconds_last) / row.seconds)
 
 
 def make_families(
@@ -145,7 +145,8 @@ def facts_of(opened: Opened, config: Config, size: int) -> DataFacts:
     memory = data_memory(opened, replace(config.data, train_size=size, start_size=None))
     in_memory = sum(part for part in memory.parts.values() if isinstance(part, int))
     train, evaluated = opened.train, len(opened.evaluation.labels)
-    return DataFacts(len(train.labels), evaluated, len(train.label_names), memory.photo_size, in_memory)
+    last = evaluated + (0 if opened.test is None else len(opened.test.labels))
+    return DataFacts(len(train.labels), evaluated, len(train.label_names), memory.photo_size, in_memory, last)
 
 
 def count_blocks(config: Config) -> int:

@@ -44,11 +44,11 @@ def _in_words(fit: Fit) -> str:
     row = fit.recommended
     cut = "" if fit.recommended_epochs == fit.epochs else f" of {fit.epochs}, as no training keeps the time as a whole"
     epochs = f"{fit.recommended_epochs} epoch{'s' if fit.recommended_epochs > 1 else ''}{cut}"
-    return f"{row.plan}; {epochs}, {about(fit.recommended_epochs * row.seconds)}"
+    return f"{row.plan}; {epochs}, {about(row.training(fit.recommended_epochs))}"
 
 
 def _seconds(fit: Fit, row: Row) -> float:
-    return fit.epochs * row.seconds
+    return row.training(fit.epochs)
 
 
 def _passes(fit: Fit, row: Row) -> int:

@@ -104,7 +104,9 @@ def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> No
     goes_on = resume_from is not None and resume_from.resolve().parent == (output / CHECKPOINTS).resolve()
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lines = [line for line in read_metrics(output) if goes_on and line["epoch"] <= epochs_done]
+        # Those of the run that goes on, in this folder or out of another.
+        before = [] if resume_from is None else read_metrics(resume_from.resolve().parents[1])
+        lines = [line for line in before if line["epoch"] <= epochs_done]
         for path in list_checkpoints(output / CHECKPOINTS):
             if not goes_on or (resume_from is not None and path.name > resume_from.name):
                 shutil.rmtree(path)

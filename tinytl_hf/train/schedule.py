@@ -16,6 +16,17 @@ def make_scheduler(optimizer: Optimizer, options: TrainConfig, steps_per_epoch: 
     return LambdaLR(optimizer, lr_factor(options, steps_per_epoch))
 
 
+def set_learning_rates(scheduler: LambdaLR) -> None:
+    """Give the optimizer the rates of the next step: a checkpoint has those of a run of its own number of epochs."""
+    rates = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
 def lr_factor(options: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate as a factor of its highest, by optimizer step."""
     total = options.plan.epochs * steps_per_epoch

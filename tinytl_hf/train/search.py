@@ -33,6 +33,7 @@ class DataFacts:
         classes: Number of classes.
         photo_size: Greatest height and width of the decoded photos in px.
         in_memory: What the decoded images of all splits keep in memory, in bytes.
+        evaluated_last: Images of the evaluations after the last epoch, of the adapter that is kept.
     """
 
     images: int
@@ -40,6 +41,7 @@ class DataFacts:
     classes: int
     photo_size: tuple[int, int]
     in_memory: int
+    evaluated_last: int = 0
 
     @property
     def photo(self) -> int:
@@ -74,12 +76,18 @@ class Row:
         process: Of the whole process in bytes: what this one had with the data opened, what the step's process grew
             by, the decoded images, and the next batch that the loader has ready.
         seconds: Of an epoch, with its evaluation.
+        seconds_last: Of the evaluations after the last epoch.
     """
 
     plan: Plan
     step: FreshStep
     process: int
     seconds: float
+    seconds_last: float = 0.0
+
+    def training(self, epochs: int) -> float:
+        """Seconds of a training with all its evaluations."""
+        return epochs * self.seconds + self.seconds_last
 
     def fits(self, budget: Budget) -> bool:
         """Whether it does, however long the training takes."""
@@ -118,7 +126,7 @@ class Family:
         facts = self.facts[plan.train_size]
         process = self.budget.base + step.grown + facts.in_memory + step.peak.photos
         seconds = facts.images / step.images_per_second + facts.evaluated / step.eval_images_per_second
-        row = Row(plan, step, process, seconds)
+        row = Row(plan, step, process, seconds, facts.evaluated_last / step.eval_images_per_second)
         self.rows.append(row)
         return row
 

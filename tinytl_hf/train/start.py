@@ -46,7 +46,7 @@ from tinytl_hf.train.output_dir import (
     make_ready,
 )
 from tinytl_hf.train.run import FinalTest, Run
-from tinytl_hf.train.schedule import make_scheduler
+from tinytl_hf.train.schedule import make_scheduler, set_learning_rates
 from tinytl_hf.train.time_left import TimeLeft
 from tinytl_hf.train.warm_start import seen_before, warm_start
 
@@ -85,9 +85,11 @@ def set_up(config: Config) -> Run:
         "backbone.sha256": model.config.backbone.sha256,
         "data.train_sha256": record.train_sha256,
         "data.eval_sha256": record.eval_sha256,
+        "precision": accelerator.mixed_precision,  # a launcher can have said it
     }
     evaluated, final = evaluations(config, accelerator, opened, inputs, record)
     progress = start_or_go_on(config, accelerator, model, record, resume_from, hashes)
+    set_learning_rates(scheduler.scheduler)
     progress.seconds += inputs.seconds
     start_tracker(accelerator, config)
     return Run(

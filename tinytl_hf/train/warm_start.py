@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tinytl_hf.adapter.format import read_config
-from tinytl_hf.adapter.record import InitRecord
+from tinytl_hf.adapter.record import AdapterConfig, InitRecord
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.sets import Split, count_shared, find_training_split
 from tinytl_hf.disk import expanded
@@ -53,7 +53,7 @@ def warm_start(model: TinyTLModel, init: str, weights: str) -> None:
     if lost := sorted(before.keys() - tensors.keys()):
         raise TinyTLError(
             f"adapter.init={init}: it was trained by {saved.method}, and {own.method} has no place for {lost[0]}"
-            f"{f' and {len(lost) - 1} more tensors' if len(lost) > 1 else ''}; use --method {saved.method}"
+            f"{f' and {len(lost) - 1} more tensors' if len(lost) > 1 else ''}; use {_options_of(saved, own)}"
         )
     head = next(name for name, module in model.backbone.named_modules() if isinstance(module, Head))
     rows = {f"{head}.weight", f"{head}.bias"}
@@ -70,6 +70,15 @@ def warm_start(model: TinyTLModel, init: str, weights: str) -> None:
     source = None if expanded(init).exists() else init
     train_sha256 = saved.data.train_sha256 if saved.data is not None else None
     model.config = replace(own, init=InitRecord(saved.method, saved.label_names, source, train_sha256))
+
+
+def _options_of(saved: AdapterConfig, own: AdapterConfig) -> str:
+    """The options by which a run has room for all that an adapter holds."""
+    if saved.method != own.method:
+        return f"--method {saved.method}"
+    if saved.lite.norm != own.lite.norm:
+        return f"--lite.norm {saved.lite.norm}"
+    return f"--trained_blocks {'all' if saved.trained_blocks is None else saved.trained_blocks}"
 
 
 def seen_before(init: str | None, data: DataConfig, splits: Sequence[Split]) -> list[int | None]:
