@@ -1,5 +1,6 @@
 import dataclasses
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -10,8 +11,10 @@ from PIL import Image
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data import sets
 from tinytl_hf.data.batches import DecodedImages, ShuffledBatches, StreamedImages, make_loader, read_images
-from tinytl_hf.data.sets import open_data, with_label_names
+from tinytl_hf.data.columns import byte_sizes
+from tinytl_hf.data.sets import has_hash, open_data, sha256, with_label_names
 
 
 def config(dataset, **options):
@@ -254,3 +257,37 @@ def test_an_image_that_goes_while_images_stream_is_named(tmp_path, workers):
         TinyTLError, match=rf"{gone.name} of split train could be read at the start, and now it cannot"
     ):
         list(make_loader(images, config, batch_size=8))
+
+
+def test_other_files_of_the_same_names_and_labels_are_other_data(tmp_path):
+    for number in range(100):
+        write_image(tmp_path / f"{number % 2}" / f"{number:03}.png", seed=number)
+    config = DataConfig(dataset=str(tmp_path))
+    train = open_data(config).train
+    before, files = sha256(train), [row["path"] for row in train.rows["image"]]
+    assert has_hash(train, before)
+    size = Path(files[1]).stat().st_size
+    write_image(Path(files[1]), seed=1000)  # in no sample: every third is
+    assert Path(files[1]).stat().st_size == size and not has_hash(open_data(config).train, before)
+
+
+def test_of_a_large_set_the_sizes_of_files_tell(tmp_path, monkeypatch):
+    monkeypatch.setattr(sets, "READ_WHOLE", 1000)
+    for number in range(100):
+        write_image(tmp_path / f"{number % 2}" / f"{number:03}.png", seed=number)
+    config = DataConfig(dataset=str(tmp_path))
+    train = open_data(config).train
+    before, files = sha256(train), [row["path"] for row in train.rows["image"]]
+    write_image(Path(files[1]), seed=1000)
+    assert has_hash(open_data(config).train, before)  # of the same size, and in no sample
+    write_image(Path(files[1]), size=(40, 37))
+    assert not has_hash(open_data(config).train, before)
+
+
+def test_the_sizes_of_files_and_of_bytes_are_those_of_the_images(tmp_path):
+    path = write_image(tmp_path / "a.png")
+    content = path.read_bytes()
+    held = [{"bytes": content, "path": None}, {"bytes": None, "path": str(path)}, {"bytes": None, "path": "gone.png"}]
+    rows = datasets.Dataset.from_dict({"image": held}).cast_column("image", datasets.Image(decode=False))
+    assert byte_sizes(rows).tolist() == [len(content), len(content), -1]
+    assert byte_sizes(rows.select([2, 0])).tolist() == [-1, len(content)]

@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute
 from PIL import Image
 
 from tinytl_hf.config.data import DataConfig
@@ -28,6 +29,7 @@ OF_WEBDATASET = "cls"
 NO_LABELS = {"__key__", "__url__", "file_name"}  # they name an image each
 STRINGS = {"string", "large_string"}
 SEEN = 100  # rows that are looked at for a value
+SIZES_AT_ONCE = 10_000  # rows
 FEW = 20  # rows in which each text may be a class of its own
 BYTES = {"binary", "large_binary"}
 WHOLE = re.compile(r"-?\d+(\.0+)?")
@@ -92,6 +94,24 @@ def image_rows(table: datasets.Dataset, config: DataConfig, base: Path | None) -
     else:
         raise TinyTLError(f"data.image_column={column}: it holds {feature}, not images")
     return column, rows.cast_column("image", datasets.Image(decode=False))
+
+
+def byte_sizes(rows: datasets.Dataset) -> np.ndarray:
+    """The size of each image's file in bytes, without reading one; -1 of a file that is not there."""
+    sizes: list[int] = []
+    for table in rows.with_format("arrow").iter(batch_size=SIZES_AT_ONCE):
+        for images in table.column("image").chunks:
+            held, paths = (pyarrow.compute.struct_field(images, name) for name in ("bytes", "path"))
+            lengths = pyarrow.compute.binary_length(held).to_pylist()
+            sizes += [
+                length if length is not None else _size_of_file(path)
+                for length, path in zip(lengths, paths.to_pylist(), strict=True)
+            ]
+    return np.array(sizes, dtype=np.int64)
+
+
+def _size_of_file(path: str | None) -> int:
+    return Path(path).stat().st_size if path is not None and Path(path).is_file() else -1
 
 
 def label_values(

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tinytl_hf.config.run import Config, flat, with_new_names
+from tinytl_hf.data.sets import Split, has_hash, sha256
 from tinytl_hf.disk import expanded, sync
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
@@ -207,6 +208,12 @@ def load(accelerator: Accelerator, path: Path, hashes: dict[str, str | None]) ->
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, LookupError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TinyTLError(f"checkpoint {path} cannot be read ({reason}); resume from another") from error
+
+
+def hash_of(split: Split, key: str, path: Path | None) -> str:
+    """The hash of a split, in the form that the checkpoint at ``path`` has it under ``key`` if it is of that split."""
+    recorded = None if path is None else _record(path).get("run", {}).get(key)
+    return recorded if recorded is not None and has_hash(split, recorded) else sha256(split)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
