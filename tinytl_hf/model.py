@@ -275,7 +275,7 @@ class TinyTLModel(nn.Module):
         return super().train(mode)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the head gets of images, as of :meth:`forward`: ``[N, features]``, without gradients; in any thread."""
+        """What the head gets of normalised images: ``[N, features]``, without gradients; in any thread."""
         with torch.no_grad():
             return without_head(self.backbone)(images.contiguous(memory_format=torch.channels_last)).flatten(1)
 

@@ -64,11 +64,11 @@ class TrainConfig:
     decay_norms_and_biases: bool = False
     """Apply weight decay to biases and norm scales too."""
     schedule: Literal["exponential", "cosine", "constant"] = "cosine"
-    """exponential (times train.gamma after each epoch), cosine (down to 0 at the last step), constant."""
+    """exponential (times train.gamma after each epoch), cosine (down to 0 after the last step), constant."""
     gamma: float = 0.9
     """Factor of the exponential schedule, per epoch."""
     warmup_epochs: float = 0.5
-    """Epochs (or a part of one) in which the learning rate rises linearly from 0."""
+    """Epochs (or a part of one) in which the learning rate rises linearly, from its first part on."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
     class_weights: Literal["none", "balanced"] = "none"

@@ -50,7 +50,7 @@ def merge(config: MergeConfig) -> str:
         dequantise(model.backbone)  # so that the file holds plain layers, with other frozen tensors than before
         record = replace(model.config.backbone, frozen_weights="fp32", sha256=sha256(frozen_tensors(model.backbone)))
         model.config = replace(model.config, backbone=record)
-    what, how = _description(model.config, path.name)
+    what, how = _description(model.config, path.name)  # the file says nothing of this disk
     tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
     shown = without_paths(model.config).to_json()
     metadata = {"format": "pt", "content": what, "load_with": how, "adapter_config": shown}
@@ -59,7 +59,7 @@ def merge(config: MergeConfig) -> str:
         write_bytes(path, save(tensors, metadata=metadata))
     except OSError as error:
         raise TinyTLError(f"output={path}: cannot be written ({error}); name another file") from error
-    return f"{path}: {what}; load it with {how}"
+    return f"{path}: {what}; load it with {_description(model.config, str(path))[1]}"
 
 
 def load_merged(path: str | Path) -> TinyTLModel:

@@ -24,7 +24,7 @@ def main() -> None:
     config = Path(sys.argv[1])
     rows = [_train_and_reload(config, method) for method in COMPARED]
     print("\nMobileNetV2 on handwritten digits, evaluated by a fresh process that loaded the adapter from disk:\n")
-    head = ("method", "test accuracy", "trainable parameters", "adapter size", "seconds", "files")
+    head = ("method", "held-out accuracy", "trainable parameters", "adapter size", "seconds", "files")
     print("\n".join(aligned([head, *rows])))
     files = rows[-1][-1]
     print(f"\nNext: .venv/bin/tinytl-hf eval --adapter {files}/{ADAPTER}")

@@ -137,7 +137,7 @@ def apply_method(
     plan = METHODS[method]
     if method not in (possible := possible_methods(blocks)):
         raise TinyTLError(
-            f"method={method}: this backbone has no inverted-residual or residual blocks; it supports "
+            f"method={method}: this backbone has no residual blocks of a kind that is known here; it supports "
             f"{', '.join(possible[:-1])} and {possible[-1]}"
         )
     prefix = prefix_modules(backbone, blocks, trained_blocks)
