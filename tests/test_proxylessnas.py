@@ -116,6 +116,6 @@ def test_a_merged_file_names_the_way_to_load_it(make_model, tmp_path):
     model = make_model("TinyTL-B", NAME)
     model.save_pretrained(tmp_path / "adapter")
     told = merge(MergeConfig(str(tmp_path / "adapter"), str(tmp_path / "m.safetensors")))
-    assert told.endswith('load it with tinytl_hf.load_merged("m.safetensors")')
+    assert told.endswith(f'load it with tinytl_hf.load_merged("{tmp_path / "m.safetensors"}")')
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(load_merged(tmp_path / "m.safetensors").eval()(images), model.eval()(images))

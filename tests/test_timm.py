@@ -277,7 +277,7 @@ def test_lean_is_stock_in_float64(name, method):
     images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     lite = LiteConfig(norm="group" if name == "timm/test_resnet" else "batch")
     (out, grads, _), (lean_out, lean_grads, model) = (
-        trained(name, method, lean, images, lite=lite) for lean in (0, 1)
+        trained(name, method, lean, images, lite=lite) for lean in (False, True)
     )
     torch.testing.assert_close(lean_out, out, atol=1e-9, rtol=1e-9)
     largest = max(gradient.abs().max() for gradient in grads.values())
