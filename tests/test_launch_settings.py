@@ -14,6 +14,7 @@ from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.network import BackboneConfig
 from tinytl_hf.config.run import Config, MemoryConfig
 from tinytl_hf.config.train import TrainConfig
+from tinytl_hf.train import loop
 from tinytl_hf.train.loop import train
 
 
@@ -120,3 +121,11 @@ def test_runs_in_a_thread_and_one_after_the_other_with_another_precision_and_acc
     assert steps == [3, 3, 3]
     losses = [metrics(tmp_path / str(number))[0]["eval"]["loss"] for number in range(3)]
     assert losses[0] == losses[2] != losses[1]
+
+
+def test_two_runs_at_a_time_in_one_process_are_refused(colour_folder, tmp_path):
+    with loop.RUNNING:
+        done = run_cli(*small_run(colour_folder, tmp_path / "run", "--method", "FT-Last"))
+    assert done.returncode == 1 and "another run trains in this process" in done.stderr
+    assert not (tmp_path / "run").exists()
+    assert run_cli(*small_run(colour_folder, tmp_path / "run", "--method", "FT-Last")).returncode == 0

@@ -245,7 +245,7 @@ class TinyTLModel(nn.Module):
             TinyTLError: The push failed; with the reason and the command to retry. The adapter has been saved before.
         """
         folder = self.loaded_from
-        if folder is None or not holds(folder, self.config, self.adapter_tensors()):
+        if folder is None or not holds(folder, as_it_is(self.config, self.backbone), self.adapter_tensors()):
             folder = Path(tempfile.mkdtemp(prefix="tinytl-adapter-"))
             self.save_pretrained(folder)
         url = push(PushConfig(str(folder), repo_id, private, revision, create_pr, commit_message), token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -35,13 +36,15 @@ from tinytl_hf.train.stop_signal import StopSignal
 
 logger = logging.getLogger(__name__)
 
+RUNNING = threading.Lock()  # held while a run trains in this process
 LOOK_EVERY = 10  # optimizer steps between two looks at the loss, each of which waits for the device
 
 
 def train(config: Config) -> dict[str, Any]:
     """Train an adapter and leave everything about the run in ``config.output_dir``.
 
-    In a thread other than the main one, no signal stops it.
+    In a thread other than the main one, no signal stops it. One run at a time: Accelerate's state and the random
+    numbers are those of the process.
 
     Returns:
         The figures of the run's adapter on the evaluation set.
@@ -50,7 +53,16 @@ def train(config: Config) -> dict[str, Any]:
         TinyTLError: Bad config, data or weights, before training starts, or a loss that is not finite.
         Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
     """
-    run = set_up(config)
+    if not RUNNING.acquire(blocking=False):
+        raise TinyTLError("another run trains in this process, and the two would disturb each other; start a process")
+    try:
+        return train_to_the_end(set_up(config))
+    finally:
+        RUNNING.release()
+
+
+def train_to_the_end(run: Run) -> dict[str, Any]:
+    """The epochs that are left, and what a run leaves behind; returns its figures."""
     config, accelerator, progress = run.config, run.accelerator, run.progress
     with StopSignal() as stop:
         while progress.epoch < config.train.plan.epochs and not has_stalled(run):
