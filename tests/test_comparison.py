@@ -88,11 +88,11 @@ def test_the_comparison_tunes_trains_and_publishes_and_repeats_nothing(colour_fo
     assert config["data"]["eval_split"] == "holdout" and config["train"]["epochs"] == 1
 
     step("run", "--methods", "FT-Last", "--seeds", "0", *small)
-    assert "epoch" not in step("run", "--methods", "FT-Last", "--seeds", "0", *small).stderr
+    assert "train loss" not in step("run", "--methods", "FT-Last", "--seeds", "0", *small).stderr
     run = tmp_path / "runs/comparison/FT-Last/seed0"
     for name in ("memory.json", "adapter/eval_results.json"):  # as if stopped in the run's last second
         (run / name).unlink()
-    assert "epoch" not in step("run", "--methods", "FT-Last", "--seeds", "0", *small).stderr
+    assert "train loss" not in step("run", "--methods", "FT-Last", "--seeds", "0", *small).stderr
     printed = step("publish").stdout
     published = tmp_path / "model_cards"
     assert {path.name for path in (published / "FT-Last").iterdir()} == {
