@@ -161,6 +161,11 @@ def test_rendering_again_edits_our_part_only():
     assert "| accuracy | 0.7500 |" in again and "0.5000" not in again and "TinyTL-B adapter" in again
 
 
+def test_a_card_whose_end_mark_a_person_removed_is_theirs():
+    first = render_card(config(), METRICS)
+    assert not is_untouched(first.replace(END, "and what I wrote"))
+
+
 def test_rendering_again_keeps_a_persons_metadata_and_results():
     data = metadata(render_card(config(data=DataRecord("a/b", source="hub")), METRICS))
     mine = {"task": {"type": "image-classification"}, "dataset": {"type": "a/b", "name": "my split"}}

@@ -12,8 +12,10 @@ from conftest import run_cli, small_run
 from safetensors.torch import load_file
 from started_runs import checkpoints, delta, metrics, run
 
+from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.recipe import resolve
 from tinytl_hf.config.run import Config
+from tinytl_hf.data.sets import earlier_sha256, open_data, sha256
 from tinytl_hf.device import make_accelerator
 from tinytl_hf.step import make_optimizer
 from tinytl_hf.train import checkpoint
@@ -342,3 +344,12 @@ def test_another_precision_of_the_launcher_is_refused_on_resuming(colour_folder,
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     done = run_cli(*options, "--train.epochs", "3", "--train.resume", "auto")
     assert done.returncode == 1 and "precision=bf16: the checkpoint" in done.stderr
+
+
+def test_a_hash_of_an_earlier_version_is_known_and_one_of_other_data_is_not(colour_folder, tmp_path):
+    train = open_data(DataConfig(dataset=str(colour_folder))).train
+    now = sha256(train)
+    for recorded, expected in ((earlier_sha256(train), earlier_sha256(train)), (now, now), ("0" * 64, now)):
+        (tmp_path / checkpoint.PROGRESS_FILE).write_text(json.dumps({"run": {"data.train_sha256": recorded}}))
+        assert checkpoint.hash_of(train, now, "data.train_sha256", tmp_path) == expected
+    assert checkpoint.hash_of(train, now, "data.train_sha256", None) == now != earlier_sha256(train)

@@ -14,6 +14,8 @@ import yaml
 from conftest import run_cli, small_run
 from PIL import Image
 
+from tinytl_hf.reports.compare import _pictures
+
 PEAK = {"frozen_weights": 9, "trained_weights": 1, "gradients": 1, "optimizer_state": 2, "kept_activations": 4}
 
 
@@ -282,6 +284,12 @@ def test_pictures_of_rows_with_long_and_like_names_have_files_of_their_own(runs)
     done = run_cli("compare", *(runs / f"last{seed}" for seed in range(3)), "--output", runs / "out")
     assert done.returncode == 0, done.stderr
     assert len(list((runs / "out").glob("confusion_*.png"))) == 3
+
+
+def test_a_picture_keeps_its_name_beside_one_whose_name_is_longer():
+    names = ["TinyTL-L+B", "TinyTL-L", "a b", "a/b", "a_b_2"]
+    files = ["TinyTL-L+B", "TinyTL-L", "a_b", "a_b_2", "a_b_2_2"]
+    assert list(_pictures(names).values()) == [f"confusion_{file}.png" for file in files]
 
 
 def test_names_of_classes_reach_no_terminal_as_they_are(runs):

@@ -27,11 +27,9 @@ def check_types(config: object, prefix: str = "") -> None:
     """
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if choices := _choices(kind):
-            named = ", ".join("null" if choice is None else str(choice) for choice in choices)
-            check(_is(value, kind), f"{prefix}{name}", value, f"use one of {named}")
+        named = ", ".join("null" if choice is None else str(choice) for choice in _choices(kind))
         shown = "null" if value is None else value
-        check(_is(value, kind), f"{prefix}{name}", shown, f"use {_in_words(kind)}")
+        check(_is(value, kind), f"{prefix}{name}", shown, f"use one of {named}" if named else f"use {_in_words(kind)}")
 
 
 def whole_number(key: str, value: object) -> int:
@@ -77,7 +75,7 @@ def _in_words(kind: Any) -> str:
         parts = get_args(kind)
         return " or ".join(_in_words(part) if _is_union(kind) else str(part) for part in parts)
     if get_origin(kind) in (list, tuple):
-        return f"a list of {len(get_args(kind)) if get_origin(kind) is tuple else ''} values".replace("  ", " ")
+        return f"a list of {f'{len(get_args(kind))} ' if get_origin(kind) is tuple else ''}values"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a name or a path"}
     return "null" if kind is type(None) else words.get(kind, f"a {kind.__name__}")
 

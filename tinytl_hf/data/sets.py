@@ -274,9 +274,14 @@ def sha256(split: Split) -> str:
     return _hash(split, rows, sizes.tobytes())
 
 
+def earlier_sha256(split: Split) -> str:
+    """The hash that earlier versions recorded: of the labels and the sample alone."""
+    return _hash(split, sample_rows(split), b"")
+
+
 def has_hash(split: Split, recorded: str) -> bool:
-    """Whether a hash that was recorded is that of ``split``; earlier ones were of the labels and the sample."""
-    return recorded == sha256(split) or recorded == _hash(split, sample_rows(split), b"")
+    """Whether a hash that was recorded, by this or an earlier version, is that of ``split``."""
+    return recorded in (sha256(split), earlier_sha256(split))
 
 
 def _hash(split: Split, rows: np.ndarray, sizes: bytes) -> str:

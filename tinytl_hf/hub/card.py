@@ -172,7 +172,7 @@ def is_untouched(card: str) -> bool:
     """Whether a card holds our part and nothing that a person wrote."""
     head = REGEX_YAML_BLOCK.search(card)
     licensed = re.search(r"^license: (\S+)$", head[2] if head else "", re.MULTILINE)
-    return bool(_block(card) and licensed and licensed[1] == LICENCE) and not text_around(card)
+    return bool(has_our_part(card) and licensed and licensed[1] == LICENCE) and not text_around(card)
 
 
 def has_our_part(card: str) -> bool:
@@ -270,12 +270,10 @@ def _merged(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
     return {**merged, "model-index": models} if models else merged
 
 
-def _our_tags(tags: Sequence[Any]) -> set[Any]:
+def _our_tags(tags: Sequence[Any]) -> list[Any]:
     """The backbone and the method among the tags of a card, which we write one after the other."""
     methods = get_args(MethodName)
-    return {name for backbone, method in pairwise(tags) if method in methods for name in (backbone, method)} | set(
-        methods
-    )
+    return [*methods, *(backbone for backbone, method in pairwise(tags) if method in methods)]
 
 
 def _models(metadata: Mapping[str, Any], ours: bool) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     if train is not None:
         trained_on: int | None = sets.count_shared(images.split, train)
     else:
-        trained_on = _trained_on(split, record, len(images))
+        trained_on = _trained_on(split, digest, record, len(images))
     init = model.config.init
     if trained_on == 0 and init is not None and init.train_sha256 not in (None, record and record.train_sha256):
         trained_on = None  # what it went on from may have been trained on some of them
@@ -123,13 +123,12 @@ def _open(config: DataConfig, record: DataRecord | None) -> tuple[Split, Split |
     return split, train
 
 
-def _trained_on(split: Split, record: DataRecord | None, count: int) -> int | None:
-    """How many images of a split were trained on: all, none, or None if it is a split of other data."""
-    known = (record.train_sha256, record.eval_sha256, record.test_sha256) if record is not None else ()
-    same = next((recorded for recorded in known if recorded is not None and sets.has_hash(split, recorded)), None)
-    if record is None or same is None:
+def _trained_on(split: Split, digest: str, record: DataRecord | None, count: int) -> int | None:
+    """How many images of a split with that hash were trained on: all, none, or None if it is a split of other data."""
+    hashes = {digest, sets.earlier_sha256(split)}
+    if record is None or not hashes & {record.train_sha256, record.eval_sha256, record.test_sha256}:
         return None
-    return count if same == record.train_sha256 else 0
+    return count if record.train_sha256 in hashes else 0
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import chain, count
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -263,8 +264,8 @@ def _pictures(names: Iterable[str]) -> dict[str, str]:
     files: dict[str, str] = {}
     for name in names:
         plain = re.sub(r"[^\w.+-]+", "_", name)[:LONGEST_NAME]
-        taken = sum(file.startswith(f"confusion_{plain}") for file in files.values())
-        files[name] = f"confusion_{plain}{f'_{taken + 1}' if taken else ''}.png"
+        numbered = chain([plain], (f"{plain}_{number}" for number in count(2)))
+        files[name] = next(file for each in numbered if (file := f"confusion_{each}.png") not in files.values())
     return files
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tinytl_hf.config.run import Config, flat, with_new_names
-from tinytl_hf.data.sets import Split, has_hash, sha256
+from tinytl_hf.data.sets import Split, has_hash
 from tinytl_hf.disk import expanded, sync
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
@@ -210,10 +210,10 @@ def load(accelerator: Accelerator, path: Path, hashes: dict[str, str | None]) ->
         raise TinyTLError(f"checkpoint {path} cannot be read ({reason}); resume from another") from error
 
 
-def hash_of(split: Split, key: str, path: Path | None) -> str:
-    """The hash of a split, in the form that the checkpoint at ``path`` has it under ``key`` if it is of that split."""
+def hash_of(split: Split, now: str | None, key: str, path: Path | None) -> str | None:
+    """A split's hash ``now``, or the one that the checkpoint at ``path`` has under ``key``, if it is of that split."""
     recorded = None if path is None else _record(path).get("run", {}).get(key)
-    return recorded if recorded is not None and has_hash(split, recorded) else sha256(split)
+    return now if recorded in (None, now) or not has_hash(split, recorded) else recorded
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -288,11 +288,14 @@ def _record(path: Path) -> dict[str, Any]:
 
 def _check_same(path: Path, now: dict[str, Any]) -> None:
     # An option that the checkpoint does not have was added later; its default is what runs did before.
-    before = {**flat(Config().to_dict()), **with_new_names(_record(path).get("run", {}))}
+    # Earlier ones do not say the precision either, and are taken to have this one.
+    said = with_new_names(_record(path).get("run", {}))
+    before = {**flat(Config().to_dict()), "precision": now.get("precision"), **said}
     for key, value in now.items():
-        if key not in MAY_DIFFER and key in before and before[key] != value:
+        if key not in MAY_DIFFER and before.get(key) != value:
             raise TinyTLError(
-                f"{key}={value}: the checkpoint {path} was made with {before[key]}; use that, or another --output_dir"
+                f"{key}={value}: the checkpoint {path} was made with {before.get(key)}; use that, or another "
+                "--output_dir"
             )
 
 

@@ -87,11 +87,10 @@ def fit(config: Config, options: FitConfig) -> Fit:
     rows.sort(key=lambda row: (-row.plan.points, row.seconds))
     row, its_epochs = recommend(rows, epochs, seconds)
     run = _run_of(row.plan, config, options, its_epochs if its_epochs < epochs else config.train.epochs)
+    if options.output is not None and config.output_dir == Config().output_dir:  # it replaces no run of the defaults
+        run = replace(run, output_dir=f"runs/{Path(options.output).stem}")
     found = Fit(rows, budget, epochs, row, its_epochs, facts, run)
     if options.output is not None:
-        if config.output_dir == Config().output_dir:  # so that it replaces no run of the defaults
-            run = replace(run, output_dir=f"runs/{Path(options.output).stem}")
-            found = replace(found, config=run)
         write_text(Path(options.output), f"# Recommended by tinytl-hf fit: {row.plan}\n{dump_yaml(run.to_dict())}")
     return found
 

@@ -83,8 +83,8 @@ def set_up(config: Config) -> Run:
     record = record_of(config, opened)
     hashes = {
         "backbone.sha256": model.config.backbone.sha256,
-        "data.train_sha256": checkpoint.hash_of(opened.train, "data.train_sha256", resume_from),
-        "data.eval_sha256": checkpoint.hash_of(opened.evaluation, "data.eval_sha256", resume_from),
+        "data.train_sha256": checkpoint.hash_of(opened.train, record.train_sha256, "data.train_sha256", resume_from),
+        "data.eval_sha256": checkpoint.hash_of(opened.evaluation, record.eval_sha256, "data.eval_sha256", resume_from),
         "precision": accelerator.mixed_precision,  # a launcher can have said it
     }
     evaluated, final = evaluations(config, accelerator, opened, inputs, record)
