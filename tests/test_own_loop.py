@@ -1,6 +1,8 @@
 """A training loop of one's own: hooks, modes and parameters that a user changes between the passes, as in PyTorch."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -219,3 +221,25 @@ def test_options_of_an_export_are_checked(options, message, make_model, tmp_path
     with pytest.raises(TinyTLError, match=message):
         make_model("FT-Last").export(tmp_path / "m.onnx", **options)
     assert not any(tmp_path.iterdir())
+
+
+GO_ON = """
+import torch
+model, images = torch.load("model.pt", weights_only=False)
+model(images).square().sum().backward()
+torch.save({name: each.grad for name, each in model.named_parameters() if each.requires_grad}, "grads.pt")
+model.save_pretrained("adapter")
+"""
+
+
+@pytest.mark.parametrize(("method", "backbone"), KINDS_OF_PASSES)
+def test_a_whole_model_saved_by_pytorch_trains_on_in_another_process(method, backbone, make, tmp_path):
+    model = make(method, backbone)
+    torch.save((model, IMAGES), tmp_path / "model.pt")
+    subprocess.run([sys.executable, "-c", GO_ON], cwd=tmp_path, check=True)
+    model(IMAGES).square().sum().backward()
+    for name, grad in torch.load(tmp_path / "grads.pt").items():
+        assert torch.equal(model.get_parameter(name).grad, grad), name
+    model.load_adapter(tmp_path / "adapter", "saved")
+    before, after = model.eval()(IMAGES), model.set_adapter("saved") or model(IMAGES)
+    assert torch.equal(before, after)

@@ -28,7 +28,7 @@ from tinytl_hf.lean.independence import (
 from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation, LeanReLU, LeanReLU6
 from tinytl_hf.lean.lite_branch import Branch
 from tinytl_hf.lean.max_pool import LeanMaxPool2d, is_plain
-from tinytl_hf.lean.paths import LeanBlockPath, LeanResNetPath, lean_part
+from tinytl_hf.lean.paths import LeanBlockPath, LeanPart, LeanResNetPath
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.runs import LeanSequence, join_recomputed, run_as
 from tinytl_hf.lean.stage import UPPER, Stage
@@ -36,6 +36,7 @@ from tinytl_hf.lean.together import DoneByAnother, Together
 from tinytl_hf.network.blocks import TinyTLBlock, is_layer, leaves, own_layers, own_modules, unknown_blocks
 from tinytl_hf.network.head import Head, PointwiseHead
 from tinytl_hf.network.kinds import class_name
+from tinytl_hf.network.mixed import mixed
 from tinytl_hf.network.norms import FrozenBatchNorm2d
 from tinytl_hf.network.trained_blocks import modules_before
 
@@ -136,7 +137,7 @@ def convert(
             done.update(module.modules())
         elif module in independent and not isinstance(module, TinyTLBlock):
             stock_forward = partial(type(module).forward, module)
-            module.__class__ = lean_part(type(module))  # type: ignore[arg-type]
+            module.__class__ = mixed(type(module).__name__, LeanPart, type(module))
             module.path = Recomputed(module, stock_forward, engine.slice_mb)  # type: ignore[assignment]
             again.update(module.modules())
         elif _becomes_lean(module):

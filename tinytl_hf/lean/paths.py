@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -152,9 +151,3 @@ class LeanPart(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """As the part's own class."""
         return self.path(x) if self.training else super().forward(x)
-
-
-@functools.cache
-def lean_part(part: type[nn.Module]) -> type[LeanPart]:
-    """A class of parts, made lean; it goes by the same name in messages."""
-    return type(part.__name__, (LeanPart, part), {"__module__": __name__})

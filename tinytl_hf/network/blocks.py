@@ -7,7 +7,6 @@ of blocks is a row of :data:`BLOCK_KINDS`, and nowhere else.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.network.kinds import class_name
 from tinytl_hf.network.lite_residual import LiteResidual
+from tinytl_hf.network.mixed import mixed
 from tinytl_hf.network.norms import recompute_contexts
 
 logger = logging.getLogger(__name__)
@@ -148,16 +148,22 @@ class TinyTLBlock(nn.Module):
     """Mixed in before a block's own class, whose ``forward`` it calls.
 
     Attributes:
-        kind: The row of :data:`BLOCK_KINDS` that describes it.
+        made_of: As of :class:`Mixed`.
         lite_residual: Its lite residual, or None.
         gradient_checkpointing: Whether its training pass is computed a second time for the backward pass.
         lean_path: Its training pass, lite residual included, in place of the stock one; or None.
     """
 
-    kind: BlockKind
+    made_of: tuple[str, type, type]
     lite_residual: LiteResidual | None
     gradient_checkpointing: bool
     lean_path: Callable[[Tensor], Tensor] | None
+
+    @property
+    def kind(self) -> BlockKind:
+        """The row of :data:`BLOCK_KINDS` that describes it."""
+        _, _, own = self.made_of
+        return BLOCK_KINDS[class_name(own)]
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the block's own output shape."""
@@ -183,12 +189,10 @@ class TinyTLBlock(nn.Module):
         return output + self.lite_residual(x, (height, width))
 
 
-@functools.cache
 def _with_delta(block_class: type) -> type[TinyTLBlock]:
     """The class of blocks of a kind that take a delta."""
-    kind = BLOCK_KINDS[class_name(block_class)]
-    name = f"TinyTL{block_class.__name__.strip('_')}"
-    return type(name, (TinyTLBlock, block_class), {"__module__": __name__, "kind": kind})
+    made: type[TinyTLBlock] = mixed(f"TinyTL{block_class.__name__.strip('_')}", TinyTLBlock, block_class)
+    return made
 
 
 def convert_blocks(backbone: nn.Module, gradient_checkpointing: bool = False) -> dict[str, TinyTLBlock]:
@@ -201,7 +205,7 @@ def convert_blocks(backbone: nn.Module, gradient_checkpointing: bool = False) ->
     for name, module in backbone.named_modules():
         if class_name(type(module)) in BLOCK_KINDS:
             # The layout of the object stays that of its class, as in torch.nn.utils.parametrize.
-            module.__class__ = _with_delta(type(module))  # type: ignore[arg-type]
+            module.__class__ = _with_delta(type(module))
             assert isinstance(module, TinyTLBlock)
             module.register_module("lite_residual", None)
             module.gradient_checkpointing = gradient_checkpointing

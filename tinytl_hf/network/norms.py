@@ -20,6 +20,7 @@ from torch.autograd.function import FunctionCtx
 
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.kinds import class_name
+from tinytl_hf.network.mixed import mixed
 
 NORM_WITH_ACTIVATION = "timm.layers.norm_act.BatchNormAct2d"
 
@@ -179,8 +180,7 @@ def replace_batch_norms(module: nn.Module, norm: type[nn.BatchNorm2d], frozen: C
         elif not isinstance(child, nn.BatchNorm2d):
             replace_batch_norms(child, kind, frozen)
         elif kind is FrozenBatchNorm2d:
-            own_class = type(f"Frozen{type(child).__name__}", (AlwaysEvaluates, type(child)), {"__module__": __name__})
-            child.__class__ = own_class
+            child.__class__ = mixed(f"Frozen{type(child).__name__}", AlwaysEvaluates, type(child))
             child.eval()
 
 
