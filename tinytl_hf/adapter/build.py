@@ -21,6 +21,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network import methods
 from tinytl_hf.network.backbones import check_size, create_backbone, find_backbone, sha256
 from tinytl_hf.network.blocks import TinyTLBlock, convert_blocks
+from tinytl_hf.network.no_values import NoRandomValues
 from tinytl_hf.network.weights import is_weights_file
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def build_network(
 
 def check_fits(config: AdapterConfig, tensors: Mapping[str, Tensor], source: str) -> None:
     """Raise unless ``tensors`` are what ``config`` describes, before memory is taken for what it describes."""
-    with torch.device("meta"):
+    with torch.device("meta"), NoRandomValues():
         backbone, _ = build_network(config, "none")
     check_tensors(backbone, tensors, source)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ def check_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], source: st
         "unexpected": sorted(tensors.keys() - own.keys()),
         "of another shape": sorted(n for n in shared if own[n].shape != tensors[n].shape),
         "of another type": sorted(n for n in shared if own[n].dtype != tensors[n].dtype),
-        "not finite": sorted(n for n, t in tensors.items() if not t.isfinite().all()),
+        "not finite": sorted(n for n, t in tensors.items() if not is_finite(t)),
     }
     for what, names in problems.items():
         if names:
@@ -87,3 +88,8 @@ def check_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], source: st
                 f"{source}: {len(names)} tensors are {what}, such as {names[0]}; the file does not belong to "
                 "this adapter_config.json"
             )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither infinities nor NaN, which comes out of the least and the largest value too."""
+    return tensor.numel() == 0 or all(map(isfinite, torch.stack(tensor.aminmax()).tolist()))

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from tinytl_hf.adapter.delta import is_finite
 from tinytl_hf.adapter.record import AdapterConfig, checked, config_from
 from tinytl_hf.disk import write_bytes, write_text
 from tinytl_hf.errors import TinyTLError
@@ -90,7 +91,7 @@ def holds(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor]) ->
 def _to_disk(name: str, tensor: Tensor, dtype: str) -> Tensor:
     tensor = tensor.detach().cpu().contiguous().clone()
     tensor = tensor.float() if tensor.is_floating_point() else tensor  # as it is read, whatever the model was cast to
-    if not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise TinyTLError(f"{name} has values that are not finite, which no adapter can have; nothing was written")
     # Statistics stay fp32: they are few, and a variance can exceed fp16's range.
     if dtype == "fp32" or not tensor.is_floating_point() or "running_" in name.rpartition(".")[2]:

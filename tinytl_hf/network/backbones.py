@@ -11,6 +11,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network import hub_weights, proxylessnas, timm_nets, torchvision_nets
 from tinytl_hf.network.head import Head, PointwiseHead
 from tinytl_hf.network.hub_weights import HUB
+from tinytl_hf.network.no_values import NoRandomValues
 from tinytl_hf.network.timm_nets import LOCAL, PREFIX
 from tinytl_hf.network.weights import (
     WHEELS,
@@ -156,7 +158,7 @@ def create_backbone(name: str, weights: str, num_classes: int, dropout: float = 
         TinyTLError: Unknown network or source, or weights that do not fit the network.
     """
     library = _library(name)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), nullcontext() if weights == "none" else NoRandomValues():
         # Weights "none" are the same each time, so that their adapters load. Other devices keep their states.
         torch.default_generator.manual_seed(0)
         backbone = library.build(name)
