@@ -14,6 +14,10 @@ from hub_server import yaml_errors
 from huggingface_hub import ModelCard
 
 from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, DataRecord, Preprocessing
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.network import LiteConfig
+from tinytl_hf.config.run import Config
+from tinytl_hf.config.train import LrFactors, TrainConfig
 from tinytl_hf.hub.card import (
     BEGIN,
     END,
@@ -25,6 +29,7 @@ from tinytl_hf.hub.card import (
     update_card,
     with_name,
 )
+from tinytl_hf.train.card_recipe import recipe
 
 METRICS = {"accuracy": np.float32(0.5), "top5": np.float64(1), "f1": 0.25, "ece": 0.125, "loss": 1.5}
 FACTS = RunFacts(
@@ -223,3 +228,33 @@ def test_a_wheel_carries_the_template(tmp_path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read("tinytl_hf/hub/card_template.md") == TEMPLATE.read_bytes()
+
+
+def settings(train=None, images=24, **options):
+    data = {"images": {"train": 24}, "trained_on": ["train", images]}
+    results = {"data": data, "precision": "no", "best_epoch_chosen_on": "test", "split": "test"}
+    return recipe(Config(train=TrainConfig(epochs=2, lr=1e-3, **(train or {})), **options), results)
+
+
+def test_the_settings_of_a_run_are_all_told_and_those_it_left_alone_are_not():
+    plain = settings()
+    assert plain["training images"] == "all 24" and not {"mixup", "class weights", "momentum"} & plain.keys()
+    changed = {"mixup": 0.2, "class_weights": "balanced", "optimizer": "sgd", "max_grad_norm": 1.0, "patience": 3}
+    changed |= {"lr_factors": LrFactors(head=2.0), "decay_norms_and_biases": True, "gradient_accumulation_steps": 4}
+    rows = settings(changed, 20, lite=LiteConfig(norm="group"), data=DataConfig(auto_augment="trivial"))
+    assert rows["training images"] == "20 of 24, drawn at random"
+    assert {name: value for name, value in rows.items() if name not in plain} == {
+        **{"momentum": "0.9", "learning rates by role": "head times 2", "norms and biases": "decay too"},
+        **{"class weights": "balanced", "mixup": "0.2", "augmentation": "TrivialAugment"},
+        **{"gradients clipped to": "1", "patience": "3 epochs", "accumulation steps": "4"},
+        "lite residuals": "kernel 5, groups 2, expand 1, group norm",
+    }
+    assert "lite residuals" not in settings(lite=LiteConfig(norm="group"), method="FT-Last")
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"), [(1234, "`validation`, a random 1,234 images of it"), (9999, "`validation`.")]
+)
+def test_of_a_split_that_has_fewer_images_than_asked_for_all_were_used(asked, words):
+    data = DataRecord("digits", max_eval_samples=asked)
+    assert f"evaluated on split {words}" in render_card(config(data=data), METRICS, facts=FACTS)

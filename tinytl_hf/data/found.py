@@ -57,6 +57,7 @@ class Found:
         return {
             "classes": len(self.classes),
             "images": dict(self.images),
+            "trained_on": list(self.train),
             "not_used": self.not_used,
             "label_column": self.labels,
             "left_out": dict(self.left_out),

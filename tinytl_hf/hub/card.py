@@ -107,7 +107,7 @@ def render_card(
         dataset=_dataset_in_words(data) if data else None,
         subset=_code(data.subset) if data and data.subset else None,
         train_split=_code(data.train_split) if data else None,
-        eval_data=_eval_data_in_words(data) if data else None,
+        eval_data=_eval_data_in_words(data, facts.n if facts else None) if data else None,
         init=_init_in_words(config.init) if config.init else None,
         metrics={METRICS[name][1]: f"{value:.4f}" for name, value in figures.items()},
         ece="ece" in figures,
@@ -349,8 +349,9 @@ def _dataset_in_words(data: DataRecord) -> str:
     return f"{'data at a URL' if data.source == 'url' else 'local data'}, {_code(dataset_name(data))}"
 
 
-def _eval_data_in_words(data: DataRecord) -> str:
-    subset = f", a random {data.max_eval_samples:,} images of it" if data.max_eval_samples else ""
+def _eval_data_in_words(data: DataRecord, count: int | None) -> str:
+    asked = data.max_eval_samples
+    subset = f", a random {asked:,} images of it" if asked and asked == (count or asked) else ""
     if data.eval_split in (None, "holdout"):
         part = f"{data.eval_fraction:.0%} of that, held out"
         split = part if data.eval_split else f"its test or validation split (without one, {part})"

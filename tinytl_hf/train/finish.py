@@ -11,7 +11,6 @@ from accelerate import Accelerator
 
 from tinytl_hf.adapter.format import CARD_FILE, read_config
 from tinytl_hf.adapter.record import DataRecord
-from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError, one_line
@@ -23,6 +22,7 @@ from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports import run_folder
 from tinytl_hf.reports.plots import save_confusion, save_curves
 from tinytl_hf.reports.run_folder import ADAPTER, MEMORY_FILE, RESULTS_FILE, images_of, read_metrics, seconds_of
+from tinytl_hf.train.card_recipe import recipe
 from tinytl_hf.train.run import Run
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def write_card(output: Path, config: Config) -> None:
     curves, _ = PICTURES.values()
     # A run that was resumed into another folder with nothing left to train has no lines.
     facts = RunFacts(
-        recipe=_recipe(config, results),
+        recipe=recipe(config, results),
         time=_time(lines, results) if lines else "",
         split=results["split"],
         n=results["n"],
@@ -148,44 +148,6 @@ def write_card(output: Path, config: Config) -> None:
 
 def _no_card(folder: Path, error: OSError) -> TinyTLError:
     return TinyTLError(f"the card of {folder} cannot be written ({error}); the adapter itself is safe")
-
-
-def _recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
-    options, data = config.train, config.data
-    gamma = f", gamma {options.gamma:g}" if options.schedule == "exponential" else ""
-    low, high = data.crop_scale
-    crop = "none, features computed once" if options.cache_features else f"{low:g} to {high:g} of the area"
-    return {
-        "method": config.method,
-        "trained blocks": "all" if config.trained_blocks == "all" else f"the last {config.trained_blocks}",
-        "epochs": options.epochs,
-        "batch size": options.global_batch_size,
-        "optimizer": options.optimizer,
-        "learning rate": f"{options.lr:g}, {options.schedule}{gamma}, warmup {options.warmup_epochs:g} epochs",
-        "weight decay": f"{options.weight_decay:g}",
-        "label smoothing": f"{options.label_smoothing:g}",
-        "head dropout": f"{config.head.dropout:g}",
-        "image size": _sizes(data),
-        "adapter": _epoch(config, results),
-        "random crop": f"{crop}{', flipped' if data.flip else ''}",
-        "training images": f"{data.max_train_samples:,} at random" if data.max_train_samples else "all",
-        "precision": "fp32" if results["precision"] == "no" else results["precision"],
-        "seed": config.seed,
-    }
-
-
-def _epoch(config: Config, results: dict[str, Any]) -> str:
-    """Which epoch's adapter it is, and on what it was chosen."""
-    if config.adapter.keep == "last":
-        return "of the last epoch"
-    again = ", as the figures are" if results["best_epoch_chosen_on"] == results["split"] else ""
-    return f"of the epoch that was best on {results['best_epoch_chosen_on']}{again}"
-
-
-def _sizes(data: DataConfig) -> str:
-    start = "" if data.start_size is None else f"{data.start_size} px growing to "
-    evaluated = "" if data.eval_size is None else f", evaluated at {data.eval_size} px"
-    return f"{start}{data.train_size} px{evaluated}"
 
 
 def _time(lines: list[dict[str, Any]], results: dict[str, Any]) -> str:

@@ -1,0 +1,84 @@
+"""The settings of a run, as its card tells them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.network import LiteConfig
+from tinytl_hf.config.run import Config
+from tinytl_hf.network.methods import METHODS, by_name
+
+
+def recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
+    """What the card's table of settings says, from a run's config and its results.
+
+    What many runs leave at its default is there only where it is not.
+    """
+    options, data = config.train, config.data
+    gamma = f", gamma {options.gamma:g}" if options.schedule == "exponential" else ""
+    low, high = data.crop_scale
+    crop = "none, features computed once" if options.cache_features else f"{low:g} to {high:g} of the area"
+    return {
+        "method": config.method,
+        "trained blocks": "all" if config.trained_blocks == "all" else f"the last {config.trained_blocks}",
+        "epochs": options.epochs,
+        "batch size": options.global_batch_size,
+        "optimizer": options.optimizer,
+        "learning rate": f"{options.lr:g}, {options.schedule}{gamma}, warmup {options.warmup_epochs:g} epochs",
+        "weight decay": f"{options.weight_decay:g}",
+        "label smoothing": f"{options.label_smoothing:g}",
+        "head dropout": f"{config.head.dropout:g}",
+        "image size": _sizes(data),
+        "adapter": _epoch(config, results),
+        "random crop": f"{crop}{', flipped' if data.flip else ''}",
+        "training images": _images(results["data"]),
+        "precision": "fp32" if results["precision"] == "no" else results["precision"],
+        "seed": config.seed,
+        **_off_default(config),
+    }
+
+
+def _images(data: dict[str, Any]) -> str:
+    """How many images the run trained on, of how many."""
+    name, used = data["trained_on"]
+    every = data["images"].get(name, used)
+    return f"all {used:,}" if used == every else f"{used:,} of {every:,}, drawn at random"
+
+
+def _off_default(config: Config) -> dict[str, str]:
+    """Settings that are off, or of no effect, in a run that does not name them."""
+    options, lite = config.train, config.lite
+    roles = {role.replace("_", " "): factor for role, factor in vars(options.lr_factors).items() if factor != 1}
+    accumulated = options.gradient_accumulation_steps
+    rows = {
+        "momentum": f"{options.momentum:g}" if options.optimizer == "sgd" else "",
+        "learning rates by role": ", ".join(f"{role} times {factor:g}" for role, factor in roles.items()),
+        "norms and biases": "decay too" if options.decay_norms_and_biases else "",
+        "class weights": options.class_weights if options.class_weights != "none" else "",
+        "mixup": f"{options.mixup:g}" if options.mixup else "",
+        "cutmix": f"{options.cutmix:g}" if options.cutmix else "",
+        "augmentation": "TrivialAugment" if config.data.auto_augment == "trivial" else "",
+        "gradients clipped to": f"{options.max_grad_norm:g}" if options.max_grad_norm is not None else "",
+        "patience": f"{options.patience} epochs" if options.patience is not None else "",
+        "accumulation steps": str(accumulated) if accumulated > 1 else "",
+        "lite residuals": f"kernel {lite.kernel_size}, groups {lite.groups}, expand {lite.expand:g}, {lite.norm} norm"
+        if METHODS[by_name(config.method)].lite_residual and lite != LiteConfig()
+        else "",
+        "frozen weights": "int8" if config.backbone.frozen_weights == "int8" else "",
+    }
+    return {name: value for name, value in rows.items() if value}
+
+
+def _epoch(config: Config, results: dict[str, Any]) -> str:
+    """Which epoch's adapter it is, and on what it was chosen."""
+    if config.adapter.keep == "last":
+        return "of the last epoch"
+    again = ", as the figures are" if results["best_epoch_chosen_on"] == results["split"] else ""
+    return f"of the epoch that was best on {results['best_epoch_chosen_on']}{again}"
+
+
+def _sizes(data: DataConfig) -> str:
+    start = "" if data.start_size is None else f"{data.start_size} px growing to "
+    evaluated = "" if data.eval_size is None else f", evaluated at {data.eval_size} px"
+    return f"{start}{data.train_size} px{evaluated}"
