@@ -180,6 +180,9 @@ def test_the_mirror_image_is_averaged_in_and_told_apart(adapter, colour_folder, 
         done = run_cli("eval", "--adapter", adapter, "--output", path, *more)
         assert done.returncode == 0, done.stderr
     assert "mirror_accuracy" in done.stdout
+    config = (adapter / "adapter_config.json").read_bytes()
+    assert run_cli("eval", "--adapter", adapter, "--output", adapter / "adapter_config.json").returncode == 1
+    assert (adapter / "adapter_config.json").read_bytes() == config
     plain, both = json.loads(plain.read_text()), json.loads(both.read_text())
     mirrored = both.pop("mirror")
     assert both["loss"] == plain["loss"] and "mirror" not in plain

@@ -144,7 +144,8 @@ def test_a_column_called_split_says_the_split(tmp_path, caplog):
     assert opened(root).found.not_used == ["test"] and "split test is not used: no row" in caplog.text
     table["split"], table["label"] = ["train", "left"] * 6, ["a", "b"] * 6
     table.to_csv(root / "metadata.csv", index=False)
-    assert opened(root).found.images == {"train": 12}
+    with pytest.raises(TinyTLError, match="column split calls some rows train and others left, which is no split"):
+        opened(root)
 
 
 def test_accents_in_two_spellings_are_one_class_and_one_file(tmp_path):

@@ -157,10 +157,11 @@ def test_a_csv_file_has_a_line_for_each_image_and_replaces_only_its_like(adapter
     write_image(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no image")
     mine = tmp_path / "mine.csv"
-    mine.write_text("image,truth\n")
-    refused = run_cli("predict", "--adapter", adapter, "--csv", mine, tmp_path)
-    assert refused.returncode == 1 and "was not written by this command" in refused.stderr
-    assert mine.read_text() == "image,truth\n"
+    for head in ("image,truth\n", "image,label,probability,checked_by\n", "note\nimage,label,probability,error\n"):
+        mine.write_text(head)
+        refused = run_cli("predict", "--adapter", adapter, "--csv", mine, tmp_path)
+        assert refused.returncode == 1 and "was not written by this command" in refused.stderr
+        assert mine.read_text() == head
     for _ in range(2):  # the second time over the first
         done = run_cli(
             "predict", "--adapter", adapter, "--csv", tmp_path / "new" / "out.csv", "--top_k", "2", tmp_path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from tinytl_hf.errors import TinyTLError
@@ -28,19 +29,20 @@ def expanded(name: str | Path) -> Path:
         return Path(name)
 
 
-def check_ours(key: str, path: Path, mark: str) -> None:
+def check_ours(key: str, path: Path, mark: str | re.Pattern[bytes]) -> None:
     """Raise if a file is there that is none of ours: nothing else is ever replaced.
 
     Args:
         key: The option that names the file.
         path: The file.
-        mark: What every one of ours holds.
+        mark: What every one of ours holds: a text, or what a pattern finds.
 
     Raises:
         TinyTLError: It is another's, or cannot be read.
     """
+    pattern = re.compile(re.escape(mark.encode())) if isinstance(mark, str) else mark
     try:
-        is_other = os.path.lexists(path) and mark.encode() not in path.read_bytes()
+        is_other = os.path.lexists(path) and pattern.search(path.read_bytes()) is None
     except OSError as error:
         raise TinyTLError(f"{key}={path}: cannot be written ({error}); name another file") from error
     if is_other:

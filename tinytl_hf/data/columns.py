@@ -32,6 +32,8 @@ SEEN = 100  # rows that are looked at for a value
 SIZES_AT_ONCE = 10_000  # rows
 FEW = 20  # rows in which each text may be a class of its own
 BYTES = {"binary", "large_binary"}
+LABELS = re.compile(r"(large_)?string|u?int\d+|float\d+|bool|null")  # types of values that can be classes
+MOST = 2.0**53  # up to which floats are whole numbers
 WHOLE = re.compile(r"-?\d+(\.0+)?")
 
 
@@ -84,6 +86,8 @@ def image_rows(table: datasets.Dataset, config: DataConfig, base: Path | None) -
     elif feature_is_struct(feature) and _has_paths_alone(rows):
         paths = rows.flatten().select_columns(["image.path"]).rename_column("image.path", "image")
         return column, _from_paths(paths, column, base, config.skip_corrupt)
+    elif feature_is_struct(feature) and base is not None and rows.flatten().data.column("image.bytes").null_count:
+        rows = _with_places(rows, base)
     elif _is_bytes(feature):
         if feature_is_struct(feature):
             rows = rows.cast_column("image", {"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
@@ -124,16 +128,19 @@ def label_values(
     """
     column = _label_column(table, config, image_column)
     feature = table.features[column]
-    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)) or feature.dtype in BYTES:
-        raise TinyTLError(f"data.label_column={column}: it holds {feature}, not a label for each image")
+    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)) or not LABELS.match(feature.dtype):
+        raise TinyTLError(
+            f"data.label_column={column}: it holds {getattr(feature, 'dtype', feature)}, and a class is a text, a "
+            "whole number, or true or false"
+        )
     values = table.with_format("numpy")[column][:]
-    missing = [i for i, value in enumerate(values) if value is None or value != value]
+    missing = [i for i, value in enumerate(values) if value is None or value != value or value == ""]
     if len(missing) == len(values):
         raise NoLabelsError(f"no row of split {name} has a label in {column}")
     if missing:
         raise TinyTLError(f"row {missing[0]} of split {name} has no label in {column}; drop such rows")
     if isinstance(feature, datasets.ClassLabel):
-        labels, names = np.asarray(values, dtype=np.int64), list(feature.names)
+        labels, names = np.asarray(values, dtype=np.int64), [as_label(name) for name in feature.names]
         outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
         if outside.size == len(labels):
             raise NoLabelsError(f"no row of split {name} has a label in {column}: all are {labels[0]}")
@@ -142,16 +149,18 @@ def label_values(
                 f"row {outside[0]} of split {name} has label {labels[outside[0]]}, outside 0 to "
                 f"{len(names) - 1}; this split may be unlabelled, use another (data.eval_split)"
             )
-        return column, labels, names
+        distinct = list(dict.fromkeys(names))
+        return column, np.array([distinct.index(name) for name in names])[labels], distinct
     return column, *_numbered(np.asarray(values), column)
 
 
 def _numbered(values: np.ndarray, column: str) -> tuple[np.ndarray, list[str]]:
     if values.dtype.kind == "f":
-        if not np.all(values == np.round(values)):
+        odd = values[(values != np.round(values)) | (np.abs(values) > MOST)]
+        if odd.size:
             raise TinyTLError(
-                f"data.label_column={column}: it holds {values[values != np.round(values)][0]:g}, and a class is a "
-                "text, a whole number, or true or false"
+                f"data.label_column={column}: it holds {odd[0]:g}, and a class is a text, a whole number, or true or "
+                "false"
             )
         values = values.astype(np.int64)  # pandas' whole numbers
     if values.dtype.kind in "OU":
@@ -244,6 +253,19 @@ def _has_paths_alone(rows: datasets.Dataset) -> bool:
     return content.null_count == len(content)
 
 
+def _with_places(rows: datasets.Dataset, base: Path) -> datasets.Dataset:
+    """Images of which some are in the table and others at paths relative to its folder."""
+    place = {path: place_of(path, base) for path in rows.flatten()["image.path"][:] if path is not None}
+
+    def placed(image: dict[str, Any] | None) -> dict[str, Any] | None:
+        if image is None or image["bytes"] is not None or image["path"] is None:
+            return image
+        return {**image, "path": place[image["path"]]}
+
+    features = datasets.Features(image={"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
+    return rows.map(lambda row: {"image": placed(row["image"])}, features=features, keep_in_memory=True)
+
+
 def _first(table: datasets.Dataset, column: str) -> Any:
     return next((value for value in table[column][:SEEN] if value is not None), None)
 
@@ -272,14 +294,14 @@ def holds_paths(table: datasets.Dataset, column: str) -> bool:
 
 def _from_paths(rows: datasets.Dataset, column: str, base: Path | None, skip_missing: bool) -> datasets.Dataset:
     """Images by their paths: relative ones to the table's folder, else to the current one."""
-    paths = [None if path is None else str(path) for path in rows["image"][:]]
+    paths = [None if path is None else str(path).removeprefix("file://") for path in rows["image"][:]]
     remote = next((path for path in paths if path is not None and "://" in path), None)
     if remote is not None or base is None:
         raise TinyTLError(
             f"data.image_column={column}: it holds {remote or 'paths'}, and images must be in the table or files on "
             "this disk; download them first"
         )
-    places = [None if path is None else _place(path, base) for path in paths]
+    places = [None if path is None else place_of(path, base) for path in paths]
     missing = [place for place in places if place is not None and not os.path.isfile(place)]
     if missing and not skip_missing:
         more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
@@ -294,10 +316,11 @@ def _from_paths(rows: datasets.Dataset, column: str, base: Path | None, skip_mis
 def images_named(table: datasets.Dataset, base: Path) -> set[str]:
     """Whole paths of the images that a table names."""
     columns = [column for column in table.column_names if holds_paths(table, column)]
-    return {_place(str(path), base) for column in columns for path in table[column][:] if path is not None}
+    return {place_of(str(path), base) for column in columns for path in table[column][:] if path is not None}
 
 
-def _place(path: str, base: Path) -> str:
+def place_of(path: str, base: Path) -> str:
+    """The image that a path in a table means: beside the table if it is there, else in the current folder."""
     beside = os.path.join(base, expanded(path))
     for form in ("NFC", "NFD"):  # systems write one accented letter in two ways
         spelled = unicodedata.normalize(form, beside)

@@ -90,9 +90,10 @@ def to_pixels(image: Image.Image, input_size: int) -> np.ndarray:
     Raises:
         UnreadableImageError: Its values go beyond those ranges.
     """
+    is_netpbm = image.format == "PPM"
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image)
+        image = _eight_bits(image, is_netpbm)
     image = _limit_aspect(image)
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -139,7 +140,8 @@ def _limit_aspect(image: Image.Image) -> Image.Image:
     return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image, is_netpbm: bool) -> Image.Image:
+    """The same with 8 bits; Pillow scales what Netpbm files hold to 65,535 as their white."""
     values = np.asarray(image).astype(np.float64)
     low, high = float(values.min()), float(values.max())
     is_float = image.mode.startswith("F")
@@ -152,13 +154,16 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         )
     if is_float:
         white = 1.0
-    elif image.mode.startswith("I;16") or high > 255:  # mode I does not say how many bits are used
+    elif image.mode.startswith("I;16") or is_netpbm or high > 255:  # mode I does not say how many bits are used
         white = 65535.0
         if 255 < high < 4096:
             _note_few_bits()
     else:
         white = 255.0
-    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+    reduced = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+    if isinstance(transparent := image.info.get("transparency"), int):  # the grey that is to be seen through
+        reduced.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return reduced
 
 
 @functools.cache  # once a process, not for each image

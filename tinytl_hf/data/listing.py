@@ -111,6 +111,8 @@ def list_folder(root: Path) -> Listing:
             if is_link and not os.path.exists(entry.path):
                 if not _is_hidden(path):
                     listing.leave_out("broken link", path)
+            elif not entry.is_dir() and not entry.is_file():
+                listing.leave_out("that is no file", path)  # a pipe would be waited for, for ever
             elif not entry.is_dir():
                 _add(listing, path, entry)
             elif entry.name not in NEVER:

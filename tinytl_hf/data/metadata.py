@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,18 @@ IMAGE = "image"
 def read_csv(place: str | Path) -> pd.DataFrame:
     """A CSV or TSV file, on this disk or at a URL, with all columns as texts; only what is empty is missing."""
     separator = "\t" if str(place).lower().endswith(".tsv") else ","
-    table = pd.read_csv(place, sep=separator, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more values than the header has names
+        # index_col: else a comma at the end of each row makes the first column an index, and the names slip.
+        table = pd.read_csv(
+            place,
+            sep=separator,
+            dtype=str,
+            keep_default_na=False,
+            na_values=[""],
+            encoding="utf-8-sig",
+            index_col=False,
+        )
     for column in table.columns:
         if str(column) != str(column).lstrip():  # "file_name, label": a space after each comma
             table[column] = [text.lstrip() if isinstance(text, str) else text for text in table[column]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.columns import NoLabelsError, byte_sizes, class_order, image_rows, label_values
+from tinytl_hf.data.columns import NoLabelsError, as_label, byte_sizes, class_order, image_rows, label_values
 from tinytl_hf.data.find import Source
 from tinytl_hf.data.found import Found, left_out, named
 from tinytl_hf.data.holding_out import hold_out
@@ -104,6 +104,7 @@ def _open_data(tables: Tables, config: DataConfig) -> Opened:
     train_name = find_split(config.train_split, names)
     if train_name is None:
         fix = f"; --data.train_split {names[0]} trains on it" if len(names) == 1 else ""
+        fix = f" ({left_out(tables.left_out, tables.examples)})" if tables.left_out else fix
         raise TinyTLError(f"data.train_split={config.train_split}: the data set has {', '.join(names)}{fix}")
     train, (image_column, label_column) = _labelled(tables, train_name, config)
     if len(classes := train.occurring()) < 2:
@@ -127,6 +128,12 @@ def _open_data(tables: Tables, config: DataConfig) -> Opened:
     train = _subset(train, config.max_train_samples, config.split_seed)
     evaluation = _subset(evaluation, config.max_eval_samples, config.split_seed)
     test = None if test is None else _subset(test, config.max_eval_samples, config.split_seed)
+    for split in (evaluation, test):
+        if split is not None and (count := count_shared(split, train)):
+            warnings.append(
+                f"{count:,} of the {len(split.labels):,} images of {split.title} are trained on as well: the same "
+                "files, byte for byte"
+            )
     evaluated = [name for split in (evaluation, test) if split is not None for name in split.occurring()]
     untrained = list(dict.fromkeys(name for name in evaluated if name not in set(train.occurring())))
     warnings += _about(untrained, "no training images, so no right answer can be learnt")
@@ -240,8 +247,19 @@ def find_training_split(config: DataConfig, train_sha256: str | None) -> Split |
 
 
 def count_shared(one: Split, other: Split) -> int:
-    """How many images two parts of a data set have in common."""
-    return len(np.intersect1d(one.numbers, other.numbers)) if one.name == other.name else 0
+    """How many images of a part of a data set are in another: the same rows, or the same files byte for byte.
+
+    Files are compared where those of one size are no more than :data:`READ_WHOLE` bytes.
+    """
+    same = one.name == other.name
+    shared = np.isin(one.numbers, other.numbers) if same else np.zeros(len(one.labels), dtype=bool)
+    sizes, others = byte_sizes(one.rows), byte_sizes(other.rows)
+    ours = np.flatnonzero(np.isin(sizes, others) & (sizes > 0) & ~shared)
+    theirs = np.flatnonzero(np.isin(others, sizes[ours]))
+    if sizes[ours].sum() + others[theirs].sum() <= READ_WHOLE:
+        known = {hashlib.sha256(content).digest() for content in _contents(other, theirs)}
+        shared[ours] = [hashlib.sha256(content).digest() in known for content in _contents(one, ours)]
+    return int(shared.sum())
 
 
 def with_label_names(split: Split, label_names: Sequence[str]) -> Split:
@@ -252,14 +270,14 @@ def with_label_names(split: Split, label_names: Sequence[str]) -> Split:
     """
     if split.label_names == list(label_names):
         return split
-    unknown = [name for name in split.occurring() if name not in label_names]
+    known = {as_label(name): number for number, name in enumerate(label_names)}
+    unknown = [name for name in split.occurring() if as_label(name) not in known]
     if unknown:
         raise TinyTLError(
             f"split {split.name} has the class {unknown[0]!r}, which is not among the {len(label_names)} known "
             f"classes ({named(label_names)}); use data with the same classes"
         )
-    known = {name: number for number, name in enumerate(label_names)}
-    numbers = np.array([known.get(name, -1) for name in split.label_names])
+    numbers = np.array([known.get(as_label(name), -1) for name in split.label_names])
     return replace(split, labels=numbers[split.labels], label_names=list(label_names))
 
 
@@ -287,13 +305,21 @@ def has_hash(split: Split, recorded: str) -> bool:
 def _hash(split: Split, rows: np.ndarray, sizes: bytes) -> str:
     digest = hashlib.sha256("\0".join(split.label_names).encode())
     digest.update(split.labels.tobytes() + sizes)
-    for chosen in np.array_split(rows, 1 + len(rows) // READ_AT_ONCE):
-        for image in split.rows[chosen]["image"]:
-            if image is not None and image["bytes"] is not None:
-                digest.update(image["bytes"])
-            elif image is not None and Path(image["path"]).is_file():
-                digest.update(Path(image["path"]).read_bytes())
+    for content in _contents(split, rows):
+        digest.update(content)
     return digest.hexdigest()
+
+
+def _contents(split: Split, rows: np.ndarray) -> Iterator[bytes]:
+    """The image files of some rows; nothing for one that is not there."""
+    for chosen in np.array_split(rows, 1 + len(rows) // READ_AT_ONCE):
+        for image in split.rows[chosen]["image"] if len(chosen) else ():
+            if image is not None and image["bytes"] is not None:
+                yield image["bytes"]
+            elif image is not None and Path(image["path"]).is_file():
+                yield Path(image["path"]).read_bytes()
+            else:
+                yield b""
 
 
 def _labelled(tables: Tables, name: str, config: DataConfig) -> tuple[Split, tuple[str, str]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
-import logging
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -12,17 +12,13 @@ from typing import Any
 
 import datasets
 import httpx2
-import numpy as np
 
-from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.columns import SPLIT, holds_paths, whole_numbers
+from tinytl_hf.data.columns import holds_paths, whole_numbers
 from tinytl_hf.data.find import TABLES
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.metadata import read_csv
-from tinytl_hf.data.roles import role_of, role_of_table
+from tinytl_hf.data.roles import role_of_table
 from tinytl_hf.errors import TinyTLError
-
-logger = logging.getLogger(__name__)
 
 
 def load_tables(files: dict[str, list[str]], base: Path) -> datasets.DatasetDict:
@@ -58,7 +54,11 @@ def _load_split(files: list[str], kind: str, base: Path) -> datasets.Dataset:
 def _load(files: list[str], kind: str) -> datasets.Dataset:
     if kind == "csv":
         return datasets.concatenate_datasets([_csv(file) for file in files])
-    return datasets.load_dataset(kind, data_files={"train": [glob.escape(file) for file in files]})["train"]
+    # The library datasets keeps what it has read, by the files' names and times: by the name as well, which is of what
+    # changes also where a file is replaced by one of the same time.
+    states = [(path, state.st_size, state.st_ctime_ns) for path in files if (state := os.stat(path))]
+    name = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
+    return datasets.load_dataset(kind, name, data_files={"train": [glob.escape(file) for file in files]})["train"]
 
 
 def _csv(place: str) -> datasets.Dataset:
@@ -145,20 +145,3 @@ def load_saved(listing: Listing, folders: list[str]) -> datasets.DatasetDict:
         else:
             found[role].append(datasets.load_from_disk(str(listing.root / folder)))
     return datasets.DatasetDict({role: datasets.concatenate_datasets(each) for role, each in found.items()})
-
-
-def by_split_column(splits: datasets.DatasetDict, config: DataConfig) -> datasets.DatasetDict:
-    """The only table in parts, if its column ``split`` calls each row's split as people call them."""
-    if len(splits) != 1 or SPLIT in (config.image_column, config.label_column):
-        return splits
-    (table,) = splits.values()
-    feature = table.features.get(SPLIT)
-    if not isinstance(feature, datasets.Value) or "string" not in feature.dtype:
-        return splits
-    roles = np.array([role_of(str(value)) or "" for value in table[SPLIT][:]])
-    found = set(roles.tolist())
-    if "" in found or "train" not in found or len(found) < 2:
-        return splits
-    logger.info("the column %s says which rows are of which split", SPLIT)
-    rest = table.remove_columns(SPLIT)
-    return datasets.DatasetDict({role: rest.select(np.flatnonzero(roles == role)) for role in sorted(found)})

@@ -24,12 +24,14 @@ from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.columns import images_named
 from tinytl_hf.data.find import ARCHIVES, TABLES, Source, find
 from tinytl_hf.data.folder import class_folders
-from tinytl_hf.data.found import left_out
+from tinytl_hf.data.found import left_out, named
 from tinytl_hf.data.images import IMAGE_SUFFIXES
 from tinytl_hf.data.listing import Listing, list_folder
 from tinytl_hf.data.metadata import read_metadata
 from tinytl_hf.data.roles import chosen_splits, role_of, role_of_table
-from tinytl_hf.data.table_files import by_split_column, is_saved, load_saved, load_tables, saved_below, table_at
+from tinytl_hf.data.split_column import by_split_column
+from tinytl_hf.data.table_files import is_saved, load_saved, load_tables, saved_below, table_at
+from tinytl_hf.data.tables_beside import check_tables_beside
 from tinytl_hf.errors import TinyTLError
 
 
@@ -63,6 +65,8 @@ def load(config: DataConfig) -> Tables:
         TinyTLError: It cannot be found or read.
     """
     source = find(config.dataset)
+    if config.subset is not None and (source.place in ("digits", "url") and not source.name.startswith("hf://")):
+        raise TinyTLError(f"data.subset={config.subset}: {source.name} has no subsets; leave that option out")
     if source.place == "digits":
         return Tables(source, datasets.DatasetDict(train=_digits()), None, {}, {})
     where = "no such folder here, and from the Hub: " if source.place == "hub" else ""
@@ -106,6 +110,8 @@ def _reason(error: BaseException) -> str:
 
 def _load_folder(source: Source, path: Path, config: DataConfig) -> Tables:
     if is_saved(path):
+        if config.subset is not None:
+            raise TinyTLError(f"data.subset={config.subset}: {path} is a saved data set, which has no subsets")
         loaded = datasets.load_from_disk(str(path))
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
         return Tables(source, splits, path, {}, {})
@@ -156,9 +162,20 @@ def _label_images(listing: Listing, config: DataConfig) -> tuple[datasets.Datase
     if tables and (are_splits or not has_folders):
         raise TinyTLError(
             f"data.dataset={listing.root}: its images lie in no class folder ({listing.images[0]}); if {tables[0]} "
-            f"has their paths and labels, name that file, {listing.root / tables[0]}"
+            f"has their paths and labels, name {_to_name(listing, tables)}"
         )
-    return class_folders(listing, chosen_splits(config)), None
+    splits = class_folders(listing, chosen_splits(config))
+    check_tables_beside(listing, splits, config)
+    return splits, None
+
+
+def _to_name(listing: Listing, tables: list[str]) -> str:
+    """What to name for the tables beside images: all of them by a pattern, if they are of several splits."""
+    kinds = {os.path.splitext(name)[1] for name in tables}
+    folders = {os.path.dirname(name) for name in tables}
+    if len(kinds) == len(folders) == 1 and len({role_of_table(name) for name in tables} - {None}) > 1:
+        return f"these files, '{listing.root / folders.pop() / f'*{kinds.pop()}'}'"
+    return f"that file, {listing.root / tables[0]}"
 
 
 def _are_flat_splits(listing: Listing) -> bool:
@@ -175,7 +192,14 @@ def _holds_images(listing: Listing) -> bool:
     ]
     if not listing.images or not large:
         return bool(listing.images)
-    return bool(listing.metadata) or (len(_tops(listing)) > 1 and not _has_configs(listing.root))
+    are_folders = bool(listing.metadata) or (len(_tops(listing)) > 1 and not _has_configs(listing.root))
+    splits = [name for name in large if role_of_table(name) and name.endswith((".parquet", ".arrow"))]
+    if are_folders and not listing.metadata and len({role_of_table(name) for name in splits}) > 1:
+        raise TinyTLError(
+            f"data.dataset={listing.root}: the folders of its images can be classes ({named(sorted(_tops(listing)))}) "
+            f"and {splits[0]} can be the data; name {_to_name(listing, splits)}, or take one of the two away"
+        )
+    return are_folders
 
 
 def _tops(listing: Listing) -> set[str]:
@@ -229,8 +253,26 @@ def _load_files(source: Source, config: DataConfig) -> Tables:
             fix = "name the folder of the images" if suffix in IMAGE_SUFFIXES else "name a folder, or such a file"
             fix = "unpack it, and name the folder" if suffix in ARCHIVES else fix
             raise TinyTLError(f"data.dataset={config.dataset}: {file} is no {', '.join(TABLES)} file; {fix}")
+    files = list({os.path.realpath(file): file for file in reversed(files)}.values())[
+        ::-1
+    ]  # links can lead in circles
     base = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
-    return Tables(source, load_tables({"train": files}, base), base, {}, {})
+    listing = Listing(base)
+    return Tables(source, load_tables(_by_role(files, listing), base), base, dict(listing.left_out), listing.examples)
+
+
+def _by_role(files: list[str], listing: Listing) -> dict[str, list[str]]:
+    """Files by the split that their names say, if they say several; all of them to train on, if not."""
+    roles = {file: role_of_table(os.path.relpath(file, listing.root)) for file in files}
+    if len(set(roles.values()) - {None}) < 2:
+        return {"train": files}
+    result: dict[str, list[str]] = defaultdict(list)
+    for file, role in roles.items():
+        if role is None:
+            listing.leave_out(os.path.splitext(file)[1].lower(), os.path.relpath(file, listing.root))
+        else:
+            result[role].append(file)
+    return dict(result)
 
 
 def _load_url(url: str, config: DataConfig) -> datasets.DatasetDict:

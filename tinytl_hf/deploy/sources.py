@@ -39,6 +39,8 @@ class Source:
 
 def find_images(name: str) -> list[Source]:
     """The images that an argument stands for: of a folder those in it, however deep, else the one of that name."""
+    if name == STANDARD_INPUT and sys.stdin is None:
+        return [Source(name, problem="standard input is closed")]
     if name == STANDARD_INPUT:
         return [Source(name, {"bytes": sys.stdin.buffer.read(), "path": None})]
     if URL.match(name):
@@ -55,7 +57,8 @@ def find_images(name: str) -> list[Source]:
         matches = [] if path.exists() else glob.glob(str(path), recursive=True)
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a circle of links, no such ~user
         return [Source(name, problem=str(error))]
-    return [_of_file(file) for file in sorted(matches) if not os.path.isdir(file)] or [_of_file(str(path))]
+    files = {os.path.realpath(file): file for file in sorted(matches, reverse=True) if os.path.isfile(file)}
+    return [_of_file(file) for file in sorted(files.values())] or [_of_file(str(path))]
 
 
 def _of_file(path: str) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
@@ -12,6 +13,7 @@ from tinytl_hf.disk import check_ours, expanded
 from tinytl_hf.errors import TinyTLError
 
 HEAD = ("image", "label", "probability")
+OURS = re.compile(rb"\Aimage,label,probability(,label_\d+,probability_\d+)*,error\r?\n")
 
 
 def into_csv(path: str, top_k: int, results: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -28,7 +30,7 @@ def into_csv(path: str, top_k: int, results: Iterable[dict[str, Any]]) -> Iterat
     file = expanded(path)
     more = [f"{name}_{number}" for number in range(2, top_k + 1) for name in ("label", "probability")]
     results = iter(results)
-    check_ours("csv", file, ",".join(HEAD))
+    check_ours("csv", file, OURS)
     first = list(islice(results, 1))  # the adapter is loaded now, or was not: the file before is still there
     with ExitStack() as opened:
         with _explained(path):

@@ -43,7 +43,7 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     accelerator = make_accelerator(config.mixed_precision)
     check_divides(config.batch_size, "batch_size", accelerator.num_processes)
     if config.output is not None:
-        check_ours("output", Path(config.output), '"tinytl_hf_version"')
+        check_ours("output", Path(config.output), '"_evaluate_version"')
         check_no_run(Path(config.output))
         make_folder_of("output", Path(config.output))
     extra = load_metrics(config.metrics)

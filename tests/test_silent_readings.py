@@ -1,0 +1,215 @@
+"""Data that can be read in a way nobody meant: what is trained on, or named as, something else without a word."""
+
+import os
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import run_cli, write_image
+from PIL import Image
+from test_tables import opened, png
+
+from tinytl_hf import TinyTLError
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.images import decode_pixels
+from tinytl_hf.data.listing import list_folder
+from tinytl_hf.data.sets import count_shared, open_data, with_label_names
+from tinytl_hf.data.tables import load
+
+LABELS = ["cat", "dog"] * 4
+
+
+def table(path, labels=LABELS, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [png(number) for number in range(len(labels))]
+    pd.DataFrame({"image": images, "label": labels, **columns}).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("names", [("train-0.parquet", "test-0.parquet"), ("train/a.parquet", "test/a.parquet")])
+def test_files_of_a_pattern_are_the_splits_that_their_names_say(names, tmp_path):
+    for name in names:
+        table(tmp_path / name)
+    assert opened(tmp_path / "**" / "*.parquet").found.images == {"train": 8, "test": 8}
+    table(tmp_path / "more.parquet")
+    found = opened(tmp_path / "**" / "*.parquet").found
+    assert found.images == {"train": 8, "test": 8} and found.left_out == {".parquet": 1}
+
+
+def test_a_pattern_reads_a_file_once_where_links_lead_in_a_circle(tmp_path):
+    table(tmp_path / "a" / "x.parquet")
+    (tmp_path / "a" / "up").symlink_to("..")
+    assert opened(tmp_path / "**" / "*.parquet").found.images == {"train": 8}
+    write_image(tmp_path / "a" / "x.png")
+    done = run_cli("predict", "--adapter", "none", str(tmp_path / "**" / "*.png"))
+    assert done.returncode and "adapter" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "images"),
+    [
+        (["train"] * 4 + ["test"] * 4, {"train": 4, "test": 4}),
+        (["Train "] * 4 + ["val"] * 2 + ["test"] * 2, {"train": 4, "test": 2, "validation": 2}),
+        (["train"] * 4 + ["test"] * 2 + ["unlabeled"] * 2, {"train": 4, "test": 2}),
+        (["train"] * 4 + ["test"] * 2 + [None] * 2, {"train": 4, "test": 2}),
+    ],
+)
+@pytest.mark.parametrize("column", ["split", "Split"])
+def test_rows_are_of_the_split_that_their_column_says(values, images, column, tmp_path, caplog):
+    found = opened(table(tmp_path / "x.parquet", **{column: values})).found
+    assert found.images == images
+    assert ("2 rows are of no split" in caplog.text) == (sum(images.values()) == 6)
+
+
+def test_a_column_of_splits_that_does_not_say_all_is_refused_and_one_of_other_things_is_not(tmp_path):
+    with pytest.raises(TinyTLError, match="calls some rows train and others extra, which is no split's name"):
+        opened(table(tmp_path / "a.parquet", split=["train"] * 4 + ["extra"] * 4))
+    with pytest.raises(TinyTLError, match="the data set has test, validation"):
+        opened(table(tmp_path / "b.parquet", split=["val"] * 4 + ["test"] * 4))
+    folds = table(tmp_path / "c.parquet", split=["fold1"] * 4 + ["fold2"] * 4)
+    found = opened(folds, train_split="fold1", eval_split="fold2").found
+    assert (found.train, found.evaluation) == (("fold1", 4), ("fold2", 4))
+    assert opened(folds).found.images == {"train": 8}
+    table(tmp_path / "d" / "train.parquet", split=["train"] * 4 + ["val"] * 4)
+    table(tmp_path / "d" / "test.parquet")
+    with pytest.raises(TinyTLError, match="column split calls rows of split train val"):
+        opened(tmp_path / "d")
+
+
+def test_a_table_that_was_replaced_is_read_again_whatever_its_time(tmp_path):
+    for labels in (LABELS, ["emu", "fox"] * 4):
+        path = table(tmp_path / "x.parquet", labels)
+        os.utime(path, (1e9, 1e9))
+        assert opened(path).train.label_names == sorted(set(labels))
+
+
+def folders(root, tops=("part_1", "part_2")):
+    for number in range(8):
+        write_image(root / tops[number % 2] / f"{number}.png", size=(8, 8), seed=number)
+    return [f"{tops[number % 2]}/{number}.png" for number in range(8)]
+
+
+def test_labels_of_a_table_beside_folders_that_are_no_classes_are_asked_for(tmp_path, caplog):
+    paths = folders(tmp_path)
+    file = tmp_path / "labels.csv"
+    pd.DataFrame({"path": paths, "label": ["cat", "cat", "dog", "dog"] * 2}).to_csv(file, index=False)
+    with pytest.raises(TinyTLError, match=f"part_1/0.png is part_1 by its folder, and cat by .* name {file}"):
+        opened(tmp_path)
+    assert opened(file, image_column="path").train.label_names == ["cat", "dog"]
+    pd.DataFrame({"path": paths, "label": ["part_1", "part_2"] * 4}).to_csv(file, index=False)
+    assert opened(tmp_path).train.label_names == ["part_1", "part_2"]
+    pd.DataFrame({"path": paths, "kind": ["cat", "dog"] * 4}).to_csv(file, index=False)
+    assert opened(tmp_path).train.label_names == ["part_1", "part_2"]
+    assert "labels.csv names 8 of these images and is not used: the folders are the classes" in caplog.text
+    with pytest.raises(TinyTLError, match="by its folder, and cat by column kind"):
+        opened(tmp_path, label_column="kind")
+
+
+def test_pictures_beside_the_files_of_splits_are_asked_about(tmp_path):
+    folders(tmp_path, ("assets", "docs"))
+    for name in ("train", "test"):
+        table(tmp_path / "data" / f"{name}-00000-of-00001.parquet")
+    with pytest.raises(TinyTLError, match=r"can be classes \(assets, docs\) and data/test-0.* '.*/data/\*.parquet'"):
+        opened(tmp_path)
+    assert opened(tmp_path / "data" / "*.parquet").found.images == {"train": 8, "test": 8}
+
+
+def test_flat_images_name_all_the_tables_that_have_their_labels(tmp_path):
+    for number in range(8):
+        write_image(tmp_path / f"{number}.png", size=(8, 8), seed=number)
+    for split, part in (("train", range(4)), ("test", range(4, 8))):
+        rows = {"path": [f"{number}.png" for number in part], "label": ["cat", "dog"] * 2}
+        pd.DataFrame(rows).to_csv(tmp_path / f"{split}.csv", index=False)
+    with pytest.raises(TinyTLError, match=r"name these files, '.*/\*.csv'"):
+        opened(tmp_path)
+    assert opened(tmp_path / "*.csv").found.images == {"train": 4, "test": 4}
+
+
+def test_a_comma_at_the_end_of_rows_shifts_no_column_and_values_too_many_are_refused(tmp_path):
+    folders(tmp_path / "i", ("a", "a"))
+    rows = [f"i/a/{number}.png,mask{number}.png,{LABELS[number]}" for number in range(8)]
+    file = tmp_path / "x.csv"
+    file.write_text("\n".join(["image,mask,label", *(f"{row}," for row in rows)]))
+    train = opened(file, image_column="image").train
+    assert train.label_names == ["cat", "dog"] and "/i/a/" in train.rows[0]["image"]["path"]
+    file.write_text("\n".join(["image,mask,label", *(f"{row},more" for row in rows)]))
+    with pytest.raises(TinyTLError, match="Length of header"):
+        opened(file, image_column="image")
+
+
+def test_images_of_the_test_split_that_are_trained_on_under_another_name_are_counted(tmp_path, caplog):
+    for split in ("train", "test"):
+        for number in range(8):
+            write_image(tmp_path / split / LABELS[number] / f"{split}{number}.png", size=(8, 8), seed=number)
+    write_image(tmp_path / "test" / "cat" / "test0.png", size=(8, 8), seed=100)
+    data = opened(tmp_path)
+    assert "7 of the 8 images of test are trained on as well: the same files" in caplog.text
+    assert count_shared(data.evaluation, data.train) == 7 and count_shared(data.train, data.train) == 8
+
+
+def test_dark_images_of_16_bits_are_dark_in_every_format(tmp_path):
+    values = np.full((32, 32), 200, dtype=">u2")
+    (tmp_path / "a.pgm").write_bytes(b"P5 32 32 65535\n" + values.tobytes())
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "a.png")
+    Image.fromarray(np.full((32, 32), 30000, np.uint16)).save(tmp_path / "b.png", transparency=30000)
+    pixels = [
+        int(decode_pixels({"bytes": None, "path": str(tmp_path / name)}, 32).max()) for name in ("a.pgm", "a.png")
+    ]
+    assert pixels == [1, 1]
+    assert int(decode_pixels({"bytes": None, "path": str(tmp_path / "b.png")}, 32).min()) == 255
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["cat", ""] * 4, "row 1 of split train has no label"),
+        ([1.0, float("inf")] * 4, "it holds inf, and a class is a text"),
+        ([1.0, 1e30] * 4, "it holds 1e.30, and a class is a text"),
+        (pd.to_datetime(["2020-01-01", "2020-01-02"] * 4), r"it holds timestamp\[\w+\], and a class is a text"),
+    ],
+)
+def test_what_is_no_class_is_none(labels, message, tmp_path):
+    with pytest.raises(TinyTLError, match=message):
+        opened(table(tmp_path / "x.parquet", labels))
+
+
+def test_one_letter_in_two_spellings_is_one_class_in_saved_data_too(tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    for split, name in (("train", apart), ("test", composed)):
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[name, "tea"]))
+        rows = {"image": [{"bytes": png(n), "path": None} for n in range(4)], "label": [0, 1] * 2}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / split)
+    data = opened(tmp_path)
+    assert data.train.label_names == data.evaluation.label_names == [composed, "tea"]
+    assert with_label_names(data.train, [apart, "tea"]).labels.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("dataset", ["digits", "saved", "http://127.0.0.1:9/x.csv"])
+def test_a_subset_of_what_has_none_is_refused(dataset, tmp_path):
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+    datasets.Dataset.from_dict({"image": [], "label": []}, features=features).save_to_disk(tmp_path / "saved")
+    name = str(tmp_path / "saved") if dataset == "saved" else dataset
+    with pytest.raises(TinyTLError, match=r"data.subset=nosuch: .* no subsets"):
+        load(DataConfig(dataset=name, subset="nosuch"))
+
+
+def test_a_pipe_among_images_is_left_out(tmp_path):
+    folders(tmp_path)
+    os.mkfifo(tmp_path / "part_1" / "f.png")
+    listing = list_folder(tmp_path)
+    assert len(listing.images) == 8 and listing.left_out == {"that is no file": 1}
+
+
+def test_images_of_a_table_are_partly_in_it_and_partly_beside_it(tmp_path):
+    write_image(tmp_path / "t" / "b.png", size=(8, 8))
+    images = [{"bytes": png(), "path": "a.png"}, {"bytes": None, "path": "b.png"}] * 4
+    pd.DataFrame({"image": images, "label": LABELS}).to_parquet(tmp_path / "t" / "x.parquet")
+    rows = open_data(DataConfig(dataset=str(tmp_path / "t" / "x.parquet"), eval_fraction=0.5)).train.rows
+    assert {row["path"] for row in rows["image"] if row["bytes"] is None} == {str(tmp_path / "t" / "b.png")}
+
+
+def test_addresses_of_files_on_this_disk_are_paths(tmp_path):
+    paths = [f"file://{tmp_path}/{path}" for path in folders(tmp_path)]
+    pd.DataFrame({"image": paths, "label": LABELS}).to_csv(tmp_path / "x.csv", index=False)
+    assert opened(tmp_path / "x.csv").found.images == {"train": 8}

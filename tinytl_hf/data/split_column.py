@@ -1,0 +1,88 @@
+"""A column ``split`` that says of each row which split it is of."""
+
+from __future__ import annotations
+
+import logging
+
+import datasets
+import numpy as np
+
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.columns import SPLIT
+from tinytl_hf.data.found import named
+from tinytl_hf.data.roles import chosen_splits, role_of
+from tinytl_hf.errors import TinyTLError
+
+logger = logging.getLogger(__name__)
+
+
+def by_split_column(splits: datasets.DatasetDict, config: DataConfig) -> datasets.DatasetDict:
+    """The only table in parts, if its column ``split`` calls rows' splits as people, or the options, call them.
+
+    Args:
+        splits: Tables by the split that their place says.
+        config: The names of the splits and columns that were asked for.
+
+    Raises:
+        TinyTLError: The column calls some rows splits and others not, or differs from what the place says.
+    """
+    columns = {name: _column_of(table, config) for name, table in splits.items()}
+    if len(splits) > 1:
+        _check_agree(splits, columns)
+        return splits
+    ((name, table),) = splits.items()
+    column = columns[name]
+    if column is None:
+        return splits
+    roles = _roles(table, column, chosen_splits(config))
+    found = sorted(set(roles.values()) - {""})
+    unknown = [value or "(empty)" for value, role in roles.items() if not role]
+    if not found or (len(found) == 1 and not unknown):
+        return splits
+    if len(found) == 1:
+        raise TinyTLError(
+            f"column {column} calls some rows {found[0]} and others {named(unknown)}, which is no split's name; give "
+            "them one (train, validation, test), name it as --data.train_split or --data.eval_split, or take the "
+            "column out"
+        )
+    logger.info("the column %s says which rows are of which split", column)
+    of_row = np.array([roles[_text(value)] for value in table[column][:]])
+    if unknown:
+        count = np.count_nonzero(of_row == "")
+        logger.warning("%s rows are of no split, as column %s calls them %s", f"{count:,}", column, named(unknown))
+    rest = table.remove_columns(column)
+    return datasets.DatasetDict({role: rest.select(np.flatnonzero(of_row == role)) for role in found})
+
+
+def _column_of(table: datasets.Dataset, config: DataConfig) -> str | None:
+    """The column called ``split``, in letters of any size, if it holds texts and is for nothing else."""
+    taken = (config.image_column, config.label_column)
+    for name, feature in table.features.items():
+        is_text = isinstance(feature, datasets.Value) and "string" in feature.dtype
+        if name.lower() == SPLIT and is_text and name not in taken:
+            return name
+    return None
+
+
+def _roles(table: datasets.Dataset, column: str, chosen: set[str]) -> dict[str, str]:
+    """The split that each value of the column stands for; an empty text: none."""
+    values = {_text(value) for value in table[column][:]}
+    return {value: value if value in chosen else role_of(value) or "" for value in sorted(values)}
+
+
+def _text(value: str | None) -> str:
+    return "" if value is None else value.strip()
+
+
+def _check_agree(splits: datasets.DatasetDict, columns: dict[str, str | None]) -> None:
+    """Raise if rows of one split's file or folder are called rows of another."""
+    for name, table in splits.items():
+        column = columns[name]
+        if column is None or role_of(name) is None:
+            continue
+        others = [value for value, role in _roles(table, column, set()).items() if role not in ("", role_of(name))]
+        if others:
+            raise TinyTLError(
+                f"column {column} calls rows of split {name} {named(others)}; take that column out if the files or "
+                "folders are right, or put all rows into one table"
+            )

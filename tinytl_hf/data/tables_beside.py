@@ -1,0 +1,69 @@
+"""Tables that lie beside class folders: whether they say other labels than the folders do."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import datasets
+
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.columns import LABEL, as_label, holds_paths, place_of
+from tinytl_hf.data.listing import Listing
+from tinytl_hf.data.table_files import load_tables
+from tinytl_hf.errors import TinyTLError
+
+logger = logging.getLogger(__name__)
+
+READ = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def check_tables_beside(listing: Listing, splits: datasets.DatasetDict, config: DataConfig) -> None:
+    """Name a table that has the paths of images which are labelled by their folders.
+
+    Args:
+        listing: The files of the folder.
+        splits: Its images with the labels of their folders.
+        config: The label's column, if that was said.
+
+    Raises:
+        TinyTLError: The table has another label for an image than its folder.
+    """
+    for name in listing.tables:
+        if not name.endswith(READ) or (labels := _labels_by_path(listing, name, config)) is None:
+            continue
+        wanted, by_path = labels
+        for table in splits.values():
+            names = table.features["label"].names
+            for image, number in zip(table["image"][:], table["label"][:], strict=True):
+                label = by_path.get(image["path"])
+                if label is not None and as_label(label) != names[number]:
+                    raise TinyTLError(
+                        f"data.dataset={listing.root}: {os.path.relpath(image['path'], listing.root)} is "
+                        f"{names[number]} by its folder, and {label} by column {wanted} of {name}; name "
+                        f"{listing.root / name} to take those labels, or move that file away to take the folders'"
+                    )
+
+
+def _labels_by_path(listing: Listing, name: str, config: DataConfig) -> tuple[str, dict[str, str]] | None:
+    """The column of the labels of a table, and the label of each image that it names; None: it names none."""
+    file = listing.root / name
+    try:
+        table = load_tables({"train": [str(file)]}, file.parent)["train"]
+        column = next((each for each in table.column_names if holds_paths(table, each)), None)
+        paths = [] if column is None else [place_of(str(path), file.parent) for path in table[column][:]]
+    except Exception as error:  # whatever lies beside images can be no table at all
+        logger.info("%s: not used, as it cannot be read (%s)", name, type(error).__name__)
+        return None
+    there = {f"{listing.root}/{image}" for image in listing.images}
+    count = len(there.intersection(paths))
+    if not count:
+        return None
+    wanted = config.label_column or LABEL
+    if wanted not in table.column_names:
+        logger.warning(
+            "%s names %s of these images and is not used: the folders are the classes; name %s for its labels",
+            *(name, f"{count:,}", file),
+        )
+        return None
+    return wanted, {path: str(label) for path, label in zip(paths, table[wanted][:], strict=True) if label is not None}
