@@ -9,12 +9,14 @@ import pytest
 from conftest import run_cli, small_run
 from started_runs import metrics
 
-from tinytl_hf import device
+from tinytl_hf import TinyTLError, device
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.network import BackboneConfig
 from tinytl_hf.config.run import Config, MemoryConfig
 from tinytl_hf.config.train import TrainConfig
-from tinytl_hf.train import loop
+from tinytl_hf.config.verbs import EvalConfig
+from tinytl_hf.device import alone_in_process
+from tinytl_hf.measure.accuracy import evaluate_adapter
 from tinytl_hf.train.loop import train
 
 
@@ -124,8 +126,10 @@ def test_runs_in_a_thread_and_one_after_the_other_with_another_precision_and_acc
 
 
 def test_two_runs_at_a_time_in_one_process_are_refused(colour_folder, tmp_path):
-    with loop.RUNNING:
+    with alone_in_process():
         done = run_cli(*small_run(colour_folder, tmp_path / "run", "--method", "FT-Last"))
-    assert done.returncode == 1 and "another run trains in this process" in done.stderr
+    assert done.returncode == 1 and "another run trains, or evaluates, in this process" in done.stderr
+    with alone_in_process(), pytest.raises(TinyTLError, match="another run trains, or evaluates, in this process"):
+        evaluate_adapter(EvalConfig(adapter=str(tmp_path)), DataConfig(dataset=str(colour_folder)))
     assert not (tmp_path / "run").exists()
     assert run_cli(*small_run(colour_folder, tmp_path / "run", "--method", "FT-Last")).returncode == 0

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
 import os
 import platform
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import joblib
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
@@ -33,8 +37,26 @@ NOT_SUPPORTED = {
 }
 NONE_OF_IT = {"", "no", "none", "false", "0", "off", "f", "n"}
 PRECISIONS = ("no", "bf16", "fp16")
+IN_USE = threading.Lock()  # held while a run trains, or an adapter is evaluated, in this process
 NO_LIMIT = 2**60  # bytes; version 1 of control groups says no limit by a huge number
 CPU_PIXELS = 2 * 224 * 224  # maps of so many pixels stay below 32 MB in the usual networks
+
+
+@contextmanager
+def alone_in_process() -> Iterator[None]:
+    """Keep Accelerate's state and the random numbers, which are those of the process, to one run or evaluation.
+
+    Raises:
+        TinyTLError: Another one is at work.
+    """
+    if not IN_USE.acquire(blocking=False):
+        raise TinyTLError(
+            "another run trains, or evaluates, in this process, and the two would disturb each other; start a process"
+        )
+    try:
+        yield
+    finally:
+        IN_USE.release()
 
 
 def make_accelerator(
@@ -73,6 +95,18 @@ def make_accelerator(
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise TinyTLError("train.mixed_precision=fp16: a CPU would train in fp32; use bf16 or no")
     return accelerator
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """Close the trackers; the group of processes stays for another run of this one, and ends with it."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    _end_group_at_exit()
+
+
+@functools.cache  # once a process
+def _end_group_at_exit() -> None:
+    atexit.register(lambda: PartialState().destroy_process_group())
 
 
 def precision_of(mixed_precision: str | None) -> str:

@@ -23,7 +23,7 @@ from tinytl_hf.data import sets
 from tinytl_hf.data.batches import make_loader, read_images
 from tinytl_hf.data.find import find, is_same_place, is_there
 from tinytl_hf.data.sets import Split
-from tinytl_hf.device import check_divides, forward_in_parts, make_accelerator, seconds_since
+from tinytl_hf.device import alone_in_process, check_divides, forward_in_parts, make_accelerator, seconds_since
 from tinytl_hf.disk import check_ours
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.metrics import compute_metrics, load_metrics
@@ -40,6 +40,11 @@ def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, A
     Raises:
         TinyTLError: The adapter or the data cannot be loaded, or their classes differ.
     """
+    with alone_in_process():
+        return _evaluate(config, data_config)
+
+
+def _evaluate(config: EvalConfig, data_config: DataConfig) -> dict[str, Any]:
     accelerator = make_accelerator(config.mixed_precision)
     check_divides(config.batch_size, "batch_size", accelerator.num_processes)
     if config.output is not None:

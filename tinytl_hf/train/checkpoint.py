@@ -55,6 +55,7 @@ MAY_DIFFER = {
         "memory.report",
         "train.epochs",
         "train.gradient_checkpointing",
+        "train.mixed_precision",
         "train.patience",
         "train.resume",
         "train.threads",
@@ -135,9 +136,11 @@ def save(accelerator: Accelerator, config: Config, progress: Progress, hashes: d
     folder = Path(config.output_dir) / CHECKPOINTS
     final = folder / f"step_{progress.step:08d}_epoch_{progress.epoch:04d}"
     temporary = folder / f".{final.name}.tmp"
+    if final.exists() and find_damage(final) is None and _record(final)["progress"]["batch"] == progress.batch:
+        return final  # the run goes on from it and has not moved since: there is no moment without it
     try:
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)  # not the run's folder: one that was taken away would be half of a run
             for left_over in folder.glob(".step_*"):
                 if NAME.fullmatch(left_over.stem[1:]):
                     shutil.rmtree(left_over)
@@ -158,10 +161,10 @@ def save(accelerator: Accelerator, config: Config, progress: Progress, hashes: d
                 shutil.rmtree(old)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise TinyTLError(
-            f"output_dir={config.output_dir}: the checkpoint of step {progress.step} cannot be written ({error}); "
-            "make room and go on from the one before with --train.resume auto"
-        ) from error
+        is_gone = not Path(config.output_dir).is_dir()
+        fix = "the folder is gone" if is_gone else "make room and go on from the one before with --train.resume auto"
+        what = f"the checkpoint of step {progress.step} cannot be written"
+        raise TinyTLError(f"output_dir={config.output_dir}: {what} ({error}); {fix}") from error
     accelerator.wait_for_everyone()
     return final
 
@@ -184,6 +187,9 @@ def find(config: Config) -> Path | None:
             raise TinyTLError(f"train.resume={path}: damaged ({damage}); use another checkpoint, or auto")
     if path is not None:
         _check_same(path, flat(config.to_dict()))
+        done = _record(path)["progress"]["epoch"]
+        if config.train.epochs is not None and config.train.epochs < done:
+            raise TinyTLError(f"train.epochs={config.train.epochs}: {path} has {done} already; use {done} or more")
         _say_what_changes(path, config)
     return path
 
@@ -302,6 +308,11 @@ def _check_same(path: Path, now: dict[str, Any]) -> None:
 def _say_what_changes(path: Path, config: Config) -> None:
     """Log what goes on otherwise than it began, though the run may go on."""
     before, now = with_new_names(_record(path).get("run", {})), flat(config.to_dict())
+    done = _record(path)["progress"]["epoch"]
+    if config.train.epochs is not None and config.train.epochs < done:
+        raise TinyTLError(
+            f"train.epochs={config.train.epochs}: the checkpoint {path} has {done} already; use that or more"
+        )
     epochs = before.get("train.epochs", config.train.epochs)
     if epochs != config.train.epochs:
         spread = ["the cosine schedule"] if config.train.schedule == "cosine" else []

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from tinytl_hf.adapter.format import TENSORS_FILE, read_tensors
 from tinytl_hf.config.run import Config, flat
-from tinytl_hf.device import seconds_since, view_dtype
+from tinytl_hf.device import alone_in_process, end_training, seconds_since, view_dtype
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.measure.accuracy import compute_logits
 from tinytl_hf.measure.metrics import compute_metrics
@@ -36,7 +36,6 @@ from tinytl_hf.train.stop_signal import StopSignal
 
 logger = logging.getLogger(__name__)
 
-RUNNING = threading.Lock()  # held while a run trains in this process
 LOOK_EVERY = 10  # optimizer steps between two looks at the loss, each of which waits for the device
 
 
@@ -53,12 +52,8 @@ def train(config: Config) -> dict[str, Any]:
         TinyTLError: Bad config, data or weights, before training starts, or a loss that is not finite.
         Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
     """
-    if not RUNNING.acquire(blocking=False):
-        raise TinyTLError("another run trains in this process, and the two would disturb each other; start a process")
-    try:
-        return train_to_the_end(set_up(config))
-    finally:
-        RUNNING.release()
+    with alone_in_process(), ExitStack() as held:
+        return train_to_the_end(set_up(config, held))
 
 
 def train_to_the_end(run: Run) -> dict[str, Any]:
@@ -88,7 +83,7 @@ def train_to_the_end(run: Run) -> dict[str, Any]:
         write_card(Path(config.output_dir), config)  # it reads what the run wrote
     if config.memory.report:
         report_memory(run)
-    accelerator.end_training()
+    end_training(accelerator)
     return results
 
 
@@ -208,7 +203,12 @@ def finish_epoch(run: Run, figures: dict[str, float]) -> None:
         "train": train_figures,
         "eval": figures,
     }
-    run.accelerator.log(flat(line), step=progress.epoch + 1)
+    try:
+        run.accelerator.log(flat(line), step=progress.epoch + 1)
+    except OSError as error:
+        raise TinyTLError(
+            f"tracker={config.tracker}: cannot be written ({error}); make room and go on with --train.resume auto"
+        ) from error
     is_best = figures["accuracy"] > progress.best_accuracy
     kept = [run_folder.ADAPTER] if is_best or config.adapter.keep == "last" else []
     save_adapters(run.model, config, run.record, [run_folder.LAST_ADAPTER, *kept], run.accelerator, figures)
@@ -261,5 +261,5 @@ def raise_not_finite(run: Run) -> None:
 def stop_if_asked(run: Run, stop: StopSignal, path: Path) -> None:
     """End the run if a signal came; the checkpoint at ``path`` is of this moment."""
     if signum := stop.received(run.accelerator):
-        run.accelerator.end_training()
+        end_training(run.accelerator)
         raise Interrupted(signum, f"stopped at step {run.progress.step}: --train.resume auto goes on from {path}")

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
-from tinytl_hf.adapter.format import CARD_FILE
+from tinytl_hf.adapter.format import CARD_FILE, TENSORS_FILE
 from tinytl_hf.adapter.format import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from tinytl_hf.config.run import Config, flat, with_new_names
 from tinytl_hf.config.yaml12 import load_yaml
-from tinytl_hf.disk import local_path, write_text
+from tinytl_hf.disk import local_path, write_bytes, write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import files_of_adapter, is_untouched, read_card
 from tinytl_hf.reports.run_folder import (
@@ -38,6 +41,7 @@ from tinytl_hf.train.checkpoint import MAY_DIFFER, list_checkpoints
 GROUPS = {"backbone", "lite", "head", "data", "train", "memory", "adapter", "hub"}
 OPTIONS = {*GROUPS, "output_dir", "overwrite", "seed", "method", "tracker", "metrics"}
 KEYS = {RESULTS_FILE: "tinytl_hf_version", MISTAKES_FILE: "shown", MEMORY_FILE: "rows"}  # and these files these
+LOCK_FILE = ".lock"  # while a run is at work
 TRACKED_AS = "tinytl_hf"  # what trackers call the project, and TensorBoard its folder
 NAMES = (CONFIG_FILE, METRICS_FILE, *KEYS, ADAPTER, LAST_ADAPTER, CHECKPOINTS)
 
@@ -80,9 +84,34 @@ def check_keeps_init(config: Config) -> None:
         )
 
 
-def has_adapter_of_later_epoch(config: Config, epochs_done: int) -> bool:
-    """Whether the adapter in a run's folder is of an epoch after the checkpoint that the run goes on from."""
-    lines = read_metrics(Path(config.output_dir))
+@contextmanager
+def claimed(config: Config) -> Iterator[None]:
+    """Keep a run's folder to one run, whichever process and machine the other is of.
+
+    Raises:
+        TinyTLError: Another run is at work there, or was while this one was set up; or the folder cannot be written.
+    """
+    output = Path(config.output_dir)
+    lock = FileLock(output / LOCK_FILE)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise TinyTLError(f"output_dir={output}: another run is at work in it; choose another, or wait") from error
+    except OSError as error:
+        raise TinyTLError(f"output_dir={output}: cannot be written ({error}); choose another") from error
+    try:
+        check_free(config)
+        yield
+    finally:
+        with suppress(OSError):  # where an open file cannot be removed, it stays and hurts nobody
+            (output / LOCK_FILE).unlink()
+        lock.release()
+
+
+def has_adapter_of_later_epoch(folder: Path, config: Config, epochs_done: int) -> bool:
+    """Whether the adapter in a run's folder is of an epoch after the checkpoint that a run goes on from."""
+    lines = read_metrics(folder)
     done = [line["eval"]["accuracy"] for line in lines if line["epoch"] <= epochs_done]
     later = [line["eval"]["accuracy"] for line in lines if line["epoch"] > epochs_done]
     return bool(later) and (config.adapter.keep == "last" or max(later) > max(done, default=-1.0))
@@ -105,7 +134,8 @@ def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> No
     try:
         output.mkdir(parents=True, exist_ok=True)
         # Those of the run that goes on, in this folder or out of another.
-        before = [] if resume_from is None else read_metrics(resume_from.resolve().parents[1])
+        former = output if goes_on else run_of(resume_from)
+        before = [] if former is None else read_metrics(former)
         lines = [line for line in before if line["epoch"] <= epochs_done]
         for path in list_checkpoints(output / CHECKPOINTS):
             if not goes_on or (resume_from is not None and path.name > resume_from.name):
@@ -121,6 +151,25 @@ def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> No
         write_text(output / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:
         raise TinyTLError(f"output_dir={output}: cannot be written ({error}); choose another") from error
+
+
+def run_of(checkpoint: Path | None) -> Path | None:
+    """The folder of the run that wrote a checkpoint; None: the checkpoint lies in none, as a copy may."""
+    if checkpoint is None or checkpoint.resolve().parent.name != CHECKPOINTS:
+        return None
+    folder = checkpoint.resolve().parents[1]
+    return folder if (folder / CONFIG_FILE).is_file() and not _others(folder) else None
+
+
+def copy_best(config: Config, resume_from: Path, epochs_done: int) -> None:
+    """Bring the best adapter so far into the folder of a run that goes on from a checkpoint of another folder."""
+    former, output = run_of(resume_from), Path(config.output_dir)
+    if former is None or (output / ADAPTER).exists() or has_adapter_of_later_epoch(former, config, epochs_done):
+        return
+    if read_metrics(former) and _is_adapter(former / ADAPTER):
+        (output / ADAPTER).mkdir()
+        for name in (ADAPTER_CONFIG_FILE, TENSORS_FILE):
+            write_bytes(output / ADAPTER / name, (former / ADAPTER / name).read_bytes())
 
 
 def _others(output: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,6 +43,8 @@ from tinytl_hf.train.output_dir import (
     TRACKED_AS,
     check_free,
     check_keeps_init,
+    claimed,
+    copy_best,
     has_adapter_of_later_epoch,
     make_ready,
 )
@@ -53,8 +56,13 @@ from tinytl_hf.train.warm_start import seen_before, warm_start
 logger = logging.getLogger(__name__)
 
 
-def set_up(config: Config) -> Run:
-    """Check and load everything, and bring it to where a checkpoint left it if there is one."""
+def set_up(config: Config, held: ExitStack) -> Run:
+    """Check and load everything, and bring it to where a checkpoint left it if there is one.
+
+    Args:
+        config: The run.
+        held: Gets what is held until the run ends: the run's folder.
+    """
     accelerator = accelerator_for(config)
     metrics = load_metrics(config.metrics)
     opened = sets.open_data(config.data)
@@ -88,6 +96,8 @@ def set_up(config: Config) -> Run:
         "precision": accelerator.mixed_precision,  # a launcher can have said it
     }
     evaluated, final = evaluations(config, accelerator, opened, inputs, record)
+    if accelerator.is_main_process:
+        held.enter_context(claimed(config))
     progress = start_or_go_on(config, accelerator, model, record, resume_from, hashes)
     set_learning_rates(scheduler.scheduler)
     progress.seconds += inputs.seconds
@@ -186,15 +196,19 @@ def start_or_go_on(
     progress = checkpoint.load(accelerator, resume_from, hashes) if resume_from else Progress(init=init)
     if progress.init is not None:
         model.config = replace(model.config, init=InitRecord(**progress.init))
-    is_of_later_epoch = resume_from is not None and has_adapter_of_later_epoch(config, progress.epoch)
+    is_of_later_epoch = resume_from is not None and has_adapter_of_later_epoch(
+        Path(config.output_dir), config, progress.epoch
+    )
     accelerator.wait_for_everyone()  # all have seen what is there
     if accelerator.is_main_process:
         make_ready(config, resume_from, progress.epoch)
+        if resume_from is not None:
+            copy_best(config, resume_from, progress.epoch)
     accelerator.wait_for_everyone()
     is_missing = resume_from is not None and not (Path(config.output_dir) / ADAPTER).exists()
     accelerator.wait_for_everyone()
     if is_missing or is_of_later_epoch:
-        # Resumed into another folder, where the best so far stayed in the first, or from before a better epoch.
+        # Resumed into another folder, and the best so far is not in the first, or from before a better epoch.
         if config.adapter.keep == "best":
             progress.best_accuracy, progress.epochs_since_best = -1.0, 0
         save_adapters(model, config, record, [ADAPTER], accelerator)
