@@ -36,7 +36,7 @@ from tinytl_hf.lean.prefix import find_prefix
 from tinytl_hf.network import methods
 from tinytl_hf.network.backbones import locate_weights, sha256
 from tinytl_hf.network.blocks import name_unknown_blocks
-from tinytl_hf.network.head import Head, without_head
+from tinytl_hf.network.head import Head, head_of, without_head
 
 
 class TinyTLModel(nn.Module):
@@ -386,7 +386,7 @@ class TinyTLModel(nn.Module):
 
     @property
     def _head(self) -> Head:
-        return next(module for module in self.backbone.modules() if isinstance(module, Head))
+        return head_of(self.backbone)[1]
 
     def _loaded(self) -> LoadedAdapter:
         network = self.backbone, self._blocks, self.prefix, self.stock_layers

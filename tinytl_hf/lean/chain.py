@@ -132,7 +132,19 @@ class Chain:
         sizes = self.map_sizes(x.shape)[1:] if keeps else [None] * len(self.stages)
         return [_room_for(stage, x, dtype, size) for stage, size in zip(self.stages, sizes, strict=True)]
 
+    def _check_frozen(self) -> None:
+        """Raise if a weight trains whose gradient nobody would compute: the model was called past its own check."""
+        for stage in self.stages:
+            layers = (stage.conv,) if stage.norm is None else (stage.conv, stage.norm)
+            if any(layer.weight.requires_grad for layer in layers):
+                raise TinyTLError(
+                    "a frozen weight requires a gradient, which the lean engine does not compute; use a method or "
+                    "trained_blocks that train it (FT-Full trains all), or lean=False"
+                )
+
     def _run(self, x: Tensor, pools: bool) -> tuple[Tensor, Tensor | None]:
+        if torch.is_grad_enabled():
+            self._check_frozen()
         if torch.compiler.is_compiling():
             return operators.run_chain(self, x, compute_dtype(x), pools)
         return _ChainFunction.apply(

@@ -6,7 +6,7 @@ else their convolutions with norm and activation do, else single layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -38,6 +38,7 @@ from tinytl_hf.network.head import Head, PointwiseHead
 from tinytl_hf.network.kinds import class_name
 from tinytl_hf.network.mixed import mixed
 from tinytl_hf.network.norms import FrozenBatchNorm2d
+from tinytl_hf.network.parts import remember_parts
 from tinytl_hf.network.trained_blocks import modules_before
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
@@ -125,7 +126,7 @@ def convert(
     for name, (conv, norm) in _with_norms(backbone, engine).items():
         done.update((conv, *norm.modules()))
         if name == STEM and blocks:
-            _join(conv, next(iter(blocks.values())), prefix)
+            _join((conv, norm), next(iter(blocks.values())), prefix)
     frozen = any(isinstance(m, nn.Conv2d) and not m.weight.requires_grad for m in backbone.modules())
     for module in backbone.modules():
         if module in done | again or not frozen:
@@ -148,7 +149,8 @@ def convert(
         if isinstance(module, nn.Sequential) and len(module) > 1:
             stem, following = module[0], module[1]
             if isinstance(stem, LeanConvNormActivation) and isinstance(following, TinyTLBlock):
-                _join(stem, following, prefix)
+                _join((stem,), following, prefix)
+    remember_parts(backbone, again)
     return [
         f"{name} ({type(module).__name__})"
         for name, module in backbone.named_modules()
@@ -206,11 +208,18 @@ def _keeps_little(layer: nn.Module) -> bool:
     return _becomes_lean(layer) or not may_keep_maps(layer)
 
 
-def _join(stem: LeanConvNormActivation | LeanConv2d, block: TinyTLBlock, prefix: Collection[nn.Module]) -> None:
+def _join(stems: Sequence[nn.Module], block: TinyTLBlock, prefix: Collection[nn.Module]) -> None:
     """Let a stem and the block that follows it, if masks serve it, train as one chain, which the block runs.
 
     So the stem's maps, the largest of all, exist for a slice of the batch only.
+
+    Args:
+        stems: The stem, and the norm after it that it does the work of.
+        block: The block.
+        prefix: Modules that run without gradients.
     """
+    stem = stems[0]
+    assert isinstance(stem, (LeanConvNormActivation, LeanConv2d))
     path = block.lean_path
     main = path.main if isinstance(path, LeanBlockPath) else path
     apart = stem in prefix and block not in prefix  # the stem runs without gradients, and the block trains
@@ -219,7 +228,7 @@ def _join(stem: LeanConvNormActivation | LeanConv2d, block: TinyTLBlock, prefix:
     if main.residual or block.gradient_checkpointing or apart:
         return
     joined = replace(main, stages=(*stem.chain.stages, *main.stages), branch=len(stem.chain.stages))
-    members = (stem, block)
+    members = (*stems, block)
     whole = replace(path, main=joined) if isinstance(path, LeanBlockPath) else joined
     block.lean_path = Together(members, whole, path)
     stem.chain = Together(members, DoneByAnother(), stem.chain)

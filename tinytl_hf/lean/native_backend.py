@@ -122,11 +122,15 @@ def _stages(
     weights: list[Tensor],
     kept: list[Tensor | None],
     grads: list[Tensor | None],
-) -> Any:
-    """The chain's stages as an array; what never changes is worked out once, pointers each time."""
+) -> tuple[Any, list[Tensor | None]]:
+    """The chain's stages as an array, and the tensors that it points to; geometry is worked out once.
+
+    Each tensor is asked for once: a parametrized one is another at each time, and gone with its last name.
+    """
     if "stages" not in chain.facts:
         chain.facts["stages"] = (StageArguments * len(chain.stages))(*map(_geometry, chain.stages))
     array = type(chain.facts["stages"]).from_buffer_copy(chain.facts["stages"])
+    alive: list[Tensor | None] = [*weights, *kept, *grads]
     of_stages = zip(array, chain.stages, paddings, weights, kept, grads, strict=True)
     for to, stage, padding, weight, each, grad in of_stages:
         conv, norm, bias = stage.conv, stage.norm, stage.bias
@@ -137,15 +141,17 @@ def _stages(
         else:
             to.weight = weight.data_ptr()
         if norm is not None:
-            assert norm.running_mean is not None and norm.running_var is not None
-            to.gamma = norm.weight.data_ptr()
-            to.mean, to.var = norm.running_mean.data_ptr(), norm.running_var.data_ptr()
+            vectors = [norm.weight, norm.running_mean, norm.running_var]
+            to.gamma, to.mean, to.var = map(_pointer, vectors)
+            to.eps = norm.eps
+            alive += vectors
+        alive.append(bias)
         to.bias, to.grad_bias = _pointer(bias), _pointer(grad)
         if stage.activation in SMOOTH:
             to.before = _pointer(each)
         else:
             to.mask = _pointer(each)
-    return array
+    return array, alive
 
 
 def _geometry(stage: Stage) -> StageArguments:
@@ -157,7 +163,6 @@ def _geometry(stage: Stage) -> StageArguments:
         conv.stride[0],
         0,
         conv.groups > 1,
-        eps=0.0 if stage.norm is None else stage.norm.eps,
         activation=ACTIVATIONS[stage.activation],
         upper=UPPER.get(stage.activation or "", 0.0),
     )
@@ -179,11 +184,11 @@ class _Call:
         paddings = _paddings(chain, shape)
         assert paddings is not None
         weights = [padding.weight(stage.conv) for padding, stage in zip(paddings, chain.stages, strict=True)]
-        stages = _stages(chain, paddings, weights, kept, grads)
+        stages, alive = _stages(chain, paddings, weights, kept, grads)
         arguments = ChainArguments(shape[0], shape[2], shape[3], len(stages), stages, chain.branch, chain.residual)
         arguments.threads = torch.get_num_threads()
         arguments.cache = cache_bytes() if chain.slice_mb is None else int(chain.slice_mb * 1e6)
-        return cls(arguments, [*weights, *kept, *grads])
+        return cls(arguments, alive)
 
     def set(self, name: str, maps: Tensor | None) -> None:
         """Pass channels-last maps."""

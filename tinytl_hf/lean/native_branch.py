@@ -19,7 +19,7 @@ from tinytl_hf.lean.native_library import (
     kernels,
     unfit_types,
 )
-from tinytl_hf.network.norms import GlobalBatchNorm2d, sum_over_processes
+from tinytl_hf.network.norms import sum_over_processes
 
 if TYPE_CHECKING:
     from tinytl_hf.lean.lite_branch import Branch
@@ -92,8 +92,11 @@ class _Call:
         arguments.weight1, arguments.weight2 = (weight.data_ptr() for weight in weights)
         strides = weights[0].stride()
         arguments.weight1_strides[:] = strides[0], strides[1], strides[3]
-        arguments.norm1 = _norm_arguments(branch.norm1, statistics[:2])
-        arguments.norm2 = _norm_arguments(branch.norm2, statistics[2:])
+        for name, norm, own in (("norm1", branch.norm1, statistics[:2]), ("norm2", branch.norm2, statistics[2:])):
+            vectors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+            pointers = (None if vector is None else vector.data_ptr() for vector in vectors)
+            setattr(arguments, name, NormArguments(*pointers, 0.0, norm.eps, own[0].data_ptr(), own[1].data_ptr()))
+            self.alive += vectors
         arguments.values = branch.norm1.values_of_a_channel((images, 1, *self.size))
         arguments.threads = torch.get_num_threads()
         if branch.norm1.spans_processes:
@@ -124,9 +127,3 @@ class _Call:
             values.copy_(sum_over_processes(values))
         except Exception as error:  # whatever it is, run() raises it
             self.failed = error
-
-
-def _norm_arguments(norm: GlobalBatchNorm2d, statistics: list[Tensor]) -> NormArguments:
-    running = [None if tensor is None else tensor.data_ptr() for tensor in (norm.running_mean, norm.running_var)]
-    vectors = (norm.weight.data_ptr(), norm.bias.data_ptr(), *running)
-    return NormArguments(*vectors, 0.0, norm.eps, statistics[0].data_ptr(), statistics[1].data_ptr())

@@ -14,6 +14,7 @@ from tinytl_hf.lean.independence import heavy_weights_are_frozen, independent_by
 from tinytl_hf.lean.lite_runs import LiteRun
 from tinytl_hf.lean.paths import LeanBlockPath
 from tinytl_hf.lean.recompute import SHARE_FOR_RUNS, Recomputed
+from tinytl_hf.lean.together import has_hooks
 from tinytl_hf.network.blocks import TinyTLBlock, own_modules
 
 BLOCKS_OF_A_RUN = 3  # more would keep less, and have more maps of a slice at a time when they are computed again
@@ -28,17 +29,27 @@ class LeanSequence(nn.Sequential):
     Attributes:
         passes: The training passes, in forward order: of single layers, and of runs of them. A part of the sequence,
             as ``layers[:2]``, has none.
+        opened: Sequences in it whose layers are among those of the passes.
     """
 
     passes: tuple[Callable[[Tensor], Tensor], ...] = ()
+    opened: tuple[nn.Module, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Sequential``."""
-        if not self.training or not self.passes:
+        if not self.training or not self.passes or any(map(has_hooks, self.opened)):
             return super().forward(input)
         for run in self.passes:
-            input = run(input)
+            for each in _units_with_hooks(run) or (run,):
+                input = each(input)
         return input
+
+
+def _units_with_hooks(run: Callable[[Tensor], Tensor]) -> tuple[nn.Module, ...]:
+    """The units of a run, each by itself, if somebody looks at one of them."""
+    whole = run.mains if isinstance(run, LiteRun) else run
+    units = tuple(whole.module.children()) if isinstance(whole, Recomputed) else ()
+    return units if any(map(has_hooks, units)) else ()
 
 
 def join_recomputed(
@@ -79,15 +90,27 @@ def run_as(layers: nn.Sequential, passes: Iterable[Callable[[Tensor], Tensor]]) 
     """Let a sequence train by these passes."""
     layers.__class__ = LeanSequence
     layers.passes = tuple(passes)  # type: ignore[assignment]
+    layers.opened = tuple(_opened(layers))  # type: ignore[assignment]
 
 
 def _units(layers: nn.Sequential) -> Iterator[nn.Module]:
     """Blocks and single layers, those of sequences of blocks one by one."""
     for layer in layers:
-        if type(layer) is nn.Sequential and any(isinstance(part, TinyTLBlock) for part in layer):
-            yield from _units(layer)
+        if _is_opened(layer):
+            yield from _units(layer)  # type: ignore[arg-type]
         else:
             yield layer
+
+
+def _opened(layers: nn.Sequential) -> Iterator[nn.Module]:
+    """The sequences of blocks in a sequence, of any depth."""
+    for layer in filter(_is_opened, layers):
+        yield layer
+        yield from _opened(layer)  # type: ignore[arg-type]
+
+
+def _is_opened(layer: nn.Module) -> bool:
+    return type(layer) is nn.Sequential and any(isinstance(part, TinyTLBlock) for part in layer)
 
 
 def _runs(units: list[nn.Module], prefix: Collection[nn.Module]) -> Iterator[list[nn.Module]]:

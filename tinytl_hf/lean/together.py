@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what a module is given or gives, or at their gradients."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hooks)
+
+
 @dataclass(frozen=True, eq=False)
 class Together:
     """The training pass of one of several modules that train as one.
 
-    A user can put some of them in evaluation mode, a stem say, and those then do their own work.
+    A user can put some of them in evaluation mode, a stem say, or hook them; they then do their own work.
 
     Attributes:
         members: All of them.
@@ -26,7 +32,8 @@ class Together:
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the module, or as all of them."""
-        return self.as_one(x) if all(member.training for member in self.members) else self.alone(x)
+        apart = any(not member.training or has_hooks(member) for member in self.members)
+        return self.alone(x) if apart else self.as_one(x)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinytl_hf.errors import TinyTLError
+
 
 class Head(nn.Linear):
     """A linear layer with dropout on its input, in the place (and under the name) of the backbone's own.
@@ -44,12 +46,27 @@ class Head(nn.Linear):
         return (drawn >= self.dropout).to(input.dtype) / (1 - self.dropout)
 
 
+def head_of(backbone: nn.Module) -> tuple[str, Head]:
+    """The name and the module of a network's head.
+
+    Raises:
+        TinyTLError: It has none any more.
+    """
+    found = next(((name, module) for name, module in backbone.named_modules() if isinstance(module, Head)), None)
+    if found is None:
+        raise TinyTLError(
+            "the network's head was replaced by a layer of another kind, which no adapter could hold; build the model "
+            "with num_classes= or label_names= in place of that"
+        )
+    return found
+
+
 def without_head(backbone: nn.Module) -> nn.Module:
     """The same network with the head's input as its result; nothing is copied but the modules that hold the head.
 
     Being a network of its own, it can run in several threads, beside the whole one too.
     """
-    name = next(name for name, module in backbone.named_modules() if isinstance(module, Head))
+    name, _ = head_of(backbone)
     *path, last = name.split(".")
     top = holder = with_own_children(backbone)
     for part in path:

@@ -21,6 +21,7 @@ from tinytl_hf.network.head import Head
 from tinytl_hf.network.kinds import class_name
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.norms import AlwaysEvaluates, FrozenBatchNorm2d, GlobalBatchNorm2d, replace_batch_norms
+from tinytl_hf.network.parts import check_parts
 from tinytl_hf.network.trained_blocks import last_blocks, prefix_modules
 
 
@@ -172,11 +173,13 @@ def check_trained(backbone: nn.Module, method: str, whole: bool = True) -> None:
     Args:
         backbone: A network that :func:`apply_method` has made ready.
         method: The method, for the message.
-        whole: Look at parameters that were added since then, too, which takes several times as long.
+        whole: Look at parameters that were added since then, and at its layers, too, which takes longer.
 
     Raises:
-        TinyTLError: With its name.
+        TinyTLError: With its name; or as :func:`check_parts`.
     """
+    if whole:
+        check_parts(backbone)
     places = vars(backbone)["frozen_places"]  # a buffer if its weights are int8
     parameters = ((name, module._parameters.get(own_name)) for module, own_name, name in places)
     trained = trained_names(backbone)

@@ -54,6 +54,9 @@ def recompute_contexts() -> tuple[AbstractContextManager, AbstractContextManager
 class FrozenBatchNorm2d(nn.BatchNorm2d):
     """Batch norm with fixed statistics, in training too. Its bias may train."""
 
+    def reset_running_stats(self) -> None:
+        """Nothing: they stay, for ``torch.optim.swa_utils.update_bn`` too, which would have them taken anew."""
+
     def forward(self, input: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the same shape."""
         return F.batch_norm(
@@ -92,8 +95,11 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     @property
     def share_of_a_batch(self) -> float:
         """The share of a batch's statistics in the running ones: none where it is computed for a second time."""
-        assert self.momentum is not None  # None (a plain mean) does not occur in torchvision
-        return 0.0 if _is_recomputing() else self.momentum
+        if _is_recomputing():
+            return 0.0
+        if self.momentum is None:  # a plain mean over the batches so far
+            return 1 / max(1, int(self.num_batches_tracked or 0))
+        return self.momentum
 
     def values_of_a_channel(self, shape: Sequence[int]) -> int:
         """How many values the statistics of a channel are of, on all processes, for maps of ``shape``.
@@ -154,6 +160,9 @@ WITH_ACTIVATION: dict[type[nn.BatchNorm2d], type[nn.BatchNorm2d]] = {
 
 class AlwaysEvaluates(nn.Module):
     """Mixed in before a norm of an unknown class, which then never leaves evaluation mode."""
+
+    def reset_running_stats(self) -> None:
+        """Nothing: they stay."""
 
     def train(self, mode: bool = True) -> AlwaysEvaluates:
         """Stay in evaluation mode."""

@@ -330,6 +330,18 @@ static void set_centre(const Norm *norm, i64 channels, float *to) {
     else memset(to, 0, (size_t)channels * sizeof(float));
 }
 
+/* Brings `centre` to the batch's means where it lies so far off that squares about it lose digits of the variance, as
+   where the running mean is of other data: the sums are then to be taken again. */
+static int moves_centre(const Branch *b, const Norm *norm, const double *sums, i64 channels, float *centre) {
+    int is_far = 0;
+    for (i64 i = 0; i < channels; i++) {
+        const double shift = sums[i] / b->values, square = shift * shift;
+        is_far |= square > 16 * (fmax(sums[channels + i] / b->values - square, 0) + norm->eps);
+    }
+    for (i64 i = 0; is_far && i < channels; i++) centre[i] += (float)(sums[i] / b->values);
+    return is_far;
+}
+
 static void branch_forward(const Branch *b) {
     const Room room = branch_room(b);
     const i64 m = b->middle, n = b->out_channels;
@@ -337,11 +349,19 @@ static void branch_forward(const Branch *b) {
     set_centre(&b->norm1, m, centre);
     double *sums = convolve(b, centre);
     reduce(b, sums, m);
+    if (moves_centre(b, &b->norm1, sums, m, centre)) {
+        sums = convolve(b, centre);
+        reduce(b, sums, m);
+    }
     set_statistics(b, &b->norm1, sums, centre, m);
     set_affine(&b->norm1, m, norm1);
     set_centre(&b->norm2, n, centre);
     sums = convolve_outer(b, norm1, centre);
     reduce(b, sums, n);
+    if (moves_centre(b, &b->norm2, sums, n, centre)) {
+        sums = convolve_outer(b, norm1, centre);
+        reduce(b, sums, n);
+    }
     set_statistics(b, &b->norm2, sums, centre, n);
     set_affine(&b->norm2, n, norm2);
     finish_forward(b, norm2);

@@ -1,0 +1,181 @@
+"""Networks that a user changes after they were built: the lean training pass follows as stock's does, or says so."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel, update_bn
+from torchvision.ops import StochasticDepth
+
+from tinytl_hf import TinyTLError
+
+IMAGES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def make(make_model):
+    def with_statistics(method="TinyTL-B", backbone="mobilenet_v2", **options):
+        model, generator = make_model(method, backbone, **options).train(), torch.Generator().manual_seed(1)
+        for name, buffer in model.named_buffers():
+            if "running_mean" in name:
+                buffer.normal_(0, 0.2, generator=generator)
+            if "running_var" in name:
+                buffer.uniform_(0.5, 1.5, generator=generator)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lite_residual.norm2.weight"):
+                nn.init.constant_(parameter, 0.5)
+        return model
+
+    return with_statistics
+
+
+def norms_of(model):
+    return [module for module in model.backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+class Larger(nn.Module):
+    def forward(self, weight):
+        return weight * 1.5
+
+
+@pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L+B"])
+def test_parametrized_scales_of_frozen_norms_are_used(method, make):
+    logits = []
+    for lean in (True, False):
+        model = make(method, lean=lean)
+        for norm in [each for each in norms_of(model) if not each.weight.requires_grad]:
+            parametrize.register_parametrization(norm, "weight", Larger())
+            norm.parametrizations.weight.original.requires_grad_(False)
+        logits.append(model(IMAGES))
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_norms_epsilon_counts_when_it_changes(make):
+    logits = []
+    for lean in (True, False):
+        model = make(lean=lean)
+        model(IMAGES)
+        for norm in norms_of(model):
+            norm.eps = 0.1
+        logits.append(model(IMAGES))
+    torch.testing.assert_close(*logits, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L+B"])
+def test_an_average_of_models_takes_statistics_anew_where_they_are_of_batches(method, make):
+    model = make(method)
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    frozen = model.backbone.features[0][1].running_var.clone()
+    update_bn([IMAGES, IMAGES.flip(-1)], averaged)
+    assert torch.equal(averaged.module.backbone.features[0][1].running_var, frozen)
+    if method == "TinyTL-L+B":
+        norm = averaged.module.backbone.features[1].lite_residual.norm1
+        means = []
+        for images in (IMAGES, IMAGES.flip(-1)):
+            alone = AveragedModel(model)
+            update_bn([images], alone)
+            means.append(alone.module.backbone.features[1].lite_residual.norm1.running_mean)
+        torch.testing.assert_close(norm.running_mean, (means[0] + means[1]) / 2)
+
+
+@pytest.mark.parametrize("fill", [1.0, 50.0])
+def test_running_means_of_other_data_change_no_training_pass(fill, make):
+    images, logits = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(2)), []
+    for changed in (False, True):
+        model = make("TinyTL-L+B")
+        for name, buffer in model.named_buffers():
+            if changed and "lite" in name and "running_mean" in name:
+                buffer.fill_(fill)
+        logits.append(model(images))
+    assert (logits[0] - logits[1]).abs().max() < 5e-5 * logits[0].abs().max()
+
+
+def replace_activation(model):
+    model.backbone.features[3].conv[0][2] = nn.Hardswish()
+
+
+def add_a_layer(model):
+    model.backbone.features.append(nn.Tanh())
+
+
+def drop_blocks(model):
+    for module in model.modules():
+        if isinstance(module, StochasticDepth):
+            module.p = 0.5
+
+
+def synchronise_norms(model):
+    model.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
+
+
+@pytest.mark.parametrize(
+    ("change", "backbone", "message"),
+    [
+        (replace_activation, "mobilenet_v2", r"features.3.conv.0.2 \(ReLU6\) is not in the network any more"),
+        (add_a_layer, "mobilenet_v2", "features: layers were added or taken out"),
+        (synchronise_norms, "mobilenet_v2", "is not in the network any more"),
+    ],
+)
+def test_another_network_than_was_built_is_refused(change, backbone, message, make):
+    model = make("TinyTL-B", backbone)
+    model(IMAGES)
+    change(model)
+    with pytest.raises(TinyTLError, match=message):
+        model.train()(IMAGES)
+    stock = make("TinyTL-B", backbone, lean=False)
+    change(stock)
+    stock.eval()(IMAGES)
+
+
+@pytest.mark.slow
+def test_blocks_that_drop_at_random_are_refused_where_they_would_run_twice(make):
+    model = make("TinyTL-B", "efficientnet_b0")
+    drop_blocks(model)
+    with pytest.raises(TinyTLError, match=r"features.\d.\d.stochastic_depth \(StochasticDepth\) drops at random"):
+        model(IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("method", "backbone", "hooked"),
+    [
+        ("TinyTL-B", "mobilenet_v2", ["features.0", "features.5"]),
+        ("TinyTL-L+B", "mobilenet_v2", ["features.0", "features.5"]),
+        ("TinyTL-B", "timm/mobilenetv2_100", ["bn1", "blocks.2"]),
+        pytest.param("TinyTL-L+B", "convnext_tiny", ["features.3", "features.7.1"], marks=pytest.mark.slow),
+        pytest.param("TinyTL-B", "convnext_tiny", ["features.3", "features.7.1"], marks=pytest.mark.slow),
+    ],
+)
+def test_hooks_see_whole_maps_whose_gradients_count(method, backbone, hooked, make):
+    if backbone.startswith("timm/"):
+        pytest.importorskip("timm")
+    seen = []
+    for lean in (True, False):
+        model, maps = make(method, backbone, lean=lean).double(), []
+        for name in hooked:
+            model.backbone.get_submodule(name).register_forward_hook(
+                lambda _, __, output, maps=maps: maps.append(output)
+            )
+        (model(IMAGES.double()).sum() + sum(each.square().mean() for each in maps)).backward()
+        seen.append([*maps, *(parameter.grad for parameter in model.trainable_parameters())])
+    assert len(seen[0]) == len(seen[1])
+    for ours, theirs in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9 * float(theirs.detach().abs().max()), rtol=1e-7)
+
+
+def test_a_thawed_weight_is_refused_where_the_backbone_is_called_by_itself(make):
+    model = make()
+    model.backbone.features[18][0].weight.requires_grad_(True)
+    with pytest.raises(TinyTLError, match="a frozen weight requires a gradient, which the lean engine does not"):
+        model.backbone(IMAGES)
+
+
+def test_a_head_of_another_kind_is_named(make):
+    model = make()
+    model.backbone.classifier[1] = nn.Linear(1280, 7)
+    for call in (
+        lambda: model.preprocess(torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()),
+        lambda: model.features(IMAGES),
+    ):
+        with pytest.raises(TinyTLError, match="the network's head was replaced by a layer of another kind"):
+            call()
