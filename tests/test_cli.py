@@ -174,6 +174,18 @@ def test_predict_labels_files_folders_and_patterns_and_reports_bad_ones(adapter,
     assert table.returncode == 0 and "red.png: red " in table.stdout and "%" in table.stdout
 
 
+@pytest.mark.parametrize("name", ["#labels.csv", "&labels.csv"])
+def test_a_text_that_yaml_takes_for_nothing_is_that_text(name, adapter, colour_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run_cli("predict", "--adapter", adapter, "--csv", name, colour_folder / "test" / "red" / "3.png")
+    assert done.returncode == 0 and (tmp_path / name).read_text().startswith("image,label"), done.stderr
+    options = small_run(colour_folder, tmp_path / "run", "--data.label_column", name)
+    assert f"data.label_column={name}" in run_cli(*options).stderr
+    (tmp_path / "c.yaml").write_text(f"data: {{label_column: '{name}'}}\n")
+    done = run_cli("train", "--config", tmp_path / "c.yaml", *options[1:-2])
+    assert f"data.label_column={name}" in done.stderr
+
+
 def test_the_mirror_image_is_averaged_in_and_told_apart(adapter, colour_folder, tmp_path):
     plain, both = tmp_path / "plain.json", tmp_path / "both.json"
     for path, more in ((plain, []), (both, ["--mirror"])):

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -15,7 +16,7 @@ from conftest import ROOT, run_cli, slow
 from hub_server import READER, WRITER, HubServer
 from huggingface_hub import HfApi, ModelCard, constants, get_session, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.adapter.record import FORMAT_VERSION
@@ -191,6 +192,20 @@ def test_another_adapter_leaves_nothing_of_the_one_before(server, adapter, make_
     pull = ("pull", "--repo", "me/flowers", "--output", tmp_path / "pulled")
     assert run_cli(*pull).returncode == 1 and run_cli(*pull, "--overwrite").returncode == 0
     assert not (tmp_path / "pulled" / "eval_results.json").exists()
+
+
+def test_an_untouched_adapter_over_weights_in_a_file_keeps_its_figures(server, make_model, tmp_path):
+    weights = tmp_path / "mine.safetensors"
+    save_file({n: t.contiguous() for n, t in make_model("FT-Last").backbone.state_dict().items()}, weights)
+    make_model("FT-Last", weights=str(weights)).save_pretrained(tmp_path / "adapter", metrics={"accuracy": 0.5})
+    card = tmp_path / "adapter" / "README.md"
+    push(tmp_path / "adapter")
+    shutil.copy(weights, tmp_path / "moved.safetensors")
+    (tmp_path / "there").mkdir()
+    moved = Path(shutil.move(weights, tmp_path / "there" / "mine.safetensors"))
+    TinyTLModel.from_pretrained("me/flowers", weights=str(moved)).push_to_hub("me/flowers")
+    assert len(server.repos["me/flowers"].commits) == 2 and "0.5000" in card.read_text()
+    assert b"0.5000" in server.repos["me/flowers"].files()["README.md"].content
 
 
 def test_private_is_never_pushed_to_what_is_public(server, adapter):

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_methods import train_steps
 
-from tinytl_hf import TinyTLError
+from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.deploy.merge import load_merged
 
 IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
@@ -99,6 +99,9 @@ def test_the_file_needs_nothing_else(method, merged, tmp_path):
 def test_int8_weights_come_out_as_the_values_that_they_stand_for(method, merged):
     model, path, _ = merged(method, frozen_weights="int8")
     assert same_logits(load_merged(path).eval(), model)
+    load_merged(path).save_pretrained(path.parent / "again")
+    again = TinyTLModel.from_pretrained(path.parent / "again")
+    assert same_logits(again.eval(), model) and again.config.backbone.weights == str(path)
     if method == "TinyTL-B":
         network = torchvision.models.get_model("mobilenet_v2", num_classes=4)
         network.load_state_dict(load_file(path), strict=True)
@@ -118,6 +121,10 @@ def test_a_file_is_replaced_only_on_request_and_then_whole(merged, tmp_path, mon
     assert [file.name for file in path.parent.iterdir()] == [path.name] and path.read_bytes() == b"mine"
     assert run_cli(*options, "--overwrite").returncode == 0
     assert load_merged(path).label_names == ["0", "1", "2", "3"]
+    tensors = tmp_path / "adapter" / "adapter_model.safetensors"
+    before = tensors.read_bytes()
+    done = run_cli("merge", "--adapter", tmp_path / "adapter", "--output", tensors, "--overwrite")
+    assert done.returncode == 1 and "is a file of the adapter" in done.stderr and tensors.read_bytes() == before
 
 
 def test_wrong_files_are_named(merged, tmp_path):

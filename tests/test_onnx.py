@@ -283,3 +283,20 @@ def test_no_place_on_this_disk_is_in_the_file(exported):
     content = (folder / "new" / "m.onnx").read_bytes()
     for place in (b"site-packages", b".py", str(ROOT).encode(), str(folder).encode()):
         assert place not in content
+
+
+def test_one_image_is_enough_to_check_on_and_any_number_runs(make_model, tmp_path):
+    model = make_model("FT-Last", train_size=32)
+    model.export(tmp_path / "m.onnx", format="onnx", check_images=1)
+    run = deploy_onnx.session((tmp_path / "m.onnx").read_bytes())
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        np.testing.assert_allclose(run(images.numpy()), model.eval()(images).numpy(), atol=1e-4)
+
+
+def test_data_given_by_python_keep_the_adapters_sizes_and_a_batch_is_of_a_step(make_model, colour_folder, tmp_path):
+    model = make_model("FT-Last", num_classes=None, label_names=["blue", "red"], train_size=32, eval_size=64)
+    data = DataConfig(dataset=str(colour_folder))
+    assert "[batch, 3, 64, 64]" in model.export(tmp_path / "m.onnx", format="onnx", check_images=1, data=data)
+    with pytest.raises(TinyTLError, match="batch_size=3: it is that of a training step"):
+        model.export(tmp_path / "n.onnx", format="onnx", batch_size=3)

@@ -83,6 +83,27 @@ def test_what_timm_cannot_hold_is_refused_by_name(method, backbone, message, mak
     assert list(tmp_path.iterdir()) == []
 
 
+def test_names_of_classes_do_nothing_to_the_page(make_model, tmp_path):
+    labels = ["a\nb", "<b>x<", "user/name", "d"]
+    model = make_model("FT-Last", "resnet18", num_classes=None, label_names=labels)
+    model.export(tmp_path / "repo", format="timm", check_images=1)
+    text = (tmp_path / "repo" / "README.md").read_text()
+    assert r"(a b, \<b\>x\<, user/name, d)" in text or (r"\<b\>x\<" in text and "a\nb" not in text)
+    assert json.loads((tmp_path / "repo" / "config.json").read_text())["label_names"] == labels
+
+
+def test_an_adapter_and_a_timm_model_do_not_share_a_repository(exported, make_model, server, tmp_path):
+    _, folder, _ = exported("FT-Last", "resnet18")
+    make_model("FT-Last", "resnet18").save_pretrained(tmp_path / "adapter")
+    for number, (first, second) in enumerate([(folder, tmp_path / "adapter"), (tmp_path / "adapter", folder)]):
+        repo = f"me/flowers{number}"
+        assert run_cli("push", "--adapter", first, "--repo", repo).returncode == 0
+        files = set(server.repos[repo].files())
+        done = run_cli("push", "--adapter", second, "--repo", repo)
+        assert done.returncode == 1 and f"repo={repo}: holds a" in done.stderr
+        assert set(server.repos[repo].files()) == files
+
+
 def test_push_puts_it_on_the_hub_in_one_commit(exported, server):
     _, folder, _ = exported("FT-Last", "resnet18")
     done = run_cli("push", "--adapter", folder, "--repo", "me/flowers")

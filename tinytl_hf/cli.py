@@ -93,10 +93,17 @@ def _output_is_closed() -> bool:
     return False
 
 
+def _load(text: str) -> Any:
+    """A config file or an option's value; a text of one line that YAML takes for a comment or a mark is that text."""
+    value = load_yaml(text)
+    is_text = value is None and text.strip().lower() not in ("", "null", "~") and "\n" not in text
+    return text if is_text else value
+
+
 def execute(argv: list[str]) -> None:
     """Parse ``argv`` and do what it says. Slow imports, such as torch, happen once the arguments have been checked."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    set_loader("yaml", load_yaml, (yaml.YAMLError,))
+    set_loader("yaml", _load, (yaml.YAMLError,))
     set_dumper("yaml", dump_yaml)
     argv = _with_config_first(argv)
     parser = make_parser(_verb(argv), _adapter_defaults(argv))

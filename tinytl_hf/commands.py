@@ -118,7 +118,9 @@ def _export(values: Namespace) -> None:
 
 
 def _memory(values: Namespace) -> None:
+    from tinytl_hf.adapter.format import CONFIG_FILE
     from tinytl_hf.device import set_threads
+    from tinytl_hf.hub.card import PICTURES
     from tinytl_hf.measure import memory
     from tinytl_hf.measure.data_memory import survey_data
     from tinytl_hf.measure.results import make_folder_of
@@ -128,6 +130,8 @@ def _memory(values: Namespace) -> None:
     set_threads(config.train.threads)
     if options.plot is not None:
         check_ours("plot", Path(options.plot), SOFTWARE)
+        if Path(options.plot).name in PICTURES.values() and Path(options.plot).with_name(CONFIG_FILE).is_file():
+            raise TinyTLError(f"plot={options.plot}: is a picture of the adapter there; name another file")
         make_folder_of("plot", Path(options.plot))
     data = survey_data(config) if options.with_data else None
     photo_size = memory.photo_size_of(config, options, data)

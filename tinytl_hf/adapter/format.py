@@ -20,6 +20,7 @@ from tinytl_hf.adapter.delta import is_finite
 from tinytl_hf.adapter.record import AdapterConfig, checked, config_from
 from tinytl_hf.disk import write_bytes, write_text
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.network.weights import is_weights_file
 from tinytl_hf.version import __version__
 
 CONFIG_FILE = "adapter_config.json"
@@ -81,11 +82,17 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def holds(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a folder holds this very adapter."""
-    if not folder.is_dir() or read_config(folder) != config:
+    """Whether a folder holds this very adapter, wherever the file of the backbone's weights lies."""
+    if not folder.is_dir() or _with_name_alone(read_config(folder)) != _with_name_alone(config):
         return False
     saved = read_tensors(folder)
     return saved.keys() == tensors.keys() and all(torch.equal(saved[name], tensors[name].cpu()) for name in tensors)
+
+
+def _with_name_alone(config: AdapterConfig) -> AdapterConfig:
+    weights = config.backbone.weights
+    name = Path(weights).name if is_weights_file(weights) else weights
+    return replace(config, backbone=replace(config.backbone, weights=name))
 
 
 def _to_disk(name: str, tensor: Tensor, dtype: str) -> Tensor:

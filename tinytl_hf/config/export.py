@@ -51,6 +51,8 @@ class ExportConfig:
         check(fits, "output", self.output, f"name a {suffix} file" if suffix else "name a folder")
         executorch, onnx = self.format == "executorch", self.format == "onnx"
         check(executorch or not self.train, "train", self.train, "a training step needs --format executorch")
+        steps = self.train or self.batch_size == type(self).batch_size
+        check(steps, "batch_size", self.batch_size, "it is that of a training step (--train true); leave it out")
         check(onnx or self.quantize is None, "quantize", self.quantize, "it needs --format onnx")
         plain = self.input == "float" and self.layout == "NCHW"
         check(plain or self.format != "timm", "input", self.input, "a timm model gets normalised images, NCHW")

@@ -12,6 +12,7 @@ import torch
 from tinytl_hf.config.check import check
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.export import ExportConfig, ExportFormat
+from tinytl_hf.data.find import is_same_place
 from tinytl_hf.device import set_threads
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
@@ -57,7 +58,12 @@ def export_as(
     names = [field.name for field in fields(ExportConfig)][3:]  # those after what has a name above
     for name, value in options.items():
         check(name in names, name, value, f"export has no such option; it has {', '.join(names)}")
-    return export_model(model, ExportConfig("", format, str(output), **options), data)
+    config = ExportConfig("", format, str(output), **options)
+    if data is not None:
+        trained_at, record = model.config.preprocessing.train_size, model.config.data
+        data = replace(data, train_size=trained_at) if data.train_size == DataConfig.train_size else data
+        data = record.fill_in(data) if record and is_same_place(data.dataset, record.dataset) else data
+    return export_model(model, config, data)
 
 
 def export_model(model: TinyTLModel, config: ExportConfig, data: DataConfig | None = None) -> str:
@@ -74,7 +80,7 @@ def export_model(model: TinyTLModel, config: ExportConfig, data: DataConfig | No
             f"data.train_size={data.train_size}: the adapter was trained at {sizes.train_size} px; choose the size in "
             "use with --data.eval_size"
         )
-    eval_size = data.eval_size or data.train_size
+    eval_size = data.eval_size or sizes.eval_size
     check_size(model.config.backbone.name, "eval_size", eval_size)
     before, training = model.config, model.training
     crop_pct = data.crop_pct or sizes.crop_pct

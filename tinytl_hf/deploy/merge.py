@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from tinytl_hf.adapter.build import build_network
 from tinytl_hf.adapter.delta import frozen_tensors
+from tinytl_hf.adapter.format import CONFIG_FILE
 from tinytl_hf.adapter.record import AdapterConfig, config_from
 from tinytl_hf.config.verbs import MergeConfig
 from tinytl_hf.disk import expanded, write_bytes
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.hub.card import files_of_adapter
 from tinytl_hf.hub.transfer import without_paths
 from tinytl_hf.lean.int8 import dequantise
 from tinytl_hf.model import TinyTLModel
@@ -43,12 +45,16 @@ def merge(config: MergeConfig) -> str:
         TinyTLError: The adapter cannot be loaded, or the file exists or cannot be written.
     """
     path = Path(config.output)
+    if path.name in files_of_adapter() and (path.parent / CONFIG_FILE).is_file():
+        raise TinyTLError(f"output={path}: is a file of the adapter in {path.parent}; name another file")
     if path.exists() and not config.overwrite:
         raise TinyTLError(f"output={path}: exists; name another file, or replace it with --overwrite true")
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)
     if model.config.backbone.frozen_weights == "int8":
         dequantise(model.backbone)  # so that the file holds plain layers, with other frozen tensors than before
-        record = replace(model.config.backbone, frozen_weights="fp32", sha256=sha256(frozen_tensors(model.backbone)))
+        found = sha256(frozen_tensors(model.backbone))
+        # Nothing else holds these values: an adapter that is saved of them names this file.
+        record = replace(model.config.backbone, frozen_weights="fp32", sha256=found, weights=str(path))
         model.config = replace(model.config, backbone=record)
     what, how = _description(model.config, path.name)  # the file says nothing of this disk
     tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
@@ -85,7 +91,9 @@ def load_merged(path: str | Path) -> TinyTLModel:
         _fill(model.backbone, tensors)
     except RuntimeError as error:
         raise TinyTLError(f"{path} does not fit the adapter_config in its metadata: {error}") from error
-    model.config = saved
+    is_itself = saved.backbone.weights == path.name  # of int8 weights, whose values are nowhere else
+    record = replace(saved.backbone, weights=str(path)) if is_itself else saved.backbone
+    model.config = replace(saved, backbone=record)
     return model
 
 

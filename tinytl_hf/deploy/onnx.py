@@ -53,7 +53,9 @@ def export_onnx(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> s
     calibration = calibration_images(model, data, CALIBRATION_IMAGES) if config.quantize else None
     images = evaluation_images(model, data, config.check_images if calibration is None else None)
     about = description(model, config.input, config.layout)
-    content = _convert(deployed, deployed.inputs_of(images.first(2)), about)
+    example = images.first(2)
+    two = torch.cat([example, example])[:2]  # of one image, a graph would be for one image alone
+    content = _convert(deployed, deployed.inputs_of(two), about)
     plain = compare(RUNTIME, model, deployed, session(content), images)
     plain.check()
     facts = str(plain)

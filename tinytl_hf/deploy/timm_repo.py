@@ -16,7 +16,7 @@ from tinytl_hf.config.export import ExportConfig
 from tinytl_hf.deploy.check import compare, evaluation_images
 from tinytl_hf.deploy.exported import Deployed, check_output, require, write_folder
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.hub.card import LICENCE
+from tinytl_hf.hub.card import LICENCE, escaped
 from tinytl_hf.hub.transfer import TIMM_FILES
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.backbones import SAME_TENSORS
@@ -119,7 +119,7 @@ def _save(timm: Any, network: Any, model: TinyTLModel, folder: Path) -> None:
     }
     timm.models.save_for_hf(network, str(folder), model_config=about, safe_serialization=True, data_config=view)
     _without_model_args(folder / "config.json")
-    shown = ", ".join(labels[:SHOWN_LABELS]) + ", ..." * (len(labels) > SHOWN_LABELS)
+    shown = ", ".join(map(escaped, labels[:SHOWN_LABELS])) + ", ..." * (len(labels) > SHOWN_LABELS)
     tags = ["image-classification", "timm", "tinytl", model.config.method]
     metadata = ModelCardData(library_name="timm", license=licence, pipeline_tag="image-classification", tags=tags)
     backbone = model.config.backbone.name

@@ -97,7 +97,7 @@ def render_card(
         method=config.method,
         backbone=config.backbone.name,
         trained_blocks=config.trained_blocks,
-        labels=[_escaped(label) for label in config.label_names],
+        labels=[escaped(label) for label in config.label_names],
         shown_labels=SHOWN_LABELS,
         eval_size=config.preprocessing.eval_size,
         dtype=config.dtype,
@@ -112,7 +112,7 @@ def render_card(
         metrics={METRICS[name][1]: f"{value:.4f}" for name, value in figures.items()},
         ece="ece" in figures,
         results_file=RESULTS_FILE,
-        recipe={key: _escaped(value) for key, value in facts.recipe.items()} if facts else {},
+        recipe={key: escaped(value) for key, value in facts.recipe.items()} if facts else {},
         time=facts.time if facts else None,
         n=f"{facts.n:,}" if facts else None,
         memory=facts.memory if facts else None,
@@ -321,7 +321,7 @@ def _weights_in_words(config: AdapterConfig) -> str:
     of_file = f" (sha256 of the frozen tensors `{config.backbone.sha256}`)" if is_weights_file(weights) else ""
     words = f"The frozen weights of {name} come from {source}, and are checked by their hash{of_file}."
     licence = config.backbone.license
-    return words if licence is None else f"{words} Their author's licence: {_escaped(licence)}."
+    return words if licence is None else f"{words} Their author's licence: {escaped(licence)}."
 
 
 def _weights_option(weights: str) -> str:
@@ -360,7 +360,7 @@ def _eval_data_in_words(data: DataRecord, count: int | None) -> str:
     return f"evaluated on {split}{subset}"
 
 
-def _escaped(text: object) -> str:
+def escaped(text: object) -> str:
     """Text that Markdown shows as it is, on one line."""
     return re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", one_line(text)) or "(no name)"
 

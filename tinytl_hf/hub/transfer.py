@@ -53,6 +53,7 @@ from tinytl_hf.version import __version__
 logger = logging.getLogger(__name__)
 
 TIMM_FILES = ("config.json", "model.safetensors", CARD_FILE)  # of a model that timm loads
+EXAMPLES = ('"hf-hub:user/name"', 'model="user/name"')  # where it stands
 EXAMPLE_NAME = "user/name"  # in the card of such a model, until it has a name on the Hub
 LOADING = ("weights", "lean", "backend", "slice_mb", "gradient_checkpointing", "revision", "token")  # what ours takes
 LOGIN = "run `hf auth login` or set HF_TOKEN"
@@ -195,8 +196,20 @@ def _operations(
     card = read_card(folder) or ""
     if record is None:
         files = [CommitOperationAdd(name, folder / name) for name in TIMM_FILES if name != CARD_FILE]
-        return [*files, CommitOperationAdd(CARD_FILE, card.replace(EXAMPLE_NAME, config.repo).encode())]
+        if api.file_exists(config.repo, CONFIG_FILE, revision=config.revision):
+            raise TinyTLError(
+                f"repo={config.repo}: holds an adapter, whose card that of a timm model would replace; name another "
+                "repository"
+            )
+        for place in EXAMPLES:
+            card = card.replace(place, place.replace(EXAMPLE_NAME, config.repo))
+        return [*files, CommitOperationAdd(CARD_FILE, card.encode())]
     there = _card_there(api, config)
+    if there is not None and all(place.replace(EXAMPLE_NAME, config.repo) in there for place in EXAMPLES):
+        raise TinyTLError(
+            f"repo={config.repo}: holds a timm model that tinytl-hf exported, whose card says nothing of an adapter; "
+            "name another repository"
+        )
     if there is not None:
         card = _with_what_is_there(card, there)
     names = [TENSORS_FILE, *(name for name in files_of_card(card) if (folder / name).is_file())]

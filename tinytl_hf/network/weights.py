@@ -126,10 +126,13 @@ def renamed(tensors: Mapping[str, Tensor], theirs: nn.Module, own: nn.Module) ->
 def copy_weights(backbone: nn.Module, tensors: Mapping[str, Tensor], head: str, source: str) -> None:
     """Copy ``tensors`` into ``backbone`` after checking every name and shape; the head may be absent, or another's.
 
+    So may lite residuals be there, as in a file that ``merge`` wrote: they are not of the backbone.
+
     Raises:
         TinyTLError: Missing, unexpected or misshapen tensors; nothing was copied.
     """
     own = backbone.state_dict()
+    tensors = {name: tensor for name, tensor in tensors.items() if ".lite_residual." not in name}
     needed = {name for name in tensor_names(backbone) if not name.startswith(f"{head}.")}
     missing = sorted(needed - tensors.keys())
     unexpected = sorted(tensors.keys() - own.keys())
