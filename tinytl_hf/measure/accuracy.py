@@ -48,8 +48,8 @@ def _evaluate(config: EvalConfig, data_config: DataConfig) -> dict[str, Any]:
     accelerator = make_accelerator(config.mixed_precision)
     check_divides(config.batch_size, "batch_size", accelerator.num_processes)
     if config.output is not None:
-        check_ours("output", Path(config.output), '"_evaluate_version"')
         check_no_run(Path(config.output))
+        check_ours("output", Path(config.output), '"_evaluate_version"')
         make_folder_of("output", Path(config.output))
     extra = load_metrics(config.metrics)
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)
