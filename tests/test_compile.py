@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import slow
 from test_lean import kept_bytes, whole_model
 from torch import nn
 from torch._dynamo.utils import counters
@@ -52,7 +53,7 @@ def assert_equal(found, expected, rtol=1e-4):
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [slow("eager"), "native"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_block_with_its_lite_residual_is_one_graph_with_the_same_gradients(backend, autocast, make_model):
     blocks = [model.backbone.features[3] for model in models(make_model, backend)]
@@ -67,7 +68,7 @@ def test_a_block_with_its_lite_residual_is_one_graph_with_the_same_gradients(bac
     assert copies["lite_residual.norm1.num_batches_tracked"] == 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [slow("eager"), "native"])
 def test_a_smaller_last_batch_a_larger_image_and_no_gradient_are_served_too(backend, make_model):
     blocks = [model.backbone.features[3] for model in models(make_model, backend)]
     compiled = torch.compile(blocks[0], backend="aot_eager", fullgraph=True)

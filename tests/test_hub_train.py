@@ -73,6 +73,7 @@ def test_a_push_that_cannot_work_is_refused_before_training(options, message, se
     assert server.requests == []
 
 
+@pytest.mark.slow
 def test_everything_but_push_and_pull_works_with_no_network(server, colour_folder, tmp_path, monkeypatch):
     """The client is not told to be offline: what asks for the network fails."""
 

@@ -200,6 +200,7 @@ def test_ledger_leaves_the_model_and_the_generator_alone(make_model):
     assert torch.equal(torch.get_rng_state(), generator)
 
 
+@pytest.mark.slow
 def test_measured_peak_of_lean_is_under_a_fifth_of_stock(make_model):
     batch = make_batch(8)
     lean = measure_peak(make_model("TinyTL-L+B"), *batch)

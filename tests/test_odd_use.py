@@ -129,7 +129,7 @@ def test_a_model_with_int8_weights_can_be_cast(backbone, make_model):
     assert (lean - expected).norm() < 1.5 * (stock - expected).norm() + 1e-2 * expected.norm()
 
 
-@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("backend", ["auto", slow("eager")])
 @pytest.mark.parametrize("trained_blocks", [None, 2])
 @pytest.mark.parametrize(
     ("method", "backbone"),
@@ -153,10 +153,15 @@ def test_a_batch_of_one_value_a_channel_is_refused_before_statistics_take_it_in(
     assert all(tensor.isfinite().all() for tensor in model.buffers())
 
 
-@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("backend", ["auto", slow("eager")])
 @pytest.mark.parametrize(
     ("method", "backbone"),
-    [LITE, ("TinyTL-L+B", "resnet18"), ("TinyTL-L+B", "mobilenet_v3_small"), *((m, "convnext_tiny") for m in LEAN)],
+    [
+        LITE,
+        slow("TinyTL-L+B", "resnet18"),
+        ("TinyTL-L+B", "mobilenet_v3_small"),
+        *((m, "convnext_tiny") for m in LEAN),
+    ],
 )
 def test_parameters_that_are_not_its_own_give_no_wrong_gradients(method, backbone, backend, make_model):
     model = pair(make_model, method, backbone, backend=backend)[0]

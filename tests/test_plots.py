@@ -3,6 +3,7 @@ import warnings
 
 import numpy as np
 import pytest
+from conftest import slow
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
@@ -62,7 +63,7 @@ def test_names_with_dollars_are_drawn_as_they_are():
     assert share_of(plots.COLOURS[0], pixels(plots.save_curves, runs)) > 2e-4
 
 
-@pytest.mark.parametrize("classes", [2, 10, 100])
+@pytest.mark.parametrize("classes", [2, slow(10), slow(100)])
 def test_a_confusion_matrix_is_dark_where_the_counts_are(classes):
     right = pixels(plots.save_confusion, np.eye(classes, dtype=int) * 7, [f"class {i}" for i in range(classes)])
     one_column = np.zeros((classes, classes), dtype=int)
@@ -78,6 +79,7 @@ def test_a_class_without_images_is_drawn_as_an_empty_row():
     assert pixels(plots.save_confusion, [[3, 1], [0, 0]], ["a", "b"]).size
 
 
+@pytest.mark.slow
 def test_memory_bars_are_as_long_as_their_parts():
     peak = dict.fromkeys(plots.MEMORY_PARTS, 10_000_000)
     rows = [{"method": method, "engine": engine, "peak": peak} for method in METHODS for engine in ("stock", "lean")]
@@ -105,6 +107,7 @@ def test_memory_in_stock_pytorch_is_a_second_marker_at_the_same_accuracy():
     assert np.ptp(columns[0]) < 20 and np.ptp(columns[1]) > 400
 
 
+@pytest.mark.slow
 def test_no_label_is_cut_off_at_an_edge():
     names = [f"a class of a long name {i}" for i in range(102)]
     for classes in (2, 3, 10, 102):

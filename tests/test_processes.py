@@ -39,7 +39,11 @@ def _gradients_of_a_part(rank, port, method, images, labels, path):
 
 @pytest.mark.parametrize(
     ("method", "dtype", "limit"),
-    [("TinyTL-L+B", torch.float64, 1e-10), slow("FT-Full", torch.float64, 1e-10), ("TinyTL-L+B", torch.float32, 2e-4)],
+    [
+        ("TinyTL-L+B", torch.float64, 1e-10),
+        slow("FT-Full", torch.float64, 1e-10),
+        slow("TinyTL-L+B", torch.float32, 2e-4),
+    ],
 )
 def test_gradients_and_statistics_over_two_processes_are_those_of_one(method, dtype, limit, tmp_path):
     generator = torch.Generator().manual_seed(0)

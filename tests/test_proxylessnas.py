@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import METHODS
+from conftest import METHODS, slow
 from torch import nn
 
 from tinytl_hf import TinyTLError, TinyTLModel, load_merged
@@ -68,7 +68,7 @@ def test_the_authors_file_loads_under_its_own_names(tmp_path):
         TinyTLModel.from_backbone(NAME, num_classes=2)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m if m in ("TinyTL-L+B", "FT-Full") else slow(m) for m in METHODS])
 def test_every_method_trains_it_and_lean_is_stock(method, make_model):
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     results = []

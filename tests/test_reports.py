@@ -93,6 +93,7 @@ def test_compare_puts_seeds_together_and_methods_apart(runs, tmp_path):
     assert all(Image.open(output / name).width > 500 for name in pictures)
 
 
+@pytest.mark.slow
 def test_the_curves_of_a_row_are_the_mean_over_its_seeds(runs, tmp_path):
     def levels(folder, *accuracies):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

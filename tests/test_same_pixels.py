@@ -22,6 +22,7 @@ def photos(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("train_size", "eval_size"), [(32, 96), pytest.param(96, 32, marks=pytest.mark.slow)])
 def test_a_run_eval_and_predict_give_the_same_figures_of_photos_of_all_sizes(train_size, eval_size, photos, tmp_path):
     options = ["--method", "FT-Last", "--train.epochs", "1", "--train.lr", "1e-2", "--train.warmup_epochs", "0"]

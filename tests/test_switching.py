@@ -74,6 +74,7 @@ def pair(folders):
     return model
 
 
+@pytest.mark.slow
 def test_every_adapter_gives_the_logits_that_it_gives_alone_bit_for_bit(alone, all_loaded):
     names = [name for name, *_ in KINDS]
     for name in [*names, *reversed(names)]:

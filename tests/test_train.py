@@ -182,6 +182,7 @@ def test_the_time_of_an_epoch_includes_what_the_device_still_has_to_do(colour_fo
     assert line["seconds"] > 1 and line["train"]["images_per_second"] == 24 / line["seconds"]
 
 
+@pytest.mark.slow
 def test_images_grow_by_epoch_to_their_full_size(colour_folder, tmp_path, monkeypatch):
     seen, resample = [], step.resample
 

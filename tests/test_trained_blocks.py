@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_cli, small_run
+from conftest import run_cli, slow, small_run
 from started_runs import metrics
 
 from tinytl_hf import TinyTLModel
@@ -32,7 +32,7 @@ def waken(model):
 @pytest.mark.parametrize(
     ("backbone", "count", "method", "lean"),
     [
-        *(("mobilenet_v2", 4, "TinyTL-B", True), ("mobilenet_v2", 4, "TinyTL-L", False)),
+        *(slow("mobilenet_v2", 4, "TinyTL-B", True), slow("mobilenet_v2", 4, "TinyTL-L", False)),
         *(("mobilenet_v2", 4, "TinyTL-L+B", lean) for lean in (True, False)),
         *(("resnet18", 3, "TinyTL-L+B", True), ("efficientnet_b0", 3, "TinyTL-L+B", True)),
     ],
@@ -75,7 +75,7 @@ def test_what_stands_before_stays_as_it_is_its_statistics_too(make_model, method
     assert changed <= model.adapter_tensors().keys() | {n for n in before if n.endswith("num_batches_tracked")}
 
 
-@pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L+B"])
+@pytest.mark.parametrize("method", [slow("TinyTL-B"), "TinyTL-L+B"])
 @pytest.mark.parametrize("backbone", NETS)
 def test_it_starts_as_the_backbone_and_goes_on_from_the_maps_of_the_prefix(make_model, backbone, method):
     images = torch.randn(3, 3, 64, 64)
@@ -109,6 +109,7 @@ def test_the_prefix_keeps_nothing_for_the_backward_pass(make_model, lean):
     assert paper_rule(part, 4) < paper_rule(whole, 4)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_last_blocks_is_resumed_evaluated_switched_merged_and_says_so(colour_folder, tmp_path):
     options = ["--trained_blocks", "3", "--train.schedule", "constant"]
     whole = run_cli(*small_run(colour_folder, tmp_path / "whole", *options))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import slow
 from test_lean import CONVOLUTIONS, gradients, norm, stock, whole_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -133,8 +134,8 @@ def test_a_stage_has_the_outputs_gradients_and_masks_of_the_eager_engine(convolu
     [
         (torch.contiguous_format, 2.0, "", "relu6"),
         (torch.channels_last, 1e-6, "", "relu6"),
-        (torch.channels_last, 0.05, " 5x5 stride 2", "relu6"),
-        (torch.channels_last, 1e-6, " 5x5 stride 2", "hardswish"),
+        slow(torch.channels_last, 0.05, " 5x5 stride 2", "relu6"),
+        slow(torch.channels_last, 1e-6, " 5x5 stride 2", "hardswish"),
         (torch.contiguous_format, 2.0, "", "silu"),
     ],
 )

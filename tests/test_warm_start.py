@@ -145,7 +145,7 @@ def test_an_adapter_in_the_folder_that_a_run_replaces_is_kept(tmp_path):
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("named", ["where it was", slow("where it is"), "not at all"])
+@pytest.mark.parametrize("named", [slow("where it was"), slow("where it is"), "not at all"])
 def test_a_run_is_resumed_without_the_adapter_that_it_went_on_from(named, saved, colour_folder, tmp_path):
     folder, _ = saved("FT-Last", labels=("red", "blue"), train_size=32)
     options = ["--method", "TinyTL-B", "--train.resume", "auto", "--train.epochs"]
