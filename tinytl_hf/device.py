@@ -16,8 +16,9 @@ from typing import Any
 
 import joblib
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
@@ -106,7 +107,12 @@ def end_training(accelerator: Accelerator) -> None:
 
 @functools.cache  # once a process
 def _end_group_at_exit() -> None:
-    atexit.register(lambda: PartialState().destroy_process_group())
+    atexit.register(_end_group)
+
+
+def _end_group() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def precision_of(mixed_precision: str | None) -> str:

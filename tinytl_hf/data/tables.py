@@ -253,9 +253,7 @@ def _load_files(source: Source, config: DataConfig) -> Tables:
             fix = "name the folder of the images" if suffix in IMAGE_SUFFIXES else "name a folder, or such a file"
             fix = "unpack it, and name the folder" if suffix in ARCHIVES else fix
             raise TinyTLError(f"data.dataset={config.dataset}: {file} is no {', '.join(TABLES)} file; {fix}")
-    files = list({os.path.realpath(file): file for file in reversed(files)}.values())[
-        ::-1
-    ]  # links can lead in circles
+    files = sorted({os.path.realpath(file): file for file in reversed(files)}.values())  # links can lead in circles
     base = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
     listing = Listing(base)
     return Tables(source, load_tables(_by_role(files, listing), base), base, dict(listing.left_out), listing.examples)

@@ -57,8 +57,10 @@ def find_images(name: str) -> list[Source]:
         matches = [] if path.exists() else glob.glob(str(path), recursive=True)
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a circle of links, no such ~user
         return [Source(name, problem=str(error))]
-    files = {os.path.realpath(file): file for file in sorted(matches, reverse=True) if os.path.isfile(file)}
-    return [_of_file(file) for file in sorted(files.values())] or [_of_file(str(path))]
+    files = [file for file in sorted(matches) if os.path.isfile(file)]
+    if "**" in str(path):  # links can lead in circles
+        files = sorted({os.path.realpath(file): file for file in reversed(files)}.values())
+    return [_of_file(file) for file in files] or [_of_file(str(path))]
 
 
 def _of_file(path: str) -> Source:

@@ -308,11 +308,6 @@ def _check_same(path: Path, now: dict[str, Any]) -> None:
 def _say_what_changes(path: Path, config: Config) -> None:
     """Log what goes on otherwise than it began, though the run may go on."""
     before, now = with_new_names(_record(path).get("run", {})), flat(config.to_dict())
-    done = _record(path)["progress"]["epoch"]
-    if config.train.epochs is not None and config.train.epochs < done:
-        raise TinyTLError(
-            f"train.epochs={config.train.epochs}: the checkpoint {path} has {done} already; use that or more"
-        )
     epochs = before.get("train.epochs", config.train.epochs)
     if epochs != config.train.epochs:
         spread = ["the cosine schedule"] if config.train.schedule == "cosine" else []
