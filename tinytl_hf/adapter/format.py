@@ -20,7 +20,7 @@ from tinytl_hf.adapter.delta import is_finite
 from tinytl_hf.adapter.record import AdapterConfig, checked, config_from
 from tinytl_hf.disk import write_bytes, write_text
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.network.weights import is_weights_file
+from tinytl_hf.network.weights import without_folder
 from tinytl_hf.version import __version__
 
 CONFIG_FILE = "adapter_config.json"
@@ -90,9 +90,7 @@ def holds(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor]) ->
 
 
 def _with_name_alone(config: AdapterConfig) -> AdapterConfig:
-    weights = config.backbone.weights
-    name = Path(weights).name if is_weights_file(weights) else weights
-    return replace(config, backbone=replace(config.backbone, weights=name))
+    return replace(config, backbone=replace(config.backbone, weights=without_folder(config.backbone.weights)))
 
 
 def _to_disk(name: str, tensor: Tensor, dtype: str) -> Tensor:

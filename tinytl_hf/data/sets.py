@@ -93,10 +93,20 @@ def open_data(config: DataConfig) -> Opened:
     if config.max_megapixels is not None:
         allow_megapixels(config.max_megapixels)
     opened = _open_data(load(config), config)
-    for line in opened.warnings:
+    for line in (*opened.warnings, *_about_copies(opened)):
         logger.warning("%s", line)
     logger.info("%s", opened.found)
     return opened
+
+
+def _about_copies(opened: Opened) -> list[str]:
+    """What to say of images to evaluate on that are trained on under other names."""
+    return [
+        f"{count:,} of the {len(split.labels):,} images of {split.title} are trained on as well: the same files, byte "
+        "for byte"
+        for split in (opened.evaluation, opened.test)
+        if split is not None and (count := count_shared(split, opened.train))
+    ]
 
 
 def _open_data(tables: Tables, config: DataConfig) -> Opened:
@@ -128,12 +138,6 @@ def _open_data(tables: Tables, config: DataConfig) -> Opened:
     train = _subset(train, config.max_train_samples, config.split_seed)
     evaluation = _subset(evaluation, config.max_eval_samples, config.split_seed)
     test = None if test is None else _subset(test, config.max_eval_samples, config.split_seed)
-    for split in (evaluation, test):
-        if split is not None and (count := count_shared(split, train)):
-            warnings.append(
-                f"{count:,} of the {len(split.labels):,} images of {split.title} are trained on as well: the same "
-                "files, byte for byte"
-            )
     evaluated = [name for split in (evaluation, test) if split is not None for name in split.occurring()]
     untrained = list(dict.fromkeys(name for name in evaluated if name not in set(train.occurring())))
     warnings += _about(untrained, "no training images, so no right answer can be learnt")

@@ -56,8 +56,9 @@ def _load(files: list[str], kind: str) -> datasets.Dataset:
         return datasets.concatenate_datasets([_csv(file) for file in files])
     # The library datasets keeps what it has read, by the files' names and times: by the name as well, which is of what
     # changes also where a file is replaced by one of the same time.
-    states = [(path, state.st_size, state.st_ctime_ns) for path in files if (state := os.stat(path))]
-    name = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
+    states = [os.stat(path) for path in files]
+    seen = [(path, state.st_size, state.st_ctime_ns) for path, state in zip(files, states, strict=True)]
+    name = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
     return datasets.load_dataset(kind, name, data_files={"train": [glob.escape(file) for file in files]})["train"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -229,9 +229,15 @@ def _by_split(listing: Listing) -> dict[str, list[str]]:
     kind = next(kind for kind in TABLES.values() if kind in present)
     tables = [name for name in listing.tables if TABLES[os.path.splitext(name)[1].lower()] == kind]
     roles = {name: role_of_table(name) for name in tables}
+    if not any(roles.values()):
+        roles = dict.fromkeys(tables, "train")
+    return _grouped(listing, {name: roles.get(name) for name in listing.tables})
+
+
+def _grouped(listing: Listing, roles: Mapping[str, str | None]) -> dict[str, list[str]]:
+    """Table files by their split; those of none are left out."""
     result: dict[str, list[str]] = defaultdict(list)
-    for name in listing.tables:
-        role = roles.get(name) if any(roles.values()) else ("train" if name in roles else None)
+    for name, role in roles.items():
         if role is None:
             listing.leave_out(os.path.splitext(name)[1].lower(), name)
         else:
@@ -261,16 +267,9 @@ def _load_files(source: Source, config: DataConfig) -> Tables:
 
 def _by_role(files: list[str], listing: Listing) -> dict[str, list[str]]:
     """Files by the split that their names say, if they say several; all of them to train on, if not."""
-    roles = {file: role_of_table(os.path.relpath(file, listing.root)) for file in files}
-    if len(set(roles.values()) - {None}) < 2:
-        return {"train": files}
-    result: dict[str, list[str]] = defaultdict(list)
-    for file, role in roles.items():
-        if role is None:
-            listing.leave_out(os.path.splitext(file)[1].lower(), os.path.relpath(file, listing.root))
-        else:
-            result[role].append(file)
-    return dict(result)
+    names = [os.path.relpath(file, listing.root) for file in files]
+    roles = {name: role_of_table(name) for name in names}
+    return _grouped(listing, roles) if len(set(roles.values()) - {None}) > 1 else {"train": files}
 
 
 def _load_url(url: str, config: DataConfig) -> datasets.DatasetDict:

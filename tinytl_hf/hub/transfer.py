@@ -46,7 +46,7 @@ from tinytl_hf.hub.card import (
     update_card,
     with_name,
 )
-from tinytl_hf.network.weights import is_weights_file
+from tinytl_hf.network.weights import without_folder
 from tinytl_hf.reports.run_folder import ADAPTER
 from tinytl_hf.version import __version__
 
@@ -240,11 +240,9 @@ def _with_what_is_there(card: str, there: str) -> str:
 
 def without_paths(config: AdapterConfig) -> AdapterConfig:
     """The adapter's config as others may read it: it does not say where things lie on this disk."""
-    data, weights = config.data, config.backbone.weights
-    if data is not None:
-        config = replace(config, data=replace(data, dataset=dataset_name(data)))
-    name = Path(weights).name if is_weights_file(weights) else weights
-    return replace(config, backbone=replace(config.backbone, weights=name))
+    if config.data is not None:
+        config = replace(config, data=replace(config.data, dataset=dataset_name(config.data)))
+    return replace(config, backbone=replace(config.backbone, weights=without_folder(config.backbone.weights)))
 
 
 def _card_there(api: HfApi, config: PushConfig) -> str | None:

