@@ -5,13 +5,17 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from conftest import BACKBONES, METHODS, run_cli, small_run
 from test_lean import gradients, whole_model
 
 from tinytl_hf import TinyTLModel
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.network import BackboneConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
+from tinytl_hf.measure.memory import build
 
 pytestmark = pytest.mark.gpu
 
@@ -29,12 +33,14 @@ def test_gradients_and_statistics_are_those_of_the_stock_network(method, backbon
     lean, plain = (whole_model(make_model, method, backbone, lean, train_size=65).cuda() for lean in (True, False))
     ours, theirs = gradients(lean, images), gradients(plain, images)
     assert ours.keys() == theirs.keys()
+    # PyTorch's hardswish holds 1/6 as a float32 on a GPU, of float64 maps too.
+    near = 1e-6 if backbone.startswith("mobilenet_v3") else 1e-9
     scale = max(gradient.abs().max() for gradient in theirs.values())
     for name, gradient in theirs.items():
-        assert (ours[name] - gradient).abs().max() <= 1e-9 * scale, name
+        assert (ours[name] - gradient).abs().max() <= near * scale, name
     statistics = lean.adapter_tensors()
     for name, tensor in plain.adapter_tensors().items():
-        torch.testing.assert_close(statistics[name], tensor, atol=1e-9, rtol=1e-9, msg=name)
+        torch.testing.assert_close(statistics[name], tensor, atol=near, rtol=near, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -60,25 +66,26 @@ def test_half_precision_is_as_near_to_exact_gradients_as_stock(backbone, dtype, 
 
 
 @pytest.mark.parametrize("backbone", ["mobilenet_v2", "convnext_tiny", "efficientnet_b0"])
-def test_replayed_steps_in_bf16_are_the_launched_ones(backbone, make_model):
-    config = Config(train=TrainConfig(lr=1e-3, epochs=1, mixed_precision="bf16"))
+def test_replayed_steps_in_bf16_are_the_launched_ones(backbone):
+    network = BackboneConfig(name=backbone, weights="none")
+    train = TrainConfig(lr=1e-3, epochs=1, mixed_precision="bf16")
+    config = Config(backbone=network, data=DataConfig(train_size=64), train=train)
     found = {}
     for launched in (True, False):
-        model = make_model("TinyTL-L+B", backbone).cuda().train()
-        torch.manual_seed(1)
+        torch.manual_seed(0)
+        model = build(config, "TinyTL-L+B", 4, lean=True).train()
         step = MeasuredStep(model, *random_batch(model, 16, (80, 96)), config, launched=launched)
         view = step.view()
         assert view.dtype == torch.bfloat16
         optimizer = torch.optim.SGD(model.trainable_parameters(), lr=1e-2)
         found[launched] = []
         for _ in range(4):
-            with torch.autocast("cuda", torch.bfloat16):
-                logits = step.passes(view)
-            loss = F.cross_entropy(logits.float(), step.labels % 4)
+            loss = F.cross_entropy(step.passes(view), step.labels)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             found[launched].append(loss.item())
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert found[False] == pytest.approx(found[True], rel=0.03)
 
 

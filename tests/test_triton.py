@@ -33,6 +33,12 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 HALVES = [torch.bfloat16, torch.float16]
 
 
+def exactness(of_network_or_activation):
+    """How near float64 is to PyTorch's, whose hardswish holds 1/6 as a float32 on a GPU."""
+    rounded = DEVICE == "cuda" and of_network_or_activation in ("hardswish", "mobilenet_v3_small")
+    return 1e-6 if rounded else 1e-10
+
+
 def stage(convolution, activation, channels=(8, 8), trains_bias=True):
     options = dict(CONVOLUTIONS[convolution])
     if options.get("groups") == 8:
@@ -114,7 +120,7 @@ def test_a_stage_has_the_outputs_gradients_and_masks_of_the_eager_engine(convolu
     chain = with_tensors_of(Chain((stage(convolution, activation),)), torch.float64)
     x = torch.randn(3, 8, 7, 6, dtype=torch.float64, device=DEVICE).mul_(3).requires_grad_()
     grad = torch.randn_like(chain(x).detach())
-    ours, theirs = assert_same_as_eager(chain, x, grad, tolerance=1e-11)
+    ours, theirs = assert_same_as_eager(chain, x, grad, tolerance=exactness(activation))
     assert ours[0][0].is_contiguous(memory_format=torch.channels_last)
     if activation is None:
         assert ours[1] == theirs[1] == (None,)
@@ -144,7 +150,8 @@ def test_a_chain_is_the_same_in_any_slices_and_layout(layout, slice_mb, stride, 
     chain = inverted_residual(16, 24, activation, stride, residual=not stride, slice_mb=slice_mb)
     chain = with_tensors_of(chain, torch.float64)
     x = torch.randn(3, 16, 9, 7, dtype=torch.float64, device=DEVICE).contiguous(memory_format=layout).requires_grad_()
-    assert_same_as_eager(chain, x, *(torch.randn_like(each) for each in chain.with_pooled_input(x)))
+    grads = [torch.randn_like(each) for each in chain.with_pooled_input(x)]
+    assert_same_as_eager(chain, x, *grads, tolerance=exactness(activation))
 
 
 def test_a_stem_before_the_block_and_frozen_biases_change_nothing_else():
@@ -420,12 +427,12 @@ def test_a_whole_model_has_the_gradients_and_statistics_of_the_stock_one(make_mo
         for lean in (True, False)
     )
     ours, theirs = gradients(lean, images), gradients(plain, images)
-    scale = max(gradient.abs().max() for gradient in theirs.values())
+    scale, near = max(gradient.abs().max() for gradient in theirs.values()), exactness(backbone)
     for name, gradient in theirs.items():
-        assert (ours[name] - gradient).abs().max() <= 1e-10 * scale, name
+        assert (ours[name] - gradient).abs().max() <= near * scale, name
     statistics = lean.adapter_tensors()
     for name, tensor in plain.adapter_tensors().items():
-        torch.testing.assert_close(statistics[name], tensor, atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(statistics[name], tensor, atol=near, rtol=near)
 
 
 @pytest.mark.slow
@@ -433,7 +440,7 @@ def test_a_whole_model_has_the_gradients_and_statistics_of_the_stock_one(make_mo
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile_for_gpus_that_are_not_there(dtype, capability):
     script = Path(__file__).with_name("compile_triton.py")
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, script, str(capability), dtype], env=environment, capture_output=True, text=True
     )
