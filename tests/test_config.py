@@ -11,7 +11,7 @@ from tinytl_hf.config.network import METHOD_ALIASES, HeadConfig, LiteConfig, Met
 from tinytl_hf.config.run import Config, MemoryConfig
 from tinytl_hf.config.train import LrFactors, TrainConfig
 from tinytl_hf.config.verbs import CompareConfig, EvalConfig, MemoryTableConfig
-from tinytl_hf.config.yaml12 import Yaml12Loader
+from tinytl_hf.config.yaml12 import Yaml12Loader, dump_yaml, load_yaml
 from tinytl_hf.network.methods import METHODS
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -53,6 +53,12 @@ def test_a_saved_config_reads_back_the_same(tmp_path):
     config.save(tmp_path / "config.yaml")
     assert load(tmp_path / "config.yaml") == config
     assert config.method == "FT-Full"
+
+
+def test_whole_numbers_are_those_of_yaml_1_2():
+    read = load_yaml("[010, -08, 0o17, 0x1F, 1_000, '010', 1:30, 2026-11-27, 0b11, 0]")
+    assert read == [10, -8, 15, 31, "1_000", "010", "1:30", "2026-11-27", "0b11", 0]
+    assert load_yaml(dump_yaml(read)) == read
 
 
 def test_yaml_reads_no_as_a_word_and_1e_4_as_a_number():

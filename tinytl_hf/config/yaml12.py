@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-BOOL, FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+BOOL, INT, FLOAT, DATE = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp"))
+INTS = re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
 FLOATS = re.compile(
     r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
@@ -19,10 +20,10 @@ class Yaml12Dumper(yaml.SafeDumper):
 
 
 class Yaml12Loader(yaml.SafeLoader):
-    """YAML in which, as in version 1.2, ``no`` is a string and ``1e-4`` is a number."""
+    """YAML in which, as in version 1.2, ``no`` and ``1:30`` are strings, ``1e-4`` is a number and ``010`` is ten."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own way to say it)
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (BOOL, FLOAT)]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (BOOL, INT, FLOAT, DATE)]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -57,5 +58,7 @@ def dump_yaml(values: Any) -> str:
 
 
 Yaml12Loader.add_implicit_resolver(BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+Yaml12Loader.add_constructor(INT, lambda _, node: int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10)))
 for _kind in (Yaml12Loader, Yaml12Dumper):
+    _kind.add_implicit_resolver(INT, INTS, list("-+0123456789"))
     _kind.add_implicit_resolver(FLOAT, FLOATS, list("-+.0123456789"))
