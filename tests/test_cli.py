@@ -23,8 +23,18 @@ def adapter(colour_folder, tmp_path_factory):
     ("arguments", "message"),
     [
         (["train", "--data.tran_size", "96"], "data.tran_size: no such option; did you mean data.train_size?"),
-        (["train", "--data.train_size", "large"], "data.train_size: Expected a int. Got value: large"),
-        (["train", "--method", "LoRA"], "Given value: LoRA"),
+        (["train", "--data.train_size", "large"], "data.train_size=large: use a whole number"),
+        (
+            ["train", "--method", "LoRA"],
+            "method=LoRA: use one of FT-Last, TinyTL-B, TinyTL-L, TinyTL-L+B, FT-Norm+Last, ",
+        ),
+        (["train", "--method", "tinytl-lb"], "low; did you mean TinyTL-L+B?"),
+        (["train", "--trained_blocks", "six"], "trained_blocks=six: use all or a whole number"),
+        (["train", "--train.lr", "fast"], "train.lr=fast: use a number or null"),
+        (["train", "--train.optimizer", "lamb"], "train.optimizer=lamb: use one of adamw, adam, sgd, muon"),
+        (["train", "--train.mixed_precision", "fp8"], "train.mixed_precision=fp8: use one of no, bf16, fp16 or null"),
+        (["train", "--train.lr_factors.head", "x"], "train.lr_factors.head=x: use a number"),
+        (["memory", "--methods", "[LoRA]"], "methods=['LoRA']: use one of FT-Last, TinyTL-B"),
         (["train", "--train.gradient_accumulation_steps", "0"], "train.gradient_accumulation_steps=0: use 1 or more"),
         (["train", "--train.global_batch_size", "10", "--train.gradient_accumulation_steps", "4"], "use a divisor of"),
         (
@@ -93,8 +103,8 @@ def test_a_mistake_ends_with_one_line_that_names_it(arguments, message, tmp_path
     [
         ("train: {lrr: 1e-4}", "train.lrr: no such option; did you mean train.lr?"),
         ("data:\n\t- tab", "cannot start any token"),
-        ("train: {lr: fast}", "train.lr: Expected a float. Got value: fast"),
-        ("method: [a, b]", "Given value: ['a', 'b']"),
+        ("train: {lr: fast}", "train.lr=fast: use a number or null"),
+        ("method: [a, b]", "method=['a', 'b']: use one of FT-Last"),
         ("- a\n- b", "Unexpected config: - a - b"),
         ("", "empty config file"),
         ("train: {lr: .inf}", "train.lr=inf: use a finite number"),

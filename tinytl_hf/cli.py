@@ -34,8 +34,8 @@ from tinytl_hf.version import __version__
 
 VARIABLE = re.compile(r"^\$\w+|\$\{\w+\}")
 
-# How jsonargparse says that a value is neither of a type nor null.
-OR_NULL = re.compile(r"Does not .*\[\w+, NoneType\] Errors: - (.+) - Expected a NoneType .*?Given value: ")
+# What to say where jsonargparse says which type it expected.
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -278,8 +278,6 @@ def _one_line(error: Exception, argv: list[str]) -> str:
     text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
     if text.startswith("adapter: Unable to load config"):
         return "adapter: train makes one; --adapter.init PATH_OR_NAME goes on from another"
-    if not text.lower().endswith("value: none"):
-        text = OR_NULL.sub(r"\1. Got value: ", text)
     if re.search(r"Unexpected config: ?(#|$)", text):
         return "empty config file: it sets no option"
     return _with_fix(text)
@@ -298,7 +296,14 @@ def _with_fix(text: str) -> str:
         return f"{key}={value}: use {len(example)} values in brackets, such as '{example}'" if example else text
     if "Expected a list" in text and not value.startswith("["):
         return f"{key}={value}: use values in brackets, as '[{value}]'"
-    return text
+    names = re.findall(r"'(.*?)'", " ".join(re.findall(r"Expected a Literal\[(.*?)\]", text)))
+    kinds = [KINDS[kind] for kind in re.findall(r"Expected a (\w+)", text) if kind in KINDS]
+    wanted = [f"one of {', '.join(names)}" if len(names) > 1 else "".join(names), *kinds]
+    if not any(wanted):
+        return text
+    near = difflib.get_close_matches(value.lower(), [name.lower() for name in names], n=1)
+    meant = next((f"; did you mean {name}?" for name in names if name.lower() in near), "")
+    return f"{key}={value}: use {' or '.join(word for word in wanted if word)}{meant}"
 
 
 def _no_such_option(key: str, verb: str | None) -> str:
