@@ -4,7 +4,7 @@ from conftest import slow
 from torchvision.transforms.v2 import functional as TF
 
 from tinytl_hf.adapter.record import Preprocessing
-from tinytl_hf.data.augment import RandomCropFlip, centre_boxes, resample
+from tinytl_hf.data.augment import RandomCropFlip, centre_boxes, random_crops, resample
 from tinytl_hf.measure.peak import cpu_peak
 
 MEAN, STD = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)  # leaves pixel values as they are
@@ -42,13 +42,21 @@ def test_padding_never_shows():
     assert torch.equal(resample(padded, sizes, box, 32, MEAN, STD), resample(small, sizes, box, 32, MEAN, STD))
 
 
-def test_flip_mirrors_only_the_chosen_images():
+@pytest.mark.parametrize("target", [24, 36])
+def test_flip_mirrors_only_the_chosen_images(target):
     images, sizes = pixels(2, 24, 24), torch.tensor([[24, 24]] * 2)
     boxes = centre_boxes(sizes, 1.0)
-    plain = resample(images, sizes, boxes, 24, MEAN, STD)
-    flipped = resample(images, sizes, boxes, 24, MEAN, STD, flips=torch.tensor([True, False]))
+    plain = resample(images, sizes, boxes, target, MEAN, STD)
+    flipped = random_crops(images, sizes, boxes, torch.tensor([True, False]), target, MEAN, STD)
     torch.testing.assert_close(flipped[0], plain[0].flip(-1))
     assert torch.equal(flipped[1], plain[1])
+
+
+def test_pixels_are_exact_under_autocast():
+    images, sizes = pixels(2, 48, 32), torch.tensor([[48, 32]] * 2)
+    exact = resample(images, sizes, centre_boxes(sizes, 1.0), 64, MEAN, STD)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(resample(images, sizes, centre_boxes(sizes, 1.0), 64, MEAN, STD), exact)
 
 
 def test_normalisation_is_imagenets():
@@ -86,13 +94,33 @@ def test_a_draw_depends_on_seed_epoch_and_image_alone():
     assert not torch.equal(boxes, whole) and not flips.any()
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_crops_that_get_smaller_are_torchvisions_and_near_the_exact_ones(interpolation):
+    images, sizes = pixels(6, 90, 120), torch.tensor([[90, 120]] * 3 + [[80, 100]] * 3)
+    boxes, flips = RandomCropFlip(images=6, seed=1, scale=(0.3, 1.0), flip=True)(sizes, torch.arange(6))
+    assert (boxes[:, 2:] > 40).all() and 0 < flips.sum() < 6
+    found = random_crops(images, sizes, boxes, flips, 40, MEAN, STD, interpolation)
+    for image, box, flip, ours in zip(images, boxes, flips, found, strict=True):
+        top, left, bottom, right = (round(side.item()) for side in (*box[:2], *(box[:2] + box[2:])))
+        options = {"interpolation": TF.InterpolationMode(interpolation), "antialias": True}
+        theirs = TF.resized_crop(image, top, left, bottom - top, right - left, [40, 40], **options)
+        assert torch.equal(ours, (theirs.flip(-1) if flip else theirs).float())
+    smooth = torch.nn.functional.interpolate(images[:, :, ::15, ::15].float(), (90, 120), mode="bilinear").byte()
+    exact = resample(smooth, sizes, boxes, 40, MEAN, STD, interpolation)
+    close = random_crops(smooth, sizes, boxes, torch.zeros(6, dtype=torch.bool), 40, MEAN, STD, interpolation)
+    assert (close - exact).abs().mean() < 3  # of 255: half a pixel of the crop at most
+
+
 @pytest.mark.parametrize(("width", "megabytes"), [slow(448, 10), slow(672, 12), (1792, 16)])
 def test_large_photos_take_little_more_than_what_the_network_gets_of_them(width, megabytes):
-    pixels = torch.zeros(8, 3, 448, width, dtype=torch.uint8)
+    pixels = torch.zeros(8, 448, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     sizes = torch.tensor([[448, width]]).expand(8, 2)
     boxes, flips = RandomCropFlip(images=8, seed=0, scale=(0.08, 1.0), flip=True)(sizes, torch.arange(8))
-    peak = cpu_peak(lambda: resample(pixels, sizes, boxes, 224, MEAN, STD, flips=flips))
-    assert 8 * 3 * 224 * 224 * 4 <= peak < megabytes * 1e6  # 4.8 MB are the result
+    result = 8 * 3 * 224 * 224 * 4  # 4.8 MB
+    peak = cpu_peak(lambda: resample(pixels, sizes, centre_boxes(sizes, 1.0), 224, MEAN, STD))
+    assert result <= peak < megabytes * 1e6
+    peak = cpu_peak(lambda: random_crops(pixels, sizes, boxes, flips, 224, MEAN, STD))
+    assert result <= peak < megabytes * 1e6
 
 
 def test_an_image_is_the_same_alone_and_in_a_batch_and_of_its_crop_only():
@@ -100,9 +128,9 @@ def test_an_image_is_the_same_alone_and_in_a_batch_and_of_its_crop_only():
     pixels = torch.randint(0, 256, (5, 3, 300, 280), dtype=torch.uint8, generator=generator)
     sizes = torch.tensor([[300, 280], [120, 280], [300, 90], [64, 64], [299, 279]])
     boxes, flips = RandomCropFlip(images=5, seed=3, scale=(0.08, 1.0), flip=True)(sizes, torch.arange(5))
-    whole = resample(pixels, sizes, boxes, 96, MEAN, STD, flips=flips)
+    whole = random_crops(pixels, sizes, boxes, flips, 96, MEAN, STD)
     assert whole.is_contiguous(memory_format=torch.channels_last)
     for i in range(5):
         one = slice(i, i + 1)
-        alone = resample(pixels[one], sizes[one], boxes[one], 96, MEAN, STD, flips=flips[one])
+        alone = random_crops(pixels[one], sizes[one], boxes[one], flips[one], 96, MEAN, STD)
         torch.testing.assert_close(alone[0], whole[i], atol=0.01, rtol=0)  # of values up to 255

@@ -245,20 +245,17 @@ def test_peak_of_full_training_adds_up_to_no_more_than_was_measured(make_model):
 
 
 def photos(height, width, count=2):
-    return torch.zeros(count, 3, height, width, dtype=torch.uint8), torch.arange(count) % 4
+    return torch.zeros(count, height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2), torch.arange(count) % 4
 
 
-def test_the_step_starts_from_photos_and_large_ones_cost_a_bounded_amount(make_model):
-    # At 64 px nearly all of a small step's peak is resampling, which takes a photo or a few at a time.
+def test_the_step_starts_from_photos_and_large_ones_cost_no_more(make_model):
+    # A large photo's crop goes from bytes to bytes of the network's size; as floats a photo takes up to 9.6 MB.
     sizes, whole = ((32, 32), (448, 672), (448, 1792)), Config(data=DataConfig(crop_scale=(1.0, 1.0)))
     peaks = {size: measure_peak(make_model("TinyTL-B"), *photos(*size), whole) for size in sizes}
     small, middle, large = peaks.values()
     assert [peak.photos for peak in peaks.values()] == [2 * 3 * height * width for height, width in peaks]
-    assert small.dynamic < middle.dynamic < large.dynamic < small.dynamic + 12e6  # a photo as floats takes 9.6 MB
+    assert abs(middle.dynamic - small.dynamic) < 0.2e6 and abs(large.dynamic - small.dynamic) < 0.2e6
     assert small.kept_activations == large.kept_activations
-    # It is over when the forward pass starts, so a step that needs more takes no more of large photos.
-    full = [measure_peak(make_model("FT-Full"), *photos(*size, 8), whole).dynamic for size in (sizes[0], sizes[2])]
-    assert full[0] == full[1] > large.dynamic
 
 
 @pytest.mark.skipif(native_library.kernels() is None, reason="without a compiler bf16 saves nothing on a CPU")

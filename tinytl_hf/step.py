@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
 from tinytl_hf.config.train import TrainConfig
-from tinytl_hf.data.augment import RandomCropFlip, normalise, resample
+from tinytl_hf.data.augment import RandomCropFlip, normalise, random_crops
 from tinytl_hf.data.changes import Changes
 from tinytl_hf.model import TinyTLModel
 
@@ -58,9 +58,10 @@ def training_view(
     boxes, flips = augment(batch["sizes"], batch["index"])
     options = model.config.preprocessing
     if not (changes.acts and changes.operates):
-        images = resample(batch["pixels"], batch["sizes"], boxes, size, *options.normal, flips)
+        images = random_crops(batch["pixels"], batch["sizes"], boxes, flips, size, *options.normal)
     else:
-        pixels = resample(batch["pixels"], batch["sizes"], boxes, size, *AS_THEY_ARE, options.interpolation, flips)
+        whole = *AS_THEY_ARE, options.interpolation
+        pixels = random_crops(batch["pixels"], batch["sizes"], boxes, flips, size, *whole)
         images = normalise(changes.operate(pixels, batch["index"]).float(), options.mean, options.std)
     images = changes.mix(images, batch["index"]) if changes.acts and changes.mixes else images
     return images.to(dtype)

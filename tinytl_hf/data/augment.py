@@ -2,7 +2,9 @@
 
 One matrix product per axis resamples a few images at a time: row ``i`` of an image's matrix holds the
 weights of the source pixels that make up output pixel ``i``. Those are the weights of bilinear or bicubic resizing
-with anti-aliasing, as in Pillow and torchvision, whose transforms draw one box for a whole batch.
+with anti-aliasing, as in Pillow and torchvision, whose transforms draw one box for a whole batch. Of large
+photos those are mostly products with zero: random crops that a CPU makes smaller go through PyTorch's own kernel
+for bytes.
 
 Boxes are ``[N, 4]`` (top, left, height, width) in source pixels and may have fractions.
 """
@@ -14,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
@@ -95,7 +98,6 @@ def resample(
     mean: Sequence[float],
     std: Sequence[float],
     interpolation: str = "bilinear",
-    flips: Tensor | None = None,
 ) -> Tensor:
     """Resize each image's box to a square and normalise it.
 
@@ -107,41 +109,103 @@ def resample(
         mean: Per channel, on a scale of 0 to 1: what the backbone was trained with.
         std: Per channel, on the same scale.
         interpolation: ``bilinear`` or ``bicubic``.
-        flips: ``[N]`` images to mirror.
 
     Returns:
         ``float32`` ``[N, 3, size, size]``, channels last, on the device of ``pixels``.
     """
-    device = pixels.device
-    sizes, boxes = sizes.to(device), boxes.to(device)
+    images, no_flips = _empty(pixels, size), torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
+    _by_products(images, _groups(pixels, size), pixels, sizes, boxes, no_flips, interpolation)
+    return normalise(images, mean, std)
+
+
+def random_crops(
+    pixels: Tensor,
+    sizes: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bilinear",
+) -> Tensor:
+    """:func:`resample` for training, which need not be exact to a fraction of a pixel, and mirrors some of the images.
+
+    A box that is larger than the result is resized as by torchvision's RandomResizedCrop, where that is on a CPU: its
+    sides and the values from 0 to 255 are whole numbers, and pixels beyond it do not count.
+
+    ``flips`` ``[N]`` are the images to mirror; the other arguments are those of :func:`resample`.
+    """
+    images, shrink = _empty(pixels, size), (boxes[:, 2:] >= size).all(1)
+    if pixels.device.type != "cpu" or not shrink.any():
+        parts = _groups(pixels, size)
+    else:
+        corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1).round().int()
+        for i in shrink.nonzero().flatten().tolist():
+            top, left, bottom, right = corners[i].tolist()
+            crop = pixels[i : i + 1, :, top:bottom, left:right]
+            view = F.interpolate(crop, (size, size), mode=interpolation, antialias=True)[0]
+            images[i] = view.flip(-1) if flips[i] else view
+        parts = _groups(pixels, size, (~shrink).nonzero().flatten())
+    _by_products(images, parts, pixels, sizes, boxes, flips, interpolation)
+    return normalise(images, mean, std)
+
+
+def _empty(pixels: Tensor, size: int) -> Tensor:
     shape = (len(pixels), pixels.shape[1], size, size)
-    images = torch.empty(shape, device=device, memory_format=torch.channels_last)
-    for part in _groups(pixels, size):
+    return torch.empty(shape, device=pixels.device, memory_format=torch.channels_last)
+
+
+def _by_products(
+    images: Tensor,
+    parts: Iterator[slice | Tensor],
+    pixels: Tensor,
+    sizes: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    interpolation: str,
+) -> None:
+    """Fill ``parts`` of ``images`` with their boxes, in values from 0 to 255."""
+    size, device, rows_of_pixels = images.shape[-1], pixels.device, _rows_of_pixels(images)
+    sizes, boxes, flips = sizes.to(device), boxes.to(device), flips.to(device)
+    for part in parts:
         top, bottom = _span(boxes[part, 0], boxes[part, 2], pixels.shape[2], size, interpolation)
         left, right = _span(boxes[part, 1], boxes[part, 3], pixels.shape[3], size, interpolation)
         rows = _weights(boxes[part, 0], boxes[part, 2], sizes[part, 0], range(top, bottom), size, interpolation)
         columns = _weights(boxes[part, 1], boxes[part, 3], sizes[part, 1], range(left, right), size, interpolation)
-        if flips is not None:
-            columns = torch.where(flips[part].to(device)[:, None, None], columns.flip(1), columns)
-        images[part] = rows[:, None] @ pixels[part, :, top:bottom, left:right].float() @ columns.mT[:, None]
+        columns = torch.where(flips[part, None, None], columns.flip(1), columns)
+        crops = pixels[part, :, top:bottom, left:right].to(torch.float32, memory_format=torch.contiguous_format)
+        with torch.autocast(device.type, enabled=False):  # pixels stay exact where a caller computes in bf16
+            narrow = _rows_of_pixels(crops @ columns.mT[:, None])
+            if isinstance(part, slice):
+                torch.bmm(rows, narrow, out=rows_of_pixels[part])
+            else:
+                rows_of_pixels[part] = rows @ narrow
     if interpolation == "bicubic":
         images.clamp_(0, 255)  # some of its weights are below zero, so that it overshoots
-    return normalise(images, mean, std)
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalise values from 0 to 255 in place, ``[N, 3, H, W]``; mean and std as for :func:`resample`."""
-    scale, shift = _normalisation(tuple(mean), tuple(std), pixels.device)
-    return pixels.mul_(scale[:, None, None]).add_(shift[:, None, None])
+    """Normalise values from 0 to 255 ``[N, 3, H, W]``, channels last, in place; mean, std as for :func:`resample`."""
+    scale, shift = _normalisation(tuple(mean), tuple(std), pixels.shape[-1], pixels.device)
+    rows = _rows_of_pixels(pixels)
+    torch.addcmul(shift, rows, scale, out=rows)
+    return pixels
 
 
-def _groups(pixels: Tensor, size: int) -> Iterator[slice]:
-    """Ranges of the batch whose pixels take about as much as floats as a device wants at a time."""
+def _rows_of_pixels(images: Tensor) -> Tensor:
+    """``[N, 3, H, W]`` as ``[N, H, W * 3]``: the same memory where it is channels last."""
+    return images.permute(0, 2, 3, 1).flatten(2)
+
+
+def _groups(pixels: Tensor, size: int, chosen: Tensor | None = None) -> Iterator[slice | Tensor]:
+    """Parts of a batch, or of its ``chosen`` images, that take about as much as floats as a device wants at a time."""
     height, width = pixels.shape[-2:]
     group_mb = GROUP_MB if pixels.device.type == "cpu" else GROUP_MB_ON_GPU
-    count = max(1, int(group_mb * 1e6) // (4 * pixels.shape[1] * max(height, size) * max(width, size)))
-    for start in range(0, len(pixels), count):
-        yield slice(start, start + count)
+    count = max(1, int(group_mb * 1e6) // (4 * pixels.shape[1] * height * max(width, size)))
+    if chosen is None:
+        yield from (slice(start, start + count) for start in range(0, len(pixels), count))
+    elif len(chosen):
+        yield from chosen.split(count)
 
 
 def _span(start: Tensor, length: Tensor, source: int, target: int, interpolation: str) -> tuple[int, int]:
@@ -153,10 +217,12 @@ def _span(start: Tensor, length: Tensor, source: int, target: int, interpolation
 
 
 @functools.cache
-def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Factor and summand of each channel for pixels from 0 to 255."""
+def _normalisation(
+    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Factors and summands ``[width * 3]`` of a row of pixels from 0 to 255."""
     means, stds = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-    return 1 / (255 * stds), -means / stds
+    return (1 / (255 * stds)).repeat(width), (-means / stds).repeat(width)
 
 
 def _weights(start: Tensor, length: Tensor, size: Tensor, source: range, target: int, interpolation: str) -> Tensor:

@@ -1,6 +1,6 @@
 """Splits to batches of pixels.
 
-A batch is a dict of ``pixels`` (``uint8`` ``[N, 3, H, W]``, padded at the bottom right), ``sizes``
+A batch is a dict of ``pixels`` (``uint8`` ``[N, 3, H, W]``, channels last, padded at the bottom right), ``sizes``
 (``[N, 2]`` height and width), ``labels`` and ``index`` (``[N]``). Cropping, resizing and normalising
 happen on the training device (``augment.py``).
 """
@@ -116,7 +116,7 @@ class DecodedImages(Dataset):
         self.in_memory = sum(image.numel() for image in images)
         self.photo_size = _largest([_size(image) for image in images])
         same_size = len({image.shape for image in images}) == 1
-        self.images = torch.stack(images) if same_size and not shared else images
+        self.images = pad_images(images)[0] if same_size and not shared else images
 
     def __len__(self) -> int:
         return len(self.labels)

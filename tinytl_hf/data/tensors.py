@@ -1,4 +1,4 @@
-"""Images as tensors: ``uint8`` ``[3, H, W]``, and batches of them."""
+"""Images as tensors ``uint8`` ``[3, H, W]``, and batches of them; in memory they lie as decoded, ``[H, W, 3]``."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def to_rgb(image: Image.Image, input_size: int) -> Tensor:
 
 def as_tensor(pixels: np.ndarray) -> Tensor:
     """``uint8`` ``[H, W, 3]`` as a tensor ``[3, H, W]``."""
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Stack images of any sizes, padded at the bottom right.
 
     Returns:
-        Pixels ``[N, 3, H, W]`` and the true sizes ``[N, 2]`` (height, width).
+        Pixels ``[N, 3, H, W]``, channels last, and the true sizes ``[N, 2]`` (height, width).
     """
     sizes = torch.tensor([image.shape[-2:] for image in images])
     height, width = sizes.amax(0).tolist()
-    pixels = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    pixels = torch.zeros(len(images), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     for row, image in zip(pixels, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image
     return pixels, sizes

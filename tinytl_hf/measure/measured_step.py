@@ -87,5 +87,5 @@ def random_batch(
     """
     size, device = model.config.preprocessing.train_size, next(model.parameters()).device
     height, width = photo_size or (size, size)
-    pixels = torch.randint(256, (batch_size, 3, height, width), dtype=torch.uint8, device=device)
-    return pixels, torch.randint(len(model.label_names), (batch_size,), device=device)
+    pixels = torch.randint(256, (batch_size, height, width, 3), dtype=torch.uint8, device=device)
+    return pixels.permute(0, 3, 1, 2), torch.randint(len(model.label_names), (batch_size,), device=device)
