@@ -32,7 +32,7 @@ from tinytl_hf.lean.paths import LeanBlockPath, LeanPart, LeanResNetPath
 from tinytl_hf.lean.recompute import Recomputed
 from tinytl_hf.lean.runs import LeanSequence, join_recomputed, run_as
 from tinytl_hf.lean.stage import UPPER, Stage
-from tinytl_hf.lean.together import DoneByAnother, Together
+from tinytl_hf.lean.together import Together, done_by_another
 from tinytl_hf.network.blocks import TinyTLBlock, is_layer, leaves, own_layers, own_modules, unknown_blocks
 from tinytl_hf.network.head import Head, PointwiseHead
 from tinytl_hf.network.kinds import class_name
@@ -231,7 +231,7 @@ def _join(stems: Sequence[nn.Module], block: TinyTLBlock, prefix: Collection[nn.
     members = (*stems, block)
     whole = replace(path, main=joined) if isinstance(path, LeanBlockPath) else joined
     block.lean_path = Together(members, whole, path)
-    stem.chain = Together(members, DoneByAnother(), stem.chain)
+    stem.chain = Together(members, done_by_another, stem.chain)
 
 
 def _join_layers(layers: nn.Sequential, engine: Engine, prefix: Collection[nn.Module]) -> None:

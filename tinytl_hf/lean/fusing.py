@@ -21,7 +21,7 @@ from tinytl_hf.lean.independence import independent_by_type
 from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation, NormOfConvolution, UnreadLinear, scales_output
 from tinytl_hf.lean.paths import Activated, UnreadWhenAgain
 from tinytl_hf.lean.stage import Stage
-from tinytl_hf.lean.together import DoneByAnother, Together
+from tinytl_hf.lean.together import Together, done_by_another
 from tinytl_hf.network.blocks import TinyTLBlock, leaves, own_modules
 from tinytl_hf.network.norms import FrozenBatchNormAct2d
 
@@ -100,7 +100,7 @@ def _join_neighbours(units: Iterable[nn.Module]) -> None:
             chains = [each.chain for each in run if isinstance(each.chain, Chain)]
             joined = replace(chains[0], stages=tuple(stage for chain in chains for stage in chain.stages))
             for unit, chain in zip(run, chains, strict=True):
-                unit.chain = Together(tuple(run), joined if unit is run[0] else DoneByAnother(), chain)
+                unit.chain = Together(tuple(run), joined if unit is run[0] else done_by_another, chain)
         run = []
 
 

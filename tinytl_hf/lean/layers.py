@@ -154,7 +154,7 @@ def upsample_add(maps: Tensor, small: Tensor, backend_name: BackendName = "auto"
     return _UpsampleAdd.apply(maps, small, backend_name)
 
 
-def upsample_gradient(grad: Tensor, small: Tensor, backend_name: BackendName = "auto") -> Tensor:
+def upsample_gradient(grad: Tensor, small: Tensor, backend_name: BackendName) -> Tensor:
     """The gradient of ``small``, which has been resized and added to maps whose gradient is ``grad``."""
     chosen = backend.named(backend.of_upsampling(backend_name, grad, small))
     return chosen.upsample_backward(grad, small.shape, small.dtype)

@@ -189,12 +189,6 @@ class TinyTLBlock(nn.Module):
         return output + self.lite_residual(x, (height, width))
 
 
-def _with_delta(block_class: type) -> type[TinyTLBlock]:
-    """The class of blocks of a kind that take a delta."""
-    made: type[TinyTLBlock] = mixed(f"TinyTL{block_class.__name__.strip('_')}", TinyTLBlock, block_class)
-    return made
-
-
 def convert_blocks(backbone: nn.Module, gradient_checkpointing: bool = False) -> dict[str, TinyTLBlock]:
     """Turn the residual blocks of ``backbone`` into :class:`TinyTLBlock`, in place.
 
@@ -205,7 +199,8 @@ def convert_blocks(backbone: nn.Module, gradient_checkpointing: bool = False) ->
     for name, module in backbone.named_modules():
         if class_name(type(module)) in BLOCK_KINDS:
             # The layout of the object stays that of its class, as in torch.nn.utils.parametrize.
-            module.__class__ = _with_delta(type(module))
+            own = type(module)
+            module.__class__ = mixed(f"TinyTL{own.__name__.strip('_')}", TinyTLBlock, own)
             assert isinstance(module, TinyTLBlock)
             module.register_module("lite_residual", None)
             module.gradient_checkpointing = gradient_checkpointing

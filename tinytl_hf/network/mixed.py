@@ -25,7 +25,7 @@ def mixed(name: str, mixin: type, own: type) -> Any:
     return _made(name, mixin, own)
 
 
-@functools.cache
+@functools.cache  # apart from :func:`mixed`, as mypy takes no class for an argument of a cached function
 def _made(name: str, mixin: type, own: type) -> Mixed:
     return Mixed(name, (mixin, own), {"__module__": mixin.__module__, "made_of": (name, mixin, own)})
 

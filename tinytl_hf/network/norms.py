@@ -26,8 +26,7 @@ NORM_WITH_ACTIVATION = "timm.layers.norm_act.BatchNormAct2d"
 
 
 class _Recomputing(threading.local):
-    def __init__(self) -> None:
-        self.active = False
+    active = False
 
 
 _recomputing = _Recomputing()
@@ -88,14 +87,14 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
     def count_batch(self) -> float:
         """Count a batch, unless it is computed for a second time; the share of its statistics in the running ones."""
-        if not _is_recomputing() and self.num_batches_tracked is not None:
+        if not _recomputing.active and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return self.share_of_a_batch
 
     @property
     def share_of_a_batch(self) -> float:
         """The share of a batch's statistics in the running ones: none where it is computed for a second time."""
-        if _is_recomputing():
+        if _recomputing.active:
             return 0.0
         if self.momentum is None:  # a plain mean over the batches so far
             return 1 / max(1, int(self.num_batches_tracked or 0))
@@ -229,7 +228,3 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _is_recomputing() -> bool:
-    return _recomputing.active

@@ -17,7 +17,6 @@ from tinytl_hf.network.same_padding import SameConv2d
 
 PREFIX = "timm/"
 LOCAL = "local-dir:"
-CONFIG = "config.json"
 # Of a saved model's arguments, those that say what it is built with anyway.
 OF_NO_CONSEQUENCE = ("num_classes", "in_chans", "drop_rate", "drop_path_rate", "drop_block_rate")
 
