@@ -12,7 +12,7 @@ from torch import nn
 from tinytl_hf import TinyTLModel
 from tinytl_hf.config.engine import Engine
 from tinytl_hf.config.network import LiteConfig
-from tinytl_hf.lean import backend, bits, eager_backend, native_backend, native_branch, native_library
+from tinytl_hf.lean import backend, bits, eager_backend, native_backend, native_library
 from tinytl_hf.lean.chain import Chain, Stage
 from tinytl_hf.lean.int8 import quantise
 from tinytl_hf.lean.lite_branch import Branch
@@ -28,8 +28,7 @@ CL = torch.channels_last
 # The best one and the one for any processor; those between are built of the same sources.
 @pytest.fixture(params=[name if name in (next(iter(SETS)), "portable") else slow(name) for name in SETS] or [None])
 def instruction_set(request, monkeypatch):
-    for module in (native_backend, native_branch):
-        monkeypatch.setattr(module, "kernels", lambda: SETS[request.param])
+    monkeypatch.setattr(native_library, "kernels", lambda: SETS[request.param])
 
 
 @pytest.fixture(params=[slow(1), 3])

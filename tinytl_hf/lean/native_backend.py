@@ -23,15 +23,14 @@ from tinytl_hf.lean.native_branch import branch_forward as branch_forward
 from tinytl_hf.lean.native_library import (
     DTYPES,
     LARGEST_KERNEL,
+    Call,
     ChainArguments,
-    Maps,
     StageArguments,
     UpsamplingArguments,
     channels_last,
-    empty_maps,
-    kernels,
     unfit_types,
 )
+from tinytl_hf.lean.slices import empty_maps
 from tinytl_hf.lean.stage import SMOOTH, UPPER, Stage
 from tinytl_hf.network.same_padding import SameConv2d, same_padding
 
@@ -172,52 +171,30 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-@dataclass
-class _Call:
-    """The arguments of one call, with the tensors that they point to, which must outlive it."""
-
-    arguments: ChainArguments
-    alive: list[Tensor | None]
-
-    @classmethod
-    def of(cls, chain: Chain, shape: torch.Size, kept: list[Tensor | None], grads: list[Tensor | None]) -> _Call:
-        paddings = _paddings(chain, shape)
-        assert paddings is not None
-        weights = [padding.weight(stage.conv) for padding, stage in zip(paddings, chain.stages, strict=True)]
-        stages, alive = _stages(chain, paddings, weights, kept, grads)
-        arguments = ChainArguments(shape[0], shape[2], shape[3], len(stages), stages, chain.branch, chain.residual)
-        arguments.threads = torch.get_num_threads()
-        arguments.cache = cache_bytes() if chain.slice_mb is None else int(chain.slice_mb * 1e6)
-        return cls(arguments, alive)
-
-    def set(self, name: str, maps: Tensor | None) -> None:
-        """Pass channels-last maps."""
-        setattr(self.arguments, name, Maps.of(maps))
-        self.alive.append(maps)
-
-    def run(self, name: str) -> None:
-        """Call a kernel with the scratch memory that it asks for."""
-        chosen = kernels()
-        assert chosen is not None
-        scratch = torch.empty(chosen.chain_scratch(self.arguments), dtype=torch.float32)
-        self.arguments.scratch = scratch.data_ptr()
-        getattr(chosen, name)(self.arguments)
+def _call(chain: Chain, shape: torch.Size, kept: list[Tensor | None], grads: list[Tensor | None]) -> Call:
+    """What forward and backward pass have in common."""
+    paddings = _paddings(chain, shape)
+    assert paddings is not None
+    weights = [padding.weight(stage.conv) for padding, stage in zip(paddings, chain.stages, strict=True)]
+    stages, alive = _stages(chain, paddings, weights, kept, grads)
+    arguments = ChainArguments(shape[0], shape[2], shape[3], len(stages), stages, chain.branch, chain.residual)
+    arguments.threads = torch.get_num_threads()
+    arguments.cache = cache_bytes() if chain.slice_mb is None else int(chain.slice_mb * 1e6)
+    return Call(arguments, alive)
 
 
 def chain_forward(
     chain: Chain, x: Tensor, dtype: torch.dtype, keeps: bool, pools: bool
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """See :class:`~tinytl_hf.lean.backend.Backend`."""
-    images, sizes = x.shape[0], chain.map_sizes(x.shape)
+    sizes = chain.map_sizes(x.shape)
     kept = chain.empty_kept(x, dtype, keeps)
-    call = _Call.of(chain, x.shape, kept, [None] * len(kept))
-    output = empty_maps(images, sizes[-1], dtype)
+    call = _call(chain, x.shape, kept, [None] * len(kept))
+    output = empty_maps(x, dtype, (len(x), *sizes[-1]))
     channels, height, width = sizes[chain.branch]
-    pooled = empty_maps(images, (channels, height // 2, width // 2), dtype) if pools else None
-    call.set("input", channels_last(x))
-    call.set("output", output)
-    call.set("pooled", pooled)
-    call.run("chain_forward")
+    pooled = empty_maps(x, dtype, (len(x), channels, height // 2, width // 2)) if pools else None
+    call.set(input=channels_last(x), output=output, pooled=pooled)
+    call.run("chain_forward", "chain_scratch")
     return output, pooled, kept
 
 
@@ -236,13 +213,12 @@ def chain_backward(
         torch.empty(stage.conv.out_channels, dtype=torch.float32) if needed else None
         for stage, needed in zip(chain.stages, needs_bias, strict=True)
     ]
-    call = _Call.of(chain, shape, kept, grads)
-    grad_input = empty_maps(shape[0], tuple(shape[1:]), dtype) if needs_input else None
-    call.set("grad_output", channels_last(grad))
-    call.set("grad_pooled", None if grad_pooled is None else channels_last(grad_pooled))
-    call.set("grad_input", grad_input)
+    call = _call(chain, shape, kept, grads)
+    grad_input = empty_maps(grad, dtype, shape) if needs_input else None
+    pooled = None if grad_pooled is None else channels_last(grad_pooled)
+    call.set(grad_output=channels_last(grad), grad_pooled=pooled, grad_input=grad_input)
     call.arguments.first = 0 if needs_input else needs_bias.index(True)
-    call.run("chain_backward")
+    call.run("chain_backward", "chain_scratch")
     return grad_input, grads
 
 
@@ -258,16 +234,14 @@ def upsample_add(maps: Tensor, small: Tensor) -> None:
 
 def upsample_backward(grad: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """See :class:`~tinytl_hf.lean.backend.Backend`."""
-    small = empty_maps(shape[0], tuple(shape[1:]), dtype)
+    small = empty_maps(grad, dtype, shape)
     _resample("upsample_backward", channels_last(grad), small)
     return small
 
 
 def _resample(kernel: str, maps: Tensor, small: Tensor) -> None:
-    chosen = kernels()
-    assert chosen is not None
-    sizes = (len(maps), *maps.shape[2:], *small.shape[2:], maps.shape[1])
-    arguments = UpsamplingArguments(*sizes, Maps.of(maps), Maps.of(small), None, torch.get_num_threads())
-    scratch = torch.empty(chosen.upsampling_scratch(arguments), dtype=torch.float32)
-    arguments.scratch = scratch.data_ptr()
-    getattr(chosen, kernel)(arguments)
+    arguments = UpsamplingArguments(len(maps), *maps.shape[2:], *small.shape[2:], maps.shape[1])
+    arguments.threads = torch.get_num_threads()
+    call = Call(arguments, [])
+    call.set(maps=maps, small=small)
+    call.run(kernel, "upsampling_scratch")

@@ -11,14 +11,13 @@ from torch import Tensor
 from tinytl_hf.lean.native_library import (
     LARGEST_KERNEL,
     BranchArguments,
-    Maps,
+    Call,
     NormArguments,
     Reduce,
     channels_last,
-    empty_maps,
-    kernels,
     unfit_types,
 )
+from tinytl_hf.lean.slices import empty_maps
 from tinytl_hf.network.norms import sum_over_processes
 
 if TYPE_CHECKING:
@@ -44,9 +43,9 @@ def branch_forward(branch: Branch, pooled: Tensor, dtype: torch.dtype) -> tuple[
     call = _Call(branch, pooled, statistics)
     call.arguments.norm1.rate = branch.norm1.count_batch()
     call.arguments.norm2.rate = branch.norm2.count_batch()
-    output = empty_maps(len(pooled), (channels, *call.size), dtype)
+    output = empty_maps(pooled, dtype, (len(pooled), channels, *call.size))
     call.set(output=output)
-    call.run("branch_forward")
+    call.run("branch_forward", "branch_scratch")
     return output, statistics
 
 
@@ -55,7 +54,7 @@ def branch_backward(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """See :class:`~tinytl_hf.lean.backend.Backend`."""
     call = _Call(branch, pooled, statistics)
-    grad_input = empty_maps(len(pooled), tuple(pooled.shape[1:]), pooled.dtype) if needs_input else None
+    grad_input = empty_maps(pooled, pooled.dtype, pooled.shape) if needs_input else None
     grads = [torch.empty(parameter.shape, dtype=torch.float32) for parameter in branch.parameters]
     grads[0] = torch.empty_like(branch.conv1.weight, memory_format=torch.channels_last)
     call.set(grad_output=channels_last(grad), grad_input=grad_input)
@@ -63,12 +62,12 @@ def branch_backward(
     arguments.grad_weight1, arguments.grad_weight2 = grads[0].data_ptr(), grads[3].data_ptr()
     arguments.norm1.grad_gamma, arguments.norm1.grad_beta = grads[1].data_ptr(), grads[2].data_ptr()
     arguments.norm2.grad_gamma, arguments.norm2.grad_beta = grads[4].data_ptr(), grads[5].data_ptr()
-    call.run("branch_backward")
+    call.run("branch_backward", "branch_scratch")
     return grad_input, grads
 
 
-class _Call:
-    """The arguments of one call, and the tensors that they point to, which must outlive it.
+class _Call(Call):
+    """The arguments of a branch's kernel, which may call back to add up over processes.
 
     Attributes:
         size: Height and width of the branch's maps.
@@ -82,13 +81,12 @@ class _Call:
         weights = [conv.weight.detach(), branch.conv2.weight.detach().contiguous()]
         if weights[0].stride(2) != weights[0].stride(3) * kernel:  # taps that do not lie one after the other
             weights[0] = weights[0].contiguous()
-        self.alive: list[Any] = [*weights, *statistics]
-        self.failed: Exception | None = None
-        self.arguments = BranchArguments(
+        arguments = BranchArguments(
             *(images, height, width, channels, conv.out_channels, branch.conv2.out_channels),
             *(kernel, stride, padding, conv.groups),
         )
-        arguments = self.arguments
+        super().__init__(arguments, [*weights, *statistics])
+        self.failed: Exception | None = None
         arguments.weight1, arguments.weight2 = (weight.data_ptr() for weight in weights)
         strides = weights[0].stride()
         arguments.weight1_strides[:] = strides[0], strides[1], strides[3]
@@ -103,19 +101,9 @@ class _Call:
             arguments.reduce = Reduce(self._reduce)
         self.set(input=channels_last(pooled))
 
-    def set(self, **maps: Tensor | None) -> None:
-        """Pass channels-last maps."""
-        for name, tensor in maps.items():
-            setattr(self.arguments, name, Maps.of(tensor))
-            self.alive.append(tensor)
-
-    def run(self, name: str) -> None:
-        """Call a kernel with the scratch memory that it asks for."""
-        found = kernels()
-        assert found is not None
-        scratch = torch.empty(found.branch_scratch(self.arguments), dtype=torch.float32)
-        self.arguments.scratch = scratch.data_ptr()
-        getattr(found, name)(self.arguments)
+    def run(self, kernel: str, scratch_of: str) -> None:
+        """As any call; raises what failed while it ran."""
+        super().run(kernel, scratch_of)
         if self.failed is not None:
             raise self.failed
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterable
 from ctypes import c_double, c_float, c_int64, c_void_p
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,6 +147,28 @@ def kernels() -> Kernels | None:
     return next(iter(instruction_sets().values()), None)
 
 
+class Call:
+    """The arguments of a kernel, and the tensors that they point to, which must outlive it."""
+
+    def __init__(self, arguments: ctypes.Structure, alive: Iterable[Tensor | None]) -> None:
+        self.arguments: Any = arguments
+        self.alive = list(alive)
+
+    def set(self, **maps: Tensor | None) -> None:
+        """Pass channels-last maps."""
+        for name, tensor in maps.items():
+            setattr(self.arguments, name, Maps.of(tensor))
+            self.alive.append(tensor)
+
+    def run(self, kernel: str, scratch_of: str) -> None:
+        """Call a kernel with as much scratch memory as another function says that it needs."""
+        found = kernels()
+        assert found is not None
+        scratch = torch.empty(getattr(found, scratch_of)(self.arguments), dtype=torch.float32)
+        self.arguments.scratch = scratch.data_ptr()
+        getattr(found, kernel)(self.arguments)
+
+
 def unfit_types(dtype: torch.dtype, parameters: Iterable[Tensor | None]) -> str | None:
     """Why maps of ``dtype`` or these parameters are of types that the kernels cannot read; None if they can."""
     if dtype not in DTYPES:
@@ -153,11 +176,6 @@ def unfit_types(dtype: torch.dtype, parameters: Iterable[Tensor | None]) -> str 
     if any(tensor is not None and tensor.dtype not in (torch.float32, torch.int8) for tensor in parameters):
         return "parameters that are not fp32"
     return None
-
-
-def empty_maps(images: int, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Channels-last maps of ``size`` (channels, height, width), not filled."""
-    return torch.empty((images, *size), dtype=dtype, memory_format=torch.channels_last)
 
 
 def channels_last(maps: Tensor) -> Tensor:
