@@ -7,6 +7,7 @@ applied to whole blocks). Chains with smooth activations keep maps; they are for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,7 +86,7 @@ class Chain:
         if len(self.stages) == 1:  # nothing between its input and its output
             yield slice(0, shape[0])
             return
-        widest = max(size[0] * size[1] * size[2] for size in self.map_sizes(shape)[1:])
+        widest = max(map(math.prod, self.map_sizes(shape)[1:]))
         yield from even_slices(shape[0], widest * dtype.itemsize, slice_mb_on(device, self.slice_mb))
 
     def check(self, shape: torch.Size) -> None:
@@ -101,16 +102,6 @@ class Chain:
                 "model.preprocess makes RGB of images of any kind"
             )
 
-    def input_sizes(self, shape: torch.Size) -> list[tuple[int, int, int]]:
-        """Channels, height and width of each stage's input."""
-        self.check(shape)
-        height, width = shape[2:]
-        sizes = []
-        for stage in self.stages:
-            sizes.append((stage.conv.in_channels, height, width))
-            height, width = stage.output_size(height, width)
-        return sizes
-
     def map_sizes(self, shape: torch.Size) -> list[tuple[int, int, int]]:
         """Channels, height and width of the input and of each stage's output."""
         if torch.compiler.is_compiling() or any(isinstance(side, torch.SymInt) for side in shape):
@@ -120,8 +111,11 @@ class Chain:
         return self.facts[shape[1:]]
 
     def _map_sizes(self, shape: torch.Size) -> list[tuple[int, int, int]]:
-        last, sizes = self.stages[-1], self.input_sizes(shape)
-        return [*sizes, (last.conv.out_channels, *last.output_size(*sizes[-1][1:]))]
+        self.check(shape)
+        sizes = [(self.stages[0].conv.in_channels, shape[2], shape[3])]
+        for stage in self.stages:
+            sizes.append((stage.conv.out_channels, *stage.output_size(*sizes[-1][1:])))
+        return sizes
 
     def empty_kept(self, x: Tensor, dtype: torch.dtype, keeps: bool) -> list[Tensor | None]:
         """Room, if ``keeps``, for what the gradient of each stage's activation needs, where there is one.
@@ -129,7 +123,9 @@ class Chain:
         For ReLU and ReLU6 one bit a value, whether it is inside its bounds, in the order of channels-last maps; each
         image's begin with a byte: ``uint8 [N, bytes]``. For smooth ones the maps before them, of ``dtype`` or fp32.
         """
-        sizes = self.map_sizes(x.shape)[1:] if keeps else [None] * len(self.stages)
+        if not keeps:
+            return [None] * len(self.stages)
+        sizes = self.map_sizes(x.shape)[1:]
         return [_room_for(stage, x, dtype, size) for stage, size in zip(self.stages, sizes, strict=True)]
 
     def _check_frozen(self) -> None:
@@ -152,14 +148,12 @@ class Chain:
         )
 
 
-def _room_for(stage: Stage, x: Tensor, dtype: torch.dtype, size: tuple[int, int, int] | None) -> Tensor | None:
-    if size is None or stage.activation is None:
+def _room_for(stage: Stage, x: Tensor, dtype: torch.dtype, size: tuple[int, int, int]) -> Tensor | None:
+    if stage.activation is None:
         return None
     if stage.activation in SMOOTH:
-        shape, precise = (x.shape[0], *size), torch.promote_types(dtype, torch.float32)
-        return empty_maps(x, precise, shape)
-    channels, height, width = size
-    return x.new_empty((x.shape[0], -(-channels * height * width // 8)), dtype=torch.uint8)
+        return empty_maps(x, torch.promote_types(dtype, torch.float32), (x.shape[0], *size))
+    return x.new_empty((x.shape[0], -(-math.prod(size) // 8)), dtype=torch.uint8)
 
 
 class _ChainFunction(Function):
@@ -180,7 +174,7 @@ class _ChainFunction(Function):
         ctx.read = chain.read_backward
         ctx.versions = operators.versions_of(ctx.read)
         if unread:
-            ctx.save_for_backward(*([None] * len(chain.stages)))
+            ctx.save_for_backward(*chain.empty_kept(x, dtype, keeps=False))
             return empty_maps(x, dtype, (len(x), *chain.map_sizes(x.shape)[-1])), None
         with torch.autocast(x.device.type, enabled=False):
             keeps = keeps and any(ctx.needs_input_grad)

@@ -105,7 +105,7 @@ class _BackwardRun:
     ) -> None:
         self.chain = chain
         self.needs_bias = needs_bias
-        self.sizes = chain.input_sizes(shape)
+        self.sizes = chain.map_sizes(shape)
         self.weights = [stage.folded_weight(dtype) for stage in chain.stages]
         self.bias_grads: list[Tensor | None] = [None] * len(chain.stages)
         self.needs_input = needs_input

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinytl_hf.lean.slices import slice_mb_on
+from tinytl_hf.lean.slices import even_slices, slice_mb_on
 from tinytl_hf.lean.stage import convolution_backward, convolve
 from tinytl_hf.network.norms import GlobalBatchNorm2d, sum_over_processes
 
 if TYPE_CHECKING:
     from tinytl_hf.lean.lite_branch import Branch
 
-SHARE_OF_SLICE = 0.4  # of the slices of a chain, as several maps of a slice exist at a time
+SHARE_OF_CHAIN = 0.4  # of the slices of a chain, as several maps of a slice exist at a time
 
 
 def branch_forward(branch: Branch, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -178,7 +178,4 @@ def _rows(maps: Tensor) -> Tensor:
 
 def _slices(maps: Tensor, slice_mb: float) -> Iterator[slice]:
     """Ranges of the batch, so that temporaries exist for a share of ``slice_mb`` of maps at a time."""
-    image_bytes = maps[0].numel() * maps.element_size()
-    count = max(1, int(SHARE_OF_SLICE * slice_mb * 1e6) // image_bytes)
-    for start in range(0, len(maps), count):
-        yield slice(start, min(start + count, len(maps)))
+    return even_slices(len(maps), maps[0].numel() * maps.element_size(), SHARE_OF_CHAIN * slice_mb)

@@ -110,7 +110,7 @@ def _padding(stage: Stage, size: tuple[int, int, int]) -> _Padding | None:
 
 def _paddings(chain: Chain, shape: torch.Size) -> list[_Padding] | None:
     """The padding of each stage for a chain's input of ``shape``; None if that is not for the kernels."""
-    found = [_padding(stage, size) for stage, size in zip(chain.stages, chain.input_sizes(shape), strict=True)]
+    found = [_padding(stage, size) for stage, size in zip(chain.stages, chain.map_sizes(shape)[:-1], strict=True)]
     known = [padding for padding in found if padding is not None]
     return known if len(known) == len(found) else None
 

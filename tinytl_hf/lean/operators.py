@@ -113,9 +113,9 @@ def _(x: Tensor, biases: list[Tensor], handle: str, dtype: torch.dtype, keeps: b
     chain: Chain = _held[handle]
     sizes = chain.map_sizes(x.shape)
     channels, height, width = sizes[chain.branch]
-    pooled = [_empty_maps(x, dtype, (channels, height // 2, width // 2))] if pools else []
+    pooled = [empty_maps(x, dtype, (x.shape[0], channels, height // 2, width // 2))] if pools else []
     masks = [mask for mask in chain.empty_kept(x, dtype, keeps) if mask is not None]
-    return [_empty_maps(x, dtype, sizes[-1]), *pooled, *masks]
+    return [empty_maps(x, dtype, (x.shape[0], *sizes[-1])), *pooled, *masks]
 
 
 @custom_op("tinytl::chain_backward", mutates_args=())
@@ -163,7 +163,7 @@ def _(
         for stage, needed in zip(chain.stages, needs_bias, strict=True)
         if needed and stage.bias is not None
     ]
-    return [_empty_maps(grad, dtype, shape[1:]), *found] if needs_input else found
+    return [empty_maps(grad, dtype, shape), *found] if needs_input else found
 
 
 def _keep_of_chain(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -180,7 +180,7 @@ def _backward_of_chain(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     grad, grad_pooled = grads[0], grads[1] if ctx.pools else None
     if grad is None:
         assert grad_pooled is not None
-        grad = _empty_maps(grad_pooled, ctx.dtype, chain.map_sizes(ctx.shape)[-1]).zero_()
+        grad = empty_maps(grad_pooled, ctx.dtype, (ctx.shape[0], *chain.map_sizes(ctx.shape)[-1])).zero_()
     found = iter(
         chain_backward(
             *(grad, grad_pooled, list(ctx.saved_tensors), list(ctx.shape)),
@@ -216,7 +216,7 @@ def _(pooled: Tensor, parameters: list[Tensor], handle: str, dtype: torch.dtype)
     of_vectors = parameters[1].dtype if name == "eager" else torch.promote_types(dtype, torch.float32)
     channels = (branch.conv1.out_channels, branch.conv2.out_channels)
     statistics = [pooled.new_empty(count, dtype=of_vectors) for count in channels for _ in range(2)]
-    return [_empty_maps(pooled, dtype, branch.output_size(pooled.shape)), *statistics]
+    return [empty_maps(pooled, dtype, (pooled.shape[0], *branch.output_size(pooled.shape))), *statistics]
 
 
 @custom_op("tinytl::branch_backward", mutates_args=())
@@ -295,7 +295,7 @@ def upsample_backward(grad: Tensor, shape: list[int], dtype: torch.dtype, name: 
 
 @upsample_backward.register_fake
 def _(grad: Tensor, shape: list[int], dtype: torch.dtype, name: str) -> Tensor:
-    return _empty_maps(grad, dtype, shape[1:])
+    return empty_maps(grad, dtype, shape)
 
 
 def _keep_of_upsampling(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -308,8 +308,3 @@ def _backward_of_upsampling(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Non
 
 
 upsample_add.register_autograd(_backward_of_upsampling, setup_context=_keep_of_upsampling)
-
-
-def _empty_maps(like: Tensor, dtype: torch.dtype, size: Any) -> Tensor:
-    """Channels-last maps of ``size`` (channels, height, width), as many as ``like`` has."""
-    return empty_maps(like, dtype, (like.shape[0], *size))

@@ -17,9 +17,7 @@ from tinytl_hf.network.blocks import TinyTLBlock
 from tinytl_hf.network.head import with_own_children
 from tinytl_hf.network.trained_blocks import last_blocks, prefix_modules
 
-SHARE_OF_CHAIN = (
-    0.4  # of the slices of a chain, for the images: the maps between the parts are larger, and exist whole
-)
+SHARE_OF_CHAIN = 0.4  # of a chain's slices, for images: the maps between the parts are larger, and exist whole
 TRIAL_SIZE = 64  # side in px of the image on which it is tried out
 
 
