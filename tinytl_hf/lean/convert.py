@@ -1,13 +1,14 @@
 """Turn a backbone lean, in place: find what is frozen and choose how little it may keep.
 
-Parameter and buffer names stay. Whole residual blocks become chains where all of their layers are known,
-else their convolutions with norm and activation do, else single layers.
+Parameter and buffer names stay. A residual block whose layers are all known and frozen becomes a chain. Another is
+computed again for the backward pass, if its images do not depend on one another. Else its convolutions with norm and
+activation become lean, or its single layers. :func:`convert` has the steps in their order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -48,8 +49,8 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.ReLU6: LeanReLU6,
     nn.MaxPool2d: LeanMaxPool2d,
 }
-# Layers that add no full-size map. A stock ReLU saves its output, which the next layer saves anyway; dropout is off;
-# linear layers see vectors only.
+# Layers that add no full-size map to what is kept. (A stock ReLU saves its output, but the next layer saves the same
+# tensor; dropout is off; linear layers see vectors only.)
 KEEP_NOTHING = {
     nn.Identity,
     nn.Sequential,
@@ -64,11 +65,9 @@ KEEP_NOTHING = {
     nn.ReLU6,
 }
 NAMES_THAT_KEEP_NOTHING = {
-    *(
-        "timm.layers.adaptive_avgmax_pool.FastAdaptiveAvgPool",
-        "timm.layers.drop.DropPath",
-        "timm.layers.linear.Linear",
-    ),
+    "timm.layers.adaptive_avgmax_pool.FastAdaptiveAvgPool",
+    "timm.layers.drop.DropPath",
+    "timm.layers.linear.Linear",
 }
 STEM = "conv_stem"
 # Convolutions beside a network's blocks, with the norm that each alone feeds; the stem's alone feeds the first block.
@@ -100,62 +99,114 @@ def convert(
     if not engine.lean:
         return []
     prefix = modules_before(backbone, blocks, trained_blocks)
-    done: set[nn.Module] = set()
-    again: set[nn.Module] = set()  # modules of what is computed again
-    read: set[nn.Module] = set()  # blocks among them whose output is read when they are
-    independent = _independent_parts(backbone, blocks, train_size)
-    for block in blocks.values():
-        path: Callable[[Tensor], Tensor] | None = _block_path(block, engine)
-        if path is None and block in independent:
-            path = Recomputed(block, block.stock_forward, engine.slice_mb)
-            again.update(own_modules(block))
-        if path is not None:
-            done.update(block.modules())
-        if block.lite_residual is not None:
-            done.update(block.lite_residual.modules())
-            branch = Branch(block.lite_residual, engine.slice_mb, engine.backend)
-            path = LeanBlockPath(block.stock_forward if path is None else path, branch)
-        block.lean_path = path
-    for module in backbone.modules():
-        if type(module) is nn.Sequential and module not in done:
-            joined, needed = join_recomputed(module, engine.slice_mb, prefix)
-            again.update(joined)
-            read.update(needed)
-            if module not in again:
-                _join_layers(module, engine, prefix)
-    for name, (conv, norm) in _with_norms(backbone, engine).items():
-        done.update((conv, *norm.modules()))
-        if name == STEM and blocks:
-            _join((conv, norm), next(iter(blocks.values())), prefix)
-    frozen = any(isinstance(m, nn.Conv2d) and not m.weight.requires_grad for m in backbone.modules())
-    for module in backbone.modules():
-        if module in done | again or not frozen:
-            continue
-        stage = _single_stage(module, module in independent)
-        if stage is not None:
-            chain = chain_of((stage,), engine)
-            train_by(module, Recomputed(module, chain, engine.slice_mb) if chain.keeps_maps else chain)
-            done.update(module.modules())
-        elif module in independent and not isinstance(module, TinyTLBlock):
-            stock_forward = partial(type(module).forward, module)
-            module.__class__ = mixed(type(module).__name__, LeanPart, type(module))
-            module.path = Recomputed(module, stock_forward, engine.slice_mb)  # type: ignore[assignment]
-            again.update(module.modules())
-        elif _becomes_lean(module):
-            _make_lean(module, engine)
-            done.add(module)
-    fuse(backbone, again, read, engine)
-    for module in backbone.modules():
-        if isinstance(module, nn.Sequential) and len(module) > 1:
-            stem, following = module[0], module[1]
-            if isinstance(stem, LeanConvNormActivation) and isinstance(following, TinyTLBlock):
-                _join((stem,), following, prefix)
-    remember_parts(backbone, again)
-    return [
-        f"{name} ({type(module).__name__})"
-        for name, module in backbone.named_modules()
-        if module not in done | again and is_layer(module) and may_keep_maps(module)
-    ]
+    conversion = _Conversion(backbone, engine, prefix, _independent_parts(backbone, blocks, train_size))
+    conversion.set_block_paths(blocks)
+    conversion.join_sequences()
+    conversion.join_norms(blocks)
+    conversion.convert_the_rest()
+    fuse(backbone, conversion.again, conversion.read_again, engine)
+    conversion.join_stems()
+    remember_parts(backbone, conversion.again)
+    return conversion.stock_layers()
+
+
+@dataclass
+class _Conversion:
+    """One conversion of a backbone, step by step, and what has its training pass so far.
+
+    Attributes:
+        backbone: The network.
+        engine: The slices, and who computes.
+        prefix: Modules that run without gradients.
+        independent: Parts that may be computed again, as their images do not depend on one another.
+        done: Modules that keep masks or nothing, and lite residuals.
+        again: Modules of what is computed again.
+        read_again: Blocks among them whose output is read when they are.
+    """
+
+    backbone: nn.Module
+    engine: Engine
+    prefix: Collection[nn.Module]
+    independent: Collection[nn.Module]
+    done: set[nn.Module] = field(default_factory=set)
+    again: set[nn.Module] = field(default_factory=set)
+    read_again: set[nn.Module] = field(default_factory=set)
+
+    def set_block_paths(self, blocks: dict[str, TinyTLBlock]) -> None:
+        """Give each block its training pass: masks if they serve it, or computed again; lite residuals always."""
+        slice_mb = self.engine.slice_mb
+        for block in blocks.values():
+            path: Callable[[Tensor], Tensor] | None = _block_path(block, self.engine)
+            if path is None and block in self.independent:
+                path = Recomputed(block, block.stock_forward, slice_mb)
+                self.again.update(own_modules(block))
+            if path is not None:
+                self.done.update(block.modules())
+            if block.lite_residual is not None:
+                self.done.update(block.lite_residual.modules())
+                branch = Branch(block.lite_residual, slice_mb, self.engine.backend)
+                path = LeanBlockPath(block.stock_forward if path is None else path, branch)
+            block.lean_path = path
+
+    def join_sequences(self) -> None:
+        """Let neighbours in a sequence train as one, where their layers allow it."""
+        for module in self.backbone.modules():
+            if type(module) is nn.Sequential and module not in self.done:
+                joined, read = join_recomputed(module, self.engine.slice_mb, self.prefix)
+                self.again.update(joined)
+                self.read_again.update(read)
+                if module not in self.again:
+                    _join_layers(module, self.engine, self.prefix)
+
+    def join_norms(self, blocks: dict[str, TinyTLBlock]) -> None:
+        """Let timm's convolutions do the work of the norms after them, and the stem join the first block."""
+        for name, (conv, norm) in _with_norms(self.backbone, self.engine).items():
+            self.done.update((conv, *norm.modules()))
+            if name == STEM and blocks:
+                _join((conv, norm), next(iter(blocks.values())), self.prefix)
+
+    def convert_the_rest(self) -> None:
+        """Convolutions with norm and activation, parts of unknown kinds and layers that have no training pass yet."""
+        if not any(isinstance(m, nn.Conv2d) and not m.weight.requires_grad for m in self.backbone.modules()):
+            return  # everything trains
+        for module in self.backbone.modules():
+            if module in self.done or module in self.again:
+                continue
+            stage = _single_stage(module, module in self.independent)
+            if stage is not None:
+                chain = chain_of((stage,), self.engine)
+                train_by(module, Recomputed(module, chain, self.engine.slice_mb) if chain.keeps_maps else chain)
+                self.done.update(module.modules())
+            elif module in self.independent and not isinstance(module, TinyTLBlock):
+                _compute_again(module, self.engine)
+                self.again.update(module.modules())
+            elif _becomes_lean(module):
+                _make_lean(module, self.engine)
+                self.done.add(module)
+
+    def join_stems(self) -> None:
+        """Let stems that are one module, as torchvision's are, join the block that follows them."""
+        for module in self.backbone.modules():
+            if isinstance(module, nn.Sequential) and len(module) > 1:
+                stem, following = module[0], module[1]
+                if isinstance(stem, LeanConvNormActivation) and isinstance(following, TinyTLBlock):
+                    _join((stem,), following, self.prefix)
+
+    def stock_layers(self) -> list[str]:
+        """Names, with their types, of layers that stay stock and can keep full-size tensors."""
+        ours = self.done | self.again
+        return [
+            f"{name} ({type(module).__name__})"
+            for name, module in self.backbone.named_modules()
+            if module not in ours and is_layer(module) and may_keep_maps(module)
+        ]
+
+
+def _compute_again(part: nn.Module, engine: Engine) -> None:
+    """Let a part of an unknown kind keep its input alone."""
+    stock_forward = partial(type(part).forward, part)
+    part.__class__ = mixed(type(part).__name__, LeanPart, type(part))
+    part.path = Recomputed(part, stock_forward, engine.slice_mb)  # type: ignore[assignment]
 
 
 def _make_lean(layer: nn.Module, engine: Engine) -> None:
