@@ -57,9 +57,9 @@ def mask_(values: Tensor, bits: Tensor) -> Tensor:
 def pack_images(activated: Tensor, upper: float) -> Tensor:
     """As :func:`pack`, of ``[N, ...]``: ``uint8 [N, bytes]``, where each image begins with a byte."""
     images = activated.flatten(1)
-    return pack(F.pad(images, (0, rest)) if (rest := -images.shape[1] % 8) else images, upper).view(
-        len(images), -(-images.shape[1] // 8)
-    )
+    if rest := -images.shape[1] % 8:
+        images = F.pad(images, (0, rest))
+    return pack(images, upper).view(len(images), images.shape[1] // 8)
 
 
 def mask_images_(values: Tensor, bits: Tensor) -> Tensor:

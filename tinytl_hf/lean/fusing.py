@@ -18,7 +18,7 @@ from tinytl_hf.config.engine import Engine
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.grouping import CONVOLUTIONS, as_stages, chain_of, is_frozen_convolution
 from tinytl_hf.lean.independence import independent_by_type
-from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation, NormOfConvolution, UnreadLinear, scales_output
+from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation, NormOfConvolution, UnreadLinear
 from tinytl_hf.lean.paths import Activated, UnreadWhenAgain
 from tinytl_hf.lean.stage import Stage
 from tinytl_hf.lean.together import Together, done_by_another
@@ -109,11 +109,16 @@ def _is_activated(path: object) -> bool:
 
 
 def _leave_last_unread(block: TinyTLBlock, unit: nn.Module) -> None:
-    """Compute only the gradient of a block's last layer in the backward pass, if nothing there needs its output."""
-    if type(unit) is nn.Linear and not unit.weight.requires_grad and not scales_output(block):
+    """Compute only the gradient of a block's last layer in the backward pass, where nothing there needs its output.
+
+    Whether something does, the layer looks itself each time: what trains can change.
+    """
+    if type(unit) is nn.Linear:
         unit.__class__ = UnreadLinear
         unit.block = (block,)  # type: ignore[assignment]
-    if not isinstance(unit, (LeanConv2d, LeanConvNormActivation)):
-        return
-    if isinstance(unit.chain, Chain) and not _is_activated(unit.chain):
+    elif (
+        isinstance(unit, (LeanConv2d, LeanConvNormActivation))
+        and isinstance(unit.chain, Chain)
+        and not _is_activated(unit.chain)
+    ):
         unit.chain = UnreadWhenAgain(unit.chain, block)

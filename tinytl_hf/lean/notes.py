@@ -21,6 +21,7 @@ from tinytl_hf.lean.runs import LeanSequence
 from tinytl_hf.lean.together import Together
 from tinytl_hf.network.blocks import TinyTLBlock, is_layer, own_modules
 
+WITH_MASKS: tuple[type[nn.Module], ...] = (LeanConvNormActivation, NormOfConvolution, *LAYERS.values())
 MASKS, RECOMPUTE, BY_LAYER, STOCK = "masks", "recompute", "layer by layer", "stock"
 
 
@@ -52,10 +53,10 @@ def _paths(name: str, part: nn.Module, in_runs: set[nn.Module]) -> Iterator[tupl
     if part in in_runs or isinstance(part, LeanPart):
         yield name, RECOMPUTE
     elif isinstance(part, TinyTLBlock):
-        yield name, _block_path(part)
+        yield name, _path_of_block(part)
     elif isinstance(part, LeanConvNormActivation) and isinstance(part.chain, Recomputed):
         yield name, RECOMPUTE
-    elif isinstance(part, (LeanConvNormActivation, NormOfConvolution, *LAYERS.values())):
+    elif isinstance(part, WITH_MASKS):
         yield name, MASKS
     elif is_layer(part):
         if may_keep_maps(part):
@@ -65,14 +66,11 @@ def _paths(name: str, part: nn.Module, in_runs: set[nn.Module]) -> Iterator[tupl
             yield from _paths(f"{name}.{child}".lstrip("."), module, in_runs)
 
 
-def _block_path(block: TinyTLBlock) -> str:
+def _path_of_block(block: TinyTLBlock) -> str:
     path = block.lean_path.as_one if isinstance(block.lean_path, Together) else block.lean_path
     main = path.main if isinstance(path, LeanBlockPath) else path
     if isinstance(main, Recomputed):
         return RECOMPUTE
     if isinstance(main, (Chain, LeanResNetPath)):
         return MASKS
-    lean = any(
-        isinstance(part, (LeanConvNormActivation, NormOfConvolution, *LAYERS.values())) for part in own_modules(block)
-    )
-    return BY_LAYER if lean else STOCK
+    return BY_LAYER if any(isinstance(part, WITH_MASKS) for part in own_modules(block)) else STOCK

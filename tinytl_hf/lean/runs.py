@@ -7,6 +7,7 @@ blocks, stem and down-sampling, joins a run: the one before it or, where lite re
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
@@ -97,7 +98,7 @@ def _units(layers: nn.Sequential) -> Iterator[nn.Module]:
     """Blocks and single layers, those of sequences of blocks one by one."""
     for layer in layers:
         if _is_opened(layer):
-            yield from _units(layer)  # type: ignore[arg-type]
+            yield from _units(layer)
         else:
             yield layer
 
@@ -106,10 +107,10 @@ def _opened(layers: nn.Sequential) -> Iterator[nn.Module]:
     """The sequences of blocks in a sequence, of any depth."""
     for layer in filter(_is_opened, layers):
         yield layer
-        yield from _opened(layer)  # type: ignore[arg-type]
+        yield from _opened(layer)
 
 
-def _is_opened(layer: nn.Module) -> bool:
+def _is_opened(layer: nn.Module) -> TypeGuard[nn.Sequential]:
     return type(layer) is nn.Sequential and any(isinstance(part, TinyTLBlock) for part in layer)
 
 

@@ -100,11 +100,8 @@ def chain_backward(
             None if grad_input is None else nhwc(grad_input)[part],
         )
         run(rows_of(grad[part], dtype), None if grad_pooled is None else rows_of(grad_pooled[part], dtype))
-    totals = sums.sum((0, 1)).split(counts) if any(needs_bias) else counts
-    return grad_input, [
-        total if isinstance(total, Tensor) and wanted else None
-        for total, wanted in zip(totals, needs_bias, strict=True)
-    ]
+    totals = sums.sum((0, 1)).split(counts)
+    return grad_input, [total if wanted else None for total, wanted in zip(totals, needs_bias, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -163,7 +160,7 @@ class _SliceBackward:
         if weight is None:
             made = out if out is not None else grad.new_empty(shape) if stores else None
             if before is None:
-                launch.depthwise_backward(conv, grad, shape, made, None, None, None)
+                launch.depthwise_backward(conv, grad, shape, made)
             else:
                 stage, kept, sums = self.chain.stages[before], self.kept[before], self.sums[before]
                 launch.depthwise_backward(conv, grad, shape, made, stage, kept, sums)

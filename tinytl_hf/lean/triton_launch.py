@@ -71,11 +71,14 @@ def depthwise_backward(
     g: Tensor,
     shape: Sequence[int],
     out: Tensor | None,
-    before: Stage | None,
-    kept: Tensor | None,
-    sums: Tensor | None,
+    before: Stage | None = None,
+    kept: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> None:
-    """The gradient of the input, of ``shape``, or of what the stage ``before`` convolved, as `epilogue_backward`."""
+    """The gradient of the input, of ``shape``; with the stage ``before``, that of its convolution's output.
+
+    ``kept`` and ``sums`` are that stage's, as in :func:`epilogue_backward`.
+    """
     (weight, _, _, var), eps = ((None,) * 4, 0.0) if before is None else _vectors(before)
     programs, stride = _of_sums(sums)
     _launch(
