@@ -1,7 +1,7 @@
 """Batch norm layers whose class decides whether their statistics can change.
 
 A frozen norm is a type, not a mode: ``model.train()`` cannot make it use or update batch statistics.
-Both keep the parameter and buffer names of ``nn.BatchNorm2d``.
+All of them keep the parameter and buffer names of ``nn.BatchNorm2d``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
     """Batch norm with fixed statistics, in training too. Its bias may train."""
 
     def reset_running_stats(self) -> None:
-        """Nothing: they stay, for ``torch.optim.swa_utils.update_bn`` too, which would have them taken anew."""
+        """Do nothing: frozen statistics stay, even where ``torch.optim.swa_utils.update_bn`` would take new ones."""
 
     def forward(self, input: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the same shape."""
@@ -101,10 +101,10 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         return self.momentum
 
     def values_of_a_channel(self, shape: Sequence[int]) -> int:
-        """How many values the statistics of a channel are of, on all processes, for maps of ``shape``.
+        """How many values a channel of maps of ``shape`` has, on all processes together.
 
         Raises:
-            TinyTLError: It is one, whose variance means nothing.
+            TinyTLError: It is one value, which has no variance.
         """
         values = math.prod(shape) // shape[1] * _world_size()  # every process has the same number of images
         if values == 1:
@@ -161,7 +161,7 @@ class AlwaysEvaluates(nn.Module):
     """Mixed in before a norm of an unknown class, which then never leaves evaluation mode."""
 
     def reset_running_stats(self) -> None:
-        """Nothing: they stay."""
+        """Do nothing: frozen statistics stay."""
 
     def train(self, mode: bool = True) -> AlwaysEvaluates:
         """Stay in evaluation mode."""
@@ -171,7 +171,7 @@ class AlwaysEvaluates(nn.Module):
 def replace_batch_norms(module: nn.Module, norm: type[nn.BatchNorm2d], frozen: Collection[nn.Module] = ()) -> None:
     """Replace every ``nn.BatchNorm2d`` under ``module`` by ``norm``, in place, with the same tensors.
 
-    Those in the parts ``frozen``, or among them, are frozen in any case.
+    Those that are in ``frozen``, or in a part that is, become frozen ones in any case.
 
     One that holds its activation, as timm has them, goes on to hold it. Any other subclass may do more than normalise,
     so it keeps its own forward pass: where ``norm`` is a frozen one, it becomes a type that stays in evaluation mode,

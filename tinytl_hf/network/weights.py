@@ -129,9 +129,10 @@ def renamed(tensors: Mapping[str, Tensor], theirs: nn.Module, own: nn.Module) ->
 
 
 def copy_weights(backbone: nn.Module, tensors: Mapping[str, Tensor], head: str, source: str) -> None:
-    """Copy ``tensors`` into ``backbone`` after checking every name and shape; the head may be absent, or another's.
+    """Copy ``tensors`` into ``backbone`` after checking every name and shape.
 
-    So may lite residuals be there, as in a file that ``merge`` wrote: they are not of the backbone.
+    The head is not copied, so it may be missing or of another shape. Nor are lite residuals, which a file that
+    ``merge`` wrote has: they are no part of the backbone.
 
     Raises:
         TinyTLError: Missing, unexpected or misshapen tensors; nothing was copied.
