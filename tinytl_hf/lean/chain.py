@@ -59,7 +59,8 @@ class Chain:
 
     def unread(self, x: Tensor) -> Tensor:
         """Maps of the output's shape that hold anything, whose gradient goes back as the output's does."""
-        return _ChainFunction.apply(x, self, False, True, False, *(stage.bias for stage in self.stages))[0]
+        pools, unread, keeps = False, True, False
+        return _ChainFunction.apply(x, self, pools, unread, keeps, *(stage.bias for stage in self.stages))[0]
 
     @property
     def read_backward(self) -> list[Tensor]:
@@ -143,9 +144,8 @@ class Chain:
             self._check_frozen()
         if torch.compiler.is_compiling():
             return operators.run_chain(self, x, compute_dtype(x), pools)
-        return _ChainFunction.apply(
-            x, self, pools, False, torch.is_grad_enabled(), *(stage.bias for stage in self.stages)
-        )
+        unread, keeps = False, torch.is_grad_enabled()
+        return _ChainFunction.apply(x, self, pools, unread, keeps, *(stage.bias for stage in self.stages))
 
 
 def _room_for(stage: Stage, x: Tensor, dtype: torch.dtype, size: tuple[int, int, int]) -> Tensor | None:

@@ -49,17 +49,22 @@ class Branch:
     def __call__(self, pooled: Tensor) -> Tensor:
         """``[N, in_channels, h, w]`` to what is to be up-sampled, ``[N, out_channels, h, w]``."""
         dtype = compute_dtype(pooled)
+        if not self._is_for_backends(pooled, dtype):
+            return self._checkpointed(pooled)
+        if torch.compiler.is_compiling():
+            return operators.run_branch(self, pooled, dtype)
+        return _BranchFunction.apply(pooled, self, *self.parameters)
+
+    def _is_for_backends(self, pooled: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a back-end runs it: no group norms, no empty batch and, on the eager one, no mixed precision."""
+        if pooled.shape[0] == 0 or not self._uses_batch_statistics():
+            return False
         of_one_type = self.conv1.weight.dtype == pooled.dtype == dtype
-        if (
-            pooled.shape[0]
-            and self._uses_batch_statistics()
-            and (of_one_type or self._backend(pooled, dtype) != "eager")
-        ):
-            if torch.compiler.is_compiling():
-                return operators.run_branch(self, pooled, dtype)
-            return _BranchFunction.apply(pooled, self, *self.parameters)
-        # Group norms, an empty batch, and mixed precision on the eager back-end: stock layers, computed again for the
-        # backward pass. A compiled graph takes no contexts and needs none: it repeats no change of a buffer.
+        return of_one_type or self._backend(pooled, dtype) != "eager"
+
+    def _checkpointed(self, pooled: Tensor) -> Tensor:
+        """The stock layers, computed again for the backward pass."""
+        # A compiled graph takes no contexts and needs none: it repeats no change of a buffer.
         contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": recompute_contexts}
         held = tuple(self.lite.parameters())
 

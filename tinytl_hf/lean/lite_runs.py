@@ -1,9 +1,9 @@
 """One or two wide blocks with lite residuals, of which one input is kept, and which are computed again as one.
 
-A lite residual normalises over the batch, so it goes back for the whole batch at once, from its pooled input, which is
-kept as well. The blocks themselves go slice by slice. Two of them fit into one pass: what the last lite residual gives
-back is known before it, and what the first one gives back, of gradients that the pass has collected, is only added to
-the gradient of its block's input.
+A lite residual normalises over the batch, so its backward pass takes the whole batch at once, from its pooled input,
+which is kept as well. The blocks themselves go back slice by slice. A run has two of them at most: then the blocks are
+computed again once. The last lite residual goes back before that pass, which needs its gradient, and the first one
+after it, from a gradient that the pass collects; what that gives goes back through the layers before the block alone.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class LiteRun:
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the blocks and layers."""
-        return _LiteRunFunction.apply(x, self, *self.trained(), *(p for part in self.parts for p in _of_lite(part)))
+        return _LiteRunFunction.apply(x, self, *self.all_trained())
 
     def norms(self) -> list[nn.Module]:
         """The norms of the lite residuals."""
@@ -99,6 +99,10 @@ class LiteRun:
     def trained(self) -> list[nn.Parameter]:
         """The trained parameters of all but the lite residuals."""
         return [p for unit in self.mains.module.children() for p in own_parameters(unit) if p.requires_grad]
+
+    def all_trained(self) -> list[nn.Parameter]:
+        """The same, then those of the lite residuals."""
+        return [*self.trained(), *(parameter for part in self.parts for parameter in _of_lite(part))]
 
 
 @contextmanager
@@ -140,8 +144,7 @@ class _LiteRunFunction(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *pooled = ctx.saved_tensors
-        trained = [*ctx.run.trained(), *(parameter for part in ctx.run.parts for parameter in _of_lite(part))]
-        if len(ctx.needs_input_grad) != 2 + len(trained):
+        if len(ctx.needs_input_grad) != 2 + len(ctx.run.all_trained()):
             raise TinyTLError(
                 "parameters were frozen or set to train between the forward and the backward pass; do so before both"
             )

@@ -14,10 +14,9 @@ from torch import nn
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.convert import LAYERS, may_keep_maps
 from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation, NormOfConvolution
-from tinytl_hf.lean.lite_runs import LiteRun
 from tinytl_hf.lean.paths import LeanBlockPath, LeanPart, LeanResNetPath
 from tinytl_hf.lean.recompute import Recomputed
-from tinytl_hf.lean.runs import LeanSequence
+from tinytl_hf.lean.runs import LeanSequence, units_of
 from tinytl_hf.lean.together import Together
 from tinytl_hf.network.blocks import TinyTLBlock, is_layer, own_modules
 
@@ -29,9 +28,7 @@ def training_paths(backbone: nn.Module) -> dict[str, str]:
     """How each block trains, and each other layer that can keep maps, by name, in the order of the modules."""
     passes = [run for layers in backbone.modules() if isinstance(layers, LeanSequence) for run in layers.passes]
     passes += [conv.chain for conv in backbone.modules() if isinstance(conv, LeanConv2d)]
-    wholes = [run.mains if isinstance(run, LiteRun) else run for run in passes]
-    in_runs = {unit for run in wholes if isinstance(run, Recomputed) for unit in run.module.children()}
-    return dict(_paths("", backbone, in_runs))
+    return dict(_paths("", backbone, {unit for run in passes for unit in units_of(run)}))
 
 
 def grouped(paths: Mapping[str, str]) -> dict[str, list[str]]:

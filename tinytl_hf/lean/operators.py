@@ -183,8 +183,7 @@ def _backward_of_chain(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         grad = empty_maps(grad_pooled, ctx.dtype, (ctx.shape[0], *chain.map_sizes(ctx.shape)[-1])).zero_()
     found = iter(
         chain_backward(
-            *(grad, grad_pooled, list(ctx.saved_tensors), list(ctx.shape)),
-            *(ctx.handle, ctx.dtype, needs_input, needs_bias),
+            grad, grad_pooled, list(ctx.saved_tensors), list(ctx.shape), ctx.handle, ctx.dtype, needs_input, needs_bias
         )
     )
     grad_input = next(found).to(ctx.input_dtype) if needs_input else None

@@ -48,9 +48,14 @@ class LeanSequence(nn.Sequential):
 
 def _units_with_hooks(run: Callable[[Tensor], Tensor]) -> tuple[nn.Module, ...]:
     """The units of a run, each by itself, if somebody looks at one of them."""
-    whole = run.mains if isinstance(run, LiteRun) else run
-    units = tuple(whole.module.children()) if isinstance(whole, Recomputed) else ()
+    units = units_of(run)
     return units if any(map(has_hooks, units)) else ()
+
+
+def units_of(run: Callable[[Tensor], Tensor]) -> tuple[nn.Module, ...]:
+    """The blocks and layers that a training pass computes again as one; none where it is another kind of pass."""
+    whole = run.mains if isinstance(run, LiteRun) else run
+    return tuple(whole.module.children()) if isinstance(whole, Recomputed) else ()
 
 
 def join_recomputed(
