@@ -1,4 +1,4 @@
-"""What is computed again for the backward pass: under which settings, and how layers know that they are."""
+"""How layers are computed again for the backward pass: by the settings of the forward pass, and so that they know."""
 
 from __future__ import annotations
 

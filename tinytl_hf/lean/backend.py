@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What the name of an instruction set is followed by where a processor has no faster one that there are kernels for.
+# Said after the name of the instruction set that is used: why it is not a faster one.
 SLOWER_BECAUSE = {
     "AVX-512 BF16": "",
     "AVX-512": ", as this processor or its compiler has no AVX-512 BF16, which only bf16 gains by",
 }
 FASTEST_ON: dict[str, BackendName] = {"cpu": "native", "cuda": "triton"}
-left_to_eager: list[str] = []  # what this process has said so far of parts that the chosen back-end does not run
+left_to_eager: list[str] = []  # messages so far about parts that the chosen back-end does not run
 LEAST_CAPABILITY = (8, 0)  # of the GPUs that the Triton kernels are compiled for in the tests
 
 
@@ -155,7 +155,7 @@ def why_not(name: BackendName, device: torch.device) -> str | None:
 
 
 def of_chain(chain: Chain, device: torch.device, dtype: torch.dtype, shape: torch.Size) -> BackendName:
-    """Who runs a chain with maps of ``dtype`` and an input of ``shape``; eager where that is no image."""
+    """Who runs a chain with maps of ``dtype`` and an input of ``shape``; eager where it has no images."""
     if shape[0] == 0:
         return "eager"
     name = chosen(chain.backend, device)
@@ -182,7 +182,7 @@ def _say_once(name: BackendName, reason: str) -> None:
 
 
 def of_upsampling(name: BackendName, maps: Tensor, small: Tensor) -> BackendName:
-    """Who adds ``small`` to ``maps``: the others than eager want channels-last maps of one type, and some."""
+    """Who adds ``small`` to ``maps``: all but eager need channels-last maps of one type, and at least one image."""
     name = chosen(name, maps.device)
     ordered = maps.shape[0] > 0 and maps.is_contiguous(memory_format=torch.channels_last) and maps.dtype == small.dtype
     return name if ordered and named(name).upsampling_fits(maps.dtype) else "eager"

@@ -75,7 +75,8 @@ class NormOfConvolution(FrozenBatchNormAct2d):
     """A frozen norm and its activation that train as a part of the convolution before them, which does their work.
 
     Attributes:
-        of: That convolution, in a tuple, as a module's attribute it would be a child; its mode counts, not the norm's.
+        of: That convolution. It is in a tuple, as a module that is an attribute would become a child. Its mode counts,
+            not the norm's.
     """
 
     of: tuple[LeanConv2d]
@@ -89,7 +90,7 @@ class UnreadLinear(nn.Linear):
     """A frozen last layer of a block that is computed again: then, only its gradient is.
 
     Attributes:
-        block: That block, in a tuple, as a module's attribute it would be a child.
+        block: That block. It is in a tuple, as a module that is an attribute would become a child.
     """
 
     block: tuple[nn.Module]
@@ -148,7 +149,7 @@ def masked_relu(input: Tensor, upper: float) -> Tensor:
 
 
 def upsample_add(maps: Tensor, small: Tensor, backend_name: BackendName = "auto") -> Tensor:
-    """Add ``small``, bilinearly resized, to ``maps`` in place (but in a compiled graph); keeps nothing."""
+    """Add ``small``, bilinearly resized, to ``maps``, in place except in a compiled graph; keeps nothing."""
     if torch.compiler.is_compiling():
         return operators.upsample_add(maps, small, backend_name)
     return _UpsampleAdd.apply(maps, small, backend_name)

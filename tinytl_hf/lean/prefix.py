@@ -1,6 +1,6 @@
 """The prefix, what stands before the first trained block: it runs by itself, forward only, some images at a time.
 
-So of the whole batch only the maps at its end exist. Training can go on from those maps, too, computed before.
+So of the whole batch only the maps at its end exist. Training can also start from such maps, computed earlier.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Recomputed:
         module: The module.
         run: Its stock forward pass, ``[N, C, H, W]`` to ``[N, C', H', W']``.
         slice_mb: The engine's slices: about how much of the widest map of a chain exists at a time, in MB.
-        share: Of that, how much of the widest map exists here.
+        share: The share of ``slice_mb`` that the widest map of a slice takes here.
         widest: Values of the largest map inside the module for one image, by the shape of its input.
     """
 
@@ -110,7 +110,7 @@ class _RecomputeFunction(Function):
         needs_input, own = ctx.needs_input_grad[0], own_parameters(ctx.path.module)
         check_own(ctx.held, own, ctx.versions)
         trained = [parameter for parameter, trains in zip(own, ctx.trains, strict=True) if trains]
-        ctx.trained = [parameter for parameter in trained if parameter.requires_grad]  # frozen since then: none
+        ctx.trained = [parameter for parameter in trained if parameter.requires_grad]  # not what was frozen since then
         grad_input, totals = Gathered(len(x)), [torch.zeros_like(parameter) for parameter in ctx.trained]
         for part in ctx.path.slices(x):
             of_input = _slice_backward(ctx, x[part], grad[part], needs_input, totals)

@@ -1,7 +1,8 @@
 """Runs of wide blocks that are computed again as one, so that of several blocks one input is kept.
 
-A block of ConvNeXt has an input that is a sixth of all that stock PyTorch keeps of it. What stands between such
-blocks, stem and down-sampling, joins a run: the one before it or, where lite residuals end the runs, the one after it.
+A block of ConvNeXt has an input that is a sixth of all that stock PyTorch keeps of it, so to keep the input of each
+saves too little. Stem and down-sampling, between such blocks, join the run before them or, where lite residuals end
+the runs, the run after them.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from tinytl_hf.lean.together import has_hooks
 from tinytl_hf.network.blocks import TinyTLBlock, own_modules
 
 BLOCKS_OF_A_RUN = 3  # more would keep less, and have more maps of a slice at a time when they are computed again
-BLOCKS_OF_A_RUN_WITH_LITE_RESIDUALS = 2  # see lite_runs.py
+BLOCKS_OF_A_RUN_WITH_LITE_RESIDUALS = 2  # as lite_runs.py says
 
 
 class LeanSequence(nn.Sequential):
     """A network's layers, some of which train as one, and those of sequences within it one by one.
 
-    While a sequence within another runs, the outer one would hold its input, which no layer needs any more.
+    Sequences within it are opened, as they would hold their own input while they run, which no layer needs any more.
 
     Attributes:
         passes: The training passes, in forward order: of single layers, and of runs of them. A part of the sequence,

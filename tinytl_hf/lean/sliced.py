@@ -1,8 +1,8 @@
 """A training pass that goes through the batch slice by slice, forward and backward, with a graph for each slice.
 
-A graph of the whole batch has several maps of it at a time, as a sum needs its parts, and their gradients in the
-backward pass. Here such maps exist for a slice, and the batch has one output and one gradient. Nothing is computed
-again: what the slices' graphs keep is kept by this function, so that it is counted, freed and used again as usual.
+A graph of the whole batch would hold several maps of it at a time (the parts of a sum, say) and, in the backward pass,
+their gradients. Here such maps exist for one slice only, and the batch has one output and one gradient. Nothing is
+computed again: what the slices' graphs keep is saved by this function, so that autograd frees it as usual.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class _SlicedFunction(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        trained = [parameter for parameter in ctx.trained if parameter.requires_grad]  # frozen since then: none
+        trained = [parameter for parameter in ctx.trained if parameter.requires_grad]  # not what was frozen since then
         grad_input, totals = Gathered(len(grad)), [torch.zeros_like(parameter) for parameter in trained]
         ctx.unpacked.extend(ctx.saved_tensors)
         for part, (start, ends) in zip(ctx.slices, ctx.edges, strict=True):

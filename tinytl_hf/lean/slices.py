@@ -9,18 +9,21 @@ from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type of what is computed of ``x``: autocast's, or its own."""
+    """The type in which layers compute with ``x``: that of autocast, or its own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def slice_mb_on(device: torch.device, slice_mb: float | None) -> float:
-    """The engine's slices, or what suits a device: what stays in a CPU's cache between layers, much on a GPU."""
+    """``slice_mb``, or the device's default: what stays in a CPU's cache from layer to layer, and much on a GPU."""
     return slice_mb or (5.0 if device.type == "cpu" else 200.0)
 
 
 def even_slices(images: int, image_bytes: int, slice_mb: float) -> Iterator[slice]:
-    """Ranges of ``images``, of one size as far as it goes, each of about ``slice_mb``; an empty one of no images."""
+    """Cut ``images`` into ranges of equal size (the last may be smaller), each of at most about ``slice_mb``.
+
+    Without images there is one empty range.
+    """
     if images == 0:
         yield slice(0, 0)
         return
@@ -36,7 +39,7 @@ def empty_maps(like: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor
 
 
 class Gathered:
-    """A channels-last tensor that is filled slice by slice, and made when its first slice comes."""
+    """A channels-last tensor of the whole batch that is filled slice by slice, and made when its first slice comes."""
 
     def __init__(self, images: int) -> None:
         self.images = images

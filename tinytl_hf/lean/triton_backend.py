@@ -87,7 +87,7 @@ def chain_backward(
     programs = launch.programs_of(max(images * height * width for _, height, width in sizes[1:]))
     counts = [stage.conv.out_channels if wanted else 0 for stage, wanted in zip(chain.stages, needs_bias, strict=True)]
     sums = grad.new_empty((len(slices), programs, sum(counts)), dtype=launch.accumulator(dtype))
-    # Parts stay in order even where a stage's map is small: programs without pixels write zeros.
+    # A stage whose map is small has fewer pixels than there are programs: those without pixels write zeros.
     grad_input = empty_maps(grad, dtype, shape) if needs_input else None
     weights = _weights(chain, dtype)
     for part, partial in zip(slices, sums, strict=True):

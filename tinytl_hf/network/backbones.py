@@ -120,7 +120,8 @@ def locate_weights(name: str, weights: str, **download: Any) -> tuple[str, str]:
     """A source as of :func:`pin_weights`, and where it is: of weights on the Hub, the file in the client's cache."""
     source = _of_library(name) if weights == "imagenet" else weights
     if is_weights_file(source) and expanded(source).is_file():
-        source = str(expanded(source).absolute())  # as it is read from another folder; a link's target has other names
+        # Absolute, so that it is found from another folder; not resolved, as the target of a link has another name.
+        source = str(expanded(source).absolute())
     if not source.startswith(HUB):
         return source, source
     path = hub_weights.fetch(source, **download)

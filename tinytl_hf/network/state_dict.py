@@ -18,7 +18,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
 
 
 def state_dict_of(content: Any, source: str) -> Mapping[str, Tensor]:
-    """The tensors by name of what a file holds; says what was taken off them.
+    """The tensors by name of what a file holds; what was unwrapped is logged.
 
     Raises:
         TinyTLError: It holds none.
