@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import Permute, SqueezeExcitation, StochasticDepth
 from torchvision.ops.misc import Conv2dNormActivation
@@ -24,7 +23,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 from tinytl_hf.lean.int8 import Int8Conv2d, Int8SameConv2d
 from tinytl_hf.network.blocks import TinyTLBlock, own_modules
 from tinytl_hf.network.kinds import class_name
-from tinytl_hf.network.norms import AlwaysEvaluates, FrozenBatchNorm2d, FrozenBatchNormAct2d
+from tinytl_hf.network.norms import FrozenBatchNorm2d, FrozenBatchNormAct2d, has_batch_statistics
 from tinytl_hf.network.same_padding import SameConv2d
 
 # Modules that compute of an image what depends on that image alone, and the same each time (dropout is off).
@@ -63,10 +62,7 @@ def independent_by_type(module: nn.Module) -> bool:
 
 def may_be_independent(module: nn.Module) -> bool:
     """Whether a trial is worth its time: not where a norm uses the statistics of the batch."""
-    return not any(
-        isinstance(part, _BatchNorm) and not isinstance(part, (FrozenBatchNorm2d, AlwaysEvaluates))
-        for part in own_modules(module)
-    )
+    return not any(map(has_batch_statistics, own_modules(module)))
 
 
 def independent_by_trial(module: nn.Module, images: Tensor) -> bool:

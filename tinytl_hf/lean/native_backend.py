@@ -55,13 +55,14 @@ def fits(chain: Chain, dtype: torch.dtype, shape: torch.Size) -> str | None:
     if (reason := unfit_types(dtype, (tensor for stage in chain.stages for tensor in stage.tensors))) is not None:
         return reason
     if "unfit" not in chain.facts:
-        chain.facts["unfit"] = _geometry_fits(chain)
-    if chain.facts["unfit"] is None and _paddings(chain, shape) is None:
-        return "SAME padding that differs between rows and columns"
-    return chain.facts["unfit"]
+        chain.facts["unfit"] = _unfit_geometry(chain)
+    if chain.facts["unfit"] is not None:
+        return chain.facts["unfit"]
+    return "SAME padding that differs between rows and columns" if _paddings(chain, shape) is None else None
 
 
-def _geometry_fits(chain: Chain) -> str | None:
+def _unfit_geometry(chain: Chain) -> str | None:
+    """Why the kernels cannot run a chain of such layers, at any size; None if they can."""
     if len(chain.stages) > MOST_STAGES or (chain.residual and chain.branch):
         return "an unusual order of layers"
     for stage in chain.stages:

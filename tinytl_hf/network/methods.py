@@ -21,7 +21,7 @@ from tinytl_hf.network.blocks import TinyTLBlock, add_lite_residuals
 from tinytl_hf.network.head import Head
 from tinytl_hf.network.kinds import class_name
 from tinytl_hf.network.lite_residual import LiteResidual
-from tinytl_hf.network.norms import AlwaysEvaluates, FrozenBatchNorm2d, GlobalBatchNorm2d, replace_batch_norms
+from tinytl_hf.network.norms import FrozenBatchNorm2d, GlobalBatchNorm2d, has_batch_statistics, replace_batch_norms
 from tinytl_hf.network.parts import check_parts
 from tinytl_hf.network.trained_blocks import last_blocks, prefix_modules
 
@@ -74,6 +74,30 @@ METHODS: dict[str, Method] = {
 }
 
 
+# The layer scale of classes that have one, by their full name.
+LAYER_SCALES = {
+    "torchvision.models.convnext.CNBlock": "layer_scale",
+    "timm.models.convnext.ConvNeXtBlock": "gamma",
+    "timm.models.mambaout.GatedConvBlock": "gamma",
+    "timm.models.metaformer.Scale": "scale",
+    "timm.models.fastvit.LayerScale2d": "gamma",
+    "timm.models.inception_next.MetaNeXtBlock": "gamma",
+    "timm.layers.layer_scale.LayerScale": "gamma",
+    "timm.layers.layer_scale.LayerScale2d": "gamma",
+}
+
+# Norms that are no subclasses of PyTorch's, by their full name; none has statistics of the batch.
+NORMS_OF_TIMM = {
+    "timm.layers.grn.GlobalResponseNorm",
+    "timm.layers.norm.RmsNorm2d",
+    "timm.layers.norm.SimpleNorm2d",
+}
+
+LAYERWISE_LAST_BLOCKS = 5
+LAYERWISE_LAST_SCALE = 0.6
+LAYERWISE_REST_SCALE = 0.4
+
+
 def by_name(name: str) -> MethodName:
     """The method of this name, or of this name of the old script.
 
@@ -89,30 +113,6 @@ def by_name(name: str) -> MethodName:
 def possible_methods(blocks: dict[str, TinyTLBlock]) -> list[str]:
     """Those that can train a backbone with these residual blocks; without any, not those that are about blocks."""
     return [name for name, plan in METHODS.items() if blocks or not (plan.lite_residual or name == "FT-Layerwise")]
-
-
-# The layer scale of classes that have one, by their full name.
-LAYER_SCALES = {
-    "torchvision.models.convnext.CNBlock": "layer_scale",
-    "timm.models.convnext.ConvNeXtBlock": "gamma",
-    "timm.models.mambaout.GatedConvBlock": "gamma",
-    "timm.models.metaformer.Scale": "scale",
-    "timm.models.fastvit.LayerScale2d": "gamma",
-    "timm.models.inception_next.MetaNeXtBlock": "gamma",
-    "timm.layers.layer_scale.LayerScale": "gamma",
-    "timm.layers.layer_scale.LayerScale2d": "gamma",
-}
-
-# Norms of timm that are no subclasses of PyTorch's, by their full name; none has statistics of the batch.
-NORMS = {
-    "timm.layers.grn.GlobalResponseNorm",
-    "timm.layers.norm.RmsNorm2d",
-    "timm.layers.norm.SimpleNorm2d",
-}
-
-LAYERWISE_LAST_BLOCKS = 5
-LAYERWISE_LAST_SCALE = 0.6
-LAYERWISE_REST_SCALE = 0.4
 
 
 def apply_method(
@@ -150,6 +150,11 @@ def apply_method(
     roles = parameter_roles(backbone)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(roles[name] in plan.trains and parameter not in untrained)
+    _remember_trained(backbone, roles)
+
+
+def _remember_trained(backbone: nn.Module, roles: Mapping[str, Role]) -> None:
+    """Note what the method trains and what it freezes, for :func:`trained_names` and :func:`check_trained`."""
     trained = frozenset(name for name, parameter in backbone.named_parameters() if parameter.requires_grad)
     # Plain attributes, so that copies of the network have them. Frozen parameters are noted by the module and the name
     # there, as another tensor can be put in their place.
@@ -215,7 +220,7 @@ def changing_buffers(backbone: nn.Module) -> set[str]:
     return {
         name
         for prefix, module in backbone.named_modules()
-        if isinstance(module, nn.BatchNorm2d) and not isinstance(module, (FrozenBatchNorm2d, AlwaysEvaluates))
+        if has_batch_statistics(module)
         for name, _ in module.named_buffers(prefix, recurse=False)
     }
 
@@ -280,7 +285,7 @@ def _role(module: nn.Module, name: str) -> Role:
         return Role.HEAD
     if own_name in ("weight", "bias"):
         is_norm = isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm))
-        if is_norm or class_name(type(module)) in NORMS:
+        if is_norm or class_name(type(module)) in NORMS_OF_TIMM:
             return Role.NORM_BIAS if is_bias else Role.NORM_SCALE
         if isinstance(module, (nn.Conv2d, nn.Conv1d, nn.Linear)):
             return Role.BIAS if is_bias else Role.WEIGHT

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.kinds import class_name
@@ -166,6 +167,11 @@ class AlwaysEvaluates(nn.Module):
     def train(self, mode: bool = True) -> AlwaysEvaluates:
         """Stay in evaluation mode."""
         return super().train(False)
+
+
+def has_batch_statistics(module: nn.Module) -> bool:
+    """Whether it is a norm that uses the statistics of the batch in training, and updates its running ones."""
+    return isinstance(module, _BatchNorm) and not isinstance(module, (FrozenBatchNorm2d, AlwaysEvaluates))
 
 
 def replace_batch_norms(module: nn.Module, norm: type[nn.BatchNorm2d], frozen: Collection[nn.Module] = ()) -> None:
