@@ -68,7 +68,7 @@ def class_folders(listing: Listing, chosen: set[str]) -> datasets.DatasetDict:
                 f"data.dataset={listing.root}: its images lie in no class folder ({loose[0]}); put those of each "
                 "class into a folder of its name, or write a metadata.csv with columns file_name and label"
             )
-        listing.leave_out("in no class folder", loose[0], len(loose))
+        listing.left_out.add("in no class folder", loose[0], len(loose))
     tops, inner = _unwrapped(tops, chosen)
     splits = find_splits(tops, listing, chosen)
     if splits is None:
@@ -80,7 +80,7 @@ def class_folders(listing: Listing, chosen: set[str]) -> datasets.DatasetDict:
         for name, top in splits.items():
             folder = tops[top]
             if folder.direct:
-                listing.leave_out("in no class folder", folder.direct[0], len(folder.direct))
+                listing.left_out.add("in no class folder", folder.direct[0], len(folder.direct))
             found[name] = dict(folder.below)
     _say_depths(found, len(inner) + (1 if splits is None else 2))
     return _tables(listing.root, found)
@@ -115,7 +115,7 @@ def find_splits(tops: Tops, listing: Listing, chosen: set[str], labelled: bool =
         raise _two_readings(listing.root, tops, splits[0], others[0])
     for top in others:
         reason = "beside the splits" if top in strangers else "without labels, as there are no class folders"
-        listing.leave_out(reason, tops[top].example, len(tops[top].all))
+        listing.left_out.add(reason, tops[top].example, len(tops[top].all))
     roles: dict[str, str] = {}
     for top in splits:
         name = top if top in chosen and not role_of(top) else role_of(top) or top

@@ -9,6 +9,27 @@ from typing import Any
 SHOWN = 5  # names that a line lists
 
 
+class LeftOut(dict[str, int]):
+    """How many files of a data set are left out, by the reason; as a text, with one file for each.
+
+    Attributes:
+        examples: That file, by the reason.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.examples: dict[str, str] = {}
+
+    def add(self, reason: str, path: str, count: int = 1) -> None:
+        """Count files, of which ``path`` is one."""
+        self[reason] = self.get(reason, 0) + count
+        self.examples.setdefault(reason, path)
+
+    def __str__(self) -> str:
+        parts = [f"{count:,} {reason} ({self.examples[reason]})" for reason, count in self.items()]
+        return f"left out: {', '.join(parts)}"
+
+
 @dataclass(frozen=True)
 class Found:
     """What a data set holds, and what a run makes of it.
@@ -17,8 +38,7 @@ class Found:
         classes: Names of the classes.
         images: Number of images of each split.
         labels: The column that the labels are from, and of which file beside the images.
-        left_out: How many files were left out, by the reason.
-        examples: One of them for each reason.
+        left_out: The files that were left out.
         train: Name and number of images of the part to train on.
         evaluation: That to evaluate on after each epoch.
         test: That to evaluate on at the end, or None.
@@ -27,8 +47,7 @@ class Found:
     classes: Sequence[str]
     images: Mapping[str, int]
     labels: str
-    left_out: Mapping[str, int]
-    examples: Mapping[str, str]
+    left_out: LeftOut
     train: tuple[str, int]
     evaluation: tuple[str, int]
     test: tuple[str, int] | None
@@ -41,7 +60,7 @@ class Found:
         if self.labels != "label":
             line += f"; labels are from column {self.labels}"
         if self.left_out:
-            line += f"; {left_out(self.left_out, self.examples)}"
+            line += f"; {self.left_out}"
         name, count = self.evaluation
         line += f"; training on {self.train[1]:,}, evaluating after each epoch on {count:,} ({name})"
         return line if self.test is None else f"{line}, and at the end on {self.test[1]:,} ({self.test[0]})"
@@ -62,15 +81,6 @@ class Found:
             "label_column": self.labels,
             "left_out": dict(self.left_out),
         }
-
-
-def left_out(counts: Mapping[str, int], examples: Mapping[str, str]) -> str:
-    """How many files were left out and why, with one of each kind."""
-    parts = [
-        f"{count:,} {reason}{f' ({examples[reason]})' if reason in examples else ''}"
-        for reason, count in counts.items()
-    ]
-    return f"left out: {', '.join(parts)}"
 
 
 def named(names: Sequence[str], count: int | None = None) -> str:

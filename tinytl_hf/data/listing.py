@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from tinytl_hf.data.find import ARCHIVES, TABLES
+from tinytl_hf.data.found import LeftOut
 from tinytl_hf.data.images import HEIF_SUFFIXES, IMAGE_SUFFIXES, UNREAD_SUFFIXES
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,7 @@ class Listing:
         metadata: ``metadata.csv`` and the like.
         tables: Files that can hold a table, but for metadata.
         archives: Files that are to be unpacked first.
-        left_out: How many files are left out, by the reason.
-        examples: One of them for each reason.
+        left_out: Files that are left out.
     """
 
     root: Path
@@ -43,13 +42,7 @@ class Listing:
     metadata: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     archives: list[str] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-
-    def leave_out(self, reason: str, path: str, count: int = 1) -> None:
-        """Count files that are left out."""
-        self.left_out[reason] += count
-        self.examples.setdefault(reason, path)
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ def list_folder(root: Path) -> Listing:
         if inside is None:
             continue
         if place.prefix and _is_ours(root / place.prefix, {entry.name for entry in inside}):
-            listing.leave_out("folder written by tinytl-hf", place.prefix)
+            listing.left_out.add("folder written by tinytl-hf", place.prefix)
             ours.append(place.prefix)
             continue
         visited.append(place.prefix.rstrip("/"))
@@ -110,9 +103,9 @@ def list_folder(root: Path) -> Listing:
             path, is_link = place.prefix + entry.name, entry.is_symlink()
             if is_link and not os.path.exists(entry.path):
                 if not _is_hidden(path):
-                    listing.leave_out("broken link", path)
+                    listing.left_out.add("broken link", path)
             elif not entry.is_dir() and not entry.is_file():
-                listing.leave_out("that is no file", path)  # a pipe would be waited for, for ever
+                listing.left_out.add("that is no file", path)  # a pipe would be waited for, for ever
             elif not entry.is_dir():
                 _add(listing, path, entry)
             elif entry.name not in NEVER:
@@ -120,7 +113,7 @@ def list_folder(root: Path) -> Listing:
                 if is_link and inner.leads_back:
                     continue  # it would be followed for ever, and has nothing new
                 if is_link and place.in_link and inner.real in seen:
-                    listing.leave_out("link to a folder that is listed already", path)
+                    listing.left_out.add("link to a folder that is listed already", path)
                     continue
                 if inner.real in seen and not any(path.startswith(f"{each}/") for each in twice):
                     twice.append(path)
@@ -149,7 +142,7 @@ def _entries(listing: Listing, prefix: str) -> list[os.DirEntry[str]] | None:
     except OSError:
         if not prefix:
             raise
-        listing.leave_out("folder that cannot be read", prefix)
+        listing.left_out.add("folder that cannot be read", prefix)
         return None
 
 
@@ -165,7 +158,7 @@ def _say_empty_folders(listing: Listing, visited: list[str]) -> None:
         return
     for folder in visited:
         if folder and not _is_hidden(folder) and folder not in holders and os.path.dirname(folder) in {"", *holders}:
-            listing.leave_out("folder without images", folder)
+            listing.left_out.add("folder without images", folder)
 
 
 def _add(listing: Listing, path: str, entry: os.DirEntry[str]) -> None:
@@ -173,12 +166,12 @@ def _add(listing: Listing, path: str, entry: os.DirEntry[str]) -> None:
     is_image = suffix in IMAGE_SUFFIXES
     if _is_hidden(path):
         if is_image:
-            listing.leave_out("hidden", path)
+            listing.left_out.add("hidden", path)
     elif suffix in UNREAD_SUFFIXES:
         fix = "; pip install pillow-heif reads them" if suffix in HEIF_SUFFIXES else ""
-        listing.leave_out(suffix, f"{path}{fix}")
+        listing.left_out.add(suffix, f"{path}{fix}")
     elif is_image and not _is_text(path):
-        listing.leave_out("with a name that is not UTF-8", os.fsencode(path).decode("utf-8", "backslashreplace"))
+        listing.left_out.add("with a name that is not UTF-8", os.fsencode(path).decode("utf-8", "backslashreplace"))
     elif is_image:
         listing.images.append(path)
     elif entry.name.lower() in METADATA:
@@ -188,7 +181,7 @@ def _add(listing: Listing, path: str, entry: os.DirEntry[str]) -> None:
     elif suffix in ARCHIVES:
         listing.archives.append(path)
     elif not suffix and "/" in path:
-        listing.leave_out("without a suffix", path)
+        listing.left_out.add("without a suffix", path)
 
 
 def _is_text(path: str) -> bool:

@@ -146,10 +146,10 @@ def _check_files(listing: Listing, table: pd.DataFrame, metadata: str, skip_miss
             "or leave such lines out with --data.skip_corrupt true"
         )
     if missing:
-        listing.leave_out("named by metadata, but not there", missing[0], len(missing))
+        listing.left_out.add("named by metadata, but not there", missing[0], len(missing))
     named = set(names)
     if unnamed := [path for path in listing.images if path not in named]:
-        listing.leave_out(f"not named by {os.path.basename(metadata)}", unnamed[0], len(unnamed))
+        listing.left_out.add(f"not named by {os.path.basename(metadata)}", unnamed[0], len(unnamed))
 
 
 def _check_labels(table: pd.DataFrame, metadata: str, column: str) -> None:
@@ -182,7 +182,7 @@ def _split(listing: Listing, table: pd.DataFrame, config: DataConfig) -> dataset
     parts = {"train": rows}
     if splits is not None and (loose is None or len(splits) > 1):
         if loose is not None:
-            listing.leave_out("beside the splits", loose.example, len(loose.direct))
+            listing.left_out.add("beside the splits", loose.example, len(loose.direct))
         parts = {name: rows[top == folder] for name, folder in splits.items()}
     return datasets.DatasetDict({name: _table(listing.root, part) for name, part in parts.items()})
 

@@ -15,7 +15,7 @@ import numpy as np
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.columns import NoLabelsError, as_label, byte_sizes, class_order, image_rows, label_values
 from tinytl_hf.data.find import Source
-from tinytl_hf.data.found import Found, left_out, named
+from tinytl_hf.data.found import Found, named
 from tinytl_hf.data.holding_out import hold_out
 from tinytl_hf.data.images import allow_megapixels
 from tinytl_hf.data.roles import HOLDOUT, find_split, in_order
@@ -114,7 +114,7 @@ def _open_data(tables: Tables, config: DataConfig) -> Opened:
     train_name = find_split(config.train_split, names)
     if train_name is None:
         fix = f"; --data.train_split {names[0]} trains on it" if len(names) == 1 else ""
-        fix = f" ({left_out(tables.left_out, tables.examples)})" if tables.left_out else fix
+        fix = f" ({tables.left_out})" if tables.left_out else fix
         raise TinyTLError(f"data.train_split={config.train_split}: the data set has {', '.join(names)}{fix}")
     train, (image_column, label_column) = _labelled(tables, train_name, config)
     if len(classes := train.occurring()) < 2:
@@ -146,7 +146,6 @@ def _open_data(tables: Tables, config: DataConfig) -> Opened:
         images={name: len(tables.splits[name]) for name in sorted(names, key=in_order)},
         labels=f"{label_column} of {tables.metadata}" if tables.metadata else label_column,
         left_out=tables.left_out,
-        examples=tables.examples,
         train=(train.name, len(train.labels)),
         evaluation=(evaluation.title, len(evaluation.labels)),
         test=None if test is None else (test.title, len(test.labels)),
@@ -174,7 +173,7 @@ def _load_and_say(config: DataConfig) -> Tables:
         allow_megapixels(config.max_megapixels)
     tables = load(config)
     if tables.left_out:
-        logger.info("%s", left_out(tables.left_out, tables.examples))
+        logger.info("%s", tables.left_out)
     return tables
 
 

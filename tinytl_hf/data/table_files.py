@@ -142,7 +142,7 @@ def load_saved(listing: Listing, folders: list[str]) -> datasets.DatasetDict:
     for folder in folders:
         role = roles[folder] if any(roles.values()) else "train"
         if role is None:
-            listing.leave_out("saved data set", folder)
+            listing.left_out.add("saved data set", folder)
         else:
             found[role].append(datasets.load_from_disk(str(listing.root / folder)))
     return datasets.DatasetDict({role: datasets.concatenate_datasets(each) for role, each in found.items()})

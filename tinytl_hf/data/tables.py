@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -24,7 +24,7 @@ from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.columns import images_named
 from tinytl_hf.data.find import ARCHIVES, TABLES, Source, find
 from tinytl_hf.data.folder import class_folders
-from tinytl_hf.data.found import left_out, named
+from tinytl_hf.data.found import LeftOut, named
 from tinytl_hf.data.images import IMAGE_SUFFIXES
 from tinytl_hf.data.listing import Listing, list_folder
 from tinytl_hf.data.metadata import read_metadata
@@ -43,17 +43,15 @@ class Tables:
         source: Where it is.
         splits: A table for each split.
         base: Folder that paths in the tables are relative to; None: they are not on this disk.
-        left_out: How many files were left out, by the reason.
-        examples: One of them for each reason.
+        left_out: The files that were left out.
         metadata: The file beside the images that has the labels, or None.
         hint: What may have gone wrong if there is one class only.
     """
 
     source: Source
     splits: datasets.DatasetDict
-    base: Path | None
-    left_out: dict[str, int]
-    examples: dict[str, str]
+    base: Path | None = None
+    left_out: LeftOut = field(default_factory=LeftOut)
     metadata: str | None = None
     hint: str = ""
 
@@ -68,7 +66,7 @@ def load(config: DataConfig) -> Tables:
     if config.subset is not None and (source.place in ("digits", "url") and not source.name.startswith("hf://")):
         raise TinyTLError(f"data.subset={config.subset}: {source.name} has no subsets; leave that option out")
     if source.place == "digits":
-        return Tables(source, datasets.DatasetDict(train=_digits()), None, {}, {})
+        return Tables(source, datasets.DatasetDict(train=_digits()))
     where = "no such folder here, and from the Hub: " if source.place == "hub" else ""
     with explained(config.dataset, where):
         if source.place == "local":
@@ -76,7 +74,7 @@ def load(config: DataConfig) -> Tables:
             tables = _load_folder(source, path, config) if path.is_dir() else _load_files(source, config)
         else:
             splits = _load_url(source.name, config) if source.place == "url" else _load_any(source.name, config)
-            tables = Tables(source, splits, None, {}, {})
+            tables = Tables(source, splits)
         return replace(tables, splits=by_split_column(tables.splits, config))
 
 
@@ -114,25 +112,25 @@ def _load_folder(source: Source, path: Path, config: DataConfig) -> Tables:
             raise TinyTLError(f"data.subset={config.subset}: {path} is a saved data set, which has no subsets")
         loaded = datasets.load_from_disk(str(path))
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
-        return Tables(source, splits, path, {}, {})
+        return Tables(source, splits, path)
     listing = list_folder(path)
     if _holds_images(listing):
         if config.subset is not None:
             raise TinyTLError(f"data.subset={config.subset}: {path} is a folder of images, which has no subsets")
         for name in (*listing.tables, *listing.archives):
             if os.path.splitext(name)[1].lower() in {".parquet", ".arrow", ".tar", *ARCHIVES}:
-                listing.leave_out(os.path.splitext(name)[1].lower(), name)
+                listing.left_out.add(os.path.splitext(name)[1].lower(), name)
         splits, metadata = _label_images(listing, config)
-        return _as_tables(source, listing, splits, metadata, _hint(listing))
+        return Tables(source, splits, path, listing.left_out, metadata, _hint(listing))
     if listing.tables:
         splits = _load_tables_of(listing, config)
         tables = splits.values() if listing.images else ()  # else no file is looked for among those that they name
         named = {place for table in tables for place in images_named(table, path)}
         for name in listing.images:
             if str(path / name) not in named:
-                listing.leave_out(os.path.splitext(name)[1].lower(), name)
-        return _as_tables(source, listing, splits)
-    aside = f"; {left_out(listing.left_out, listing.examples)}" if listing.left_out else ""
+                listing.left_out.add(os.path.splitext(name)[1].lower(), name)
+        return Tables(source, splits, path, listing.left_out)
+    aside = f"; {listing.left_out}" if listing.left_out else ""
     what = f"no image, but {listing.archives[0]}; unpack it first" if listing.archives else "no image and no table"
     raise TinyTLError(
         f"data.dataset={path}: cannot be loaded (it holds {what}{aside}); use a folder of images or tables"
@@ -217,12 +215,6 @@ def _hint(listing: Listing) -> str:
     return f"; if {tables[0]} has the paths and labels of images, name {listing.root / tables[0]}" if tables else ""
 
 
-def _as_tables(
-    source: Source, listing: Listing, splits: datasets.DatasetDict, metadata: str | None = None, hint: str = ""
-) -> Tables:
-    return Tables(source, splits, listing.root, dict(listing.left_out), listing.examples, metadata, hint)
-
-
 def _by_split(listing: Listing) -> dict[str, list[str]]:
     """Table files of one kind, the first of ``TABLES``, by the split that their names say, as on the Hub."""
     present = {TABLES[os.path.splitext(name)[1].lower()] for name in listing.tables}
@@ -239,7 +231,7 @@ def _grouped(listing: Listing, roles: Mapping[str, str | None]) -> dict[str, lis
     result: dict[str, list[str]] = defaultdict(list)
     for name, role in roles.items():
         if role is None:
-            listing.leave_out(os.path.splitext(name)[1].lower(), name)
+            listing.left_out.add(os.path.splitext(name)[1].lower(), name)
         else:
             result[role].append(str(listing.root / name))
     return dict(result)
@@ -262,7 +254,7 @@ def _load_files(source: Source, config: DataConfig) -> Tables:
     files = sorted({os.path.realpath(file): file for file in reversed(files)}.values())  # links can lead in circles
     base = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
     listing = Listing(base)
-    return Tables(source, load_tables(_by_role(files, listing), base), base, dict(listing.left_out), listing.examples)
+    return Tables(source, load_tables(_by_role(files, listing), base), base, listing.left_out)
 
 
 def _by_role(files: list[str], listing: Listing) -> dict[str, list[str]]:
