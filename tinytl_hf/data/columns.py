@@ -17,6 +17,7 @@ import pyarrow.compute
 from PIL import Image
 
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.images import FORMATS, IMAGE_SUFFIXES
 from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
@@ -289,7 +290,7 @@ def holds_paths(table: datasets.Dataset, column: str) -> bool:
     """Whether a column has paths of images, by the first."""
     if not _is_string(table.features[column]):
         return False
-    return os.path.splitext(str(_first(table, column) or ""))[1].lower() in IMAGE_SUFFIXES
+    return suffix_of(str(_first(table, column) or "")) in IMAGE_SUFFIXES
 
 
 def _from_paths(rows: datasets.Dataset, column: str, base: Path | None, skip_missing: bool) -> datasets.Dataset:

@@ -70,15 +70,17 @@ def find(name: str) -> Source:
         return Source("digits", name)
     if is_there(name):
         return Source("local", str(path))
-    if is_path(name):
-        raise _not_there(name, f"there is no {path}")
+    if not ON_THE_HUB.fullmatch(name) or suffix_of(name) in {*TABLES, *ARCHIVES}:
+        raise TinyTLError(
+            f"data.dataset={name}: cannot be loaded (there is no {path}); name a folder of images, a .parquet, .csv "
+            "or .json file, a saved data set, a data set on the Hub, or digits"
+        )
     return Source("hub", name)
 
 
-def is_path(name: str) -> bool:
-    """Whether a name can only be that of a file or a folder."""
-    suffix = os.path.splitext(name)[1].lower()
-    return not ON_THE_HUB.fullmatch(name) or suffix in TABLES or suffix in ARCHIVES
+def suffix_of(name: str) -> str:
+    """The end of a file's name, such as ``.csv``, in small letters; empty where there is none."""
+    return os.path.splitext(name)[1].lower()
 
 
 def is_same_place(one: str, other: str) -> bool:
@@ -98,10 +100,3 @@ def path_exists(path: Path) -> bool:
         return os.path.exists(path)
     except ValueError:
         return False
-
-
-def _not_there(name: str, reason: str) -> TinyTLError:
-    return TinyTLError(
-        f"data.dataset={name}: cannot be loaded ({reason}); name a folder of images, a .parquet, .csv or .json file, "
-        "a saved data set, a data set on the Hub, or digits"
-    )

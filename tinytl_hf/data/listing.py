@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from tinytl_hf.data.find import ARCHIVES, TABLES
+from tinytl_hf.data.find import ARCHIVES, TABLES, suffix_of
 from tinytl_hf.data.found import LeftOut
 from tinytl_hf.data.images import HEIF_SUFFIXES, IMAGE_SUFFIXES, UNREAD_SUFFIXES
 
@@ -162,7 +162,7 @@ def _say_empty_folders(listing: Listing, visited: list[str]) -> None:
 
 
 def _add(listing: Listing, path: str, entry: os.DirEntry[str]) -> None:
-    suffix = os.path.splitext(entry.name)[1].lower()
+    suffix = suffix_of(entry.name)
     is_image = suffix in IMAGE_SUFFIXES
     if _is_hidden(path):
         if is_image:

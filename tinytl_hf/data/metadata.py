@@ -6,7 +6,6 @@ import logging
 import os
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +46,7 @@ def read_csv(place: str | Path) -> pd.DataFrame:
     return table.rename(columns=lambda column: str(column).strip())
 
 
-@dataclass(frozen=True)
-class Metadata:
-    """Images by the metadata files that label them.
-
-    Attributes:
-        splits: A table for each split.
-        name: One of these files.
-    """
-
-    splits: datasets.DatasetDict
-    name: str
-
-
-def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> Metadata | None:
+def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> tuple[datasets.DatasetDict, str] | None:
     """The images that metadata files label, with the columns of those.
 
     Args:
@@ -69,7 +55,7 @@ def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> Me
         has_classes: Whether folders can give the labels; then metadata needs a column for it by name.
 
     Returns:
-        None: the folders give the labels.
+        A table for each split, and the name of one of these files; None: the folders give the labels.
 
     Raises:
         TinyTLError: A file cannot be read, or names images that are not there.
@@ -99,7 +85,7 @@ def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> Me
         values = [None if _is_missing(value) else value for value in table[column].tolist()]
         if all(value is None or isinstance(value, str) for value in values):
             (table[column],) = whole_numbers([values])
-    return Metadata(_split(listing, table, config), name)
+    return _split(listing, table, config), name
 
 
 def _read(listing: Listing, path: str) -> pd.DataFrame | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 
 from tinytl_hf.config.data import DataConfig
@@ -35,9 +36,17 @@ def role_of_table(path: str) -> str | None:
     return None
 
 
+def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:
+    """Tables by the split that their paths name, those that name none under None; all to train on if none does."""
+    groups: dict[str | None, list[str]] = defaultdict(list)
+    for path in paths:
+        groups[role_of_table(path)].append(path)
+    return {"train": groups[None]} if groups.keys() == {None} else dict(groups)
+
+
 def chosen_splits(config: DataConfig) -> set[str]:
     """Names that the options use for splits and that nobody else calls so."""
-    named = {config.train_split, config.eval_split, HOLDOUT} - {None, HOLDOUT}
+    named = {config.train_split, config.eval_split} - {None, HOLDOUT}
     return {str(name) for name in named if role_of(str(name)) is None}
 
 

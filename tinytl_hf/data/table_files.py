@@ -14,10 +14,10 @@ import datasets
 import httpx2
 
 from tinytl_hf.data.columns import holds_paths, whole_numbers
-from tinytl_hf.data.find import TABLES
+from tinytl_hf.data.find import TABLES, suffix_of
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.metadata import read_csv
-from tinytl_hf.data.roles import role_of_table
+from tinytl_hf.data.roles import group_by_split
 from tinytl_hf.errors import TinyTLError
 
 
@@ -31,7 +31,7 @@ def load_tables(files: dict[str, list[str]], base: Path) -> datasets.DatasetDict
     Raises:
         TinyTLError: They are of several kinds.
     """
-    kinds = {TABLES[os.path.splitext(file)[1].lower()] for each in files.values() for file in each}
+    kinds = {TABLES[suffix_of(file)] for each in files.values() for file in each}
     if len(kinds) > 1:
         raise TinyTLError(f"{', '.join(sorted(kinds))} files cannot be put together; name those of one kind")
     (kind,) = kinds
@@ -137,12 +137,11 @@ def saved_below(listing: Listing) -> list[str]:
 
 def load_saved(listing: Listing, folders: list[str]) -> datasets.DatasetDict:
     """Saved data sets in several folders, by the split that the folders' names say."""
-    roles = {folder: role_of_table(folder) for folder in folders}
-    found: dict[str, list[datasets.Dataset]] = defaultdict(list)
-    for folder in folders:
-        role = roles[folder] if any(roles.values()) else "train"
-        if role is None:
-            listing.left_out.add("saved data set", folder)
-        else:
-            found[role].append(datasets.load_from_disk(str(listing.root / folder)))
-    return datasets.DatasetDict({role: datasets.concatenate_datasets(each) for role, each in found.items()})
+    groups = group_by_split(folders)
+    for folder in groups.pop(None, []):
+        listing.left_out.add("saved data set", folder)
+    splits = datasets.DatasetDict()
+    for split, group in groups.items():
+        parts = [datasets.load_from_disk(str(listing.root / folder)) for folder in group]
+        splits[split] = datasets.concatenate_datasets(parts)
+    return splits

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +18,22 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from tinytl_hf.config.check import check
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.columns import images_named
-from tinytl_hf.data.find import ARCHIVES, TABLES, Source, find
+from tinytl_hf.data.find import ARCHIVES, TABLES, Source, find, suffix_of
 from tinytl_hf.data.folder import class_folders
-from tinytl_hf.data.found import LeftOut, named
+from tinytl_hf.data.found import SHOWN, LeftOut, named
 from tinytl_hf.data.images import IMAGE_SUFFIXES
 from tinytl_hf.data.listing import Listing, list_folder
 from tinytl_hf.data.metadata import read_metadata
-from tinytl_hf.data.roles import chosen_splits, role_of, role_of_table
+from tinytl_hf.data.roles import chosen_splits, group_by_split, role_of, role_of_table
 from tinytl_hf.data.split_column import by_split_column
 from tinytl_hf.data.table_files import is_saved, load_saved, load_tables, saved_below, table_at
-from tinytl_hf.data.tables_beside import check_tables_beside
+from tinytl_hf.data.tables_beside import NAMING_IMAGES, check_tables_beside
 from tinytl_hf.errors import TinyTLError
+
+TEXTS = (".csv", ".tsv", ".json", ".jsonl")  # tables that hold no images themselves
 
 
 @dataclass(frozen=True)
@@ -63,73 +64,60 @@ def load(config: DataConfig) -> Tables:
         TinyTLError: It cannot be found or read.
     """
     source = find(config.dataset)
-    if config.subset is not None and (source.place in ("digits", "url") and not source.name.startswith("hf://")):
-        raise TinyTLError(f"data.subset={config.subset}: {source.name} has no subsets; leave that option out")
-    if source.place == "digits":
-        return Tables(source, datasets.DatasetDict(train=_digits()))
-    where = "no such folder here, and from the Hub: " if source.place == "hub" else ""
-    with explained(config.dataset, where):
-        if source.place == "local":
-            path = Path(source.name)
-            tables = _load_folder(source, path, config) if path.is_dir() else _load_files(source, config)
-        else:
-            splits = _load_url(source.name, config) if source.place == "url" else _load_any(source.name, config)
-            tables = Tables(source, splits)
-        return replace(tables, splits=by_split_column(tables.splits, config))
-
-
-@contextmanager
-def explained(name: str, where: str = "") -> Iterator[None]:
-    """Turn what the library datasets raises into one line, with the cause that it hides."""
     try:
-        yield
+        tables = _open(source, config)
+        return replace(tables, splits=by_split_column(tables.splits, config))
     except TinyTLError:
         raise
     except Exception as error:  # damaged files can make datasets raise almost anything
+        where = "no such folder here, and from the Hub: " if source.place == "hub" else ""
         raise TinyTLError(
-            f"data.dataset={name}: cannot be loaded ({where}{_reason(error)}); use a Hub id, the path of a folder or "
-            "of a .parquet, .csv or .json file, or digits"
+            f"data.dataset={config.dataset}: cannot be loaded ({where}{_reason(error)}); use a Hub id, the path of a "
+            "folder or of a .parquet, .csv or .json file, or digits"
         ) from error
+
+
+def _open(source: Source, config: DataConfig) -> Tables:
+    if source.place == "digits":
+        _check_no_subset(config, "digits is a single table")
+        return Tables(source, datasets.DatasetDict(train=_digits()))
+    if source.place == "url":
+        return Tables(source, _load_url(source.name, config))
+    if source.place == "hub":
+        return Tables(source, _load_any(source.name, config))
+    return _load_folder(source, config) if os.path.isdir(source.name) else _load_files(source, config)
+
+
+def _check_no_subset(config: DataConfig, what: str) -> None:
+    check(config.subset is None, "data.subset", config.subset, f"{what}, which has no subsets; leave that option out")
 
 
 def _reason(error: BaseException) -> str:
     """The first line of an error, and of the one that it was raised from."""
-    cause = error.__cause__
-    while cause is not None and cause.__cause__ is not None:
+    cause = error
+    while cause.__cause__ is not None:
         cause = cause.__cause__
-    parts = []
-    for each in (error, cause):
-        lines = [line for line in str(each).strip().splitlines() if line.strip()] if each is not None else []
-        if each is not None and not (lines and lines[0] in parts):
-            is_plain = isinstance(each, (OSError, datasets.exceptions.DatasetsError))
-            parts.append(lines[0] if lines and is_plain else f"{type(each).__name__}: {lines[0] if lines else ''}")
+    parts: list[str] = []
+    for each in dict.fromkeys((error, cause)):
+        line = next(iter(str(each).strip().splitlines()), "")
+        if line and line in parts:
+            continue
+        is_plain = line and isinstance(each, (OSError, datasets.exceptions.DatasetsError))
+        parts.append(line if is_plain else f"{type(each).__name__}: {line}")
     return "; ".join(part.rstrip(": ") for part in parts)
 
 
-def _load_folder(source: Source, path: Path, config: DataConfig) -> Tables:
+def _load_folder(source: Source, config: DataConfig) -> Tables:
+    path = Path(source.name)
     if is_saved(path):
-        if config.subset is not None:
-            raise TinyTLError(f"data.subset={config.subset}: {path} is a saved data set, which has no subsets")
-        loaded = datasets.load_from_disk(str(path))
-        splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
-        return Tables(source, splits, path)
+        _check_no_subset(config, f"{path} is a saved data set")
+        return Tables(source, _as_splits(datasets.load_from_disk(source.name)), path)
     listing = list_folder(path)
     if _holds_images(listing):
-        if config.subset is not None:
-            raise TinyTLError(f"data.subset={config.subset}: {path} is a folder of images, which has no subsets")
-        for name in (*listing.tables, *listing.archives):
-            if os.path.splitext(name)[1].lower() in {".parquet", ".arrow", ".tar", *ARCHIVES}:
-                listing.left_out.add(os.path.splitext(name)[1].lower(), name)
-        splits, metadata = _label_images(listing, config)
-        return Tables(source, splits, path, listing.left_out, metadata, _hint(listing))
+        _check_no_subset(config, f"{path} is a folder of images")
+        return _label_images(source, listing, config)
     if listing.tables:
-        splits = _load_tables_of(listing, config)
-        tables = splits.values() if listing.images else ()  # else no file is looked for among those that they name
-        named = {place for table in tables for place in images_named(table, path)}
-        for name in listing.images:
-            if str(path / name) not in named:
-                listing.left_out.add(os.path.splitext(name)[1].lower(), name)
-        return Tables(source, splits, path, listing.left_out)
+        return _load_tables_in(source, listing, config)
     aside = f"; {listing.left_out}" if listing.left_out else ""
     what = f"no image, but {listing.archives[0]}; unpack it first" if listing.archives else "no image and no table"
     raise TinyTLError(
@@ -137,34 +125,40 @@ def _load_folder(source: Source, path: Path, config: DataConfig) -> Tables:
     )
 
 
-def _load_tables_of(listing: Listing, config: DataConfig) -> datasets.DatasetDict:
-    if config.subset is not None or _has_configs(listing.root):
-        if glob.has_magic(str(listing.root)):
-            raise TinyTLError(
-                f"data.dataset={listing.root}: its README names files by patterns; take [, ], * and ? out of the path"
-            )
-        return _load_any(str(listing.root), config)
-    if saved := saved_below(listing):
-        return load_saved(listing, saved)
-    return load_tables(_by_split(listing), listing.root)
+def _holds_images(listing: Listing) -> bool:
+    """Whether a folder is one of images: with large tables beside them, they need metadata or class folders."""
+    large = [name for name in listing.tables if suffix_of(name) not in TEXTS]
+    if not listing.images or not large or listing.metadata:
+        return bool(listing.images)
+    if len(_tops(listing)) < 2 or _has_configs(listing.root):
+        return False
+    splits = [name for name in large if role_of_table(name) and suffix_of(name) in (".parquet", ".arrow")]
+    if len({role_of_table(name) for name in splits}) > 1:
+        raise TinyTLError(
+            f"data.dataset={listing.root}: the folders of its images can be classes ({named(sorted(_tops(listing)))}) "
+            f"and {splits[0]} can be the data; name {_to_name(listing, splits)}, or take one of the two away"
+        )
+    return True
 
 
-def _label_images(listing: Listing, config: DataConfig) -> tuple[datasets.DatasetDict, str | None]:
-    """Tables of images with their labels, and the metadata file that these are from, if they are."""
-    has_folders = any("/" in path for path in listing.images)
-    are_splits = _are_flat_splits(listing)
-    metadata = read_metadata(listing, config, has_classes=len(_tops(listing)) > 1 and not are_splits)
-    if metadata is not None:
-        return metadata.splits, metadata.name
-    tables = [name for name in listing.tables if not name.endswith(".json")]
-    if tables and (are_splits or not has_folders):
+def _label_images(source: Source, listing: Listing, config: DataConfig) -> Tables:
+    """Images with the labels of their metadata, or else of their folders."""
+    for name in (*listing.tables, *listing.archives):
+        if suffix_of(name) not in TEXTS:
+            listing.left_out.add(suffix_of(name), name)
+    tops, are_splits, hint = _tops(listing), _are_flat_splits(listing), _hint(listing)
+    if labelled := read_metadata(listing, config, has_classes=len(tops) > 1 and not are_splits):
+        splits, metadata = labelled
+        return Tables(source, splits, listing.root, listing.left_out, metadata, hint)
+    tables = [name for name in listing.tables if suffix_of(name) != ".json"]
+    if tables and (are_splits or not tops):
         raise TinyTLError(
             f"data.dataset={listing.root}: its images lie in no class folder ({listing.images[0]}); if {tables[0]} "
             f"has their paths and labels, name {_to_name(listing, tables)}"
         )
     splits = class_folders(listing, chosen_splits(config))
     check_tables_beside(listing, splits, config)
-    return splits, None
+    return Tables(source, splits, listing.root, listing.left_out, hint=hint)
 
 
 def _to_name(listing: Listing, tables: list[str]) -> str:
@@ -178,29 +172,12 @@ def _to_name(listing: Listing, tables: list[str]) -> str:
 
 def _are_flat_splits(listing: Listing) -> bool:
     """Whether all images lie right in folders that are called as two splits or more are: there is no class folder."""
-    tops = _tops(listing)
-    is_flat = all(path.count("/") == 1 for path in listing.images)
-    return is_flat and len({role_of(top) for top in tops}) > 1 and all(role_of(top) for top in tops)
-
-
-def _holds_images(listing: Listing) -> bool:
-    """Whether a folder is one of images: with tables beside them they must lie in class folders or have metadata."""
-    large = [
-        name for name in listing.tables if os.path.splitext(name)[1].lower() not in {".csv", ".tsv", ".json", ".jsonl"}
-    ]
-    if not listing.images or not large:
-        return bool(listing.images)
-    are_folders = bool(listing.metadata) or (len(_tops(listing)) > 1 and not _has_configs(listing.root))
-    splits = [name for name in large if role_of_table(name) and name.endswith((".parquet", ".arrow"))]
-    if are_folders and not listing.metadata and len({role_of_table(name) for name in splits}) > 1:
-        raise TinyTLError(
-            f"data.dataset={listing.root}: the folders of its images can be classes ({named(sorted(_tops(listing)))}) "
-            f"and {splits[0]} can be the data; name {_to_name(listing, splits)}, or take one of the two away"
-        )
-    return are_folders
+    roles = {role_of(top) for top in _tops(listing)}
+    return all(path.count("/") == 1 for path in listing.images) and len(roles) > 1 and None not in roles
 
 
 def _tops(listing: Listing) -> set[str]:
+    """Names of the first folders of images."""
     return {path.split("/")[0] for path in listing.images if "/" in path}
 
 
@@ -210,63 +187,77 @@ def _hint(listing: Listing) -> str:
     below = sorted({path.split("/")[1] for path in listing.images if path.count("/") > 1})
     if len(tops) == 1 and len(below) > 1:
         (top,) = tops
-        return f"; if {', '.join(below[:5])} are the classes, name {listing.root / top}"
-    tables = [name for name in listing.tables if name.endswith((".csv", ".tsv", ".jsonl", ".parquet"))]
+        return f"; if {', '.join(below[:SHOWN])} are the classes, name {listing.root / top}"
+    tables = [name for name in listing.tables if suffix_of(name) in NAMING_IMAGES]
     return f"; if {tables[0]} has the paths and labels of images, name {listing.root / tables[0]}" if tables else ""
 
 
-def _by_split(listing: Listing) -> dict[str, list[str]]:
+def _load_tables_in(source: Source, listing: Listing, config: DataConfig) -> Tables:
+    """The tables of a folder; images that lie beside them are left out, unless the tables name them."""
+    if config.subset is not None or _has_configs(listing.root):
+        if glob.has_magic(source.name):
+            raise TinyTLError(
+                f"data.dataset={listing.root}: its README names files by patterns; take [, ], * and ? out of the path"
+            )
+        splits = _load_any(source.name, config)
+    elif saved := saved_below(listing):
+        splits = load_saved(listing, saved)
+    else:
+        splits = load_tables(_files_by_split(listing), listing.root)
+    if listing.images:
+        used = {place for table in splits.values() for place in images_named(table, listing.root)}
+        for name in listing.images:
+            if str(listing.root / name) not in used:
+                listing.left_out.add(suffix_of(name), name)
+    return Tables(source, splits, listing.root, listing.left_out)
+
+
+def _files_by_split(listing: Listing) -> dict[str, list[str]]:
     """Table files of one kind, the first of ``TABLES``, by the split that their names say, as on the Hub."""
-    present = {TABLES[os.path.splitext(name)[1].lower()] for name in listing.tables}
+    present = {TABLES[suffix_of(name)] for name in listing.tables}
     kind = next(kind for kind in TABLES.values() if kind in present)
-    tables = [name for name in listing.tables if TABLES[os.path.splitext(name)[1].lower()] == kind]
-    roles = {name: role_of_table(name) for name in tables}
-    if not any(roles.values()):
-        roles = dict.fromkeys(tables, "train")
-    return _grouped(listing, {name: roles.get(name) for name in listing.tables})
-
-
-def _grouped(listing: Listing, roles: Mapping[str, str | None]) -> dict[str, list[str]]:
-    """Table files by their split; those of none are left out."""
-    result: dict[str, list[str]] = defaultdict(list)
-    for name, role in roles.items():
-        if role is None:
-            listing.left_out.add(os.path.splitext(name)[1].lower(), name)
-        else:
-            result[role].append(str(listing.root / name))
-    return dict(result)
+    groups = group_by_split(name for name in listing.tables if TABLES[suffix_of(name)] == kind)
+    return _whole_paths(groups, listing, listing.tables)
 
 
 def _load_files(source: Source, config: DataConfig) -> Tables:
-    """A file, or all files that a pattern matches."""
-    if config.subset is not None:
-        raise TinyTLError(f"data.subset={config.subset}: {source.name} is a file, which has no subsets")
-    is_file = os.path.isfile(source.name)
-    files = (
-        [source.name] if is_file else sorted(f for f in glob.glob(source.name, recursive=True) if os.path.isfile(f))
-    )
+    """A file, or all that a pattern matches: by the splits that their names say, if several, else all to train on."""
+    _check_no_subset(config, f"{source.name} is a file")
+    files = [source.name]
+    if not os.path.isfile(source.name):
+        files = sorted(file for file in glob.glob(source.name, recursive=True) if os.path.isfile(file))
     for file in files or [source.name]:
-        suffix = os.path.splitext(file)[1].lower()
+        suffix = suffix_of(file)
         if suffix not in TABLES:
             fix = "name the folder of the images" if suffix in IMAGE_SUFFIXES else "name a folder, or such a file"
             fix = "unpack it, and name the folder" if suffix in ARCHIVES else fix
             raise TinyTLError(f"data.dataset={config.dataset}: {file} is no {', '.join(TABLES)} file; {fix}")
     files = sorted({os.path.realpath(file): file for file in reversed(files)}.values())  # links can lead in circles
-    base = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
-    listing = Listing(base)
-    return Tables(source, load_tables(_by_role(files, listing), base), base, listing.left_out)
-
-
-def _by_role(files: list[str], listing: Listing) -> dict[str, list[str]]:
-    """Files by the split that their names say, if they say several; all of them to train on, if not."""
+    listing = Listing(Path(os.path.commonpath([os.path.dirname(file) for file in files])))
     names = [os.path.relpath(file, listing.root) for file in files]
-    roles = {name: role_of_table(name) for name in names}
-    return _grouped(listing, roles) if len(set(roles.values()) - {None}) > 1 else {"train": files}
+    groups = group_by_split(names)
+    if len(groups.keys() - {None}) < 2:
+        groups = {"train": names}
+    splits = load_tables(_whole_paths(groups, listing, names), listing.root)
+    return Tables(source, splits, listing.root, listing.left_out)
+
+
+def _whole_paths(
+    groups: Mapping[str | None, list[str]], listing: Listing, names: Iterable[str]
+) -> dict[str, list[str]]:
+    """The files of each split by their whole paths; of ``names``, those that are of none are left out."""
+    files = {split: group for split, group in groups.items() if split is not None}
+    used = {name for group in files.values() for name in group}
+    for name in names:
+        if name not in used:
+            listing.left_out.add(suffix_of(name), name)
+    return {split: [str(listing.root / name) for name in group] for split, group in files.items()}
 
 
 def _load_url(url: str, config: DataConfig) -> datasets.DatasetDict:
-    suffix = os.path.splitext(urlparse(url).path)[1].lower()
+    suffix = suffix_of(urlparse(url).path)
     if suffix in TABLES:
+        _check_no_subset(config, f"{url} is a file")
         return datasets.DatasetDict(train=table_at(url, TABLES[suffix]))
     if url.startswith("hf://"):
         return _load_any(url, config)
@@ -276,7 +267,10 @@ def _load_url(url: str, config: DataConfig) -> datasets.DatasetDict:
 
 
 def _load_any(name: str, config: DataConfig) -> datasets.DatasetDict:
-    loaded: Any = datasets.load_dataset(name, config.subset)
+    return _as_splits(datasets.load_dataset(name, config.subset))
+
+
+def _as_splits(loaded: Any) -> datasets.DatasetDict:
     return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
 
 

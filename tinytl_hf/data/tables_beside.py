@@ -15,7 +15,7 @@ from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
 
-READ = (".csv", ".tsv", ".jsonl", ".parquet")
+NAMING_IMAGES = (".csv", ".tsv", ".jsonl", ".parquet")  # tables that can have the paths of images
 
 
 def check_tables_beside(listing: Listing, splits: datasets.DatasetDict, config: DataConfig) -> None:
@@ -30,7 +30,7 @@ def check_tables_beside(listing: Listing, splits: datasets.DatasetDict, config: 
         TinyTLError: The table has another label for an image than its folder.
     """
     for name in listing.tables:
-        if not name.endswith(READ) or (labels := _labels_by_path(listing, name, config)) is None:
+        if not name.endswith(NAMING_IMAGES) or (labels := _labels_by_path(listing, name, config)) is None:
             continue
         wanted, by_path = labels
         for table in splits.values():
