@@ -90,9 +90,10 @@ def folders(root, tops=("part_1", "part_2")):
     return [f"{tops[number % 2]}/{number}.png" for number in range(8)]
 
 
-def test_labels_of_a_table_beside_folders_that_are_no_classes_are_asked_for(tmp_path, caplog):
+@pytest.mark.parametrize("name", ["labels.csv", "LABELS.CSV"])
+def test_labels_of_a_table_beside_folders_that_are_no_classes_are_asked_for(name, tmp_path, caplog):
     paths = folders(tmp_path)
-    file = tmp_path / "labels.csv"
+    file = tmp_path / name
     pd.DataFrame({"path": paths, "label": ["cat", "cat", "dog", "dog"] * 2}).to_csv(file, index=False)
     with pytest.raises(TinyTLError, match=f"part_1/0.png is part_1 by its folder, and cat by .* name {file}"):
         opened(tmp_path)
@@ -101,7 +102,7 @@ def test_labels_of_a_table_beside_folders_that_are_no_classes_are_asked_for(tmp_
     assert opened(tmp_path).train.label_names == ["part_1", "part_2"]
     pd.DataFrame({"path": paths, "kind": ["cat", "dog"] * 4}).to_csv(file, index=False)
     assert opened(tmp_path).train.label_names == ["part_1", "part_2"]
-    assert "labels.csv names 8 of these images and is not used: the folders are the classes" in caplog.text
+    assert f"{name} names 8 of these images and is not used: the folders are the classes" in caplog.text
     with pytest.raises(TinyTLError, match="by its folder, and cat by column kind"):
         opened(tmp_path, label_column="kind")
 

@@ -9,6 +9,7 @@ import datasets
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.columns import LABEL, as_label, holds_paths, place_of
+from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.table_files import load_tables
 from tinytl_hf.errors import TinyTLError
@@ -30,7 +31,7 @@ def check_tables_beside(listing: Listing, splits: datasets.DatasetDict, config: 
         TinyTLError: The table has another label for an image than its folder.
     """
     for name in listing.tables:
-        if not name.endswith(NAMING_IMAGES) or (labels := _labels_by_path(listing, name, config)) is None:
+        if suffix_of(name) not in NAMING_IMAGES or (labels := _labels_by_path(listing, name, config)) is None:
             continue
         wanted, by_path = labels
         for table in splits.values():
