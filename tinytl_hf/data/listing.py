@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from tinytl_hf.data.find import ARCHIVES, TABLES, suffix_of
-from tinytl_hf.data.found import LeftOut
+from tinytl_hf.data.found import LeftOut, named
 from tinytl_hf.data.images import HEIF_SUFFIXES, IMAGE_SUFFIXES, UNREAD_SUFFIXES
 
 logger = logging.getLogger(__name__)
@@ -52,12 +53,14 @@ class _Place:
     Attributes:
         prefix: Its path relative to the root, with a ``/`` at the end; the root's is empty.
         real: Where it really is.
-        around: The same of the folders that it was reached through.
-        in_link: Whether one of them is a link.
+        is_link: Whether it is a link.
+        around: Where the folders that it was reached through really are.
+        in_link: Whether one of those is a link.
     """
 
     prefix: str
     real: str
+    is_link: bool = False
     around: tuple[str, ...] = ()
     in_link: bool = False
 
@@ -65,7 +68,8 @@ class _Place:
         """A folder in it."""
         is_link = entry.is_symlink()
         real = os.path.realpath(entry.path) if is_link else os.path.join(self.real, entry.name)
-        return _Place(f"{self.prefix}{entry.name}/", real, (*self.around, self.real), self.in_link or is_link)
+        around, in_link = (*self.around, self.real), self.in_link or self.is_link
+        return _Place(f"{self.prefix}{entry.name}/", real, is_link, around, in_link)
 
     @property
     def leads_back(self) -> bool:
@@ -97,35 +101,50 @@ def list_folder(root: Path) -> Listing:
             listing.left_out.add("folder written by tinytl-hf", place.prefix)
             ours.append(place.prefix)
             continue
-        visited.append(place.prefix.rstrip("/"))
+        visited.append(place.prefix)
         below = []
-        for entry in inside:
-            path, is_link = place.prefix + entry.name, entry.is_symlink()
-            if is_link and not os.path.exists(entry.path):
-                if not _is_hidden(path):
-                    listing.left_out.add("broken link", path)
-            elif not entry.is_dir() and not entry.is_file():
-                listing.left_out.add("that is no file", path)  # a pipe would be waited for, for ever
-            elif not entry.is_dir():
-                _add(listing, path, entry)
-            elif entry.name not in NEVER:
-                inner = place.below(entry)
-                if is_link and inner.leads_back:
-                    continue  # it would be followed for ever, and has nothing new
-                if is_link and place.in_link and inner.real in seen:
-                    listing.left_out.add("link to a folder that is listed already", path)
-                    continue
-                if inner.real in seen and not any(path.startswith(f"{each}/") for each in twice):
-                    twice.append(path)
-                seen.add(inner.real)
-                below.append(inner)
+        for folder in _add_files(listing, place, inside):
+            if _is_followed(folder, seen, listing):
+                if folder.real in seen and not folder.prefix.startswith(tuple(twice)):
+                    twice.append(folder.prefix)
+                seen.add(folder.real)
+                below.append(folder)
         folders += reversed(below)
     if twice:
-        logger.warning("%s: a link makes this folder a part of the data set twice", ", ".join(twice[:5]))
-    _say_empty_folders(listing, [name for name in visited if not any(each.startswith(f"{name}/") for each in ours)])
+        folders_twice = named([prefix.rstrip("/") for prefix in twice])
+        logger.warning("%s: a link makes this folder a part of the data set twice", folders_twice)
+    _say_empty_folders(listing, [prefix for prefix in visited if not any(each.startswith(prefix) for each in ours)])
     for files in (listing.images, listing.metadata, listing.tables, listing.archives):
         files.sort()
     return listing
+
+
+def _add_files(listing: Listing, place: _Place, inside: list[os.DirEntry[str]]) -> Iterator[_Place]:
+    """Add the files of a folder to the listing, and give the folders in it."""
+    for entry in inside:
+        path = place.prefix + entry.name
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            if not _is_hidden(path):
+                listing.left_out.add("broken link", path)
+        elif entry.is_dir():
+            if entry.name not in NEVER:
+                yield place.below(entry)
+        elif entry.is_file():
+            _add(listing, path, entry)
+        else:
+            listing.left_out.add("that is no file", path)  # a pipe would be waited for, for ever
+
+
+def _is_followed(folder: _Place, seen: set[str], listing: Listing) -> bool:
+    """Whether to list a folder that may be a link."""
+    if not folder.is_link:
+        return True
+    if folder.leads_back:  # it would be followed for ever, and has nothing new
+        return False
+    if folder.in_link and folder.real in seen:
+        listing.left_out.add("link to a folder that is listed already", folder.prefix.rstrip("/"))
+        return False
+    return True
 
 
 def _is_ours(folder: Path, names: set[str]) -> bool:
@@ -150,13 +169,13 @@ def _is_hidden(path: str) -> bool:
     return any(part.startswith(".") for part in path.split("/"))
 
 
-def _say_empty_folders(listing: Listing, visited: list[str]) -> None:
+def _say_empty_folders(listing: Listing, prefixes: list[str]) -> None:
     """Name folders without an image beside those that have some: a class that is still empty is no class."""
     holders = {os.path.dirname(path) for path in listing.images}
     holders |= {str(parent) for folder in holders for parent in PurePosixPath(folder).parents} - {"."}
     if not holders:
         return
-    for folder in visited:
+    for folder in (prefix.rstrip("/") for prefix in prefixes):
         if folder and not _is_hidden(folder) and folder not in holders and os.path.dirname(folder) in {"", *holders}:
             listing.left_out.add("folder without images", folder)
 
@@ -170,7 +189,7 @@ def _add(listing: Listing, path: str, entry: os.DirEntry[str]) -> None:
     elif suffix in UNREAD_SUFFIXES:
         fix = "; pip install pillow-heif reads them" if suffix in HEIF_SUFFIXES else ""
         listing.left_out.add(suffix, f"{path}{fix}")
-    elif is_image and not _is_text(path):
+    elif is_image and not _is_utf8(path):
         listing.left_out.add("with a name that is not UTF-8", os.fsencode(path).decode("utf-8", "backslashreplace"))
     elif is_image:
         listing.images.append(path)
@@ -184,7 +203,7 @@ def _add(listing: Listing, path: str, entry: os.DirEntry[str]) -> None:
         listing.left_out.add("without a suffix", path)
 
 
-def _is_text(path: str) -> bool:
+def _is_utf8(path: str) -> bool:
     """Whether a path is UTF-8, as tables want it."""
     try:
         path.encode()
