@@ -15,14 +15,12 @@ from pathlib import Path
 import datasets
 
 from tinytl_hf.data.columns import as_label, class_order
+from tinytl_hf.data.found import named
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.roles import SPLIT_WORDS, role_of
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
-
-SHOWN = 5  # names that a message lists
-FEATURES_OF_PATHS = datasets.Image(decode=False)
 
 
 @dataclass
@@ -69,7 +67,7 @@ def class_folders(listing: Listing, chosen: set[str]) -> datasets.DatasetDict:
                 "class into a folder of its name, or write a metadata.csv with columns file_name and label"
             )
         listing.left_out.add("in no class folder", loose[0], len(loose))
-    tops, inner = _unwrapped(tops, chosen)
+    tops, depth = _unwrapped(tops, chosen)
     splits = find_splits(tops, listing, chosen)
     if splits is None:
         _check_splits_inside(listing.root, tops)
@@ -82,7 +80,7 @@ def class_folders(listing: Listing, chosen: set[str]) -> datasets.DatasetDict:
             if folder.direct:
                 listing.left_out.add("in no class folder", folder.direct[0], len(folder.direct))
             found[name] = dict(folder.below)
-    _say_depths(found, len(inner) + (1 if splits is None else 2))
+    _say_depths(found, depth + (1 if splits is None else 2))
     return _tables(listing.root, found)
 
 
@@ -98,33 +96,33 @@ def find_splits(tops: Tops, listing: Listing, chosen: set[str], labelled: bool =
     Raises:
         TinyTLError: They can be read in two ways, or two folders are the same split.
     """
-    named = [top for top in tops if role_of(top) or top in chosen]
-    splits = [top for top in named if tops[top].below or labelled]
+    called = [top for top in tops if role_of(top) or top in chosen]
+    splits = [top for top in called if tops[top].below or labelled]
     others = [top for top in tops if top not in splits]
     if not splits:
         return None
-    strangers = [top for top in others if top not in named]
+    strangers = [top for top in others if top not in called]
     if strangers and not _agree(tops, splits, labelled) and not chosen & set(splits):
         train = next((top for top in splits if role_of(top) == "train" and not tops[top].direct), None)
         if train is None or len(tops[train].below) < 2:
             return None
         raise _two_readings(listing.root, tops, train, strangers[0])
-    if not any(role_of(top) == "train" or top in chosen for top in splits) and any(
-        role_of(top) == "train" for top in others
-    ):
+    trains = any(role_of(top) == "train" or top in chosen for top in splits)
+    if not trains and any(role_of(top) == "train" for top in others):
         raise _two_readings(listing.root, tops, splits[0], others[0])
     for top in others:
         reason = "beside the splits" if top in strangers else "without labels, as there are no class folders"
         listing.left_out.add(reason, tops[top].example, len(tops[top].all))
-    roles: dict[str, str] = {}
+    folders: dict[str, str] = {}
     for top in splits:
-        name = top if top in chosen and not role_of(top) else role_of(top) or top
-        if name in roles:
+        name = role_of(top) or top
+        if name in folders:
             raise TinyTLError(
-                f"data.dataset={listing.root}: {roles[name]}/ and {top}/ are both the {name} split; put them together"
+                f"data.dataset={listing.root}: {folders[name]}/ and {top}/ are both the {name} split; put them "
+                "together"
             )
-        roles[name] = top
-    return roles
+        folders[name] = top
+    return folders
 
 
 def _agree(tops: Tops, splits: list[str], labelled: bool) -> bool:
@@ -136,11 +134,12 @@ def _agree(tops: Tops, splits: list[str], labelled: bool) -> bool:
     return any(labelled or tops[train].below.keys() & tops[top].below.keys() for top in others)
 
 
-def _by_top(paths: list[str]) -> tuple[Tops, list[str]]:
+def _by_top(paths: list[str], depth: int = 0) -> tuple[Tops, list[str]]:
+    """Images by the folders that lie at a depth, from 0 on, and those that lie in none there."""
     tops: Tops = defaultdict(Folder)
     loose = []
     for path in paths:
-        parts = path.split("/", 2)
+        parts = path.split("/", depth + 2)[depth:]
         if len(parts) == 1:
             loose.append(path)
         elif len(parts) == 2:
@@ -150,24 +149,20 @@ def _by_top(paths: list[str]) -> tuple[Tops, list[str]]:
     return dict(tops), loose
 
 
-def _unwrapped(tops: Tops, chosen: set[str]) -> tuple[Tops, list[str]]:
-    """The folders inside the only one, if those are splits (as in ``data/train/cat``); and the names of the outer."""
+def _unwrapped(tops: Tops, chosen: set[str]) -> tuple[Tops, int]:
+    """The folders inside the only one, if those are splits (as in ``data/train/cat``); and at which depth they lie."""
     if len(tops) != 1:
-        return tops, []
-    (outer, folder), *_ = tops.items()
-    if folder.direct or role_of(outer) or outer in chosen or not all(role_of(n) or n in chosen for n in folder.below):
-        return tops, []
-    inner: Tops = {}
-    for name, paths in folder.below.items():
-        inner[name] = Folder()
-        for path in paths:
-            rest = path.split("/", 3)[2:]
-            (inner[name].below[rest[0]] if len(rest) > 1 else inner[name].direct).append(path)
-    return (inner, [outer]) if any(folder.below for folder in inner.values()) else (tops, [])
+        return tops, 0
+    ((outer, folder),) = tops.items()
+    holds_splits = not folder.direct and all(role_of(name) or name in chosen for name in folder.below)
+    if not holds_splits or role_of(outer) or outer in chosen:
+        return tops, 0
+    inner, _ = _by_top(folder.all, depth=1)
+    return (inner, 1) if any(folder.below for folder in inner.values()) else (tops, 0)
 
 
 def _two_readings(root: Path, tops: Tops, split: str, other: str) -> TinyTLError:
-    inside = ", ".join(list(tops[split].below)[:SHOWN])
+    inside = named(list(tops[split].below))
     return TinyTLError(
         f"data.dataset={root}: {split}/ can be a split with the classes {inside} ({tops[split].example}), or a class "
         f"beside {other} ({tops[other].example}); name {root / split} for the first, and for the second put all "
@@ -195,7 +190,7 @@ def _say_odd_names(tops: Tops) -> None:
     if (odd and len(odd) == len(tops)) or any(role_of(top) for top in odd):
         logger.warning(
             "%s: read as %s, as splits hold class folders and are called train, validation and test",
-            ", ".join(odd[:SHOWN]),
+            named(odd),
             "classes" if len(odd) > 1 else "a class",
         )
 
@@ -208,7 +203,7 @@ def _say_depths(found: dict[str, dict[str, list[str]]], depth: int) -> None:
             for path in paths:
                 examples.setdefault(path.count("/"), path)
     if len(examples) > 1:
-        shown = ", ".join(examples[key] for key in sorted(examples)[:SHOWN])
+        shown = named([examples[key] for key in sorted(examples)])
         logger.info(
             "images lie at different depths (%s): the class is the %s folder, and what is below belongs to it",
             shown,
@@ -220,7 +215,7 @@ def _tables(root: Path, found: dict[str, dict[str, list[str]]]) -> datasets.Data
     labels = {folder: as_label(folder) for classes in found.values() for folder in classes}
     names = class_order(set(labels.values()))
     number = {folder: names.index(label) for folder, label in labels.items()}
-    features = datasets.Features(image=FEATURES_OF_PATHS, label=datasets.ClassLabel(names=names))
+    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=names))
     tables = datasets.DatasetDict()
     for split, classes in found.items():
         rows = sorted((number[folder], path) for folder, paths in classes.items() for path in paths)

@@ -83,7 +83,7 @@ class Found:
         }
 
 
-def named(names: Sequence[str], count: int | None = None) -> str:
+def named(names: Sequence[str], count: int | None = None, shown: int = SHOWN) -> str:
     """Names for a line: a few of many, ``count`` of them or as many as are given."""
-    more = (count or len(names)) - SHOWN
-    return ", ".join(names) if more <= 0 else f"{', '.join(names[:SHOWN])} and {more:,} more"
+    more = (count or len(names)) - shown
+    return ", ".join(names) if more <= 0 else f"{', '.join(names[:shown])} and {more:,} more"

@@ -15,6 +15,7 @@ import pandas as pd
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.columns import LABEL, SPLIT, as_label, whole_numbers
 from tinytl_hf.data.folder import Folder, find_splits
+from tinytl_hf.data.found import named
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.roles import chosen_splits, role_of
 from tinytl_hf.errors import TinyTLError
@@ -126,15 +127,14 @@ def _check_files(listing: Listing, table: pd.DataFrame, metadata: str, skip_miss
         raise TinyTLError(f"{metadata}{others}: names {twice[0]} twice; leave one of the two out")
     missing = [name for name in names if name not in there]
     if missing and not skip_missing:
-        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise TinyTLError(
-            f"{metadata}: names {missing[0]}{more}, and there is no such image in {listing.root}; mend it, "
+            f"{metadata}: names {named(missing, shown=1)}, and there is no such image in {listing.root}; mend it, "
             "or leave such lines out with --data.skip_corrupt true"
         )
     if missing:
         listing.left_out.add("named by metadata, but not there", missing[0], len(missing))
-    named = set(names)
-    if unnamed := [path for path in listing.images if path not in named]:
+    labelled = set(names)
+    if unnamed := [path for path in listing.images if path not in labelled]:
         listing.left_out.add(f"not named by {os.path.basename(metadata)}", unnamed[0], len(unnamed))
 
 
@@ -184,15 +184,12 @@ def _depth_of_splits(folders: list[list[str]], chosen: set[str]) -> int:
 
 
 def _table(root: Path, rows: pd.DataFrame) -> datasets.Dataset:
-    columns: dict[str, Any] = {
-        str(name): _of_one_kind(rows[name].tolist()) for name in rows.columns if str(name) not in (FILE_NAME, IMAGE)
-    }
+    columns: dict[str, list[Any]] = {IMAGE: [f"{root}/{path}" for path in rows[FILE_NAME]]}
+    for name in rows.columns:
+        if str(name) not in (FILE_NAME, IMAGE):
+            columns[str(name)] = _of_one_kind(rows[name].tolist())
     table = datasets.Dataset.from_pandas(pd.DataFrame(columns), preserve_index=False)
-    paths = datasets.Dataset.from_dict(
-        {IMAGE: [f"{root}/{path}" for path in rows[FILE_NAME]]},
-        features=datasets.Features({IMAGE: datasets.Image(decode=False)}),
-    )
-    return datasets.concatenate_datasets([paths, table], axis=1) if columns else paths
+    return table.cast_column(IMAGE, datasets.Image(decode=False))
 
 
 def _of_one_kind(values: list[Any]) -> list[Any]:

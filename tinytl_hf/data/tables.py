@@ -23,7 +23,7 @@ from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.columns import images_named
 from tinytl_hf.data.find import ARCHIVES, TABLES, Source, find, suffix_of
 from tinytl_hf.data.folder import class_folders
-from tinytl_hf.data.found import SHOWN, LeftOut, named
+from tinytl_hf.data.found import LeftOut, named
 from tinytl_hf.data.images import IMAGE_SUFFIXES
 from tinytl_hf.data.listing import Listing, list_folder
 from tinytl_hf.data.metadata import read_metadata
@@ -187,7 +187,7 @@ def _hint(listing: Listing) -> str:
     below = sorted({path.split("/")[1] for path in listing.images if path.count("/") > 1})
     if len(tops) == 1 and len(below) > 1:
         (top,) = tops
-        return f"; if {', '.join(below[:SHOWN])} are the classes, name {listing.root / top}"
+        return f"; if {named(below)} are the classes, name {listing.root / top}"
     tables = [name for name in listing.tables if suffix_of(name) in NAMING_IMAGES]
     return f"; if {tables[0]} has the paths and labels of images, name {listing.root / tables[0]}" if tables else ""
 
