@@ -18,6 +18,7 @@ from PIL import Image
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.find import suffix_of
+from tinytl_hf.data.found import named
 from tinytl_hf.data.images import FORMATS, IMAGE_SUFFIXES
 from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
@@ -79,24 +80,17 @@ def image_rows(table: datasets.Dataset, config: DataConfig, base: Path | None) -
     else:
         column = _chosen(table, "image_column", config.image_column)
     feature = table.features[column]
-    rows = table.select_columns([column])
-    if column != "image":
-        rows = rows.rename_column(column, "image")
-    if _is_image(rows, "image"):
-        pass
-    elif feature_is_struct(feature) and _has_paths_alone(rows):
-        paths = rows.flatten().select_columns(["image.path"]).rename_column("image.path", "image")
-        return column, _from_paths(paths, column, base, config.skip_corrupt)
-    elif feature_is_struct(feature) and base is not None and rows.flatten().data.column("image.bytes").null_count:
-        rows = _with_places(rows, base)
-    elif _is_bytes(feature):
-        if feature_is_struct(feature):
-            rows = rows.cast_column("image", {"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
-        else:
-            rows = rows.cast_column("image", datasets.Value("binary"))
-    elif _is_string(feature):
-        return column, _from_paths(rows, column, base, config.skip_corrupt)
-    else:
+    rows = table.select_columns([column]).rename_columns({column: "image"})
+    if _is_string(feature):
+        return column, _from_paths(rows["image"][:], column, base, config.skip_corrupt)
+    if _is_struct(feature):
+        parts = rows.flatten()
+        without_bytes = parts.data.column("image.bytes").null_count
+        if without_bytes == len(rows):
+            return column, _from_paths(parts["image.path"][:], column, base, config.skip_corrupt)
+        if without_bytes and base is not None:
+            rows = _with_places(rows, base)
+    if not _is_image(rows, "image") and not _is_bytes(rows, "image"):
         raise TinyTLError(f"data.image_column={column}: it holds {feature}, not images")
     return column, rows.cast_column("image", datasets.Image(decode=False))
 
@@ -237,21 +231,17 @@ def _is_string(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in STRINGS
 
 
-def feature_is_struct(feature: Any) -> bool:
+def _is_struct(feature: Any) -> bool:
     """Whether a column is as datasets stores images: ``{"bytes": ..., "path": ...}``."""
     return isinstance(feature, dict) and feature.keys() == {"bytes", "path"}
 
 
-def _is_bytes(feature: Any) -> bool:
-    inner = feature["bytes"] if feature_is_struct(feature) else feature
-    nothing = {"null"} if feature_is_struct(feature) else set()
-    return isinstance(inner, datasets.Value) and inner.dtype in BYTES | nothing
-
-
-def _has_paths_alone(rows: datasets.Dataset) -> bool:
-    """Whether a column of ``{"bytes": ..., "path": ...}`` has no bytes."""
-    content = rows.flatten().data.column("image.bytes")
-    return content.null_count == len(content)
+def _is_bytes(table: datasets.Dataset, column: str) -> bool:
+    """Whether a column holds bytes, alone or beside paths, where all of them may be missing."""
+    feature = table.features[column]
+    if _is_struct(feature):
+        return getattr(feature["bytes"], "dtype", None) in {*BYTES, "null"}
+    return isinstance(feature, datasets.Value) and feature.dtype in BYTES
 
 
 def _with_places(rows: datasets.Dataset, base: Path) -> datasets.Dataset:
@@ -273,7 +263,7 @@ def _first(table: datasets.Dataset, column: str) -> Any:
 
 def _holds_bytes(table: datasets.Dataset, column: str) -> bool:
     """Whether bytes are those of images, by the first."""
-    if not _is_bytes(table.features[column]):
+    if not _is_bytes(table, column):
         return False
     value = _first(table, column)
     content = value["bytes"] if isinstance(value, dict) else value
@@ -293,9 +283,9 @@ def holds_paths(table: datasets.Dataset, column: str) -> bool:
     return suffix_of(str(_first(table, column) or "")) in IMAGE_SUFFIXES
 
 
-def _from_paths(rows: datasets.Dataset, column: str, base: Path | None, skip_missing: bool) -> datasets.Dataset:
+def _from_paths(values: Sequence[str | None], column: str, base: Path | None, skip_missing: bool) -> datasets.Dataset:
     """Images by their paths: relative ones to the table's folder, else to the current one."""
-    paths = [None if path is None else str(path).removeprefix("file://") for path in rows["image"][:]]
+    paths = [None if path is None else str(path).removeprefix("file://") for path in values]
     remote = next((path for path in paths if path is not None and "://" in path), None)
     if remote is not None or base is None:
         raise TinyTLError(
@@ -305,10 +295,9 @@ def _from_paths(rows: datasets.Dataset, column: str, base: Path | None, skip_mis
     places = [None if path is None else place_of(path, base) for path in paths]
     missing = [place for place in places if place is not None and not os.path.isfile(place)]
     if missing and not skip_missing:
-        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise TinyTLError(
-            f"column {column} names {missing[0]}{more}, and there is no such file; mend it, or leave such rows out "
-            "with --data.skip_corrupt true"
+            f"column {column} names {named(missing, shown=1)}, and there is no such file; mend it, or leave such rows "
+            "out with --data.skip_corrupt true"
         )
     features = datasets.Features(image=datasets.Image(decode=False))
     return datasets.Dataset.from_dict({"image": places}, features=features)

@@ -81,9 +81,7 @@ def _placed(table: datasets.Dataset, folder: str) -> datasets.Dataset:
 
 
 def _with_column(table: datasets.Dataset, column: str, values: list[Any]) -> datasets.Dataset:
-    features = datasets.Features({column: table.features[column]})
-    replaced = datasets.Dataset.from_dict({column: values}, features=features)
-    return datasets.concatenate_datasets([table.remove_columns(column), replaced], axis=1)
+    return table.remove_columns(column).add_column(column, values, feature=table.features[column])
 
 
 def _with_whole_numbers(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
