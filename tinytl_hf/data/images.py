@@ -25,10 +25,9 @@ Image.init()
 if find_spec("pillow_heif") is not None:
     import_module("pillow_heif").register_heif_opener()
 FORMATS = [name for name in Image.ID if name != "EPS"]  # Pillow hands EPS files to Ghostscript, which runs them
-# Of these, Pillow knows the header only.
-_STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
+_NOT_READ = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows no more than the header of the others
 IMAGE_SUFFIXES = frozenset(
-    suffix for suffix, name in Image.EXTENSION.items() if name in {*Image.OPEN, "MPO"} and name not in _STUBS
+    suffix for suffix, name in Image.EXTENSION.items() if name in {*Image.OPEN, "MPO"} and name not in _NOT_READ
 )
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 # Pictures that Pillow cannot read: they are counted where they are left out.
@@ -51,9 +50,8 @@ def decode_pixels(encoded: dict[str, Any] | None, input_size: int) -> np.ndarray
     """
     if encoded is None:
         raise UnreadableImageError("there is no image")
-    source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
     try:
-        with Image.open(source, formats=FORMATS) as image:
+        with _opened(encoded) as image:
             return to_pixels(image, input_size)
     except UnreadableImageError:
         raise
@@ -66,6 +64,10 @@ def decode_pixels(encoded: dict[str, Any] | None, input_size: int) -> np.ndarray
     except Exception as error:  # a damaged file can make Pillow raise almost anything
         reason = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))
         raise UnreadableImageError(reason or type(error).__name__) from error
+
+
+def _opened(encoded: dict[str, Any]) -> Image.Image:
+    return Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]), formats=FORMATS)
 
 
 def allow_megapixels(count: int) -> None:
@@ -107,9 +109,8 @@ def to_pixels(image: Image.Image, input_size: int) -> np.ndarray:
 
 def decoded_size(encoded: dict[str, Any], input_size: int) -> tuple[int, int] | None:
     """Height and width in px that :func:`decode_pixels` gives, by the file's header; None: it cannot be read."""
-    source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
     try:
-        with Image.open(source, formats=FORMATS) as image:
+        with _opened(encoded) as image:
             size, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation)
             is_turned = orientation in TURNED and image.format != "TIFF"  # whose size Pillow gives upright
     except Exception:  # a damaged file can make Pillow raise almost anything; who decodes it says what is wrong
