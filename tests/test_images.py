@@ -24,6 +24,9 @@ def test_every_mode_comes_out_as_the_colour_one_sees():
     assert corner(Image.new("CMYK", (8, 8), (0, 255, 255, 0))) == [255, 0, 0]
     palette = Image.new("RGB", (8, 8), orange).quantize(4)
     assert palette.mode == "P" and np.abs(np.array(corner(palette)) - orange).max() <= 2
+    see_through = Image.new("P", (8, 8), 0)
+    see_through.putpalette([0, 0, 0, 0], "RGBA")
+    assert corner(see_through) == [255, 255, 255]
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped():

@@ -97,7 +97,7 @@ def to_pixels(image: Image.Image, input_size: int) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image, is_netpbm)
     image = _limit_aspect(image)
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
