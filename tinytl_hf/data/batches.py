@@ -20,15 +20,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.found import SHOWN, named
 from tinytl_hf.data.images import UnreadableImageError, decoded_photo_size
-from tinytl_hf.data.sets import Split, sample_rows
+from tinytl_hf.data.sets import READ_AT_ONCE, Split, sample_rows
 from tinytl_hf.data.shared import can_share, decode_in_shares
 from tinytl_hf.data.tensors import decode, pad_images
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
-
-CHUNK = 256  # rows read from a data set at a time
-
 
 STREAMS = "streams"  # in place of a number of bytes
 
@@ -48,8 +45,8 @@ class Survey:
 
 def survey(split: Split, config: DataConfig, size: int) -> Survey:
     """Decode a sample of a split. Arguments and errors are those of :func:`read_images`."""
-    sample = _decode_rows(split, sample_rows(split), config, size)
-    return survey_of([_size(image) for _, image in sample if image is not None], split, config, size)
+    sample = _decoded(split, sample_rows(split), config, size)
+    return survey_of([_size(image) for image in sample if image is not None], split, config, size)
 
 
 def survey_of(sizes: Sequence[tuple[int, int]], split: Split, config: DataConfig, size: int) -> Survey:
@@ -76,12 +73,11 @@ def read_images(split: Split, config: DataConfig, size: int) -> DecodedImages | 
         if config.skip_corrupt:
             split = _drop_corrupt(split, _readable(split, config, size))
         return StreamedImages(split, config, size, found.photo_size)
-
-    def decode_some(index: np.ndarray) -> Iterator[Tensor | None]:
-        return (image for _, image in _decode_rows(split, index, config, size))
-
     count, shared = len(split.labels), can_share()
-    decoded = decode_in_shares(count, decode_some) if shared else list(decode_some(np.arange(count)))
+    if shared:
+        decoded = decode_in_shares(count, lambda index: _decoded(split, index, config, size))
+    else:
+        decoded = list(_decoded(split, np.arange(count), config, size))
     good = np.array([image is not None for image in decoded])
     images = [image for image in decoded if image is not None]
     return DecodedImages(images, _drop_corrupt(split, good), shared)
@@ -149,7 +145,8 @@ class StreamedImages(Dataset):
 
     def __getitems__(self, index: list[int]) -> dict[str, Tensor]:
         images = []
-        for i, image in _decode_rows(self.split, np.array(index), self.config, self.size):
+        decoded = _decoded(self.split, np.array(index), self.config, self.size)
+        for i, image in zip(index, decoded, strict=True):
             if image is None:  # those that were unreadable at the start are not among the images
                 raise TinyTLError(
                     f"image {_title(self.split, i, self.split.rows[i]['image'])} of split {self.split.name} could be "
@@ -198,21 +195,18 @@ def make_loader(images: Dataset, config: DataConfig, **batching: Any) -> DataLoa
     return DataLoader(images, collate_fn=_as_is, num_workers=workers, generator=torch.Generator(), **batching)
 
 
-def _decode_rows(
-    split: Split, index: np.ndarray, config: DataConfig, size: int
-) -> Iterator[tuple[int, Tensor | None]]:
-    """Decode images in turn; None for one that cannot be read, if those are to be skipped."""
-    for chunk in (index[start : start + CHUNK] for start in range(0, len(index), CHUNK)):
-        for i, encoded in zip(chunk.tolist(), split.rows[chunk]["image"], strict=True):
-            try:
-                yield i, decode(encoded, size)
-            except UnreadableImageError as error:
-                if not config.skip_corrupt:
-                    raise TinyTLError(
-                        f"image {_title(split, i, encoded)} of split {split.name} cannot be read ({error}); mend it, "
-                        "or leave such images out with --data.skip_corrupt true"
-                    ) from error
-                yield i, None
+def _decoded(split: Split, index: np.ndarray, config: DataConfig, size: int) -> Iterator[Tensor | None]:
+    """Images in turn; None for one that cannot be read, if those are to be skipped."""
+    for i, encoded in zip(index.tolist(), split.images(index), strict=True):
+        try:
+            yield decode(encoded, size)
+        except UnreadableImageError as error:
+            if not config.skip_corrupt:
+                raise TinyTLError(
+                    f"image {_title(split, i, encoded)} of split {split.name} cannot be read ({error}); mend it, "
+                    "or leave such images out with --data.skip_corrupt true"
+                ) from error
+            yield None
 
 
 class _Readable(Dataset):
@@ -225,12 +219,12 @@ class _Readable(Dataset):
         return len(self.split.labels)
 
     def __getitems__(self, index: list[int]) -> list[bool]:
-        return [image is not None for _, image in _decode_rows(self.split, np.array(index), self.config, self.size)]
+        return [image is not None for image in _decoded(self.split, np.array(index), self.config, self.size)]
 
 
 def _readable(split: Split, config: DataConfig, size: int) -> np.ndarray:
     loader = DataLoader(
-        _Readable(split, config, size), batch_size=CHUNK, collate_fn=_as_is, num_workers=config.workers
+        _Readable(split, config, size), batch_size=READ_AT_ONCE, collate_fn=_as_is, num_workers=config.workers
     )
     return np.concatenate([np.array(batch) for batch in loader])
 

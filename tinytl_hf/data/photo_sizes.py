@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.batches import CHUNK, Survey, survey_of
+from tinytl_hf.data.batches import Survey, survey_of
 from tinytl_hf.data.images import decoded_size
 from tinytl_hf.data.sets import Split
 
@@ -22,7 +22,5 @@ def photo_sizes(split: Split, config: DataConfig, size: int) -> Survey:
     """
     count = len(split.labels)
     index = np.linspace(0, count - 1, min(MOST, count)).astype(int)
-    chunks = [index[start : start + CHUNK] for start in range(0, len(index), CHUNK)]
-    images = (image for chunk in chunks for image in split.rows[chunk]["image"] if image is not None)
-    sizes = [found for image in images if (found := decoded_size(image, size)) is not None]
-    return survey_of(sizes, split, config, size)
+    sizes = [decoded_size(image, size) for image in split.images(index) if image is not None]
+    return survey_of([each for each in sizes if each is not None], split, config, size)

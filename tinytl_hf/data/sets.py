@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -17,7 +17,6 @@ from tinytl_hf.data.columns import NoLabelsError, as_label, byte_sizes, class_or
 from tinytl_hf.data.find import Source
 from tinytl_hf.data.found import Found, named
 from tinytl_hf.data.holding_out import hold_out
-from tinytl_hf.data.images import allow_megapixels
 from tinytl_hf.data.roles import HOLDOUT, find_split, in_order
 from tinytl_hf.data.tables import Tables, load
 from tinytl_hf.errors import TinyTLError
@@ -25,7 +24,7 @@ from tinytl_hf.errors import TinyTLError
 logger = logging.getLogger(__name__)
 
 READ_WHOLE = 256_000_000  # bytes of images, which a disk reads and a core hashes in a second or so
-READ_AT_ONCE = 1000  # images
+READ_AT_ONCE = 256  # images
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ class Split:
         rows: The images, undecoded, in the column ``image``.
         labels: Class number of each image.
         label_names: Names of the classes.
+        image_column: The column that the images are from.
+        label_column: The column that the labels are from.
         numbers: Number of each image's row in the split as the data set has it.
         held_out: Whether it is the part of that split which is held out of training.
     """
@@ -45,6 +46,8 @@ class Split:
     rows: datasets.Dataset
     labels: np.ndarray
     label_names: list[str]
+    image_column: str
+    label_column: str
     numbers: np.ndarray
     held_out: bool = False
 
@@ -56,6 +59,11 @@ class Split:
     def select(self, index: np.ndarray) -> Split:
         """The images at ``index``."""
         return replace(self, rows=self.rows.select(index), labels=self.labels[index], numbers=self.numbers[index])
+
+    def images(self, index: np.ndarray) -> Iterator[dict[str, Any] | None]:
+        """The undecoded images at ``index``, of which a few are in memory at a time."""
+        for start in range(0, len(index), READ_AT_ONCE):
+            yield from self.rows[index[start : start + READ_AT_ONCE]]["image"]
 
     def occurring(self) -> list[str]:
         """Names of the classes that have an image."""
@@ -90,8 +98,6 @@ def open_data(config: DataConfig) -> Opened:
     Raises:
         TinyTLError: The data set cannot be found or read, or its columns, splits or labels do not fit.
     """
-    if config.max_megapixels is not None:
-        allow_megapixels(config.max_megapixels)
     opened = _open_data(load(config), config)
     for line in (*opened.warnings, *_about_copies(opened)):
         logger.warning("%s", line)
@@ -110,41 +116,24 @@ def _about_copies(opened: Opened) -> list[str]:
 
 
 def _open_data(tables: Tables, config: DataConfig) -> Opened:
-    names = list(tables.splits)
-    train_name = find_split(config.train_split, names)
-    if train_name is None:
-        fix = f"; --data.train_split {names[0]} trains on it" if len(names) == 1 else ""
-        fix = f" ({tables.left_out})" if tables.left_out else fix
-        raise TinyTLError(f"data.train_split={config.train_split}: the data set has {', '.join(names)}{fix}")
-    train, (image_column, label_column) = _labelled(tables, train_name, config)
-    if len(classes := train.occurring()) < 2:
-        raise TinyTLError(f"split {train_name} has one class ({classes[0]}); use two or more{tables.hint}")
-    same_columns = replace(config, image_column=image_column, label_column=label_column)
-    eval_name, test_name = _eval_names(names, train_name, config.eval_split)
-    others = [
-        split
-        for name in (eval_name, test_name)
-        if name is not None and (split := _labelled_or_none(tables, name, same_columns)) is not None
-    ]
-    train, *others = _with_all_names([train, *others])
+    train = _train_split(tables, config)
+    train, *evaluated = _with_all_names([train, *_eval_splits(tables, train, config)])
     warnings = []
-    if others:
-        evaluation, test = others[0], others[1] if len(others) > 1 else None
-    else:
-        warnings += _about(_single(train), "a single image, which is trained on and not evaluated")
+    if not evaluated:
+        alone = [train.label_names[number] for number in np.flatnonzero(np.bincount(train.labels) == 1)]
+        warnings += _about(alone, "a single image, which is trained on and not evaluated")
         kept, held_out = hold_out(train.labels, config)
-        train, evaluation = train.select(kept), replace(train.select(held_out), held_out=True)
-        test = None
+        train, evaluated = train.select(kept), [replace(train.select(held_out), held_out=True)]
     train = _subset(train, config.max_train_samples, config.split_seed)
-    evaluation = _subset(evaluation, config.max_eval_samples, config.split_seed)
-    test = None if test is None else _subset(test, config.max_eval_samples, config.split_seed)
-    evaluated = [name for split in (evaluation, test) if split is not None for name in split.occurring()]
-    untrained = list(dict.fromkeys(name for name in evaluated if name not in set(train.occurring())))
-    warnings += _about(untrained, "no training images, so no right answer can be learnt")
+    evaluated = [_subset(split, config.max_eval_samples, config.split_seed) for split in evaluated]
+    trained = set(train.occurring())
+    untrained = [name for split in evaluated for name in split.occurring() if name not in trained]
+    warnings += _about(list(dict.fromkeys(untrained)), "no training images, so no right answer can be learnt")
+    evaluation, test = evaluated[0], evaluated[1] if len(evaluated) > 1 else None
     found = Found(
         classes=train.label_names,
-        images={name: len(tables.splits[name]) for name in sorted(names, key=in_order)},
-        labels=f"{label_column} of {tables.metadata}" if tables.metadata else label_column,
+        images={name: len(tables.splits[name]) for name in sorted(tables.splits, key=in_order)},
+        labels=f"{train.label_column} of {tables.metadata}" if tables.metadata else train.label_column,
         left_out=tables.left_out,
         train=(train.name, len(train.labels)),
         evaluation=(evaluation.title, len(evaluation.labels)),
@@ -153,24 +142,40 @@ def _open_data(tables: Tables, config: DataConfig) -> Opened:
     return Opened(train, evaluation, test, found, tables.source, tuple(warnings))
 
 
-def _eval_names(names: Sequence[str], train: str, wanted: str | None) -> tuple[str | None, str | None]:
-    """The splits to choose by and to report, by name; None and None: a part held out of the training split."""
+def _train_split(tables: Tables, config: DataConfig) -> Split:
+    names = list(tables.splits)
+    name = find_split(config.train_split, names)
+    if name is None:
+        fix = f"; --data.train_split {names[0]} trains on it" if len(names) == 1 else ""
+        fix = f" ({tables.left_out})" if tables.left_out else fix
+        raise TinyTLError(f"data.train_split={config.train_split}: the data set has {', '.join(names)}{fix}")
+    train = _labelled(tables, name, config)
+    if len(classes := train.occurring()) < 2:
+        raise TinyTLError(f"split {name} has one class ({classes[0]}); use two or more{tables.hint}")
+    return train
+
+
+def _eval_splits(tables: Tables, train: Split, config: DataConfig) -> list[Split]:
+    """The split to choose by and that to report; one if they are the same, none if there is no other with labels."""
+    names = _eval_names([name for name in tables.splits if name != train.name], config.eval_split)
+    found = (_labelled_or_none(tables, name, _with_columns_of(train, config)) for name in names)
+    return [split for split in found if split is not None]
+
+
+def _eval_names(names: Sequence[str], wanted: str | None) -> list[str]:
+    """Names of the splits to choose by and to report, out of those that are not trained on."""
     if wanted == HOLDOUT:
-        return None, None
+        return []
     if wanted is not None:
         found = find_split(wanted, names)
-        if found is None or found == train:
-            others = [name for name in names if name != train]
-            raise TinyTLError(f"data.eval_split={wanted}: use {', '.join([*others, HOLDOUT])}")
-        return found, None
-    validation, test = (find_split(role, [n for n in names if n != train]) for role in ("validation", "test"))
-    return validation or test, test if validation else None
+        if found is None:
+            raise TinyTLError(f"data.eval_split={wanted}: use {', '.join([*names, HOLDOUT])}")
+        return [found]
+    return [name for role in ("validation", "test") if (name := find_split(role, names)) is not None]
 
 
 def _load_and_say(config: DataConfig) -> Tables:
     """The data set, where nothing trains; says what was left out of it."""
-    if config.max_megapixels is not None:
-        allow_megapixels(config.max_megapixels)
     tables = load(config)
     if tables.left_out:
         logger.info("%s", tables.left_out)
@@ -198,14 +203,16 @@ def open_eval_split(config: DataConfig, whole: bool) -> Split:
         TinyTLError: As :func:`open_data`.
     """
     tables = _load_and_say(config)
-    names = list(tables.splits)
-    if config.eval_split not in (None, HOLDOUT):
-        name = find_split(str(config.eval_split), names)
+    if config.eval_split == HOLDOUT:
+        split = None
+    elif config.eval_split is None:
+        split = _first_with_labels(tables, config, whole)
+    else:
+        names = list(tables.splits)
+        name = find_split(config.eval_split, names)
         if name is None:
             raise TinyTLError(f"data.eval_split={config.eval_split}: use {', '.join([*names, HOLDOUT])}")
-        split: Split | None = _labelled(tables, name, _with_columns_of_training(tables, config))[0]
-    else:
-        split = _first_with_labels(tables, config, whole) if config.eval_split is None else None
+        split = _labelled(tables, name, _with_columns_of_training(tables, config))
     if split is None:
         return _open_data(tables, replace(config, eval_split=HOLDOUT)).evaluation
     return _subset(split, config.max_eval_samples, config.split_seed)
@@ -219,8 +226,7 @@ def _first_with_labels(tables: Tables, config: DataConfig, whole: bool) -> Split
         name = find_split(role, names)
         if name is not None and (split := _labelled_or_none(tables, name, same_columns)) is not None:
             return split
-    train = find_split("train", names) or names[0]
-    return _labelled(tables, train, config)[0] if whole else None
+    return _labelled(tables, find_split("train", names) or names[0], config) if whole else None
 
 
 def _with_columns_of_training(tables: Tables, config: DataConfig) -> DataConfig:
@@ -229,10 +235,13 @@ def _with_columns_of_training(tables: Tables, config: DataConfig) -> DataConfig:
     if name is None:
         return config
     try:
-        image_column, label_column = _labelled(tables, name, config)[1]
+        return _with_columns_of(_labelled(tables, name, config), config)
     except TinyTLError:  # as a set to evaluate on alone can have
         return config
-    return replace(config, image_column=image_column, label_column=label_column)
+
+
+def _with_columns_of(split: Split, config: DataConfig) -> DataConfig:
+    return replace(config, image_column=split.image_column, label_column=split.label_column)
 
 
 def find_training_split(config: DataConfig, train_sha256: str | None) -> Split | None:
@@ -315,24 +324,22 @@ def _hash(split: Split, rows: np.ndarray, sizes: bytes) -> str:
 
 def _contents(split: Split, rows: np.ndarray) -> Iterator[bytes]:
     """The image files of some rows; nothing for one that is not there."""
-    for chosen in np.array_split(rows, 1 + len(rows) // READ_AT_ONCE):
-        for image in split.rows[chosen]["image"] if len(chosen) else ():
-            if image is not None and image["bytes"] is not None:
-                yield image["bytes"]
-            elif image is not None and Path(image["path"]).is_file():
-                yield Path(image["path"]).read_bytes()
-            else:
-                yield b""
+    for image in split.images(rows):
+        if image is not None and image["bytes"] is not None:
+            yield image["bytes"]
+        elif image is not None and Path(image["path"]).is_file():
+            yield Path(image["path"]).read_bytes()
+        else:
+            yield b""
 
 
-def _labelled(tables: Tables, name: str, config: DataConfig) -> tuple[Split, tuple[str, str]]:
-    """A split, and the columns that it is from."""
+def _labelled(tables: Tables, name: str, config: DataConfig) -> Split:
     table = tables.splits[name]
     if len(table) == 0:
         raise TinyTLError(f"split {name} of {config.dataset} has no rows; use another split or data set")
     image_column, rows = image_rows(table, config, tables.base)
     label_column, labels, names = label_values(table, name, config, image_column)
-    return Split(name, rows, labels, names, np.arange(len(labels))), (image_column, label_column)
+    return Split(name, rows, labels, names, image_column, label_column, np.arange(len(labels)))
 
 
 def _labelled_or_none(tables: Tables, name: str, config: DataConfig) -> Split | None:
@@ -341,7 +348,7 @@ def _labelled_or_none(tables: Tables, name: str, config: DataConfig) -> Split | 
     try:
         if label is not None and label not in tables.splits[name].column_names:
             raise NoLabelsError(f"it has no column {label}")
-        return _labelled(tables, name, config)[0]
+        return _labelled(tables, name, config)
     except NoLabelsError as error:
         if config.eval_split is not None:
             raise
@@ -355,11 +362,6 @@ def _with_all_names(splits: Sequence[Split]) -> list[Split]:
     new = {name for split in splits[1:] for name in split.occurring()} - set(names)
     names = class_order({*names, *new}) if new else names
     return [with_label_names(split, names) for split in splits]
-
-
-def _single(split: Split) -> list[str]:
-    """Names of the classes that have one image."""
-    return [split.label_names[number] for number in np.flatnonzero(np.bincount(split.labels) == 1)]
 
 
 def _about(classes: Sequence[str], what: str) -> list[str]:

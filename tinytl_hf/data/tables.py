@@ -24,7 +24,7 @@ from tinytl_hf.data.columns import images_named
 from tinytl_hf.data.find import ARCHIVES, TABLES, Source, find, suffix_of
 from tinytl_hf.data.folder import class_folders
 from tinytl_hf.data.found import LeftOut, named
-from tinytl_hf.data.images import IMAGE_SUFFIXES
+from tinytl_hf.data.images import IMAGE_SUFFIXES, allow_megapixels
 from tinytl_hf.data.listing import Listing, list_folder
 from tinytl_hf.data.metadata import read_metadata
 from tinytl_hf.data.roles import chosen_splits, group_by_split, role_of, role_of_table
@@ -63,6 +63,8 @@ def load(config: DataConfig) -> Tables:
     Raises:
         TinyTLError: It cannot be found or read.
     """
+    if config.max_megapixels is not None:
+        allow_megapixels(config.max_megapixels)
     source = find(config.dataset)
     try:
         tables = _open(source, config)
