@@ -80,25 +80,12 @@ class DataConfig:
         check(start is None or start <= end, "data.start_size", start, f"use at most data.train_size={end}")
         steps = start is None or start % TOTAL_STRIDE == 0
         check(steps, "data.start_size", start, f"use a multiple of {TOTAL_STRIDE}")
-        check(
-            0 < self.eval_fraction < 1,
-            "data.eval_fraction",
-            self.eval_fraction,
-            "use a share above 0 and below 1",
-        )
+        check(0 < self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "use a share above 0 and below 1")
         low, high = self.crop_scale
-        check(
-            0 < low <= high <= 1,
-            "data.crop_scale",
-            list(self.crop_scale),
-            "use two shares with 0 < least <= greatest <= 1",
-        )
-        check(
-            self.crop_pct is None or 0 < self.crop_pct <= 1,
-            "data.crop_pct",
-            self.crop_pct,
-            "use a share above 0, at most 1",
-        )
+        fix = "use two shares with 0 < least <= greatest <= 1"
+        check(0 < low <= high <= 1, "data.crop_scale", [low, high], fix)
+        is_share = self.crop_pct is None or 0 < self.crop_pct <= 1
+        check(is_share, "data.crop_pct", self.crop_pct, "use a share above 0, at most 1")
         check(0 <= self.split_seed < 2**32, "data.split_seed", self.split_seed, "use 0 or more, below 2**32")
         check(self.workers >= 0, "data.workers", self.workers, "use 0 or more")
         for name in ("max_megapixels", "max_train_samples", "max_eval_samples"):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from tinytl_hf.config.check import check_text, check_types, expand_paths
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.config.check import check, check_text, check_types, expand_paths
 
 REPO_NAME = re.compile(r"(?!.*(\.\.|--|\.git$))\w[\w.-]{0,95}/\w[\w.-]{0,95}(?<![.-])", re.ASCII)
 
@@ -24,8 +23,7 @@ class HubConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "hub.")
-        if self.push and self.repo is None:
-            raise TinyTLError("hub.push=True: say where to, as --hub.repo user/name")
+        check(not self.push or self.repo is not None, "hub.push", self.push, "say where to, as --hub.repo user/name")
         if self.repo is not None:
             _check_repo("hub.repo", self.repo)
 
@@ -51,8 +49,8 @@ class PushConfig:
         expand_paths(self, "adapter")
         check_types(self)
         _check_repo("repo", self.repo)
-        if self.create_pr and self.revision not in (None, "main"):
-            raise TinyTLError(f"revision={self.revision}: a pull request is against main; leave one of the two out")
+        fits = not self.create_pr or self.revision in (None, "main")
+        check(fits, "revision", self.revision, "a pull request is against main; leave one of the two out")
 
 
 @dataclass(frozen=True)
@@ -76,5 +74,4 @@ class PullConfig:
 
 
 def _check_repo(key: str, repo: str) -> None:
-    if not REPO_NAME.fullmatch(repo):
-        raise TinyTLError(f"{key}={repo}: use a name on the Hub, as user/name")
+    check(REPO_NAME.fullmatch(repo) is not None, key, repo, "use a name on the Hub, as user/name")

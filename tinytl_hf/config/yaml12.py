@@ -35,10 +35,13 @@ class Yaml12Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a key that is there twice: of two values, one would be dropped without a word."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
-            line = node.value[len(keys) - 1 - keys[::-1].index(twice[0])][0].start_mark.line + 1
-            raise yaml.YAMLError(f"{twice[0]} is there twice, again in line {line}; leave one of them")
+        keys: list[Any] = []  # a list, as keys can be of types that no set takes
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in keys:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"{key} is there twice, again in line {line}; leave one of them")
+            keys.append(key)
         return super().construct_mapping(node, deep=deep)
 
 
