@@ -92,15 +92,15 @@ def test_memory_bars_are_as_long_as_their_parts():
 
 
 def test_accuracy_and_memory_of_every_method_are_marked():
-    points = [plots.AccuracyMemory(method, 0.7, 0.01, 1e7 * (i + 1)) for i, method in enumerate(METHODS)]
+    points = [plots.AccuracyMemory(method, 0.7, 0.01, 10.0 * (i + 1)) for i, method in enumerate(METHODS)]
     picture = pixels(plots.save_accuracy_memory, points)
     assert all(share_of(colour, picture) > 1e-4 for colour in plots.COLOURS)
 
 
 def test_memory_in_stock_pytorch_is_a_second_marker_at_the_same_accuracy():
     lean, both = (
-        pixels(plots.save_accuracy_memory, [plots.AccuracyMemory("TinyTL-L+B", 0.7, None, 1e7, stock)])
-        for stock in (None, 9e7)
+        pixels(plots.save_accuracy_memory, [plots.AccuracyMemory("TinyTL-L+B", 0.7, None, 10.0, stock)])
+        for stock in (None, 90.0)
     )
     wanted = [int(plots.COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)]
     columns = [np.flatnonzero((picture == wanted).all(-1)[: len(picture) // 2].any(0)) for picture in (lean, both)]

@@ -24,17 +24,17 @@ from tinytl_hf.reports.table import aligned
 
 # Runs that differ in these options alone are one row: the seed, and what changes no figure.
 NOT_COMPARED = {
-    *(
-        "seed",
-        "output_dir",
-        "overwrite",
-        "tracker",
-        "metrics",
-        "train.resume",
-        "train.keep_checkpoints",
-        "train.checkpoint_every",
-    ),
-    *("data.workers", "data.memory_limit_mb", "memory.report"),
+    "seed",
+    "output_dir",
+    "overwrite",
+    "tracker",
+    "metrics",
+    "train.resume",
+    "train.keep_checkpoints",
+    "train.checkpoint_every",
+    "data.workers",
+    "data.memory_limit_mb",
+    "memory.report",
 }
 LONGEST_NAME = 60  # of a row, in the name of a file
 CONDITIONS = (
@@ -100,19 +100,31 @@ def compare(config: CompareConfig, folders: Iterable[str]) -> tuple[str, list[st
             left_out.append(str(error))
     if not runs:
         raise TinyTLError(f"no finished run among them: {'; '.join(left_out)}")
+    comparison = Comparison(runs)
     if config.output is not None:
         try:
-            _write(Path(config.output), runs, left_out)
+            _write(Path(config.output), comparison, left_out)
         except OSError as error:
             raise TinyTLError(f"output={config.output}: cannot be written ({error}); name another folder") from error
-    return describe(runs), left_out
+    return str(comparison), left_out
 
 
-def describe(runs: Sequence[FinishedRun]) -> str:
-    """The table as text, with notes on what its figures are."""
-    groups = _groups(runs)
-    table = [HEADER, *(_cells(_row(name, members)) for name, members in groups.items())]
-    return "\n".join([*aligned(table), "", *_notes(runs, groups)])
+class Comparison:
+    """Finished runs in rows; as text, a table.
+
+    Attributes:
+        groups: Runs that differ in their seed only, by the name of their row.
+        rows: Their figures.
+        notes: What the figures are.
+    """
+
+    def __init__(self, runs: Sequence[FinishedRun]) -> None:
+        self.groups = _groups(runs)
+        self.rows = [_row(name, members) for name, members in self.groups.items()]
+        self.notes = _notes(runs, self.groups)
+
+    def __str__(self) -> str:
+        return "\n".join([*aligned([HEADER, *map(_cells, self.rows)]), "", *self.notes])
 
 
 def _groups(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
@@ -210,45 +222,37 @@ def _values(values: Iterable[Any]) -> str:
     return " / ".join(dict.fromkeys(map(str, values)))
 
 
-def _write(output: Path, runs: Sequence[FinishedRun], left_out: list[str]) -> None:
+def _write(output: Path, comparison: Comparison, left_out: list[str]) -> None:
     check_ours("output", output / "compare.json", '"left_out"')
     check_ours("output", output / "compare.csv", ",".join(field.name for field in fields(Row)))
     check_ours("output", output / "compare.md", _as_markdown(HEADER))
-    groups = _groups(runs)
     if not (output / "compare.json").exists():  # beside it, pictures of these names are ours
-        for name in ("curves.png", "accuracy_memory.png", *_pictures(groups).values()):
+        for name in ("curves.png", "accuracy_memory.png", *_pictures(comparison.groups).values()):
             check_ours("output", output / name, SOFTWARE)
-    rows = [_row(name, members) for name, members in groups.items()]
-    notes = _notes(runs, groups)
     output.mkdir(parents=True, exist_ok=True)
-    plain = [asdict(row) for row in rows]
+    plain, notes = [asdict(row) for row in comparison.rows], comparison.notes
     write_text(output / "compare.json", json.dumps({"rows": plain, "notes": notes, "left_out": left_out}, indent=2))
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, list(plain[0]))
     writer.writeheader()
     writer.writerows({**values, "runs": " ".join(values["runs"])} for values in plain)
     write_text(output / "compare.csv", table.getvalue())
-    lines = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *map(_cells, rows)]
+    lines = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *map(_cells, comparison.rows)]
     markdown = [_as_markdown(cells) for cells in lines]
     write_text(output / "compare.md", "\n".join([*markdown, "", *(f"- {note}" for note in notes)]) + "\n")
-    _draw(output, rows, groups)
+    _draw(output, comparison)
 
 
 def _as_markdown(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _draw(output: Path, rows: Sequence[Row], groups: dict[str, list[FinishedRun]]) -> None:
+def _draw(output: Path, comparison: Comparison) -> None:
+    groups = comparison.groups
     save_curves(output / "curves.png", {name: _mean_epochs(members) for name, members in groups.items()})
     points = [
-        AccuracyMemory(
-            name=row.name,
-            accuracy=row.accuracy,
-            std=row.accuracy_std,
-            peak_bytes=row.peak_mb * MB,
-            stock_peak_bytes=None if row.stock_peak_mb is None else row.stock_peak_mb * MB,
-        )
-        for row in rows
+        AccuracyMemory(row.name, row.accuracy, row.accuracy_std, row.peak_mb, row.stock_peak_mb)
+        for row in comparison.rows
         if row.peak_mb is not None
     ]
     if points:

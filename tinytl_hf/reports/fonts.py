@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 logger = logging.getLogger(__name__)
 
-NO_GLYPHS = "Last Resort"  # matplotlib's font of boxes
+BOXES = "LastResort"  # in the file's name of a font of matplotlib that shows a box for any character
 
 
 def families_for(texts: Iterable[str]) -> list[str]:
@@ -24,7 +24,7 @@ def families_for(texts: Iterable[str]) -> list[str]:
     if not missing:
         return families
     for path in sorted({*font_manager.findSystemFonts(), *(font.fname for font in font_manager.fontManager.ttflist)}):
-        if NO_GLYPHS.replace(" ", "") in path or not missing & _characters(path):
+        if BOXES in path or not missing & _characters(path):
             continue
         missing -= _characters(path)
         name = font_manager.FontProperties(fname=path).get_name()

@@ -15,7 +15,7 @@ from tinytl_hf.config.run import Config, flat
 from tinytl_hf.config.verbs import ReportConfig
 from tinytl_hf.disk import check_ours, expanded, write_text
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.reports.compare import CONDITIONS, describe
+from tinytl_hf.reports.compare import CONDITIONS, Comparison
 from tinytl_hf.reports.finished_run import FinishedRun, read_run
 from tinytl_hf.reports.plots import MB, save_confusion, save_curves, save_memory_bars
 from tinytl_hf.reports.run_folder import MISTAKES_FILE
@@ -36,7 +36,7 @@ def report(config: ReportConfig, folder: str) -> str:
     """
     run = read_run(expanded(folder))
     if not config.html and config.output is None:
-        return describe([run])
+        return str(Comparison([run]))
     path = Path(config.output or run.folder / "report.html")
     check_ours("output", path, MARK)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,15 +48,15 @@ class AccuracyMemory:
         name: What the legend says.
         accuracy: Mean over seeds, a fraction.
         std: Standard deviation over seeds, or None for one seed.
-        peak_bytes: Measured peak of a training step.
-        stock_peak_bytes: The same in stock PyTorch, or None if it was not measured.
+        peak_mb: Measured peak of a training step, in MB of 1e6 bytes.
+        stock_peak_mb: The same in stock PyTorch, or None if it was not measured.
     """
 
     name: str
     accuracy: float
     std: float | None
-    peak_bytes: float
-    stock_peak_bytes: float | None = None
+    peak_mb: float
+    stock_peak_mb: float | None = None
 
 
 def save_curves(path: Path | BinaryIO, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -172,15 +172,15 @@ def save_accuracy_memory(path: Path | BinaryIO, points: Sequence[AccuracyMemory]
 
     A hollow marker is the memory of stock PyTorch, and a line leads from it to that of the run.
     """
-    names = {point.name: () for point in points}
+    names = [point.name for point in points]
     with _figure(path, 6.4, 4.4 + 0.25 * _legend_rows(names), names) as figure:
         axis = figure.subplots()
         rightmost = 0.0
         for i, point in enumerate(points):
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             error = None if point.std is None else 100 * point.std
-            peak, accuracy = point.peak_bytes / MB, 100 * point.accuracy
-            stock = peak if point.stock_peak_bytes is None else point.stock_peak_bytes / MB
+            peak, accuracy = point.peak_mb, 100 * point.accuracy
+            stock = peak if point.stock_peak_mb is None else point.stock_peak_mb
             axis.plot([stock, peak], [accuracy, accuracy], ":", color=colour, linewidth=1)
             axis.plot(stock, accuracy, marker, color=colour, markerfacecolor="white")
             axis.errorbar(
@@ -190,7 +190,7 @@ def save_accuracy_memory(path: Path | BinaryIO, points: Sequence[AccuracyMemory]
         axis.set_xlim(0, 1.1 * rightmost)
         axis.margins(y=0.15)
         axis.set(xlabel="peak of one training step, measured (MB of 1e6 bytes)", ylabel="accuracy, evaluation set (%)")
-        if any(point.stock_peak_bytes is not None for point in points):
+        if any(point.stock_peak_mb is not None for point in points):
             axis.plot([], [], "ko:", markersize=4, linewidth=1, markerfacecolor="white", label="in stock PyTorch")
         _legend(figure, axis)
 
@@ -237,7 +237,8 @@ def _columns(labels: Sequence[str]) -> int:
     return 3 if max(len(label) for label in labels) <= LONGEST_NAME // 2 else 2
 
 
-def _legend_rows(names: Mapping[str, Any]) -> int:
+def _legend_rows(names: Collection[str]) -> int:
+    """Lines of a legend of these names and two more entries."""
     return -(-(len(names) + 2) // _columns([_short(name) for name in names]))
 
 
