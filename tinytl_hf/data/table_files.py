@@ -68,15 +68,14 @@ def _csv(place: str) -> datasets.Dataset:
 
 def _placed(table: datasets.Dataset, folder: str) -> datasets.Dataset:
     """A table whose paths of images that lie beside it are whole."""
+
+    def placed(path: str | None) -> str | None:
+        place = None if path is None else os.path.join(folder, path)
+        return place if place is not None and os.path.isfile(place) else path
+
     for column in table.column_names:
-        if not holds_paths(table, column):
-            continue
-        beside = [None if path is None else os.path.join(folder, path) for path in table[column][:]]
-        paths = [
-            place if place is not None and os.path.isfile(place) else path
-            for place, path in zip(beside, table[column][:], strict=True)
-        ]
-        table = _with_column(table, column, paths)
+        if holds_paths(table, column):
+            table = _with_column(table, column, [placed(path) for path in table[column][:]])
     return table
 
 

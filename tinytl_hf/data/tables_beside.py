@@ -30,24 +30,27 @@ def check_tables_beside(listing: Listing, splits: datasets.DatasetDict, config: 
     Raises:
         TinyTLError: The table has another label for an image than its folder.
     """
-    for name in listing.tables:
-        if suffix_of(name) not in NAMING_IMAGES or (labels := _labels_by_path(listing, name, config)) is None:
-            continue
-        wanted, by_path = labels
-        for table in splits.values():
-            names = table.features["label"].names
-            for image, number in zip(table["image"][:], table["label"][:], strict=True):
-                label = by_path.get(image["path"])
-                if label is not None and as_label(label) != names[number]:
-                    raise TinyTLError(
-                        f"data.dataset={listing.root}: {os.path.relpath(image['path'], listing.root)} is "
-                        f"{names[number]} by its folder, and {label} by column {wanted} of {name}; name "
-                        f"{listing.root / name} to take those labels, or move that file away to take the folders'"
-                    )
+    tables = [name for name in listing.tables if suffix_of(name) in NAMING_IMAGES]
+    if not tables:
+        return
+    by_folder: dict[str, str] = {}
+    for table in splits.values():
+        classes = table.features["label"].names
+        for image, number in zip(table["image"][:], table["label"][:], strict=True):
+            by_folder[image["path"]] = classes[number]
+    column = config.label_column or LABEL
+    for name in tables:
+        for path, label in _labels_by_path(listing, name, column).items():
+            if path in by_folder and as_label(label) != by_folder[path]:
+                raise TinyTLError(
+                    f"data.dataset={listing.root}: {os.path.relpath(path, listing.root)} is {by_folder[path]} by its "
+                    f"folder, and {label} by column {column} of {name}; name {listing.root / name} to take those "
+                    "labels, or move that file away to take the folders'"
+                )
 
 
-def _labels_by_path(listing: Listing, name: str, config: DataConfig) -> tuple[str, dict[str, str]] | None:
-    """The column of the labels of a table, and the label of each image that it names; None: it names none."""
+def _labels_by_path(listing: Listing, name: str, label_column: str) -> dict[str, str]:
+    """The label of each image that a table names; none if it names none or has no such column."""
     file = listing.root / name
     try:
         table = load_tables({"train": [str(file)]}, file.parent)["train"]
@@ -55,16 +58,16 @@ def _labels_by_path(listing: Listing, name: str, config: DataConfig) -> tuple[st
         paths = [] if column is None else [place_of(str(path), file.parent) for path in table[column][:]]
     except Exception as error:  # whatever lies beside images can be no table at all
         logger.info("%s: not used, as it cannot be read (%s)", name, type(error).__name__)
-        return None
+        return {}
     there = {f"{listing.root}/{image}" for image in listing.images}
     count = len(there.intersection(paths))
     if not count:
-        return None
-    wanted = config.label_column or LABEL
-    if wanted not in table.column_names:
+        return {}
+    if label_column not in table.column_names:
         logger.warning(
             "%s names %s of these images and is not used: the folders are the classes; name %s for its labels",
             *(name, f"{count:,}", file),
         )
-        return None
-    return wanted, {path: str(label) for path, label in zip(paths, table[wanted][:], strict=True) if label is not None}
+        return {}
+    labels = zip(paths, table[label_column][:], strict=True)
+    return {path: str(label) for path, label in labels if label is not None}
