@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.found import SHOWN, named
-from tinytl_hf.data.images import UnreadableImageError, decoded_photo_size
+from tinytl_hf.data.images import UnreadableImageError, decoded_photo_size, decoded_size
 from tinytl_hf.data.sets import READ_AT_ONCE, Split, sample_rows
 from tinytl_hf.data.shared import can_share, decode_in_shares
 from tinytl_hf.data.tensors import decode, pad_images
@@ -28,6 +28,7 @@ from tinytl_hf.errors import TinyTLError
 logger = logging.getLogger(__name__)
 
 STREAMS = "streams"  # in place of a number of bytes
+MOST_HEADERS = 4096  # images of a split whose headers are read, spread evenly
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,18 @@ class Survey:
 def survey(split: Split, config: DataConfig, size: int) -> Survey:
     """Decode a sample of a split. Arguments and errors are those of :func:`read_images`."""
     sample = _decoded(split, sample_rows(split), config, size)
-    return survey_of([_size(image) for image in sample if image is not None], split, config, size)
+    return _survey_of([_size(image) for image in sample if image is not None], split, config, size)
 
 
-def survey_of(sizes: Sequence[tuple[int, int]], split: Split, config: DataConfig, size: int) -> Survey:
+def survey_headers(split: Split, config: DataConfig, size: int) -> Survey:
+    """As :func:`survey`, of more images by their files' headers; those that cannot be read do not count."""
+    count = len(split.labels)
+    index = np.linspace(0, count - 1, min(MOST_HEADERS, count)).astype(int)
+    sizes = [decoded_size(image, size) for image in split.images(index) if image is not None]
+    return _survey_of([found for found in sizes if found is not None], split, config, size)
+
+
+def _survey_of(sizes: Sequence[tuple[int, int]], split: Split, config: DataConfig, size: int) -> Survey:
     """What a split takes, by the heights and widths in px of some of its decoded images."""
     if not sizes:
         return Survey(0, decoded_photo_size(size))
