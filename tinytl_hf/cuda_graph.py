@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.cuda import make_graphed_callables
 
 from tinytl_hf.config.run import Config
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, first_line
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.step import left_as_found
 
@@ -93,10 +93,9 @@ class ReplayedPasses:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # PyTorch's generator of random numbers does not survive it, so nothing goes on
-            reason = str(error).partition("\n")[0]
             raise TinyTLError(
                 f"memory.cuda_graph=true: {self.model.config.backbone.name} cannot be recorded as a CUDA graph "
-                f"({reason}); use --memory.cuda_graph false"
+                f"({first_line(error)}); use --memory.cuda_graph false"
             ) from error
 
 

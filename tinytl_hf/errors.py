@@ -19,6 +19,12 @@ class Interrupted(Exception):
         self.exit_code = 128 + signum
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip() if lines else type(error).__name__
+
+
 def one_line(text: object) -> str:
     """Text on one line, without what is no character: line ends, escape sequences, bytes of a name that is not UTF-8.
 

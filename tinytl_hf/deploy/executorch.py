@@ -20,7 +20,7 @@ from tinytl_hf.deploy.exported import (
     require,
     write_files,
 )
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, first_line
 from tinytl_hf.model import TinyTLModel
 
 EXTRA = "executorch"
@@ -77,10 +77,9 @@ def lacking(exported: torch.export.ExportedProgram, error: Exception) -> TinyTLE
         for node in exported.graph.nodes
         if node.op == "call_function" and str(node.target).removesuffix(".default") in str(error).replace("::", ".")
     ]
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     what = (
         f"layer {layer_of(named[0])} has the operator {named[0].target}, which ExecuTorch lacks"
         if named
         else "refused"
     )
-    return TinyTLError(f"format=executorch: {what} ({first.strip()}); use another format or backbone")
+    return TinyTLError(f"format=executorch: {what} ({first_line(error)}); use another format or backbone")

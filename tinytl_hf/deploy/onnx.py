@@ -28,7 +28,7 @@ from tinytl_hf.deploy.exported import (
     require,
     write_files,
 )
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, first_line
 from tinytl_hf.model import TinyTLModel
 
 RUNTIME = "onnxruntime"
@@ -123,8 +123,7 @@ def _lacking(exported: torch.export.ExportedProgram, error: Exception) -> TinyTL
         reason = reason.__cause__
     named = [n for n in exported.graph.nodes if n.op == "call_function" and str(n.target) in f"{error} {reason}"]
     where = f"layer {layer_of(named[0])} has the operator {named[0].target}, which ONNX lacks" if named else "no ONNX"
-    first = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
-    return TinyTLError(f"format=onnx: {where} ({first}); use another format or backbone")
+    return TinyTLError(f"format=onnx: {where} ({first_line(reason)}); use another format or backbone")
 
 
 def _quantised(content: bytes, inputs: Tensor) -> bytes:
@@ -147,8 +146,9 @@ def _quantised(content: bytes, inputs: Tensor) -> bytes:
         try:
             quantization.quantize_static(source, target, Reader(), **options)
         except Exception as error:  # it raises whatever onnxruntime raises
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise TinyTLError(f"quantize=int8: onnxruntime cannot do it ({reason}); export without it") from error
+            raise TinyTLError(
+                f"quantize=int8: onnxruntime cannot do it ({first_line(error)}); export without it"
+            ) from error
         return target.read_bytes()
 
 

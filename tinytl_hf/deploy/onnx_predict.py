@@ -10,7 +10,7 @@ import numpy as np
 
 from tinytl_hf.data.view import centre_view, normalised
 from tinytl_hf.disk import expanded
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, first_line
 
 
 class OnnxClassifier:
@@ -42,8 +42,7 @@ class OnnxClassifier:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no class in common but this one
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise TinyTLError(f"{path}: onnxruntime cannot load it ({reason})") from error
+            raise TinyTLError(f"{path}: onnxruntime cannot load it ({first_line(error)})") from error
         about = self._session.get_modelmeta().custom_metadata_map
         if not {"labels", "preprocessing", "input"} <= about.keys():
             raise TinyTLError(f"{path}: was not written by tinytl-hf export: it does not say its labels")

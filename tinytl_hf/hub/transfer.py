@@ -299,8 +299,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, httpx2.TimeoutException):
         return f"{constants.ENDPOINT} did not answer in {client.TIMEOUT_S:g} s; check the network"
     if isinstance(error, (httpx2.HTTPError, ConnectionError)):
-        return f"{constants.ENDPOINT} cannot be reached ({_first_line(error)}); check the network"
-    return f"{_first_line(error)} ({type(error).__name__})"
+        return f"{constants.ENDPOINT} cannot be reached ({_first_two_lines(error)}); check the network"
+    return f"{_first_two_lines(error)} ({type(error).__name__})"
 
 
 def _answer(status: int, error: HfHubHTTPError) -> str:
@@ -312,10 +312,10 @@ def _answer(status: int, error: HfHubHTTPError) -> str:
         return "too many requests (429); wait some minutes"
     if status >= 500:
         return f"the Hub has a server error ({status}); wait a little"
-    return f"the Hub answered {status}: {error.server_message or _first_line(error)}"
+    return f"the Hub answered {status}: {error.server_message or _first_two_lines(error)}"
 
 
-def _first_line(error: Exception) -> str:
+def _first_two_lines(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:300] if lines else type(error).__name__
 

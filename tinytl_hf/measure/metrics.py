@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, first_line, one_line
 
 CALIBRATION_BINS = 15
 
@@ -107,17 +107,16 @@ def load_metrics(names: Sequence[str]) -> dict[str, evaluate.EvaluationModule]:
         try:
             metrics[name] = evaluate.load(name, keep_in_memory=True)
         except (OSError, ImportError, ValueError, AttributeError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise TinyTLError(
-                f"metrics: {name} cannot be loaded ({reason}); use a name that evaluate.load knows and this "
-                "machine can reach, or the path of a metric script"
+                f"metrics: {name} cannot be loaded ({first_line(error)}); use a name that evaluate.load knows and "
+                "this machine can reach, or the path of a metric script"
             ) from error
         try:
             _extra_figures(metrics[name], np.array([0, 1, 2]), np.array([0, 2, 1]))
         except Exception as error:  # whatever the script raises
-            reason = " ".join(str(error).split())
             raise TinyTLError(
-                f"metrics: {name} does not score class numbers ({reason}); use one like accuracy, f1 or precision"
+                f"metrics: {name} does not score class numbers ({one_line(error)}); use one like accuracy, f1 or "
+                "precision"
             ) from error
     return metrics
 

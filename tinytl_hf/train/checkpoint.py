@@ -28,7 +28,7 @@ from torch import nn
 from tinytl_hf.config.run import Config, flat, with_new_names
 from tinytl_hf.data.sets import Split, has_hash
 from tinytl_hf.disk import expanded, sync
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, first_line
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports.run_folder import CHECKPOINTS
 from tinytl_hf.train import epoch_sums
@@ -212,8 +212,7 @@ def load(accelerator: Accelerator, path: Path, hashes: dict[str, str | None]) ->
             _take_random_state(path / RANDOM_STATES.format(0))  # all processes draw the same numbers
         return progress
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, LookupError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TinyTLError(f"checkpoint {path} cannot be read ({reason}); resume from another") from error
+        raise TinyTLError(f"checkpoint {path} cannot be read ({first_line(error)}); resume from another") from error
 
 
 def hash_of(split: Split, now: str | None, key: str, path: Path | None) -> str | None:
