@@ -50,7 +50,7 @@ def test_a_checkpoint_of_the_largest_delta_with_adamw_is_small_and_without_backb
     for parameter in model.trainable_parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    checkpoint.register(accelerator)
+    checkpoint.register(accelerator, model)
     path = checkpoint.save(accelerator, config, Progress(), {"backbone.sha256": model.config.backbone.sha256})
     files = {file.name: file for file in path.iterdir()}
     assert sum(file.stat().st_size for file in files.values()) < 15e6

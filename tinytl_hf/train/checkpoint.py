@@ -42,26 +42,34 @@ RANDOM_STATES = "random_states_{}.pkl"  # of each process
 SUMS_FILE = "SHA256SUMS"
 HASHED_AT_ONCE = 2**20  # bytes
 NAME = re.compile(r"step_\d{8,}_epoch_\d{4,}")
-MAY_DIFFER = {
-    *("data.dataset", "backbone.weights"),  # where they lie; that they are the same is known by their hashes
-    *("output_dir", "overwrite", "tracker", "metrics", "adapter.dtype", "data.workers", "data.memory_limit_mb"),
+MAY_DIFFER = {  # options that a resumed run may have otherwise
+    "data.dataset",  # where it lies; that it is the same is known by its hash
+    "backbone.weights",  # likewise
     "adapter.init",  # what was taken from it is in the checkpoint
-    *(
-        "memory.cuda_graph",
-        "memory.lean",
-        "memory.backend",
-        "memory.slice_mb",
-        "memory.budget_mb",
-        "memory.report",
-        "train.epochs",
-        "train.gradient_checkpointing",
-        "train.mixed_precision",
-        "train.patience",
-        "train.resume",
-        "train.threads",
-    ),
-    *("train.checkpoint_every", "train.keep_checkpoints"),
-    *("hub.push", "hub.repo", "hub.private"),
+    "adapter.dtype",
+    "data.memory_limit_mb",
+    "data.workers",
+    "hub.private",
+    "hub.push",
+    "hub.repo",
+    "memory.backend",
+    "memory.budget_mb",
+    "memory.cuda_graph",
+    "memory.lean",
+    "memory.report",
+    "memory.slice_mb",
+    "metrics",
+    "output_dir",
+    "overwrite",
+    "tracker",
+    "train.checkpoint_every",
+    "train.epochs",
+    "train.gradient_checkpointing",
+    "train.keep_checkpoints",
+    "train.mixed_precision",
+    "train.patience",
+    "train.resume",
+    "train.threads",
 }
 
 
@@ -101,21 +109,19 @@ class Progress:
         self.batch, self.sums, self.seconds, self.overflows = 0, [], 0.0, 0
 
 
-def register(accelerator: Accelerator) -> None:
+def register(accelerator: Accelerator, model: TinyTLModel) -> None:
     """Make ``save_state`` and ``load_state`` handle the delta in place of the whole model."""
 
-    def save_delta(models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
+    def save_delta(_: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
         if accelerator.is_main_process:
-            for model in models:
-                tensors = {n: t.cpu().contiguous() for n, t in _unwrapped(accelerator, model).items()}
-                save_file(tensors, Path(folder) / DELTA_FILE)
-        weights.clear()
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in model.adapter_tensors().items()}
+            save_file(tensors, Path(folder) / DELTA_FILE)
+        weights.clear()  # what is left in the list, Accelerate would save besides
 
     def load_delta(models: list[nn.Module], folder: str) -> None:
-        for model in models:
-            path = Path(folder) / DELTA_FILE
-            accelerator.unwrap_model(model).load_adapter_tensors(load_file(path), str(path))
-        models.clear()
+        path = Path(folder) / DELTA_FILE
+        model.load_adapter_tensors(load_file(path), str(path))
+        models.clear()  # as there: it would look for their whole weights
 
     accelerator.register_save_state_pre_hook(save_delta)
     accelerator.register_load_state_pre_hook(load_delta)
@@ -329,9 +335,3 @@ def _take_random_state(file: Path) -> None:
     torch.set_rng_state(states["torch_manual_seed"])
     if torch.cuda.is_available() and "torch_cuda_manual_seed" in states:  # else it was made where there is no GPU
         torch.cuda.set_rng_state(states["torch_cuda_manual_seed"][0])  # of the device that the process used
-
-
-def _unwrapped(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
-    unwrapped = accelerator.unwrap_model(model)
-    assert isinstance(unwrapped, TinyTLModel)
-    return unwrapped.adapter_tensors()

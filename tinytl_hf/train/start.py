@@ -87,7 +87,7 @@ def set_up(config: Config, held: ExitStack) -> Run:
         batches.make_loader(inputs.eval_set, config.data, batch_size=options.global_batch_size),
         make_scheduler(optimizer, options, shuffled.optimizer_steps),
     )
-    checkpoint.register(accelerator)
+    checkpoint.register(accelerator, model)
     record = record_of(config, opened)
     hashes = {
         "backbone.sha256": model.config.backbone.sha256,
