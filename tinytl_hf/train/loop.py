@@ -30,7 +30,7 @@ from tinytl_hf.train import checkpoint, epoch_sums
 from tinytl_hf.train.cached_features import drawn_view
 from tinytl_hf.train.epoch_sums import EpochSums
 from tinytl_hf.train.finish import draw_pictures, report_memory, save_adapters, write_card
-from tinytl_hf.train.run import Run
+from tinytl_hf.train.run import EvalSet, Run
 from tinytl_hf.train.start import set_up
 from tinytl_hf.train.stop_signal import StopSignal
 
@@ -63,7 +63,8 @@ def train_to_the_end(run: Run) -> dict[str, Any]:
         while progress.epoch < config.train.plan.epochs and not has_stalled(run):
             train_epoch(run, stop)
             path = save_checkpoint(run)
-            figures = compute_metrics(*evaluate(run, partial(stop_if_asked, run, stop, path)), extra=run.metrics)
+            logits, labels = evaluate(run, run.evaluation, partial(stop_if_asked, run, stop, path))
+            figures = compute_metrics(logits, labels, extra=run.metrics)
             finish_epoch(run, figures)
             path = save_checkpoint(run)
             if progress.epoch < config.train.plan.epochs:
@@ -74,13 +75,12 @@ def train_to_the_end(run: Run) -> dict[str, Any]:
     results, logits, labels = final_figures(run)
     results["adapter_bytes"] = (kept / TENSORS_FILE).stat().st_size
     if accelerator.is_main_process:
-        images = run.final.images if run.final else run.eval_images
-        evaluated = run.final.evaluated if run.final else run.evaluated
-        results_file = Path(config.output_dir) / run_folder.RESULTS_FILE
-        save_results(results_file, results, run.model, evaluated, accelerator, {"data": run.found})
-        save_mistakes(Path(config.output_dir) / run_folder.MISTAKES_FILE, logits, labels, images)
-        draw_pictures(Path(config.output_dir), config)
-        write_card(Path(config.output_dir), config)  # it reads what the run wrote
+        output, last = Path(config.output_dir), run.test or run.evaluation
+        results_file = output / run_folder.RESULTS_FILE
+        save_results(results_file, results, run.model, last.evaluated, accelerator, {"data": run.found})
+        save_mistakes(output / run_folder.MISTAKES_FILE, logits, labels, last.images)
+        draw_pictures(output, config)
+        write_card(output, config)  # it reads what the run wrote
     if config.memory.report:
         report_memory(run)
     end_training(accelerator)
@@ -166,9 +166,9 @@ def augmented(run: Run, batch: dict[str, Tensor], size: int) -> Tensor:
     return training_view(run.model, batch, run.augment, size, run.changes, dtype)
 
 
-def evaluate(run: Run, after_batch: Callable[[], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and labels of the evaluation set."""
-    return compute_logits(run.accelerator, run.prepared, run.eval_loader, run.model, after_batch)
+def evaluate(run: Run, split: EvalSet, after_batch: Callable[[], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and labels of a split."""
+    return compute_logits(run.accelerator, run.prepared, split.loader, run.model, after_batch)
 
 
 def final_figures(run: Run) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
@@ -176,16 +176,16 @@ def final_figures(run: Run) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
 
     Those of the split that the epoch was chosen by are then beside them, in ``selection``.
     """
-    chosen_by = run.evaluated.split if run.config.adapter.keep == "best" else None
-    logits, labels = evaluate(run)
+    chosen_on = run.evaluation.evaluated
+    logits, labels = evaluate(run, run.evaluation)
     figures = compute_metrics(logits, labels, tables=True, extra=run.metrics)
-    if run.final is None:
-        return {**figures, "best_epoch_chosen_on": chosen_by}, logits, labels
-    selection = {"split": run.evaluated.split, "n": run.evaluated.n, "sha256": run.evaluated.sha256}
-    selection |= {name: value for name, value in figures.items() if isinstance(value, float)}
-    logits, labels = compute_logits(run.accelerator, run.prepared, run.final.loader, run.model)
-    figures = compute_metrics(logits, labels, tables=True, extra=run.metrics)
-    return {**figures, "best_epoch_chosen_on": chosen_by, "selection": selection}, logits, labels
+    more: dict[str, Any] = {"best_epoch_chosen_on": chosen_on.split if run.config.adapter.keep == "best" else None}
+    if run.test is not None:
+        selection = {"split": chosen_on.split, "n": chosen_on.n, "sha256": chosen_on.sha256}
+        more["selection"] = selection | {name: value for name, value in figures.items() if isinstance(value, float)}
+        logits, labels = evaluate(run, run.test)
+        figures = compute_metrics(logits, labels, tables=True, extra=run.metrics)
+    return {**figures, **more}, logits, labels
 
 
 def finish_epoch(run: Run, figures: dict[str, float]) -> None:

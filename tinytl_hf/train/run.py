@@ -25,8 +25,14 @@ from tinytl_hf.train.time_left import TimeLeft
 
 
 @dataclass
-class FinalTest:
-    """A test split that is evaluated on once, at the end, as another one chooses the best epoch."""
+class EvalSet:
+    """A split that the run evaluates on.
+
+    Attributes:
+        evaluated: What its figures are of, for the results.
+        images: Its images.
+        loader: Their batches or, where features are cached, those of the features.
+    """
 
     evaluated: Evaluated
     images: DecodedImages | StreamedImages
@@ -45,10 +51,8 @@ class Run:
     optimizer: Any
     scheduler: Any
     train_loader: DataLoader
-    eval_loader: DataLoader
-    eval_images: DecodedImages | StreamedImages
-    evaluated: Evaluated
-    final: FinalTest | None
+    evaluation: EvalSet  # after each epoch
+    test: EvalSet | None  # at the end, where it is another split
     found: dict[str, Any]  # what the data set holds, for the results
     data_memory: DataMemory
     record: DataRecord

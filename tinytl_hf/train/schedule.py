@@ -5,15 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from tinytl_hf.config.train import TrainConfig
-
-
-def make_scheduler(optimizer: Optimizer, options: TrainConfig, steps_per_epoch: int) -> LambdaLR:
-    """The schedule, stepped once an optimizer step."""
-    return LambdaLR(optimizer, lr_factor(options, steps_per_epoch))
 
 
 def set_learning_rates(scheduler: LambdaLR) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
 
 from tinytl_hf.adapter.record import DataRecord, InitRecord
 from tinytl_hf.config import recipe
@@ -48,8 +50,8 @@ from tinytl_hf.train.output_dir import (
     has_adapter_of_later_epoch,
     make_ready,
 )
-from tinytl_hf.train.run import FinalTest, Run
-from tinytl_hf.train.schedule import make_scheduler, set_learning_rates
+from tinytl_hf.train.run import EvalSet, Run
+from tinytl_hf.train.schedule import lr_factor, set_learning_rates
 from tinytl_hf.train.time_left import TimeLeft
 from tinytl_hf.train.warm_start import seen_before, warm_start
 
@@ -67,35 +69,27 @@ def set_up(config: Config, held: ExitStack) -> Run:
     metrics = load_metrics(config.metrics)
     opened = sets.open_data(config.data)
     asked, config = config, settle(config, accelerator, opened)
-    options, n_train = config.train, len(opened.train.labels)
+    options = config.train
     resume_from = checkpoint.find(config)
     set_seed(config.seed)
-    model = TinyTLModel.from_config(config, opened.train.label_names)
-    if config.adapter.init is not None and resume_from is None:
-        check_keeps_init(config)
-        warm_start(model, config.adapter.init, config.backbone.weights)
-    log_recipe(asked, config, n_train)
+    model = make_model(config, opened.train.label_names, resume_from)
+    log_recipe(asked, config, len(opened.train.labels))
     inputs = read_inputs(accelerator, model, opened, config)
+    images = len(inputs.train_images)
     shuffled = batches.ShuffledBatches(
-        len(inputs.train_images), options.global_batch_size, options.gradient_accumulation_steps, config.seed
+        images, options.global_batch_size, options.gradient_accumulation_steps, config.seed
     )
     optimizer = make_optimizer(model, options)
-    prepared, prepared_optimizer, train_loader, eval_loader, scheduler = accelerator.prepare(
+    prepared, prepared_optimizer, train_loader, scheduler = accelerator.prepare(
         model,
         optimizer,
         batches.make_loader(inputs.train_set, config.data, batch_sampler=shuffled),
-        batches.make_loader(inputs.eval_set, config.data, batch_size=options.global_batch_size),
-        make_scheduler(optimizer, options, shuffled.optimizer_steps),
+        LambdaLR(optimizer, lr_factor(options, shuffled.optimizer_steps)),
     )
     checkpoint.register(accelerator, model)
     record = record_of(config, opened)
-    hashes = {
-        "backbone.sha256": model.config.backbone.sha256,
-        "data.train_sha256": checkpoint.hash_of(opened.train, record.train_sha256, "data.train_sha256", resume_from),
-        "data.eval_sha256": checkpoint.hash_of(opened.evaluation, record.eval_sha256, "data.eval_sha256", resume_from),
-        "precision": accelerator.mixed_precision,  # a launcher can have said it
-    }
-    evaluated, final = evaluations(config, accelerator, opened, inputs, record)
+    evaluation, test = eval_sets(config, accelerator, opened, inputs, record)
+    hashes = hashes_of(accelerator, model, opened, record, resume_from)
     if accelerator.is_main_process:
         held.enter_context(claimed(config))
     progress = start_or_go_on(config, accelerator, model, record, resume_from, hashes)
@@ -111,16 +105,14 @@ def set_up(config: Config, held: ExitStack) -> Run:
         optimizer=prepared_optimizer,
         scheduler=scheduler,
         train_loader=train_loader,
-        eval_loader=eval_loader,
-        eval_images=inputs.eval_images,
-        evaluated=evaluated,
-        final=final,
+        evaluation=evaluation,
+        test=test,
         found=inputs.found(opened),
         data_memory=inputs.memory,
         record=record,
         batches=shuffled,
-        augment=RandomCropFlip(len(inputs.train_images), config.seed, config.data.crop_scale, config.data.flip),
-        changes=Changes(len(inputs.train_images), config),
+        augment=RandomCropFlip(images, config.seed, config.data.crop_scale, config.data.flip),
+        changes=Changes(images, config),
         loss=Loss(options, inputs.train_images.labels, len(opened.train.label_names)),
         time_left=TimeLeft(config),
         progress=progress,
@@ -160,6 +152,15 @@ def settle(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
     return within_budget(config, accelerator, opened)
 
 
+def make_model(config: Config, label_names: list[str], resume_from: Path | None) -> TinyTLModel:
+    """The model to train; with ``adapter.init``, and no checkpoint to go on from, with what that adapter has."""
+    model = TinyTLModel.from_config(config, label_names)
+    if config.adapter.init is not None and resume_from is None:
+        check_keeps_init(config)
+        warm_start(model, config.adapter.init, config.backbone.weights)
+    return model
+
+
 def record_of(config: Config, opened: Opened) -> DataRecord:
     """What the adapter says of its data."""
     train, evaluation, test = (
@@ -169,18 +170,36 @@ def record_of(config: Config, opened: Opened) -> DataRecord:
     return replace(record, eval_sha256=evaluation, test_sha256=test)
 
 
-def evaluations(
+def eval_sets(
     config: Config, accelerator: Accelerator, opened: Opened, inputs: Inputs, record: DataRecord
-) -> tuple[Evaluated, FinalTest | None]:
+) -> tuple[EvalSet, EvalSet | None]:
     """What is evaluated on after each epoch, and what at the end if that is another split."""
+
+    def loader_of(images: Dataset) -> DataLoader:
+        loader = batches.make_loader(images, config.data, batch_size=config.train.global_batch_size)
+        return accelerator.prepare(loader)
+
     place, evaluation, test = opened.source.name, opened.evaluation, opened.test
-    seen = seen_before(config.adapter.init, config.data, [evaluation, *([] if test is None else [test])])
+    seen = seen_before(config.adapter.init, config.data, [evaluation] if test is None else [evaluation, test])
     evaluated = Evaluated(place, evaluation.title, str(record.eval_sha256), len(inputs.eval_images), seen[0])
+    after_epochs = EvalSet(evaluated, inputs.eval_images, loader_of(inputs.eval_set))
     if test is None or inputs.test_images is None:
-        return evaluated, None
+        return after_epochs, None
     tested = Evaluated(place, test.title, str(record.test_sha256), len(inputs.test_images), seen[1])
-    loader = batches.make_loader(inputs.test_images, config.data, batch_size=config.train.global_batch_size)
-    return evaluated, FinalTest(tested, inputs.test_images, accelerator.prepare(loader))
+    return after_epochs, EvalSet(tested, inputs.test_images, loader_of(inputs.test_images))
+
+
+def hashes_of(
+    accelerator: Accelerator, model: TinyTLModel, opened: Opened, record: DataRecord, resume_from: Path | None
+) -> dict[str, str | None]:
+    """What a checkpoint records besides the options, and a resumed run must have too."""
+    train, evaluation = "data.train_sha256", "data.eval_sha256"
+    return {
+        "backbone.sha256": model.config.backbone.sha256,
+        train: checkpoint.hash_of(opened.train, record.train_sha256, train, resume_from),
+        evaluation: checkpoint.hash_of(opened.evaluation, record.eval_sha256, evaluation, resume_from),
+        "precision": accelerator.mixed_precision,  # a launcher can have said it
+    }
 
 
 def start_or_go_on(
