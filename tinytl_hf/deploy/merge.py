@@ -23,7 +23,7 @@ from tinytl_hf.adapter.record import AdapterConfig, config_from
 from tinytl_hf.config.verbs import MergeConfig
 from tinytl_hf.disk import expanded, write_bytes
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.hub.card import files_of_adapter
+from tinytl_hf.hub.card import ADAPTER_FILES
 from tinytl_hf.hub.transfer import without_paths
 from tinytl_hf.lean.int8 import dequantise
 from tinytl_hf.model import TinyTLModel
@@ -45,7 +45,7 @@ def merge(config: MergeConfig) -> str:
         TinyTLError: The adapter cannot be loaded, or the file exists or cannot be written.
     """
     path = Path(config.output)
-    if path.name in files_of_adapter() and (path.parent / CONFIG_FILE).is_file():
+    if path.name in ADAPTER_FILES and (path.parent / CONFIG_FILE).is_file():
         raise TinyTLError(f"output={path}: is a file of the adapter in {path.parent}; name another file")
     if path.exists() and not config.overwrite:
         raise TinyTLError(f"output={path}: exists; name another file, or replace it with --overwrite true")

@@ -25,11 +25,12 @@ from tinytl_hf.config.network import MethodName
 from tinytl_hf.errors import TinyTLError, one_line
 from tinytl_hf.network.hub_weights import SOURCE
 from tinytl_hf.network.weights import is_weights_file
+from tinytl_hf.reports.run_folder import RESULTS_FILE
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 BEGIN, END = "<!-- tinytl_hf: begin -->", "<!-- tinytl_hf: end -->"
-RESULTS_FILE = "eval_results.json"  # in the adapter's folder
 PICTURES = {"accuracy and loss by epoch": "curves.png", "confusion matrix": "confusion_matrix.png"}
+ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE, CARD_FILE, RESULTS_FILE, *PICTURES.values())  # all that one can have
 HERE = "."  # stands for the adapter's name in the card's examples until it is pushed
 LICENCE = "apache-2.0"  # until a person names another
 SHOWN_LABELS = 100
@@ -88,6 +89,7 @@ def render_card(
         config = replace(config, data=replace(config.data, eval_split=facts.split))
     data, weights = config.data, config.backbone.weights
     in_file = config.backbone.sha256 is not None and is_weights_file(weights)
+    option = f" --weights {shlex.quote(Path(weights).name)}" if in_file else ""
     card = ModelCard.from_template(
         _metadata(config, figures),
         template_path=str(TEMPLATE),
@@ -103,7 +105,7 @@ def render_card(
         dtype=config.dtype,
         weights=_weights_in_words(config),
         weights_file=json.dumps(Path(weights).name, ensure_ascii=False) if in_file else None,
-        predict=_code(f"tinytl-hf predict --adapter {HERE}{_weights_option(weights) if in_file else ''} image.png"),
+        predict=_code(f"tinytl-hf predict --adapter {HERE}{option} image.png"),
         dataset=_dataset_in_words(data) if data else None,
         subset=_code(data.subset) if data and data.subset else None,
         train_split=_code(data.train_split) if data else None,
@@ -199,11 +201,6 @@ def with_name(card: str, name: str) -> str:
 def files_of_card(card: str) -> list[str]:
     """The metadata and picture files that our part of a card refers to."""
     return [name for name in (RESULTS_FILE, *PICTURES.values()) if f"]({name})" in _block(card)]
-
-
-def files_of_adapter() -> list[str]:
-    """All files that can be part of an adapter on the Hub."""
-    return [CONFIG_FILE, TENSORS_FILE, CARD_FILE, RESULTS_FILE, *PICTURES.values()]
 
 
 def _head(metadata: Mapping[str, Any]) -> str:
@@ -322,10 +319,6 @@ def _weights_in_words(config: AdapterConfig) -> str:
     words = f"The frozen weights of {name} come from {source}, and are checked by their hash{of_file}."
     licence = config.backbone.license
     return words if licence is None else f"{words} Their author's licence: {escaped(licence)}."
-
-
-def _weights_option(weights: str) -> str:
-    return f" --weights {shlex.quote(Path(weights).name)}"
 
 
 def _hub_dataset(data: DataRecord | None) -> str | None:

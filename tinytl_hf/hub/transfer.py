@@ -7,6 +7,7 @@ tries again; the adapter on the disk is never touched by it.
 from __future__ import annotations
 
 import difflib
+import filecmp
 import functools
 import inspect
 import logging
@@ -37,8 +38,8 @@ from tinytl_hf.disk import expanded, write_bytes
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub import client
 from tinytl_hf.hub.card import (
+    ADAPTER_FILES,
     dataset_name,
-    files_of_adapter,
     files_of_card,
     has_our_part,
     read_card,
@@ -109,8 +110,9 @@ def pull(config: PullConfig) -> Path:
     with _explained(f"pulling {config.repo}", _command("pull", config)):
         source = _download(config.repo, config.revision, None)
     output = Path(config.output)
-    files = [source / name for name in files_of_adapter() if (source / name).is_file()]
-    others = [f.name for f in files if (output / f.name).exists() and not _same(f, output / f.name)]
+    files = [source / name for name in ADAPTER_FILES if (source / name).is_file()]
+    there = [file for file in files if (output / file.name).exists()]
+    others = [file.name for file in there if not filecmp.cmp(file, output / file.name, shallow=False)]
     if others and not config.overwrite:
         raise TinyTLError(
             f"output={output}: holds another {others[0]} already; name another folder, or replace what is there "
@@ -259,7 +261,7 @@ def _download(repo: str, revision: str | None, token: str | None, **options: Any
         snapshot_download(
             repo,
             revision=revision,
-            allow_patterns=files_of_adapter(),
+            allow_patterns=[*ADAPTER_FILES],
             token=token,
             library_name="tinytl_hf",
             library_version=__version__,
@@ -328,7 +330,3 @@ def _command(verb: str, config: PushConfig | PullConfig) -> str:
         elif value:
             words += [f"--{key}", str(value)]
     return shlex.join(words)
-
-
-def _same(one: Path, other: Path) -> bool:
-    return other.is_file() and one.read_bytes() == other.read_bytes()

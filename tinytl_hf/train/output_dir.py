@@ -23,7 +23,7 @@ from tinytl_hf.config.run import Config, flat, with_new_names
 from tinytl_hf.config.yaml12 import load_yaml
 from tinytl_hf.disk import local_path, write_bytes, write_text
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.hub.card import files_of_adapter, is_untouched, read_card
+from tinytl_hf.hub.card import ADAPTER_FILES, is_untouched, read_card
 from tinytl_hf.reports.run_folder import (
     ADAPTER,
     CHECKPOINTS,
@@ -215,14 +215,14 @@ def _is_adapter(folder: Path) -> bool:
     config = folder / ADAPTER_CONFIG_FILE
     if config.exists():
         return "format_version" in _read(config)
-    return all(file.name.removeprefix(".").removesuffix(".tmp") in files_of_adapter() for file in folder.iterdir())
+    return all(file.name.removeprefix(".").removesuffix(".tmp") in ADAPTER_FILES for file in folder.iterdir())
 
 
 def _remove_adapter(folder: Path) -> None:
     """Remove an adapter's own files, and the folder if nothing else is in it; a card that a person edited stays."""
     if not folder.is_dir():
         return
-    for name in files_of_adapter():
+    for name in ADAPTER_FILES:
         if name != CARD_FILE or is_untouched(read_card(folder) or ""):
             (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
