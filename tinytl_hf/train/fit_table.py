@@ -26,17 +26,20 @@ def fit_table(fit: Fit) -> str:
     """The rows as plain text, the recommended one with a star, and what is recommended in words."""
     table = [["", "method", "blocks", "options", *COLUMNS]]
     for row in fit.rows:
-        plan, batch = row.plan, row.plan.batch
-        star = (
-            "*" if row is fit.recommended else "-" if _seconds(fit, row) > (fit.budget.seconds or float("inf")) else ""
-        )
-        numbers = [str(plan.train_size), f"{batch} x {_passes(fit, row)}"]
+        plan = row.plan
+        mark = ""
+        if row is fit.recommended:
+            mark = "*"
+        elif fit.budget.seconds is not None and row.training(fit.epochs) > fit.budget.seconds:
+            mark = "-"
+        numbers = [str(plan.train_size), f"{plan.batch} x {_passes(fit, row)}"]
         numbers += [f"{row.step.peak.total / MB:.1f}", f"{row.process / MB:.1f}", f"{row.seconds:.1f}"]
         numbers += [f"{row.step.trained_parameters:,}", f"{plan.points:+.1f}"]
-        table.append([star, plan.method, str(plan.trained_blocks), plan.options, *numbers])
+        table.append([mark, plan.method, str(plan.trained_blocks), plan.options, *numbers])
     lines = [*aligned(table, left=4), ""]
     if fit.budget.seconds is not None:
-        lines.append(f"-: takes longer than {about(fit.budget.seconds)[6:]} for all {fit.epochs} epochs")
+        limit = about(fit.budget.seconds).removeprefix("about ")
+        lines.append(f"-: takes longer than {limit} for all {fit.epochs} epochs")
     return "\n".join([LEGEND, *lines, f"recommended (*): {_in_words(fit)}"]) + "\n"
 
 
@@ -45,10 +48,6 @@ def _in_words(fit: Fit) -> str:
     cut = "" if fit.recommended_epochs == fit.epochs else f" of {fit.epochs}, as no training keeps the time as a whole"
     epochs = f"{fit.recommended_epochs} epoch{'s' if fit.recommended_epochs > 1 else ''}{cut}"
     return f"{row.plan}; {epochs}, {about(row.training(fit.recommended_epochs))}"
-
-
-def _seconds(fit: Fit, row: Row) -> float:
-    return row.training(fit.epochs)
 
 
 def _passes(fit: Fit, row: Row) -> int:
@@ -71,7 +70,7 @@ def to_json(fit: Fit, conditions: Mapping[str, Any]) -> str:
                 "trained_parameters": row.step.trained_parameters,
                 "images_per_second": row.step.images_per_second,
                 "epoch_seconds": row.seconds,
-                "training_seconds": _seconds(fit, row),
+                "training_seconds": row.training(fit.epochs),
             }
         )
     budget = {"step": fit.budget.step, "process": fit.budget.process, "seconds": fit.budget.seconds}

@@ -99,15 +99,16 @@ def _measure_alone(config: Config, classes: int, photo_size: tuple[int, int], re
 
 def _take_step(config: Config, classes: int, photo_size: tuple[int, int], repeats: int) -> FreshStep:
     before, options = process_high_water(), config.train
-    batch, passes = options.global_batch_size // options.gradient_accumulation_steps, PASSES
-    passes = min(passes, options.gradient_accumulation_steps)
+    batch = options.global_batch_size // options.gradient_accumulation_steps
+    passes = min(PASSES, options.gradient_accumulation_steps)
     short = replace(options, global_batch_size=batch * passes, gradient_accumulation_steps=passes)
     config = replace(config, train=short)
     model = build(config, config.method, classes, config.memory.lean)
     pixels, labels = random_batch(model, batch, photo_size)
     speed = measure_speed(model, pixels, labels, config, max(1, repeats))
-    whole = options.global_batch_size
-    eval_speed = _eval_speed(model, random_batch(model, whole, photo_size)[0]) if repeats else float("inf")
+    eval_speed = float("inf")
+    if repeats:
+        eval_speed = _eval_speed(model, random_batch(model, options.global_batch_size, photo_size)[0])
     grown = process_high_water() - before  # read here, as the profiler takes memory of its own
     trained = sum(parameter.numel() for parameter in model.trainable_parameters())
     return FreshStep(measure_peak(model, pixels, labels, config), grown, trained, speed, eval_speed)

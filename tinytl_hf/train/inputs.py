@@ -51,12 +51,10 @@ class Inputs:
     def found(self, opened: Opened) -> dict[str, Any]:
         """What the data set holds, for the results, with the images among it that could not be read."""
         found = opened.found.to_json()
-        splits = (opened.train, opened.evaluation, opened.test)
-        images = (self.train_images, self.eval_images, self.test_images)
-        pairs = [
-            (one, other) for one, other in zip(splits, images, strict=True) if one is not None and other is not None
-        ]
-        if unreadable := sum(len(split.labels) - len(read) for split, read in pairs):
+        pairs = [(opened.train, self.train_images), (opened.evaluation, self.eval_images)]
+        if opened.test is not None and self.test_images is not None:
+            pairs.append((opened.test, self.test_images))
+        if unreadable := sum(len(split.labels) - len(images) for split, images in pairs):
             found["left_out"]["unreadable"] = unreadable
         return found
 

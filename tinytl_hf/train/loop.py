@@ -100,6 +100,11 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
         loader = accelerator.skip_first_batches(loader, progress.batch)
     sums = EpochSums(run.batches.batches, accelerator.device, progress.sums, accelerator.process_index)
     start, seconds_before = time.perf_counter(), progress.seconds
+
+    def note_progress() -> None:
+        progress.sums = accelerator.gather(sums.parts[None]).tolist()
+        progress.seconds = seconds_before + seconds_since(start, accelerator.device)
+
     with progress_bar(run) as bar:
         for batch in loader:
             with accelerator.accumulate(run.prepared):
@@ -123,11 +128,9 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
                     show_progress(run, bar, loss.item(), sums)
                 due = options.checkpoint_every > 0 and progress.step % options.checkpoint_every == 0
                 if due or (looks_for_signals(run) and stop.received(accelerator)):
-                    progress.sums = accelerator.gather(sums.parts[None]).tolist()
-                    progress.seconds = seconds_before + seconds_since(start, accelerator.device)
+                    note_progress()
                     stop_if_asked(run, stop, save_checkpoint(run))
-    progress.sums = accelerator.gather(sums.parts[None]).tolist()
-    progress.seconds = seconds_before + seconds_since(start, accelerator.device)
+    note_progress()
 
 
 def has_stalled(run: Run) -> bool:

@@ -17,7 +17,7 @@ from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.transfer import find_adapter
 from tinytl_hf.model import TinyTLModel
-from tinytl_hf.network.head import Head
+from tinytl_hf.network.head import head_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def warm_start(model: TinyTLModel, init: str, weights: str) -> None:
             f"adapter.init={init}: it was trained by {saved.method}, and {own.method} has no place for {lost[0]}"
             f"{f' and {len(lost) - 1} more tensors' if len(lost) > 1 else ''}; use {_options_of(saved, own)}"
         )
-    head = next(name for name, module in model.backbone.named_modules() if isinstance(module, Head))
+    head, _ = head_of(model.backbone)
     rows = {f"{head}.weight", f"{head}.bias"}
     taken = [name for name in _fitting(tensors, before) if name not in rows]
     shared = [name for name in own.label_names if name in old.label_names]
