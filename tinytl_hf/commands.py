@@ -119,10 +119,11 @@ def _export(values: Namespace) -> None:
 
 def _memory(values: Namespace) -> None:
     from tinytl_hf.adapter.format import CONFIG_FILE
+    from tinytl_hf.data.sets import open_data
     from tinytl_hf.device import set_threads
     from tinytl_hf.hub.card import PICTURES
     from tinytl_hf.measure import memory
-    from tinytl_hf.measure.data_memory import survey_data
+    from tinytl_hf.measure.data_memory import data_memory
     from tinytl_hf.measure.results import make_folder_of
     from tinytl_hf.reports.plots import SOFTWARE, save_memory_bars
 
@@ -133,7 +134,7 @@ def _memory(values: Namespace) -> None:
         if Path(options.plot).name in PICTURES.values() and Path(options.plot).with_name(CONFIG_FILE).is_file():
             raise TinyTLError(f"plot={options.plot}: is a picture of the adapter there; name another file")
         make_folder_of("plot", Path(options.plot))
-    data = survey_data(config) if options.with_data else None
+    data = data_memory(open_data(config.data), config.data) if options.with_data else None
     photo_size = memory.photo_size_of(config, options, data)
     rows = list(memory.measure_rows(config, options, photo_size))
     conditions = memory.conditions(
@@ -267,8 +268,7 @@ def _print_figures(figures: dict[str, Any]) -> None:
         extra = [name for name in figures if name.startswith("evaluate_")]
         for name in ("accuracy", "balanced_accuracy", "top5", "f1", "loss", "ece", *extra):
             print(f"{name:<17} {figures[name]:.4f}")
-        mirrored = figures.get("mirror", {})
-        for name, value in mirrored.items():
+        for name, value in figures.get("mirror", {}).items():
             print(f"{'mirror_' + name:<24} {value:.4f}")
 
 

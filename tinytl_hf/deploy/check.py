@@ -173,7 +173,9 @@ def compare(
             seconds.append((middle - start, time.perf_counter() - middle))
     one, other = np.concatenate(ours), np.concatenate(theirs)
     labels = images.labels
-    right = [(logits.argmax(1) == labels).mean() for logits in (one, other)] if labels is not None else None
+    accuracy = None
+    if labels is not None:
+        accuracy = float((one.argmax(1) == labels).mean()), float((other.argmax(1) == labels).mean())
     torch_speed, speed = 1 / np.median(np.array(seconds), axis=0)
     return Comparison(
         runtime=runtime,
@@ -181,7 +183,7 @@ def compare(
         difference=float(np.abs(one - other).max()),
         scale=max(1.0, float(np.abs(one).max())),
         same_label=int((one.argmax(1) == other.argmax(1)).sum()),
-        accuracy=None if right is None else (float(right[0]), float(right[1])),
+        accuracy=accuracy,
         images_per_second=(float(torch_speed), float(speed)),
     )
 

@@ -42,7 +42,8 @@ class Deployed(nn.Module):
         super().__init__()
         self.input, self.layout = input, layout
         self.backbone = stock_backbone(model)
-        mean, std = (torch.tensor(values)[:, None, None] for values in _mean_and_std(model))
+        options = model.config.preprocessing
+        mean, std = (torch.tensor(values)[:, None, None] for values in (options.mean, options.std))
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
         self.eval().requires_grad_(False)
@@ -73,10 +74,6 @@ def stock_backbone(model: TinyTLModel) -> nn.Module:
         dequantise(filled)
     backbone.load_state_dict(filled.state_dict())
     return backbone
-
-
-def _mean_and_std(model: TinyTLModel) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return model.config.preprocessing.mean, model.config.preprocessing.std
 
 
 def description(model: TinyTLModel, input: str, layout: str) -> dict[str, Any]:

@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.config.run import Config
 from tinytl_hf.data.batches import survey_headers
-from tinytl_hf.data.sets import Opened, open_data
+from tinytl_hf.data.sets import Opened
 from tinytl_hf.measure.memory import DataMemory
-
-
-def survey_data(config: Config) -> DataMemory:
-    """What the data set of a run would keep in memory, by the headers of its images.
-
-    Raises:
-        TinyTLError: The data set cannot be found or read.
-    """
-    return data_memory(open_data(config.data), config.data)
 
 
 def data_memory(opened: Opened, data: DataConfig) -> DataMemory:
