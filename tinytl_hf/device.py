@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import functools
 import logging
 import os
 import platform
@@ -102,12 +101,7 @@ def end_training(accelerator: Accelerator) -> None:
     """Close the trackers; the group of processes stays for another run of this one, and ends with it."""
     for tracker in accelerator.trackers:
         tracker.finish()
-    _end_group_at_exit()
-
-
-@functools.cache  # once a process
-def _end_group_at_exit() -> None:
-    atexit.register(_end_group)
+    atexit.register(_end_group)  # of several runs, the first call ends it and the others find none
 
 
 def _end_group() -> None:
