@@ -69,7 +69,7 @@ def _split(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
             'it, or a script that trains has no `if __name__ == "__main__":`'
         )
     if not row.fits(family.budget):
-        raise TinyTLError(f"{name}: {_in_words(row)}; {_what_would_fit(config, opened)}")
+        raise TinyTLError(f"{name}: {_in_words(row)}; {_what_would_fit(config, opened, family.budget)}")
     before = config.train.gradient_accumulation_steps
     steps = before * whole.batch // row.plan.batch
     first = next((row for row in family.rows if row.plan == whole), None)
@@ -87,24 +87,30 @@ def _family(config: Config, processes: int, opened: Opened) -> Family:
     options = config.train
     share = replace(config, train=replace(options, global_batch_size=options.global_batch_size // processes))
     whole = share.train.global_batch_size // options.gradient_accumulation_steps
-    int8 = config.backbone.frozen_weights == "int8"
-    plan = Plan(config.method, config.trained_blocks, 1.0, config.data.train_size, whole, int8)
-    plan = replace(plan, checkpointing=options.gradient_checkpointing)
+    plan = Plan(
+        method=config.method,
+        trained_blocks=config.trained_blocks,
+        share=1.0,  # for the ranking, which has nothing to choose here
+        train_size=config.data.train_size,
+        batch=whole,
+        int8=config.backbone.frozen_weights == "int8",
+        checkpointing=options.gradient_checkpointing,
+    )
     fewest = 2 if _has_batch_norms(config) and whole > 1 else 1  # images: of one, a batch norm can have no statistics
     plans = [replace(plan, batch=batch) for batch in passes_of(share) if whole % batch == 0 and batch >= fewest]
-    facts = {config.data.train_size: facts_of(opened, config, config.data.train_size)}
+    facts = facts_of(opened, config, plan.train_size)
     assert config.memory.budget_mb is not None
-    budget = Budget(config.memory.budget_mb * MB, None, None, 0)
-    context, known = get_context("spawn"), facts[plan.train_size]
+    budget = Budget(step=config.memory.budget_mb * MB, process=None, seconds=None, base=0)
+    context = get_context("spawn")
 
     def take(plan: Plan, repeats: int) -> FreshStep | None:
-        step = measure_step(plan.of(share), known.classes, known.photo_size, context, repeats)
+        step = measure_step(plan.of(share), facts.classes, facts.photo_size, context, repeats)
         if step is None or processes == 1 or plan.batch == share.train.global_batch_size:
             return step
         # Several processes that accumulate add their gradients up in memory of its own.
         return replace(step, peak=replace(step.peak, gradient_buckets=BYTES * step.trained_parameters))
 
-    return Family(plans, facts, budget, share.train.global_batch_size, take)
+    return Family(plans, {plan.train_size: facts}, budget, share.train.global_batch_size, take)
 
 
 def _has_batch_norms(config: Config) -> bool:
@@ -127,11 +133,10 @@ def _what_differs(config: Config) -> str:
     return f"; the result differs from that of whole batches, as {' and '.join(reasons)}" if reasons else ""
 
 
-def _what_would_fit(config: Config, opened: Opened) -> str:
+def _what_would_fit(config: Config, opened: Opened, budget: Budget) -> str:
     """Another way to train, by the same method or the last layer alone, whose measured step keeps the budget."""
-    assert config.memory.budget_mb is not None
     command = f"`tinytl-hf fit --memory_mb {config.memory.budget_mb:g}` with this run's data"
-    blocks, budget = count_blocks(config), Budget(config.memory.budget_mb * MB, None, None, 0)
+    blocks = count_blocks(config)
     for method in dict.fromkeys([config.method, "FT-Last"]):
         options = FitConfig(methods=[method])  # type: ignore[list-item]
         facts = {size: facts_of(opened, config, size) for size in sizes_to_try(options, config.data.train_size)}

@@ -78,7 +78,7 @@ def fit(config: Config, options: FitConfig) -> Fit:
     import_module(TRAINING)  # so that this process has resident what a training has
     seconds = None if options.minutes is None else options.minutes * 60
     step = None if options.memory_mb is None else options.memory_mb * MB
-    budget = Budget(step, process, seconds, process_high_water())
+    budget = Budget(step, process, seconds, base=process_high_water())
     tried = make_families(config, options, blocks, facts, budget)
     epochs = config.train.epochs or epochs_for(len(opened.train.labels))
     rows = list(search(tried, lambda row: row.training(epochs)))
