@@ -147,9 +147,7 @@ def save(accelerator: Accelerator, config: Config, progress: Progress, hashes: d
     try:
         if accelerator.is_main_process:
             folder.mkdir(exist_ok=True)  # not the run's folder: one that was taken away would be half of a run
-            for left_over in folder.glob(".step_*"):
-                if NAME.fullmatch(left_over.stem[1:]):
-                    shutil.rmtree(left_over)
+            _remove_unfinished(folder)
             temporary.mkdir()
         accelerator.wait_for_everyone()
         _save_state(accelerator, temporary)
@@ -260,6 +258,13 @@ def _newest_whole(folder: Path) -> Path | None:
             "--train.resume never"
         )
     return None
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a kill left of checkpoints that have not got their names yet, or have lost them."""
+    for left_over in folder.glob(".step_*"):
+        if NAME.fullmatch(left_over.stem[1:]):
+            shutil.rmtree(left_over)
 
 
 def _save_state(accelerator: Accelerator, folder: Path) -> None:

@@ -140,11 +140,10 @@ def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> No
         for path in list_checkpoints(output / CHECKPOINTS):
             if not goes_on or (resume_from is not None and path.name > resume_from.name):
                 shutil.rmtree(path)
-        for name in () if goes_on else (ADAPTER, LAST_ADAPTER):
-            _remove_adapter(output / name)
-        tracked = output / TRACKED_AS
-        for path in () if goes_on or tracked.is_symlink() else tracked.rglob("events.out.tfevents.*"):
-            path.unlink()  # TensorBoard would draw the former run's curves into those of this one
+        if not goes_on:
+            _remove_adapter(output / ADAPTER)
+            _remove_adapter(output / LAST_ADAPTER)
+            _remove_curves(output / TRACKED_AS)
         for name in KEYS:
             (output / name).unlink(missing_ok=True)
         config.save(output / CONFIG_FILE)  # written first: the other files count as a run's only beside it
@@ -227,6 +226,13 @@ def _remove_adapter(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _remove_curves(folder: Path) -> None:
+    """Remove TensorBoard's files, out of which it would draw the former run's curves into those of this one."""
+    if not folder.is_symlink():
+        for path in folder.rglob("events.out.tfevents.*"):
+            path.unlink()
 
 
 def _has_just_started(output: Path, config: Config) -> bool:

@@ -38,17 +38,8 @@ def warm_start(model: TinyTLModel, init: str, weights: str) -> None:
     Raises:
         TinyTLError: It is of another backbone or other weights, or trained what the run's method freezes.
     """
-    folder = find_adapter(init)
-    saved, own = read_config(folder), model.config
-    if saved.backbone.name != own.backbone.name:
-        raise TinyTLError(
-            f"adapter.init={init}: it is of {saved.backbone.name}, not {own.backbone.name}; use "
-            f"--backbone.name {saved.backbone.name}"
-        )
-    try:
-        old = TinyTLModel.from_pretrained(folder, weights=weights)
-    except TinyTLError as error:
-        raise TinyTLError(f"adapter.init={init}: {error}") from error
+    old = _load(init, weights, model.config.backbone.name)
+    saved, own = old.config, model.config
     tensors, before = model.adapter_tensors(), old.adapter_tensors()
     if lost := sorted(before.keys() - tensors.keys()):
         raise TinyTLError(
@@ -70,6 +61,18 @@ def warm_start(model: TinyTLModel, init: str, weights: str) -> None:
     source = None if expanded(init).exists() else init
     train_sha256 = saved.data.train_sha256 if saved.data is not None else None
     model.config = replace(own, init=InitRecord(saved.method, saved.label_names, source, train_sha256))
+
+
+def _load(init: str, weights: str, backbone: str) -> TinyTLModel:
+    """The adapter ``init`` over the run's weights, if it is of the run's backbone."""
+    folder = find_adapter(init)
+    name = read_config(folder).backbone.name
+    if name != backbone:
+        raise TinyTLError(f"adapter.init={init}: it is of {name}, not {backbone}; use --backbone.name {name}")
+    try:
+        return TinyTLModel.from_pretrained(folder, weights=weights)
+    except TinyTLError as error:
+        raise TinyTLError(f"adapter.init={init}: {error}") from error
 
 
 def _options_of(saved: AdapterConfig, own: AdapterConfig) -> str:
