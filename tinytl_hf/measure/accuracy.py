@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tinytl_hf.adapter.record import DataRecord
+from tinytl_hf.adapter.record import AdapterConfig, DataRecord
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.verbs import EvalConfig
 from tinytl_hf.data import sets
@@ -53,28 +53,17 @@ def _evaluate(config: EvalConfig, data_config: DataConfig) -> dict[str, Any]:
         make_folder_of("output", Path(config.output))
     extra = load_metrics(config.metrics)
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)
-    trained_at = model.config.preprocessing.train_size
-    if data_config.train_size != trained_at:
-        raise TinyTLError(
-            f"data.train_size={data_config.train_size}: the adapter was trained at {trained_at} px; choose the size "
-            "of the evaluation with --data.eval_size"
-        )
-    eval_size = data_config.eval_size or trained_at
-    check_size(model.config.backbone.name, "eval_size", eval_size)
-    crop_pct = data_config.crop_pct or model.config.preprocessing.crop_pct
-    options = replace(model.config.preprocessing, eval_size=eval_size, crop_pct=crop_pct)
-    model.config = replace(model.config, preprocessing=options)
-    record = model.config.data
-    split, train = _open(data_config, record)
+    _set_view(model, data_config)
+    split, train = _open(data_config, model.config.data)
     split = sets.with_label_names(split, model.label_names)
-    images, digest = read_images(split, data_config, eval_size), sets.sha256(split)
+    images = read_images(split, data_config, model.config.preprocessing.eval_size)
+    digest = sets.sha256(split)
     if train is not None:
         trained_on: int | None = sets.count_shared(images.split, train)
     else:
-        trained_on = _trained_on(split, digest, record, len(images))
-    init = model.config.init
-    if trained_on == 0 and init is not None and init.train_sha256 not in (None, record and record.train_sha256):
-        trained_on = None  # what it went on from may have been trained on some of them
+        trained_on = _trained_on(split, digest, model.config.data, len(images))
+    if trained_on == 0 and _went_on_from_other_images(model.config):
+        trained_on = None  # they may have been among those
     evaluated = Evaluated(find(data_config.dataset).name, split.title, digest, len(images), trained_on)
     logger.log(logging.WARNING if evaluated.trained_on else logging.INFO, "evaluating on %s", evaluated)
     prepared, loader = accelerator.prepare(model, make_loader(images, data_config, batch_size=config.batch_size))
@@ -88,6 +77,24 @@ def _evaluate(config: EvalConfig, data_config: DataConfig) -> dict[str, Any]:
     if config.output is not None and accelerator.is_main_process:
         save_results(Path(config.output), figures, model, evaluated, accelerator)
     return {**figures, "n": len(images), "method": model.config.method}
+
+
+def _set_view(model: TinyTLModel, data: DataConfig) -> None:
+    """Let a model see images at the size and with the crop of the evaluation.
+
+    Raises:
+        TinyTLError: The network cannot see that size, or another one to train at is named.
+    """
+    options = model.config.preprocessing
+    if data.train_size != options.train_size:
+        raise TinyTLError(
+            f"data.train_size={data.train_size}: the adapter was trained at {options.train_size} px; choose the size "
+            "of the evaluation with --data.eval_size"
+        )
+    eval_size = data.eval_size or options.train_size
+    check_size(model.config.backbone.name, "eval_size", eval_size)
+    options = replace(options, eval_size=eval_size, crop_pct=data.crop_pct or options.crop_pct)
+    model.config = replace(model.config, preprocessing=options)
 
 
 def check_no_run(output: Path) -> None:
@@ -134,6 +141,12 @@ def _trained_on(split: Split, digest: str, record: DataRecord | None, count: int
     if record is None or not hashes & {record.train_sha256, record.eval_sha256, record.test_sha256}:
         return None
     return count if record.train_sha256 in hashes else 0
+
+
+def _went_on_from_other_images(config: AdapterConfig) -> bool:
+    """Whether the training went on from an adapter that is known to have been trained on other images."""
+    init, own = config.init, None if config.data is None else config.data.train_sha256
+    return init is not None and init.train_sha256 not in (None, own)
 
 
 @torch.no_grad()
