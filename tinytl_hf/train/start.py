@@ -211,21 +211,36 @@ def start_or_go_on(
     hashes: dict[str, str | None],
 ) -> Progress:
     """Make the run's folder ready, and bring the model to where the checkpoint left it if there is one."""
-    init = None if model.config.init is None else asdict(model.config.init)
-    progress = checkpoint.load(accelerator, resume_from, hashes) if resume_from else Progress(init=init)
+    if resume_from is not None:
+        return go_on(config, accelerator, model, record, resume_from, hashes)
+    accelerator.wait_for_everyone()  # all have seen what is there
+    if accelerator.is_main_process:
+        make_ready(config, None, epochs_done=0)
+    accelerator.wait_for_everyone()
+    return Progress(init=None if model.config.init is None else asdict(model.config.init))
+
+
+def go_on(
+    config: Config,
+    accelerator: Accelerator,
+    model: TinyTLModel,
+    record: DataRecord,
+    resume_from: Path,
+    hashes: dict[str, str | None],
+) -> Progress:
+    """Bring the model to where the checkpoint left it, and the run's folder to hold the adapter of that time."""
+    output = Path(config.output_dir)
+    progress = checkpoint.load(accelerator, resume_from, hashes)
     if progress.init is not None:
         model.config = replace(model.config, init=InitRecord(**progress.init))
-    is_of_later_epoch = resume_from is not None and has_adapter_of_later_epoch(
-        Path(config.output_dir), config, progress.epoch
-    )
+    is_of_later_epoch = has_adapter_of_later_epoch(output, config, progress.epoch)
     accelerator.wait_for_everyone()  # all have seen what is there
     if accelerator.is_main_process:
         make_ready(config, resume_from, progress.epoch)
-        if resume_from is not None:
-            copy_best(config, resume_from, progress.epoch)
+        copy_best(config, resume_from, progress.epoch)
     accelerator.wait_for_everyone()
-    is_missing = resume_from is not None and not (Path(config.output_dir) / ADAPTER).exists()
-    accelerator.wait_for_everyone()
+    is_missing = not (output / ADAPTER).exists()
+    accelerator.wait_for_everyone()  # all have seen that, before it is written
     if is_missing or is_of_later_epoch:
         # Resumed into another folder, and the best so far is not in the first, or from before a better epoch.
         if config.adapter.keep == "best":
