@@ -58,8 +58,8 @@ class TinyTLModel(nn.Module):
 
     def __init__(self, config: AdapterConfig, engine: Engine | None = None) -> None:
         super().__init__()
-        self.engine = engine or Engine()
-        self.backbone, self._blocks = build_network(config, config.backbone.weights, self.engine)
+        self.engine = engine = engine or Engine()
+        self.backbone, self._blocks = build_network(config, config.backbone.weights, engine.gradient_checkpointing)
         self.config = replace(config, backbone=replace(config.backbone, sha256=sha256(frozen_tensors(self.backbone))))
         if config.backbone.frozen_weights == "int8":
             quantise(self.backbone)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tinytl_hf.adapter.delta import check_complete, check_tensors, frozen_tensors, remember_complete
 from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, Preprocessing, checked, label_strings
 from tinytl_hf.config.check import check, whole_number
-from tinytl_hf.config.engine import Engine
 from tinytl_hf.config.network import HeadConfig, LiteConfig
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network import methods
@@ -100,14 +99,14 @@ def as_it_is(config: AdapterConfig, backbone: nn.Module) -> AdapterConfig:
 
 
 def build_network(
-    config: AdapterConfig, weights: str, engine: Engine | None = None
+    config: AdapterConfig, weights: str, gradient_checkpointing: bool = False
 ) -> tuple[nn.Module, dict[str, TinyTLBlock]]:
     """Build the backbone with its head, made to train by the config's method.
 
     Args:
         config: What to build.
         weights: Source of the backbone's weights.
-        engine: Only its ``gradient_checkpointing`` is used here; None means off.
+        gradient_checkpointing: Whether blocks are computed a second time in the backward pass.
 
     Returns:
         The network, and its residual blocks by name.
@@ -119,7 +118,7 @@ def build_network(
     check_size(name, "train_size", sizes.train_size)
     check_size(name, "eval_size", sizes.eval_size)
     backbone = create_backbone(name, weights, len(config.label_names), config.head.dropout)
-    blocks = convert_blocks(backbone, engine is not None and engine.gradient_checkpointing)
+    blocks = convert_blocks(backbone, gradient_checkpointing)
     methods.apply_method(backbone, blocks, config.method, sizes.train_size, config.lite, config.trained_blocks)
     remember_complete(backbone)
     return backbone, blocks
