@@ -54,9 +54,10 @@ from tinytl_hf.version import __version__
 logger = logging.getLogger(__name__)
 
 TIMM_FILES = ("config.json", "model.safetensors", CARD_FILE)  # of a model that timm loads
-EXAMPLES = ('"hf-hub:user/name"', 'model="user/name"')  # where it stands
-EXAMPLE_NAME = "user/name"  # in the card of such a model, until it has a name on the Hub
-LOADING = ("weights", "lean", "backend", "slice_mb", "gradient_checkpointing", "revision", "token")  # what ours takes
+TIMM_EXAMPLES = ('"hf-hub:{}"', 'model="{}"')  # where the card of such a model has its name on the Hub
+EXAMPLE_NAME = "user/name"  # which stands there until it has one
+# What `from_pretrained` takes besides the arguments of a download.
+LOADING = ("weights", "lean", "backend", "slice_mb", "gradient_checkpointing", "revision", "token")
 LOGIN = "run `hf auth login` or set HF_TOKEN"
 
 
@@ -91,9 +92,10 @@ def push(config: PushConfig, token: str | None = None) -> str:
         revision = config.revision
         if revision is not None and revision != constants.DEFAULT_REVISION and not revision.startswith("refs/"):
             api.create_branch(config.repo, branch=revision, exist_ok=True)
+        files = _files_of_timm_model(api, folder, config) if record is None else _changes(api, folder, record, config)
         commit = api.create_commit(
             config.repo,
-            _operations(api, folder, record, config),
+            files,
             commit_message=message,
             revision=revision,
             create_pr=config.create_pr,
@@ -192,27 +194,31 @@ def is_timm_model(folder: Path) -> bool:
     return not (folder / CONFIG_FILE).exists() and all((folder / name).is_file() for name in TIMM_FILES)
 
 
-def _operations(
-    api: HfApi, folder: Path, record: AdapterConfig | None, config: PushConfig
-) -> list[CommitOperationAdd | CommitOperationDelete]:
-    card = read_card(folder) or ""
-    if record is None:
-        files = [CommitOperationAdd(name, folder / name) for name in TIMM_FILES if name != CARD_FILE]
-        if api.file_exists(config.repo, CONFIG_FILE, revision=config.revision):
-            raise TinyTLError(
-                f"repo={config.repo}: holds an adapter, whose card that of a timm model would replace; name another "
-                "repository"
-            )
-        for place in EXAMPLES:
-            card = card.replace(place, place.replace(EXAMPLE_NAME, config.repo))
-        return [*files, CommitOperationAdd(CARD_FILE, card.encode())]
-    there = _card_there(api, config)
-    if there is not None and all(place.replace(EXAMPLE_NAME, config.repo) in there for place in EXAMPLES):
+def _files_of_timm_model(api: HfApi, folder: Path, config: PushConfig) -> list[CommitOperationAdd]:
+    """What a push of an exported timm model uploads: its card loads it by its new name."""
+    if api.file_exists(config.repo, CONFIG_FILE, revision=config.revision):
         raise TinyTLError(
-            f"repo={config.repo}: holds a timm model that tinytl-hf exported, whose card says nothing of an adapter; "
-            "name another repository"
+            f"repo={config.repo}: holds an adapter, whose card that of a timm model would replace; name another "
+            "repository"
         )
+    card = read_card(folder) or ""
+    for example in TIMM_EXAMPLES:
+        card = card.replace(example.format(EXAMPLE_NAME), example.format(config.repo))
+    files = [CommitOperationAdd(name, folder / name) for name in TIMM_FILES if name != CARD_FILE]
+    return [*files, CommitOperationAdd(CARD_FILE, card.encode())]
+
+
+def _changes(
+    api: HfApi, folder: Path, record: AdapterConfig, config: PushConfig
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What a push of an adapter uploads, and what it removes of one that was there."""
+    card, there = read_card(folder) or "", _card_there(api, config)
     if there is not None:
+        if all(example.format(config.repo) in there for example in TIMM_EXAMPLES):
+            raise TinyTLError(
+                f"repo={config.repo}: holds a timm model that tinytl-hf exported, whose card says nothing of an "
+                "adapter; name another repository"
+            )
         card = _with_what_is_there(card, there)
     names = [TENSORS_FILE, *(name for name in files_of_card(card) if (folder / name).is_file())]
     operations = [CommitOperationAdd(CONFIG_FILE, without_paths(record).to_json().encode())]
