@@ -28,8 +28,15 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 # Options that say which images of a data set are trained on, and which are evaluated.
 OF_SPLITS = (
-    *("subset", "image_column", "label_column", "train_split", "eval_split", "eval_fraction", "split_seed"),
-    *("max_train_samples", "max_eval_samples"),
+    "subset",
+    "image_column",
+    "label_column",
+    "train_split",
+    "eval_split",
+    "eval_fraction",
+    "split_seed",
+    "max_train_samples",
+    "max_eval_samples",
 )
 LONGEST = 60  # characters of a file's own text that a message quotes
 

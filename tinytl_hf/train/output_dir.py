@@ -40,7 +40,8 @@ from tinytl_hf.train.checkpoint import MAY_DIFFER, list_checkpoints
 # Every config.yaml that a run wrote has all of these; one that was written by hand rarely does.
 GROUPS = {"backbone", "lite", "head", "data", "train", "memory", "adapter", "hub"}
 OPTIONS = {*GROUPS, "output_dir", "overwrite", "seed", "method", "tracker", "metrics"}
-KEYS = {RESULTS_FILE: "tinytl_hf_version", MISTAKES_FILE: "shown", MEMORY_FILE: "rows"}  # and these files these
+# The same of its JSON files: a key that each of them has.
+KEYS = {RESULTS_FILE: "tinytl_hf_version", MISTAKES_FILE: "shown", MEMORY_FILE: "rows"}
 LOCK_FILE = ".lock"  # while a run is at work
 TRACKED_AS = "tinytl_hf"  # what trackers call the project, and TensorBoard its folder
 NAMES = (CONFIG_FILE, METRICS_FILE, *KEYS, ADAPTER, LAST_ADAPTER, CHECKPOINTS)
