@@ -55,10 +55,10 @@ def export_as(
     Raises:
         TinyTLError: An option does not fit, a package is missing, the result differs, or writing fails.
     """
-    names = [field.name for field in fields(ExportConfig)][3:]  # those after what has a name above
+    names = [field.name for field in fields(ExportConfig) if field.name not in ("adapter", "format", "output")]
     for name, value in options.items():
         check(name in names, name, value, f"export has no such option; it has {', '.join(names)}")
-    config = ExportConfig("", format, str(output), **options)
+    config = ExportConfig(adapter="", format=format, output=str(output), **options)
     if data is not None:
         trained_at, record = model.config.preprocessing.train_size, model.config.data
         data = replace(data, train_size=trained_at) if data.train_size == DataConfig.train_size else data
@@ -87,13 +87,13 @@ def export_model(model: TinyTLModel, config: ExportConfig, data: DataConfig | No
     model.config = replace(before, preprocessing=replace(sizes, eval_size=eval_size, crop_pct=crop_pct))
     try:
         with torch.no_grad():
-            return _formats(model.eval(), config, data)
+            return _export_in_format(model.eval(), config, data)
     finally:
         model.config = before
         model.train(training)
 
 
-def _formats(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> str:
+def _export_in_format(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> str:
     # Imported where they are used: each knows a package that need not be there.
     if config.format == "onnx":
         from tinytl_hf.deploy.onnx import export_onnx

@@ -22,6 +22,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE
 from tinytl_hf.adapter.record import AdapterConfig, DataRecord, InitRecord
 from tinytl_hf.config.network import MethodName
+from tinytl_hf.data.roles import HOLDOUT
 from tinytl_hf.errors import TinyTLError, one_line
 from tinytl_hf.network.hub_weights import SOURCE
 from tinytl_hf.network.weights import is_weights_file
@@ -237,7 +238,7 @@ def _result(data: DataRecord | None, name: str, value: float) -> EvalResult:
         dataset_type=_hub_dataset(data) or "custom",
         dataset_name=dataset_name(data),
         dataset_config=data.subset if data else None,
-        dataset_split=None if split == "holdout" else split,
+        dataset_split=None if split == HOLDOUT else split,
         metric_type=kind,
         metric_name=title,
         metric_value=value,
@@ -345,7 +346,7 @@ def _dataset_in_words(data: DataRecord) -> str:
 def _eval_data_in_words(data: DataRecord, count: int | None) -> str:
     asked = data.max_eval_samples
     subset = f", a random {asked:,} images of it" if asked and asked == (count or asked) else ""
-    if data.eval_split in (None, "holdout"):
+    if data.eval_split in (None, HOLDOUT):
         part = f"{data.eval_fraction:.0%} of that, held out"
         split = part if data.eval_split else f"its test or validation split (without one, {part})"
     else:

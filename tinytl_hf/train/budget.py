@@ -14,9 +14,10 @@ from tinytl_hf.config.run import Config
 from tinytl_hf.cuda_graph import describe_passes
 from tinytl_hf.data.sets import Opened
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.measure.memory import MB
 from tinytl_hf.network.methods import METHODS
 from tinytl_hf.train.finish import MEASURED_ON
-from tinytl_hf.train.fit import MB, count_blocks, facts_of, make_families
+from tinytl_hf.train.fit import count_blocks, facts_of, make_families
 from tinytl_hf.train.fresh_step import FreshStep, measure_step
 from tinytl_hf.train.plans import Plan, passes_of, sizes_to_try
 from tinytl_hf.train.search import BYTES, Budget, Family, Row, search

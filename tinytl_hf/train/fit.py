@@ -18,6 +18,7 @@ from tinytl_hf.device import device_of_figures, has_bf16, memory_limit
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.data_memory import data_memory
+from tinytl_hf.measure.memory import MB
 from tinytl_hf.measure.peak import process_high_water
 from tinytl_hf.measure.results import make_folder_of
 from tinytl_hf.network.backbones import create_backbone, find_backbone
@@ -27,8 +28,6 @@ from tinytl_hf.train.plans import Plan, families, sizes_to_try
 from tinytl_hf.train.search import Budget, DataFacts, Family, Row, search
 
 logger = logging.getLogger(__name__)
-
-MB = 1e6
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from tinytl_hf.measure.memory import MB
 from tinytl_hf.reports.table import aligned
-from tinytl_hf.train.fit import MB, Fit
+from tinytl_hf.train.fit import Fit
 from tinytl_hf.train.search import Row
 from tinytl_hf.train.time_left import about
 
