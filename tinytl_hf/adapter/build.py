@@ -54,12 +54,7 @@ def new_config(
         TinyTLError: One that does not fit.
     """
     (names, count), (train_size, eval_size, crop_pct) = labels, sizes
-    check(isinstance(name, str), "name", name, "use the name of a backbone, such as mobilenet_v2")
-    check(isinstance(weights, (str, Path)), "weights", weights, "use imagenet, a file or none, for example")
-    is_share = isinstance(crop_pct, Real) and not isinstance(crop_pct, bool)
-    check(crop_pct is None or is_share, "crop_pct", crop_pct, "use a share above 0, at most 1")
-    for key, given, kind in (("lite", lite, LiteConfig), ("head", head, HeadConfig)):
-        check(given is None or isinstance(given, kind), key, given, f"use a {kind.__name__}")
+    _check_types(name, weights, crop_pct, lite, head)
     found = find_backbone(name, str(weights))
     config = AdapterConfig(
         backbone=BackboneRecord(found.name, found.weights, frozen_weights=frozen_weights, license=found.license),
@@ -76,6 +71,16 @@ def new_config(
         head=head or HeadConfig(),
     )
     return checked(config)
+
+
+def _check_types(name: object, weights: object, crop_pct: object, lite: object, head: object) -> None:
+    """Raise for arguments of another type, of which nothing that is called with them would say what is wrong."""
+    check(isinstance(name, str), "name", name, "use the name of a backbone, such as mobilenet_v2")
+    check(isinstance(weights, (str, Path)), "weights", weights, "use imagenet, a file or none, for example")
+    is_share = isinstance(crop_pct, Real) and not isinstance(crop_pct, bool)
+    check(crop_pct is None or is_share, "crop_pct", crop_pct, "use a share above 0, at most 1")
+    check(lite is None or isinstance(lite, LiteConfig), "lite", lite, "use a LiteConfig")
+    check(head is None or isinstance(head, HeadConfig), "head", head, "use a HeadConfig")
 
 
 def as_it_is(config: AdapterConfig, backbone: nn.Module) -> AdapterConfig:
