@@ -7,7 +7,7 @@ from typing import Any
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.config.run import Config
-from tinytl_hf.network.methods import METHODS, by_name
+from tinytl_hf.network.methods import METHODS
 
 
 def recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
@@ -51,6 +51,7 @@ def _off_default(config: Config) -> dict[str, str]:
     options, lite = config.train, config.lite
     roles = {role.replace("_", " "): factor for role, factor in vars(options.lr_factors).items() if factor != 1}
     accumulated = options.gradient_accumulation_steps
+    in_words = f"kernel {lite.kernel_size}, groups {lite.groups}, expand {lite.expand:g}, {lite.norm} norm"
     rows = {
         "momentum": f"{options.momentum:g}" if options.optimizer == "sgd" else "",
         "learning rates by role": ", ".join(f"{role} times {factor:g}" for role, factor in roles.items()),
@@ -62,9 +63,7 @@ def _off_default(config: Config) -> dict[str, str]:
         "gradients clipped to": f"{options.max_grad_norm:g}" if options.max_grad_norm is not None else "",
         "patience": f"{options.patience} epochs" if options.patience is not None else "",
         "accumulation steps": str(accumulated) if accumulated > 1 else "",
-        "lite residuals": f"kernel {lite.kernel_size}, groups {lite.groups}, expand {lite.expand:g}, {lite.norm} norm"
-        if METHODS[by_name(config.method)].lite_residual and lite != LiteConfig()
-        else "",
+        "lite residuals": in_words if METHODS[config.method].lite_residual and lite != LiteConfig() else "",
         "frozen weights": "int8" if config.backbone.frozen_weights == "int8" else "",
     }
     return {name: value for name, value in rows.items() if value}
