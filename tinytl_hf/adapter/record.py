@@ -130,10 +130,10 @@ class DataRecord:
     test_sha256: str | None = None
 
     @classmethod
-    def of(cls, data: DataConfig, source: Source, train_sha256: str | None) -> DataRecord:
-        """Keep what says which images were used, and where they were found."""
+    def of(cls, data: DataConfig, source: Source, **hashes: str | None) -> DataRecord:
+        """Keep what says which images were used, where they were found, and the hashes of the splits."""
         values = {name: value for name, value in vars(data).items() if name in _names(cls)}
-        return cls(**{**values, "dataset": source.name}, source=source.place, train_sha256=train_sha256)
+        return cls(**{**values, **hashes, "dataset": source.name, "source": source.place})
 
     def options(self) -> dict[str, Any]:
         """The fields that are options of :class:`~tinytl_hf.config.data.DataConfig`."""

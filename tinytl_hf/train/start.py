@@ -163,11 +163,13 @@ def make_model(config: Config, label_names: list[str], resume_from: Path | None)
 
 def record_of(config: Config, opened: Opened) -> DataRecord:
     """What the adapter says of its data."""
-    train, evaluation, test = (
-        None if split is None else sets.sha256(split) for split in (opened.train, opened.evaluation, opened.test)
+    return DataRecord.of(
+        config.data,
+        opened.source,
+        train_sha256=sets.sha256(opened.train),
+        eval_sha256=sets.sha256(opened.evaluation),
+        test_sha256=None if opened.test is None else sets.sha256(opened.test),
     )
-    record = DataRecord.of(config.data, opened.source, train)
-    return replace(record, eval_sha256=evaluation, test_sha256=test)
 
 
 def eval_sets(
