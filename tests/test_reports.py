@@ -210,7 +210,7 @@ def test_runs_of_other_classes_are_rows_of_their_own(runs, tmp_path):
 
 
 def test_a_file_of_mine_is_not_replaced_and_one_of_ours_is(runs, one_run, tmp_path):
-    run, mine = runs / "bias", "mine, and not to be lost"
+    run, mine = runs / "bias", b"mine, not to be lost, and not UTF-8: \xff"
     outputs = {
         "eval": (["eval", "--adapter", one_run], "output", "figures.json"),
         "report": (["report", run, "--html"], "output", "page.html"),
@@ -224,16 +224,16 @@ def test_a_file_of_mine_is_not_replaced_and_one_of_ours_is(runs, one_run, tmp_pa
         path = tmp_path / name / file
         path.parent.mkdir()
         target = path.parent if words[0] == "compare" else path
-        path.write_text(mine)
+        path.write_bytes(mine)
         done = run_cli(*words, f"--{option}", target)
         assert (
             done.returncode == 1 and f"{option}={path}: is there, and was not written by this command" in done.stderr
         )
-        assert path.read_text() == mine and len(list(path.parent.iterdir())) == 1
+        assert path.read_bytes() == mine and len(list(path.parent.iterdir())) == 1
         path.unlink()
         for _ in range(2):
             done = run_cli(*words, f"--{option}", target)
-            assert done.returncode == 0 and path.read_bytes() != mine.encode(), done.stderr
+            assert done.returncode == 0 and path.read_bytes() != mine, done.stderr
 
 
 def test_a_run_counts_once_and_one_of_other_images_or_in_another_precision_is_no_seed(runs, monkeypatch):

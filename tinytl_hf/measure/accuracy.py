@@ -103,7 +103,7 @@ def check_no_run(output: Path) -> None:
     Raises:
         TinyTLError: It has.
     """
-    if output.is_file() and '"best_epoch_chosen_on"' in output.read_text(encoding="utf-8"):
+    if output.is_file() and b'"best_epoch_chosen_on"' in output.read_bytes():
         raise TinyTLError(f"output={output}: holds the results of a run; name another file")
 
 
