@@ -61,7 +61,7 @@ def _split(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
         logger.info("%s: the step is measured without train.cache_features, which takes less", name)
     family = _family(config, accelerator.num_processes, opened)
     whole, smallest = family.plans[0], family.plans[-1]
-    row = family.measure(whole)
+    first = row = family.measure(whole)
     if row is None or not row.fits(family.budget):
         row = (family.best(family.plans) if family.rows else None) or family.measure(smallest)
     if row is None:
@@ -73,13 +73,12 @@ def _split(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
         raise TinyTLError(f"{name}: {_in_words(row)}; {_what_would_fit(config, opened, family.budget)}")
     before = config.train.gradient_accumulation_steps
     steps = before * whole.batch // row.plan.batch
-    first = next((row for row in family.rows if row.plan == whole), None)
-    instead = "" if steps == before or first is None else f", where {_in_words(first)}"
     split = replace(config, train=replace(config.train, gradient_accumulation_steps=steps))
-    differs = ""
+    said = _in_words(row)
     if steps > before:
-        differs = describe_passes(split, accelerator.device, accelerator.num_processes) + _what_differs(config)
-    logger.info("%s: %s%s%s", name, _in_words(row), instead, differs)
+        said += "" if first is None else f", where {_in_words(first)}"
+        said += describe_passes(split, accelerator.device, accelerator.num_processes) + _what_differs(config)
+    logger.info("%s: %s", name, said)
     return split
 
 
