@@ -118,14 +118,16 @@ def _save(timm: Any, network: Any, model: TinyTLModel, folder: Path) -> None:
         key: value for key, value in network.pretrained_cfg.items() if not key.startswith(("test_", "tag", "origin"))
     }
     timm.models.save_for_hf(network, str(folder), model_config=about, safe_serialization=True, data_config=view)
-    _without_model_args(folder / "config.json")
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    written.pop("model_args", None)  # the number of classes again: transformers would pass it on twice
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     shown = ", ".join(map(escaped, labels[:SHOWN_LABELS])) + ", ..." * (len(labels) > SHOWN_LABELS)
     tags = ["image-classification", "timm", "tinytl", model.config.method]
     metadata = ModelCardData(library_name="timm", license=licence, pipeline_tag="image-classification", tags=tags)
     backbone = model.config.backbone.name
     text = CARD.format(
         metadata=metadata.to_yaml(),
-        name=json.loads((folder / "config.json").read_text())["architecture"],
+        name=written["architecture"],
         method=model.config.method,
         backbone=backbone,
         count=len(labels),
@@ -133,10 +135,3 @@ def _save(timm: Any, network: Any, model: TinyTLModel, folder: Path) -> None:
         size=options.eval_size,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def _without_model_args(path: Path) -> None:
-    """Leave out the arguments, which say the number of classes again: transformers would pass it on twice."""
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values.pop("model_args", None)
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
