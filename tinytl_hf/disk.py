@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tinytl_hf.errors import TinyTLError
@@ -41,12 +43,27 @@ def check_ours(key: str, path: Path, mark: str | re.Pattern[bytes]) -> None:
         TinyTLError: It is another's, or cannot be read.
     """
     pattern = re.compile(re.escape(mark.encode())) if isinstance(mark, str) else mark
-    try:
+    with writing(f"{key}={path}", "name another file"):
         is_other = os.path.lexists(path) and pattern.search(path.read_bytes()) is None
-    except OSError as error:
-        raise TinyTLError(f"{key}={path}: cannot be written ({error}); name another file") from error
     if is_other:
         raise TinyTLError(f"{key}={path}: is there, and was not written by this command; name another file")
+
+
+@contextmanager
+def writing(what: object, fix: str) -> Iterator[None]:
+    """Where a file or a folder cannot be written, say so on one line.
+
+    Args:
+        what: The file, or the option that names it with its value.
+        fix: What to do about it.
+
+    Raises:
+        TinyTLError: It cannot.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise TinyTLError(f"{what}: cannot be written ({error}); {fix}") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

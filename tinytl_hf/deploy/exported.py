@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tinytl_hf.adapter.build import build_network
 from tinytl_hf.config.export import ExportConfig
-from tinytl_hf.disk import expanded, write_bytes
+from tinytl_hf.disk import expanded, write_bytes, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.transfer import without_paths
 from tinytl_hf.lean.int8 import dequantise
@@ -24,6 +24,7 @@ from tinytl_hf.model import TinyTLModel
 from tinytl_hf.version import __version__
 
 INPUT, OUTPUT = "images", "logits"
+ANOTHER = "name another path"  # where nothing can be written
 
 
 class Deployed(nn.Module):
@@ -118,13 +119,11 @@ def check_output(config: ExportConfig) -> Path:
     for target in (path, described_by(path)) if config.format == "executorch" else (path,):
         if target.exists() and (not config.overwrite or target.is_dir() != (config.format == "timm")):
             raise TinyTLError(f"output={target}: exists; name another, or replace an export with --overwrite true")
-    try:
+    with writing(f"output={path}", ANOTHER):
         path.parent.mkdir(parents=True, exist_ok=True)
         trial = path.parent / f".{path.name}.tmp"
         trial.touch()
         trial.unlink()
-    except OSError as error:
-        raise _cannot_write(path, error) from error
     return path
 
 
@@ -142,12 +141,13 @@ def write_files(files: Mapping[Path, bytes]) -> None:
     new = [path for path in files if not path.exists()]
     try:
         for path, content in files.items():
-            path.parent.mkdir(exist_ok=True)
-            write_bytes(path, content)
-    except OSError as error:
+            with writing(f"output={path}", ANOTHER):
+                path.parent.mkdir(exist_ok=True)
+                write_bytes(path, content)
+    except TinyTLError:
         for path in new:
             path.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
+        raise
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
@@ -159,14 +159,13 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir()
-        for name, content in files.items():
-            write_bytes(temporary / name, content)
-        path.mkdir(exist_ok=True)
-        for name in files:
-            (temporary / name).replace(path / name)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
+        with writing(f"output={path}", ANOTHER):
+            temporary.mkdir()
+            for name, content in files.items():
+                write_bytes(temporary / name, content)
+            path.mkdir(exist_ok=True)
+            for name in files:
+                (temporary / name).replace(path / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -176,7 +175,3 @@ def layer_of(node: torch.fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     name = list(stack.values())[-1][0] if stack else ""
     return name.removeprefix("L['self'].").removeprefix("backbone.") or "the network"
-
-
-def _cannot_write(path: Path, error: OSError) -> TinyTLError:
-    return TinyTLError(f"output={path}: cannot be written ({error}); name another path")

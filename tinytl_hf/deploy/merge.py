@@ -21,7 +21,7 @@ from tinytl_hf.adapter.delta import frozen_tensors
 from tinytl_hf.adapter.format import CONFIG_FILE
 from tinytl_hf.adapter.record import AdapterConfig, config_from
 from tinytl_hf.config.verbs import MergeConfig
-from tinytl_hf.disk import expanded, write_bytes
+from tinytl_hf.disk import expanded, write_bytes, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import ADAPTER_FILES
 from tinytl_hf.hub.transfer import without_paths
@@ -60,11 +60,9 @@ def merge(config: MergeConfig) -> str:
     tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
     shown = without_paths(model.config).to_json()
     metadata = {"format": "pt", "content": what, "load_with": how, "adapter_config": shown}
-    try:
+    with writing(f"output={path}", "name another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, save(tensors, metadata=metadata))
-    except OSError as error:
-        raise TinyTLError(f"output={path}: cannot be written ({error}); name another file") from error
     return f"{path}: {what}; load it with {_description(model.config, str(path))[1]}"
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import chain, islice
 from typing import Any
 
-from tinytl_hf.disk import check_ours, expanded
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.disk import check_ours, expanded, writing
 
 HEAD = ("image", "label", "probability")
 OURS = re.compile(rb"\Aimage,label,probability(,label_\d+,probability_\d+)*,error\r?\n")
@@ -27,30 +26,22 @@ def into_csv(path: str, top_k: int, results: Iterable[dict[str, Any]]) -> Iterat
     Raises:
         TinyTLError: Another file is there, or it cannot be written.
     """
-    file = expanded(path)
+    file, fix = expanded(path), "name another file"
     more = [f"{name}_{number}" for number in range(2, top_k + 1) for name in ("label", "probability")]
     results = iter(results)
     check_ours("csv", file, OURS)
     first = list(islice(results, 1))  # the adapter is loaded now, or was not: the file before is still there
     with ExitStack() as opened:
-        with _explained(path):
+        with writing(f"csv={path}", fix):
             file.parent.mkdir(parents=True, exist_ok=True)
             lines = opened.enter_context(file.open("w", encoding="utf-8", errors="backslashreplace", newline=""))
             table = csv.DictWriter(lines, [*HEAD, *more, "error"])
             table.writeheader()
         for result in chain(first, results):
-            with _explained(path):
+            with writing(f"csv={path}", fix):
                 table.writerow(_row(result))
                 lines.flush()
             yield result
-
-
-@contextmanager
-def _explained(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise TinyTLError(f"csv={path}: cannot be written ({error}); name another file") from error
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from huggingface_hub.errors import (
 from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE, read_config, read_tensors
 from tinytl_hf.adapter.record import AdapterConfig
 from tinytl_hf.config.hub import REPO_NAME, PullConfig, PushConfig
-from tinytl_hf.disk import expanded, write_bytes
+from tinytl_hf.disk import expanded, write_bytes, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub import client
 from tinytl_hf.hub.card import (
@@ -120,15 +120,13 @@ def pull(config: PullConfig) -> Path:
             f"output={output}: holds another {others[0]} already; name another folder, or replace what is there "
             "with --overwrite true"
         )
-    try:
+    with writing(f"output={output}", "name another folder"):
         output.mkdir(parents=True, exist_ok=True)
         former = files_of_card(read_card(output) or "") if others else []
         for file in files:
             write_bytes(output / file.name, file.read_bytes())
         for name in set(former) - {file.name for file in files}:  # of the adapter that was there
             (output / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise TinyTLError(f"output={output}: cannot be written ({error}); name another folder") from error
     return output
 
 

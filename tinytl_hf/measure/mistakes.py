@@ -14,8 +14,7 @@ from scipy.special import softmax
 from torch import Tensor
 
 from tinytl_hf.data.batches import DecodedImages, StreamedImages
-from tinytl_hf.disk import write_text
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.disk import write_text, writing
 
 SHOWN = 24
 THUMBNAIL = 128  # longest side in px
@@ -48,10 +47,8 @@ def save_mistakes(path: Path, logits: np.ndarray, labels: np.ndarray, images: De
         }
         for i in surest
     ]
-    try:
+    with writing(path, "the run is finished all the same"):
         write_text(path, json.dumps({"wrong": len(wrong), "n": len(labels), "shown": shown}) + "\n")
-    except OSError as error:
-        raise TinyTLError(f"{path} cannot be written ({error}); the run is finished all the same") from error
 
 
 def _thumbnail(batch: dict[str, Tensor]) -> str:

@@ -16,8 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from tinytl_hf.device import device_name
-from tinytl_hf.disk import write_text
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.disk import write_text, writing
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.version import __version__
 
@@ -91,10 +90,8 @@ def save_results(
         "_python_version": platform.python_version(),
         "_interpreter_path": sys.executable,
     }
-    try:
+    with writing(path, "make room, or name another folder"):
         write_text(path, json.dumps(results) + "\n")
-    except OSError as error:
-        raise TinyTLError(f"{path}: cannot be written ({error}); make room, or name another folder") from error
 
 
 def make_folder_of(key: str, path: Path) -> None:
@@ -107,7 +104,5 @@ def make_folder_of(key: str, path: Path) -> None:
     Raises:
         TinyTLError: It cannot be made.
     """
-    try:
+    with writing(f"{key}={path}", "name another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TinyTLError(f"{key}={path}: cannot be written ({error}); name another file") from error

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from tinytl_hf.adapter.format import CARD_FILE, read_config
 from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.config.run import Config
-from tinytl_hf.disk import write_text
-from tinytl_hf.errors import TinyTLError, one_line
+from tinytl_hf.disk import write_text, writing
+from tinytl_hf.errors import one_line
 from tinytl_hf.hub.card import PICTURES, RunFacts, dataset_name, read_card, render_card
 from tinytl_hf.measure import memory
 from tinytl_hf.measure.measured_step import random_batch
@@ -28,6 +28,7 @@ from tinytl_hf.train.run import Run
 logger = logging.getLogger(__name__)
 
 MEASURED_ON = ("cpu", "cuda")  # kinds of devices whose allocator tells its peak
+WITHOUT_CARD = "the adapter itself is safe"
 
 
 def save_adapters(
@@ -102,12 +103,10 @@ def draw_pictures(output: Path, config: Config) -> None:
     folder, lines = output / ADAPTER, read_metrics(output)
     results = json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))
     curves, confusion = PICTURES.values()
-    try:
+    with writing(f"the card of {folder}", WITHOUT_CARD):
         if lines:
             save_curves(folder / curves, {config.method: lines})
         save_confusion(folder / confusion, results["confusion_matrix"], results["label_names"])
-    except OSError as error:
-        raise _no_card(folder, error) from error
 
 
 def write_card(output: Path, config: Config) -> None:
@@ -138,16 +137,10 @@ def write_card(output: Path, config: Config) -> None:
     # A card is public: it does not say where Python is installed and where the data are.
     public = {key: value for key, value in results.items() if not key.startswith("_")}
     public["dataset"] = dataset_name(record.data)
-    try:
+    with writing(f"the card of {folder}", WITHOUT_CARD):
         write_text(folder / RESULTS_FILE, json.dumps(public, indent=2) + "\n")
         if card:
             write_text(folder / CARD_FILE, card)
-    except OSError as error:
-        raise _no_card(folder, error) from error
-
-
-def _no_card(folder: Path, error: OSError) -> TinyTLError:
-    return TinyTLError(f"the card of {folder} cannot be written ({error}); the adapter itself is safe")
 
 
 def _time(lines: list[dict[str, Any]], results: dict[str, Any]) -> str:

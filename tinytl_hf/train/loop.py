@@ -19,6 +19,7 @@ from tqdm import tqdm
 from tinytl_hf.adapter.format import TENSORS_FILE, read_tensors
 from tinytl_hf.config.run import Config, flat
 from tinytl_hf.device import alone_in_process, end_training, seconds_since, view_dtype
+from tinytl_hf.disk import writing
 from tinytl_hf.errors import Interrupted, TinyTLError
 from tinytl_hf.measure.accuracy import compute_logits
 from tinytl_hf.measure.metrics import compute_metrics
@@ -206,12 +207,8 @@ def finish_epoch(run: Run, figures: dict[str, float]) -> None:
         "train": train_figures,
         "eval": figures,
     }
-    try:
+    with writing(f"tracker={config.tracker}", "make room and go on with --train.resume auto"):
         run.accelerator.log(flat(line), step=progress.epoch + 1)
-    except OSError as error:
-        raise TinyTLError(
-            f"tracker={config.tracker}: cannot be written ({error}); make room and go on with --train.resume auto"
-        ) from error
     is_best = figures["accuracy"] > progress.best_accuracy
     kept = [run_folder.ADAPTER] if is_best or config.adapter.keep == "last" else []
     save_adapters(run.model, config, run.record, [run_folder.LAST_ADAPTER, *kept], run.accelerator, figures)

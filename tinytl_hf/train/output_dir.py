@@ -21,7 +21,7 @@ from tinytl_hf.adapter.format import CARD_FILE, TENSORS_FILE
 from tinytl_hf.adapter.format import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from tinytl_hf.config.run import Config, flat, with_new_names
 from tinytl_hf.config.yaml12 import load_yaml
-from tinytl_hf.disk import local_path, write_bytes, write_text
+from tinytl_hf.disk import local_path, write_bytes, write_text, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import ADAPTER_FILES, is_untouched, read_card
 from tinytl_hf.reports.run_folder import (
@@ -132,7 +132,7 @@ def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> No
     """
     output = Path(config.output_dir)
     goes_on = resume_from is not None and resume_from.resolve().parent == (output / CHECKPOINTS).resolve()
-    try:
+    with writing(f"output_dir={output}", "choose another"):
         output.mkdir(parents=True, exist_ok=True)
         # Those of the run that goes on, in this folder or out of another.
         former = output if goes_on else run_of(resume_from)
@@ -149,8 +149,6 @@ def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> No
             (output / name).unlink(missing_ok=True)
         config.save(output / CONFIG_FILE)  # written first: the other files count as a run's only beside it
         write_text(output / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
-    except OSError as error:
-        raise TinyTLError(f"output_dir={output}: cannot be written ({error}); choose another") from error
 
 
 def run_of(checkpoint: Path | None) -> Path | None:
