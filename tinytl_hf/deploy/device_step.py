@@ -6,7 +6,6 @@ less has to stay from the forward pass to the backward pass: see :mod:`~tinytl_h
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +21,14 @@ from tinytl_hf.config.run import Config
 from tinytl_hf.deploy.check import evaluation_images
 from tinytl_hf.deploy.device_graph import keep_less
 from tinytl_hf.deploy.executorch import EXTRA, lacking
-from tinytl_hf.deploy.exported import check_output, described_by, description, require, stock_backbone, write_files
+from tinytl_hf.deploy.exported import (
+    check_output,
+    described_by,
+    description,
+    require,
+    stock_backbone,
+    write_with_description,
+)
 from tinytl_hf.deploy.gradient_check import GradientsBeside
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.measured_step import random_batch
@@ -107,7 +113,7 @@ def export_device_step(model: TinyTLModel, config: ExportConfig, data: DataConfi
         check.check()
         beside = _in_pytorch(model, config.batch_size)
     about = describe(model, step, config.batch_size)
-    write_files({described_by(path): (json.dumps(about, indent=2) + "\n").encode(), path: built.content})
+    write_with_description(path, built.content, about)
     return "\n".join(
         [
             f"{path}: {len(built.content) / 1e6:.2f} MB, a training step of {model.config.backbone.name} by "

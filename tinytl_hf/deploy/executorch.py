@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +17,7 @@ from tinytl_hf.deploy.exported import (
     description,
     layer_of,
     require,
-    write_files,
+    write_with_description,
 )
 from tinytl_hf.errors import TinyTLError, first_line
 from tinytl_hf.model import TinyTLModel
@@ -45,7 +44,7 @@ def export_executorch(model: TinyTLModel, config: ExportConfig, data: DataConfig
     comparison = compare("ExecuTorch", model, deployed, session(content), images)
     comparison.check()
     about = description(model, config.input, config.layout)
-    write_files({described_by(path): (json.dumps(about, indent=2) + "\n").encode(), path: content})
+    write_with_description(path, content, about)
     return (
         f"{path}: {len(content) / 1e6:.2f} MB for XNNPACK, {model.config.backbone.name} by {model.config.method}, one "
         f"image at a time; labels and preprocessing are in {described_by(path).name}\n{comparison}"

@@ -132,6 +132,11 @@ def described_by(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
+def write_with_description(path: Path, content: bytes, about: Mapping[str, Any]) -> None:
+    """Write a .pte file and the .json file beside it, as of :func:`write_files`."""
+    write_files({described_by(path): (json.dumps(about, indent=2) + "\n").encode(), path: content})
+
+
 def write_files(files: Mapping[Path, bytes]) -> None:
     """Write the files of an export: all of them or, where one cannot be written, none of those that are new.
 
