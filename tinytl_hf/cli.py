@@ -136,7 +136,9 @@ def _with_config_first(argv: list[str]) -> list[str]:
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
-        if name == "--config" and (value := value if equals else next(words, "")):
+        if name == "--config" and not equals:
+            value = next(words, "")
+        if name == "--config" and value:
             files.append(value)
         else:
             others.append(word)

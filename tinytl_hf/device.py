@@ -232,10 +232,12 @@ def _group_limits(root: Path) -> Iterator[int]:
         _, controllers, name = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        mount, file = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        mount, limit = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
         top = root / "sys/fs/cgroup" / mount
-        for group in (top / name.lstrip("/"), *(top / name.lstrip("/")).parents):
-            text = (group / file).read_text().strip() if (group / file).is_file() else "max"
+        lowest = top / name.lstrip("/")
+        for group in (lowest, *lowest.parents):
+            file = group / limit
+            text = file.read_text().strip() if file.is_file() else "max"
             if text.isdecimal() and int(text) < NO_LIMIT:
                 yield int(text)
             if group == top:

@@ -57,13 +57,14 @@ def training_view(
     """
     boxes, flips = augment(batch["sizes"], batch["index"])
     options = model.config.preprocessing
-    if not (changes.acts and changes.operates):
-        images = random_crops(batch["pixels"], batch["sizes"], boxes, flips, size, *options.normal)
-    else:
-        whole = *AS_THEY_ARE, options.interpolation
-        pixels = random_crops(batch["pixels"], batch["sizes"], boxes, flips, size, *whole)
+    crops = batch["pixels"], batch["sizes"], boxes, flips, size
+    if changes.acts and changes.operates:
+        pixels = random_crops(*crops, *AS_THEY_ARE, options.interpolation)
         images = normalise(changes.operate(pixels, batch["index"]).float(), options.mean, options.std)
-    images = changes.mix(images, batch["index"]) if changes.acts and changes.mixes else images
+    else:
+        images = random_crops(*crops, *options.normal)
+    if changes.acts and changes.mixes:
+        images = changes.mix(images, batch["index"])
     return images.to(dtype)
 
 

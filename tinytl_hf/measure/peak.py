@@ -85,7 +85,7 @@ def measure_peak(model: TinyTLModel, pixels: Tensor, labels: Tensor, config: Con
         step = MeasuredStep(model, pixels, labels, config, launched=True)
         kept = kept_for_backward(model, step.view(), labels, step.options.label_smoothing)
         step()
-        measured = (_cuda_peak if pixels.is_cuda else cpu_peak)(step)
+        measured = _cuda_peak(step) if pixels.is_cuda else cpu_peak(step)
         if is_replayed(model, config):
             measured += _cuda_peak(step.view)
         state = _bytes(value for values in step.optimizer.state.values() for value in values.values())
