@@ -52,7 +52,7 @@ ON_THE_HUB = re.compile(r"(wide_)?res(net|next)\d")
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a finished run adds to its adapter's card.
+    """What a finished run adds to its adapter's card; without one, nothing.
 
     Attributes:
         recipe: Settings by name.
@@ -63,10 +63,10 @@ class RunFacts:
         pictures: Titles and file names of pictures next to the card.
     """
 
-    recipe: Mapping[str, Any]
-    time: str
-    split: str
-    n: int
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    time: str = ""
+    split: str = ""
+    n: int = 0
     memory: Mapping[str, Any] | None = None
     pictures: Mapping[str, str] = field(default_factory=dict)
 
@@ -86,7 +86,8 @@ def render_card(
         facts: What is known of the run, where there was one.
     """
     figures = {name: float(metrics[name]) for name in METRICS if name in metrics} if metrics else {}
-    if facts is not None and config.data is not None:
+    facts = facts or RunFacts()
+    if facts.split and config.data is not None:
         config = replace(config, data=replace(config.data, eval_split=facts.split))
     data, weights = config.data, config.backbone.weights
     in_file = config.backbone.sha256 is not None and is_weights_file(weights)
@@ -110,16 +111,16 @@ def render_card(
         dataset=_dataset_in_words(data) if data else None,
         subset=_code(data.subset) if data and data.subset else None,
         train_split=_code(data.train_split) if data else None,
-        eval_data=_eval_data_in_words(data, facts.n if facts else None) if data else None,
+        eval_data=_eval_data_in_words(data, facts.n) if data else None,
         init=_init_in_words(config.init) if config.init else None,
         metrics={METRICS[name][1]: f"{value:.4f}" for name, value in figures.items()},
         ece="ece" in figures,
         results_file=RESULTS_FILE,
-        recipe={key: escaped(value) for key, value in facts.recipe.items()} if facts else {},
-        time=facts.time if facts else None,
-        n=f"{facts.n:,}" if facts else None,
-        memory=facts.memory if facts else None,
-        pictures=facts.pictures if facts else {},
+        recipe={key: escaped(value) for key, value in facts.recipe.items()},
+        time=facts.time,
+        n=f"{facts.n:,}" if facts.n else None,
+        memory=facts.memory,
+        pictures=facts.pictures,
     )
     new = re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n"
     return new if existing is None else update_card(existing, new)
@@ -343,9 +344,10 @@ def _dataset_in_words(data: DataRecord) -> str:
     return f"{'data at a URL' if data.source == 'url' else 'local data'}, {_code(dataset_name(data))}"
 
 
-def _eval_data_in_words(data: DataRecord, count: int | None) -> str:
+def _eval_data_in_words(data: DataRecord, count: int) -> str:
+    """What it was evaluated on: so many images, or 0 where no run says how many."""
     asked = data.max_eval_samples
-    subset = f", a random {asked:,} images of it" if asked and asked == (count or asked) else ""
+    subset = f", a random {asked:,} images of it" if asked and count in (0, asked) else ""
     if data.eval_split in (None, HOLDOUT):
         part = f"{data.eval_fraction:.0%} of that, held out"
         split = part if data.eval_split else f"its test or validation split (without one, {part})"
