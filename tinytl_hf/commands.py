@@ -118,22 +118,16 @@ def _export(values: Namespace) -> None:
 
 
 def _memory(values: Namespace) -> None:
-    from tinytl_hf.adapter.format import CONFIG_FILE
     from tinytl_hf.data.sets import open_data
     from tinytl_hf.device import set_threads
-    from tinytl_hf.hub.card import PICTURES
     from tinytl_hf.measure import memory
     from tinytl_hf.measure.data_memory import data_memory
-    from tinytl_hf.measure.results import make_folder_of
-    from tinytl_hf.reports.plots import SOFTWARE, save_memory_bars
+    from tinytl_hf.reports.plots import save_memory_bars
 
     config, options = _build(Config, values), _build(MemoryTableConfig, values)
     set_threads(config.train.threads)
     if options.plot is not None:
-        check_ours("plot", Path(options.plot), SOFTWARE)
-        if Path(options.plot).name in PICTURES.values() and Path(options.plot).with_name(CONFIG_FILE).is_file():
-            raise TinyTLError(f"plot={options.plot}: is a picture of the adapter there; name another file")
-        make_folder_of("plot", Path(options.plot))
+        _check_plot(Path(options.plot))
     data = data_memory(open_data(config.data), config.data) if options.with_data else None
     photo_size = memory.photo_size_of(config, options, data)
     rows = list(memory.measure_rows(config, options, photo_size))
@@ -147,6 +141,19 @@ def _memory(values: Namespace) -> None:
     _print_measured(conditions, memory.memory_table(rows, data), content if options.json else None)
     if options.plot is not None:
         save_memory_bars(Path(options.plot), json.loads(content)["rows"])
+
+
+def _check_plot(path: Path) -> None:
+    """Raise, before anything is measured, if the picture cannot be drawn into this file."""
+    from tinytl_hf.adapter.format import CONFIG_FILE
+    from tinytl_hf.hub.card import PICTURES
+    from tinytl_hf.measure.results import make_folder_of
+    from tinytl_hf.reports.plots import SOFTWARE
+
+    check_ours("plot", path, SOFTWARE)
+    if path.name in PICTURES.values() and path.with_name(CONFIG_FILE).is_file():
+        raise TinyTLError(f"plot={path}: is a picture of the adapter there; name another file")
+    make_folder_of("plot", path)
 
 
 def _bench(values: Namespace) -> None:
