@@ -119,8 +119,7 @@ def _has_batch_norms(config: Config) -> bool:
 
 
 def _in_words(row: Row) -> str:
-    images = "1 image" if row.plan.batch == 1 else f"{row.plan.batch} images"
-    return f"a step with {images} a pass takes {row.step.peak.total / MB:.1f} MB"
+    return f"a step with {row.plan.images_a_pass} takes {row.step.peak.total / MB:.1f} MB"
 
 
 def _what_differs(config: Config) -> str:

@@ -58,12 +58,16 @@ class Plan:
         }
         return ", ".join(name for name, used in names.items() if used)
 
+    @property
+    def images_a_pass(self) -> str:
+        """In words, how many images a forward and backward pass has."""
+        return f"{self.batch} image{'' if self.batch == 1 else 's'} a pass"
+
     def __str__(self) -> str:
         """In words."""
         blocks = "" if self.trained_blocks == "all" else f" of the last {self.trained_blocks} blocks"
-        images = "1 image" if self.batch == 1 else f"{self.batch} images"
         options = f", {self.options}" if self.options else ""
-        return f"{self.method}{blocks}, {self.train_size} px, {images} a pass{options}"
+        return f"{self.method}{blocks}, {self.train_size} px, {self.images_a_pass}{options}"
 
     def of(self, config: Config) -> Config:
         """The run that trains so."""
