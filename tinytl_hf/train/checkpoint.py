@@ -42,7 +42,7 @@ RANDOM_STATES = "random_states_{}.pkl"  # of each process
 SUMS_FILE = "SHA256SUMS"
 HASHED_AT_ONCE = 2**20  # bytes
 NAME = re.compile(r"step_\d{8,}_epoch_\d{4,}")
-MAY_DIFFER = {  # options that a resumed run may have otherwise
+MAY_DIFFER = {  # options that a resumed run may set differently
     "data.dataset",  # where it lies; that it is the same is known by its hash
     "backbone.weights",  # likewise
     "adapter.init",  # what was taken from it is in the checkpoint
