@@ -1,7 +1,10 @@
+import copy
+import gc
 import io
 import os
 import subprocess
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -23,12 +26,45 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 from accelerate.state import AcceleratorState, GradientState
 from hub_server import WRITER, HubServer
 from huggingface_hub import constants
+from jinja2 import Environment
 from PIL import Image
-from started_runs import CONTEXT
+from started_runs import CONTEXT, start_server
+from torch.overrides import _get_current_function_mode
 
 from tinytl_hf import TinyTLModel, cli
 from tinytl_hf.measure import memory, speed
+from tinytl_hf.network import torchvision_nets
 from tinytl_hf.train import budget, fit
+
+# No test ends with the power: what is written need not be on the disk, which takes longer than to train.
+os.fsync = lambda descriptor: None
+# The template of a card is compiled for each card, and takes longer than to fill it in.
+Environment.compile = cache(Environment.compile)
+
+
+PARSER = cache(cli.make_parser)
+
+
+def make_parser(verb, defaults=None):
+    """The parser of the command line, made once for each verb unless an adapter changes what it takes by default."""
+    return PARSER.__wrapped__(verb, defaults) if defaults else PARSER(verb)
+
+
+cli.make_parser = make_parser
+NETWORKS = {}
+
+
+def build(name, built=torchvision_nets.build):
+    """A network of torchvision, drawn once for each state of the generator: a copy takes a fraction of that."""
+    if name not in ("mobilenet_v2", "mobilenet_v3_small", "mnasnet1_0", "resnet18") or _get_current_function_mode():
+        return built(name)  # on no device, or without values
+    key = name, torch.get_default_dtype(), torch.get_rng_state().numpy().tobytes()
+    if key not in NETWORKS and len(NETWORKS) < 12:  # nearly all start from the same state
+        NETWORKS[key] = built(name)
+    return copy.deepcopy(NETWORKS[key]) if key in NETWORKS else built(name)
+
+
+torchvision_nets.build = build
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("FT-Last", "TinyTL-B", "TinyTL-L", "TinyTL-L+B", "FT-Norm+Last", "FT-Full", "FT-Layerwise")
@@ -42,6 +78,13 @@ BACKBONES = (
     "resnet50",
     "convnext_tiny",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forks():
+    gc.collect()
+    gc.freeze()  # a search for garbage leaves out what was imported, which is most of what there is
+    start_server()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
 """Training runs in processes of their own, forked from one that has imported everything, and what they leave."""
 
+import faulthandler
 import importlib
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -10,18 +12,53 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from multiprocessing import forkserver, util
+from unittest.mock import patch
 
 import torch
 from accelerate.utils.other import load
 from safetensors.torch import load_file
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        *("tinytl_hf.cli", "tinytl_hf.train.loop", "tinytl_hf.lean.native_backend"),
-        *("matplotlib.backends.backend_agg", "jinja2"),
-    ]
-)
+IMPORTED = [
+    *("tinytl_hf.cli", "tinytl_hf.train.loop", "tinytl_hf.lean.native_backend"),
+    *("matplotlib.backends.backend_agg", "jinja2"),
+]
+CONTEXT.set_forkserver_preload(IMPORTED)
+
+
+def _fork(path, arguments, descriptors, spawn=util.spawnv_passfds):
+    """Start the server of forks as a fork of this process, in place of an interpreter that imports all again."""
+    code = arguments[-1]
+    if "forkserver" not in code:
+        return spawn(path, arguments, descriptors)
+    process = os.fork()
+    if process:
+        return process
+    try:
+        faulthandler.disable()
+        logging.getLogger().handlers.clear()
+        # Files and pipes of the test runner lead nowhere from here on. Their numbers stay taken: an object that still
+        # has one may close it.
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in {int(name) for name in os.listdir("/dev/fd")} - {0, 1, 2, nowhere, *descriptors}:
+            with suppress(OSError):  # that of the list itself
+                os.fstat(descriptor)
+                os.dup2(nowhere, descriptor)
+        exec(code)
+    finally:
+        os._exit(1)
+
+
+def start_server():
+    """Start it while no network has been trained here: after a backward pass a fork cannot train any more."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+    with patch.object(util, "spawnv_passfds", _fork):
+        forkserver.ensure_running()
+
+
 HANG = 600  # seconds after which something that should end is taken to hang
 TIMINGS = ("seconds", "images_per_second")
 

@@ -1,5 +1,6 @@
 """A training loop of one's own: hooks, modes and parameters that a user changes between the passes, as in PyTorch."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import slow
+from started_runs import CONTEXT, HANG
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -223,20 +225,38 @@ def test_options_of_an_export_are_checked(options, message, make_model, tmp_path
     assert not any(tmp_path.iterdir())
 
 
-GO_ON = """
-import torch
-model, images = torch.load("model.pt", weights_only=False)
-model(images).square().sum().backward()
-torch.save({name: each.grad for name, each in model.named_parameters() if each.requires_grad}, "grads.pt")
-model.save_pretrained("adapter")
-"""
+def go_on(folder):
+    """Train a model that PyTorch saved, and save its gradients and its adapter."""
+    model, images = torch.load(f"{folder}/model.pt", weights_only=False)
+    model(images).square().sum().backward()
+    grads = {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
+    torch.save(grads, f"{folder}/grads.pt")
+    model.save_pretrained(f"{folder}/adapter")
 
 
-@pytest.mark.parametrize(("method", "backbone"), [KINDS_OF_PASSES[0], *(slow(*row) for row in KINDS_OF_PASSES[1:3])])
-def test_a_whole_model_saved_by_pytorch_trains_on_in_another_process(method, backbone, make, tmp_path):
+def go_on_in_a_fork(folder):
+    process = CONTEXT.Process(target=go_on, args=(folder,))
+    process.start()
+    process.join(HANG)
+    assert process.exitcode == 0
+
+
+def go_on_in_an_interpreter_that_has_imported_torch_alone(folder):
+    code = f"import torch\n{inspect.getsource(go_on)}\ngo_on({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "backbone", "other_process"),
+    [
+        (*KINDS_OF_PASSES[0], go_on_in_a_fork),
+        *(slow(*row, go_on_in_an_interpreter_that_has_imported_torch_alone) for row in KINDS_OF_PASSES[:3]),
+    ],
+)
+def test_a_whole_model_saved_by_pytorch_trains_on_in_another_process(method, backbone, other_process, make, tmp_path):
     model = make(method, backbone)
     torch.save((model, IMAGES), tmp_path / "model.pt")
-    subprocess.run([sys.executable, "-c", GO_ON], cwd=tmp_path, check=True)
+    other_process(tmp_path)
     model(IMAGES).square().sum().backward()
     for name, grad in torch.load(tmp_path / "grads.pt").items():
         assert torch.equal(model.get_parameter(name).grad, grad), name

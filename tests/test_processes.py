@@ -5,9 +5,8 @@ rounding, in fp32 on the fastest there is within it.
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import slow
-from started_runs import free_port
+from started_runs import CONTEXT, HANG, free_port
 from torch import nn
 
 from tinytl_hf import TinyTLModel
@@ -50,7 +49,12 @@ def test_gradients_and_statistics_over_two_processes_are_those_of_one(method, dt
     images, labels = torch.randn(8, 3, 64, 64, dtype=dtype, generator=generator), torch.arange(8) % 4
     whole, whole_tensors = _gradients(method, images, labels)
     arguments = (free_port(), method, images, labels, tmp_path / "gradients.pt")
-    mp.start_processes(_gradients_of_a_part, args=arguments, nprocs=2, start_method="forkserver")
+    processes = [CONTEXT.Process(target=_gradients_of_a_part, args=(rank, *arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(HANG)
+    assert [process.exitcode for process in processes] == [0, 0]
     parts, part_tensors = torch.load(tmp_path / "gradients.pt")
     largest = max(gradient.abs().max() for gradient in whole.values())
     for name, gradient in whole.items():
