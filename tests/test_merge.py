@@ -95,7 +95,7 @@ def test_the_file_needs_nothing_else(method, merged, tmp_path):
         assert json.loads(metadata["adapter_config"])["label_names"] == ["0", "1", "2", "3"]
 
 
-@pytest.mark.parametrize("method", ["TinyTL-B", "TinyTL-L"])
+@pytest.mark.parametrize("method", ["TinyTL-B", slow("TinyTL-L")])
 def test_int8_weights_come_out_as_the_values_that_they_stand_for(method, merged):
     model, path, _ = merged(method, frozen_weights="int8")
     assert same_logits(load_merged(path).eval(), model)

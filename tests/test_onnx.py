@@ -285,18 +285,25 @@ def test_no_place_on_this_disk_is_in_the_file(exported):
         assert place not in content
 
 
-def test_one_image_is_enough_to_check_on_and_any_number_runs(make_model, tmp_path):
-    model = make_model("FT-Last", train_size=32)
-    model.export(tmp_path / "m.onnx", format="onnx", check_images=1)
-    run = deploy_onnx.session((tmp_path / "m.onnx").read_bytes())
-    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        np.testing.assert_allclose(run(images.numpy()), model.eval()(images).numpy(), atol=1e-4)
-
-
-def test_data_given_by_python_keep_the_adapters_sizes_and_a_batch_is_of_a_step(make_model, colour_folder, tmp_path):
-    model = make_model("FT-Last", num_classes=None, label_names=["blue", "red"], train_size=32, eval_size=64)
+@pytest.fixture(scope="module")
+def checked_on_one_image(make_model, colour_folder, tmp_path_factory):
+    """A model that trains at another size than it is used at, its file, and what the export of Python said."""
+    file = tmp_path_factory.mktemp("one") / "m.onnx"
+    sizes = {"train_size": 32, "eval_size": 64}
+    model = make_model("FT-Last", "resnet18", num_classes=None, label_names=["blue", "red"], **sizes)
     data = DataConfig(dataset=str(colour_folder))
-    assert "[batch, 3, 64, 64]" in model.export(tmp_path / "m.onnx", format="onnx", check_images=1, data=data)
+    return model, data, file, model.export(file, format="onnx", check_images=1, data=data)
+
+
+def test_one_image_is_enough_to_check_on_and_any_number_runs(checked_on_one_image):
+    model, _, file, _ = checked_on_one_image
+    run = deploy_onnx.session(file.read_bytes())
+    with torch.no_grad():
+        np.testing.assert_allclose(run(IMAGES.numpy()), model.eval()(IMAGES).numpy(), atol=1e-4)
+
+
+def test_data_given_by_python_keep_the_adapters_sizes_and_a_batch_is_of_a_step(checked_on_one_image, tmp_path):
+    model, data, _, said = checked_on_one_image
+    assert "[batch, 3, 64, 64]" in said
     with pytest.raises(TinyTLError, match="batch_size=3: it is that of a training step"):
-        model.export(tmp_path / "n.onnx", format="onnx", batch_size=3)
+        model.export(tmp_path / "n.onnx", format="onnx", batch_size=3, data=data)

@@ -231,9 +231,15 @@ def test_a_file_of_mine_is_not_replaced_and_one_of_ours_is(runs, one_run, tmp_pa
         )
         assert path.read_bytes() == mine and len(list(path.parent.iterdir())) == 1
         path.unlink()
-        for _ in range(2):
-            done = run_cli(*words, f"--{option}", target)
-            assert done.returncode == 0 and path.read_bytes() != mine, done.stderr
+        if words[0] != "compare":
+            for _ in range(2):
+                done = run_cli(*words, f"--{option}", target)
+                assert done.returncode == 0 and path.read_bytes() != mine, done.stderr
+    for _ in range(2):  # it writes all of its files
+        done = run_cli("compare", run, "--output", tmp_path / "all")
+        assert done.returncode == 0, done.stderr
+        for words, _, file in outputs.values():
+            assert words[0] != "compare" or (tmp_path / "all" / file).read_bytes() != mine
 
 
 def test_a_run_counts_once_and_one_of_other_images_or_in_another_precision_is_no_seed(runs, monkeypatch):

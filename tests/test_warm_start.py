@@ -124,7 +124,8 @@ def digits_run(output, *options):
 
 
 def test_images_that_the_first_adapter_was_trained_on_are_counted_among_those_of_the_evaluation(tmp_path):
-    assert digits_run(tmp_path / "first", "--data.max_train_samples", "1000").returncode == 0
+    many = ["--data.max_train_samples", "1000", "--train.global_batch_size", "100"]
+    assert digits_run(tmp_path / "first", *many).returncode == 0
     done = digits_run(tmp_path / "again", "--adapter.init", tmp_path / "first", "--data.split_seed", "7")
     assert done.returncode == 0, done.stderr
     trained_on = json.loads((tmp_path / "again" / "eval_results.json").read_text())["trained_on"]
