@@ -220,7 +220,7 @@ def changing_buffers(backbone: nn.Module) -> set[str]:
     return {
         name
         for prefix, module in backbone.named_modules()
-        if has_batch_statistics(module)
+        if isinstance(module, nn.BatchNorm2d) and has_batch_statistics(module)
         for name, _ in module.named_buffers(prefix, recurse=False)
     }
 
