@@ -172,6 +172,7 @@ def test_wrong_names_end_with_what_to_do(folders, all_loaded):
         (lambda: all_loaded.load_adapter(folders / "lite", "default"), "name=default: is loaded already"),
         (lambda: all_loaded.load_adapter(folders / "lite", "lite"), "name=lite: is loaded already; unload it"),
         (lambda: all_loaded.load_adapter(folders / "lite", ""), "choose a name"),
+        (lambda: all_loaded.load_adapter(folders / "lite", 5), "name=5: use a text"),
         (lambda: all_loaded.load_adapter(folders / "lost", "b"), "lost is no adapter"),
     ]:
         with pytest.raises(TinyTLError, match=message):

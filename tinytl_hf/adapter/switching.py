@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tinytl_hf.adapter.delta import frozen_tensors
 from tinytl_hf.adapter.record import AdapterConfig
+from tinytl_hf.config.check import check
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.backbones import same_network
 from tinytl_hf.network.blocks import TinyTLBlock
@@ -61,7 +62,8 @@ class Adapters:
         return [self.active, *self._waiting]
 
     def check_new(self, name: str, saved: AdapterConfig, current: AdapterConfig, folder: Path) -> None:
-        """Raise if ``name`` is taken, or if the adapter in ``folder`` is for another network."""
+        """Raise if ``name`` is taken or no text, or if the adapter in ``folder`` is for another network."""
+        check(isinstance(name, str), "name", name, "use a text")
         if not name or name in self.names:
             taken = "is loaded already; unload it first or choose another" if name else "choose a name"
             raise TinyTLError(f"name={name}: {taken}")
