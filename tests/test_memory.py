@@ -256,6 +256,9 @@ def test_the_step_starts_from_photos_and_large_ones_cost_no_more(make_model):
     assert [peak.photos for peak in peaks.values()] == [2 * 3 * height * width for height, width in peaks]
     assert abs(middle.dynamic - small.dynamic) < 0.2e6 and abs(large.dynamic - small.dynamic) < 0.2e6
     assert small.kept_activations == large.kept_activations
+    # It is over when the forward pass starts, so a step that needs more takes no more of large photos.
+    full = [measure_peak(make_model("FT-Full"), *photos(*size, 8), whole).dynamic for size in (sizes[0], sizes[2])]
+    assert full[0] == full[1] > large.dynamic
 
 
 @pytest.mark.skipif(native_library.kernels() is None, reason="without a compiler bf16 saves nothing on a CPU")

@@ -113,8 +113,8 @@ def resample(
     Returns:
         ``float32`` ``[N, 3, size, size]``, channels last, on the device of ``pixels``.
     """
-    images, no_flips = _empty(pixels, size), torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
-    _by_products(images, _groups(pixels, size), pixels, sizes, boxes, no_flips, interpolation)
+    images = _empty(pixels, size)
+    _by_products(images, _groups(pixels, size), pixels, sizes, boxes, None, interpolation)
     return normalise(images, mean, std)
 
 
@@ -135,17 +135,16 @@ def random_crops(
 
     ``flips`` ``[N]`` are the images to mirror; the other arguments are those of :func:`resample`.
     """
-    images, shrink = _empty(pixels, size), (boxes[:, 2:] >= size).all(1)
-    if pixels.device.type != "cpu" or not shrink.any():
-        parts = _groups(pixels, size)
-    else:
+    images, parts = _empty(pixels, size), _groups(pixels, size)
+    if pixels.device.type == "cpu" and (shrinks := (boxes[:, 2:] >= size).all(1)).any():
         corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1).round().int()
-        for i in shrink.nonzero().flatten().tolist():
-            top, left, bottom, right = corners[i].tolist()
+        chosen = shrinks.nonzero().flatten()
+        for i, sides, flip in zip(chosen.tolist(), corners[chosen].tolist(), flips[chosen].tolist(), strict=True):
+            top, left, bottom, right = sides
             crop = pixels[i : i + 1, :, top:bottom, left:right]
             view = F.interpolate(crop, (size, size), mode=interpolation, antialias=True)[0]
-            images[i] = view.flip(-1) if flips[i] else view
-        parts = _groups(pixels, size, (~shrink).nonzero().flatten())
+            images[i] = view.flip(-1) if flip else view
+        parts = _groups(pixels, size, (~shrinks).nonzero().flatten())
     _by_products(images, parts, pixels, sizes, boxes, flips, interpolation)
     return normalise(images, mean, std)
 
@@ -161,18 +160,19 @@ def _by_products(
     pixels: Tensor,
     sizes: Tensor,
     boxes: Tensor,
-    flips: Tensor,
+    flips: Tensor | None,
     interpolation: str,
 ) -> None:
     """Fill ``parts`` of ``images`` with their boxes, in values from 0 to 255."""
     size, device, rows_of_pixels = images.shape[-1], pixels.device, _rows_of_pixels(images)
-    sizes, boxes, flips = sizes.to(device), boxes.to(device), flips.to(device)
+    sizes, boxes = sizes.to(device), boxes.to(device)
     for part in parts:
         top, bottom = _span(boxes[part, 0], boxes[part, 2], pixels.shape[2], size, interpolation)
         left, right = _span(boxes[part, 1], boxes[part, 3], pixels.shape[3], size, interpolation)
         rows = _weights(boxes[part, 0], boxes[part, 2], sizes[part, 0], range(top, bottom), size, interpolation)
         columns = _weights(boxes[part, 1], boxes[part, 3], sizes[part, 1], range(left, right), size, interpolation)
-        columns = torch.where(flips[part, None, None], columns.flip(1), columns)
+        if flips is not None:
+            columns = torch.where(flips[part].to(device)[:, None, None], columns.flip(1), columns)
         crops = pixels[part, :, top:bottom, left:right].to(torch.float32, memory_format=torch.contiguous_format)
         with torch.autocast(device.type, enabled=False):  # pixels stay exact where a caller computes in bf16
             narrow = _rows_of_pixels(crops @ columns.mT[:, None])
@@ -185,11 +185,11 @@ def _by_products(
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalise values from 0 to 255 ``[N, 3, H, W]``, channels last, in place; mean, std as for :func:`resample`."""
+    """Normalise values from 0 to 255 ``[N, 3, H, W]``, in place if they are channels last; see :func:`resample`."""
     scale, shift = _normalisation(tuple(mean), tuple(std), pixels.shape[-1], pixels.device)
     rows = _rows_of_pixels(pixels)
     torch.addcmul(shift, rows, scale, out=rows)
-    return pixels
+    return rows.unflatten(2, (pixels.shape[-1], pixels.shape[1])).permute(0, 3, 1, 2)
 
 
 def _rows_of_pixels(images: Tensor) -> Tensor:

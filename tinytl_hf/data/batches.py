@@ -82,14 +82,22 @@ def read_images(split: Split, config: DataConfig, size: int) -> DecodedImages | 
         if config.skip_corrupt:
             split = _drop_corrupt(split, _readable(split, config, size))
         return StreamedImages(split, config, size, found.photo_size)
+
+    def as_decoded(index: np.ndarray) -> Iterator[Tensor | None]:  # [H, W, 3], as images lie in memory elsewhere
+        return (_planes(image, (1, 2, 0)) for image in _decoded(split, index, config, size))
+
     count, shared = len(split.labels), can_share()
     if shared:
-        decoded = decode_in_shares(count, lambda index: _decoded(split, index, config, size))
+        decoded = [_planes(image, (2, 0, 1)) for image in decode_in_shares(count, as_decoded)]
     else:
         decoded = list(_decoded(split, np.arange(count), config, size))
     good = np.array([image is not None for image in decoded])
     images = [image for image in decoded if image is not None]
     return DecodedImages(images, _drop_corrupt(split, good), shared)
+
+
+def _planes(image: Tensor | None, order: tuple[int, int, int]) -> Tensor | None:
+    return None if image is None else image.permute(order)
 
 
 def _size(image: Tensor) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from tinytl_hf.data.folder import Folder, find_splits
 from tinytl_hf.data.found import named
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.roles import chosen_splits, role_of
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
         else:
             frame = pd.read_parquet(place)
     except Exception as error:  # damaged files can make pandas raise almost anything
-        raise TinyTLError(f"{place}: cannot be read ({_first_line(error)}); mend it or take it away") from error
+        raise TinyTLError(f"{place}: cannot be read ({first_line(error)}); mend it or take it away") from error
     if FILE_NAME not in frame.columns:
         logger.warning("%s: not used, as it has no column %s", path, FILE_NAME)
         return None
@@ -112,11 +112,6 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
         names = [name if name in there else spelled.get(as_label(name), name) for name in names]
     frame[FILE_NAME] = names
     return frame
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _check_files(listing: Listing, table: pd.DataFrame, metadata: str, skip_missing: bool) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, first_line
 from tinytl_hf.network.state_dict import state_dict_of
 
 FILE_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin"}
@@ -80,8 +80,7 @@ def read_file(path: Path) -> Mapping[str, Tensor]:
             return state_dict_of(load_file(path), str(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TinyTLError(f"backbone.weights={path}: not a readable weights file ({reason})") from error
+        raise TinyTLError(f"backbone.weights={path}: not a readable weights file ({first_line(error)})") from error
     return state_dict_of(content, str(path))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tinytl_hf.config.verbs import CompareConfig
-from tinytl_hf.disk import check_ours, expanded, write_text
+from tinytl_hf.disk import check_ours, expanded, write_text, writing
 from tinytl_hf.errors import TinyTLError, one_line
 from tinytl_hf.reports.finished_run import FinishedRun, read_run
 from tinytl_hf.reports.plots import MB, SOFTWARE, AccuracyMemory, save_accuracy_memory, save_confusion, save_curves
@@ -102,10 +102,8 @@ def compare(config: CompareConfig, folders: Iterable[str]) -> tuple[str, list[st
         raise TinyTLError(f"no finished run among them: {'; '.join(left_out)}")
     comparison = Comparison(runs)
     if config.output is not None:
-        try:
+        with writing(f"output={config.output}", "name another folder"):
             _write(Path(config.output), comparison, left_out)
-        except OSError as error:
-            raise TinyTLError(f"output={config.output}: cannot be written ({error}); name another folder") from error
     return str(comparison), left_out
 
 

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tinytl_hf.config.run import Config, flat
 from tinytl_hf.config.verbs import ReportConfig
-from tinytl_hf.disk import check_ours, expanded, write_text
+from tinytl_hf.disk import check_ours, expanded, write_text, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.reports.compare import CONDITIONS, Comparison
 from tinytl_hf.reports.finished_run import FinishedRun, read_run
@@ -39,11 +39,9 @@ def report(config: ReportConfig, folder: str) -> str:
         return str(Comparison([run]))
     path = Path(config.output or run.folder / "report.html")
     check_ours("output", path, MARK)
-    try:
+    with writing(f"output={path}", "name another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, render(run))
-    except OSError as error:
-        raise TinyTLError(f"output={path}: cannot be written ({error}); name another file") from error
     return str(path)
 
 

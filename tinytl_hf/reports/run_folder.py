@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tinytl_hf.disk import write_text
+from tinytl_hf.disk import write_text, writing
 from tinytl_hf.errors import TinyTLError
 
 CONFIG_FILE = "config.yaml"
@@ -30,12 +30,8 @@ def write(path: Path, text: str) -> None:
     Raises:
         TinyTLError: It cannot be written; the run's adapters and figures are on the disk already.
     """
-    try:
+    with writing(path, "the run is done and its adapters are saved"):
         write_text(path, text)
-    except OSError as error:
-        raise TinyTLError(
-            f"{path}: cannot be written ({error}); the run is done and its adapters are saved"
-        ) from error
 
 
 def append_metrics(output: Path, line: dict[str, Any]) -> None:
