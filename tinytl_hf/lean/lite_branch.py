@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from tinytl_hf.config.engine import BackendName
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean import backend, operators
-from tinytl_hf.lean.slices import compute_dtype
+from tinytl_hf.lean.slices import compute_dtype, empty_maps
 from tinytl_hf.lean.stage import Stage
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.norms import GlobalBatchNorm2d, recompute_contexts
@@ -53,7 +53,27 @@ class Branch:
             return self._checkpointed(pooled)
         if torch.compiler.is_compiling():
             return operators.run_branch(self, pooled, dtype)
-        return _BranchFunction.apply(pooled, self, *self.parameters)
+        return _BranchFunction.apply(pooled, self, None, *self.parameters)
+
+    def with_statistics(self, pooled: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What a call gives, and the batch's statistics for :meth:`unread`: none where no back-end runs it."""
+        dtype = compute_dtype(pooled)
+        if torch.compiler.is_compiling() or not self._is_for_backends(pooled, dtype):
+            return self(pooled), []
+        return self.run(pooled, dtype)
+
+    def unread(self, pooled: Tensor, statistics: list[Tensor]) -> Tensor:
+        """Maps of the output's shape that hold anything, for a second pass of which gradients alone are wanted.
+
+        Without statistics the branch is called, as its gradients take what that keeps.
+        """
+        return _BranchFunction.apply(pooled, self, statistics, *self.parameters) if statistics else self(pooled)
+
+    def run(self, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """On its back-end, without gradients: the output, and the batch's statistics."""
+        chosen = backend.named(backend.of_branch(self, pooled.device, dtype))
+        with torch.autocast(pooled.device.type, enabled=False):
+            return chosen.branch_forward(self, pooled, dtype)
 
     def _is_for_backends(self, pooled: Tensor, dtype: torch.dtype) -> bool:
         """Whether a back-end runs it: no group norms, no empty batch and, on the eager one, no mixed precision."""
@@ -126,16 +146,20 @@ class Branch:
 
 
 class _BranchFunction(Function):
-    """The branch's output; keeps its input and the statistics."""
+    """The branch's output, or with statistics that are known, maps that hold anything; keeps its input and these."""
 
     @staticmethod
-    def forward(ctx: Any, pooled: Tensor, branch: Branch, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, pooled: Tensor, branch: Branch, statistics: list[Tensor] | None, *parameters: Tensor
+    ) -> Tensor:
         dtype = compute_dtype(pooled)
         ctx.branch, ctx.compute_dtype, ctx.parameters = branch, dtype, parameters
         ctx.versions = operators.versions_of(parameters)
         ctx.backend = backend.named(backend.of_branch(branch, pooled.device, dtype))
-        with torch.autocast(pooled.device.type, enabled=False):
-            output, statistics = ctx.backend.branch_forward(branch, pooled, dtype)
+        if statistics is None:
+            output, statistics = branch.run(pooled, dtype)
+        else:
+            output = empty_maps(pooled, dtype, (len(pooled), *branch.output_size(pooled.shape)))
         ctx.save_for_backward(pooled, *statistics)
         return output
 
@@ -149,4 +173,4 @@ class _BranchFunction(Function):
                 ctx.branch, pooled, statistics, ctx.compute_dtype, grad, ctx.needs_input_grad[0]
             )
         grads = [found.to(p.dtype) for found, p in zip(of_parameters, ctx.branch.parameters, strict=True)]
-        return None if grad_pooled is None else grad_pooled.to(pooled.dtype), None, *grads
+        return None if grad_pooled is None else grad_pooled.to(pooled.dtype), None, None, *grads

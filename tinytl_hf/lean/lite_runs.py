@@ -129,21 +129,23 @@ class _LiteRunFunction(Function):
     def forward(ctx: Any, x: Tensor, run: LiteRun, *trained: nn.Parameter) -> Tensor:
         ctx.run, ctx.held, ctx.autocast = run, list(run.mains.module.parameters()), autocast_on(x.device)
         ctx.versions, ctx.modes = versions_of(ctx.held), [norm.training for norm in run.norms()]
-        maps, kept = x, [x]
+        maps, pooled = x, []
         for part in run.parts:
             into = part.head(maps)
-            kept.append(part.path.pooled(into))
+            pooled.append(part.path.pooled(into))
             maps = part.path.main(into)
             del into
-            maps = upsample_add(maps, part.path.branch(kept[-1]), part.path.branch.backend)
+            small, statistics = part.path.branch.with_statistics(pooled[-1])
+            maps = upsample_add(maps, small, part.path.branch.backend)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(*kept)
+            ctx.save_for_backward(x, *pooled, *statistics)
         return maps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *pooled = ctx.saved_tensors
+        x, *kept = ctx.saved_tensors
+        pooled, statistics = kept[: len(ctx.run.parts)], kept[len(ctx.run.parts) :]
         if len(ctx.needs_input_grad) != 2 + len(ctx.run.all_trained()):
             raise TinyTLError(
                 "parameters were frozen or set to train between the forward and the backward pass; do so before both"
@@ -151,16 +153,16 @@ class _LiteRunFunction(Function):
         check_own(ctx.held, list(ctx.run.mains.module.parameters()), ctx.versions)
         back = _Backward(ctx, x, grad.contiguous(memory_format=torch.channels_last))
         with computed_again(x.device, ctx.autocast), keep_running_statistics(), _in_modes(ctx.run.norms(), ctx.modes):
-            inputs = [maps.detach().requires_grad_() for maps in pooled]
-            small = [part.path.branch(maps) for part, maps in zip(ctx.run.parts, inputs, strict=True)]
-        last = ctx.run.parts[-1]
-        of_last = upsample_gradient(back.grad, small[-1], last.path.branch.backend)
-        of_pooled, *of_lite = inner_grad([small.pop()], [inputs.pop(), *_of_lite(last)], [of_last])
-        del of_last
+            *inputs, last_input = [maps.detach().requires_grad_() for maps in pooled]
+            *before, last = ctx.run.parts
+            small = [part.path.branch(maps) for part, maps in zip(before, inputs, strict=True)]
+            last_small = last.path.branch.unread(last_input, statistics)
+        of_last = upsample_gradient(back.grad, last_small, last.path.branch.backend)
+        of_pooled, *of_lite = inner_grad([last_small], [last_input, *_of_lite(last)], [of_last])
+        del last_small, of_last
         of_small = back.through_mains(small, of_pooled)
         if small:
-            first = ctx.run.parts[0]
-            of_pooled, *of_first = inner_grad(small, [*inputs, *_of_lite(first)], [of_small])
+            of_pooled, *of_first = inner_grad(small, [*inputs, *_of_lite(before[0])], [of_small])
             back.through_head(of_pooled)
             of_lite = [*of_first, *of_lite]
         return back.grad_input, None, *back.totals, *of_lite
