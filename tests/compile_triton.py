@@ -8,7 +8,8 @@ import sys
 
 import torch
 import triton
-from test_triton import inverted_residual, lite_residual, with_tensors_of
+from test_triton import inverted_residual, with_tensors_of
+from test_triton_branch import lite_residual
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -110,6 +110,16 @@ def shared_data():
 HEAVY = {"convnext_tiny", "resnet50", "efficientnet_b0", "timm/efficientnet_b0"}
 
 
+def state_of(model):
+    """A copy of what a model holds, for :func:`assert_left_as_found`."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_left_as_found(model, before):
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def slow(*values):
     """A row of a matrix for `make test-slow`: `make test` has others that show the same."""
     return pytest.param(*values, marks=pytest.mark.slow)
@@ -128,6 +138,15 @@ def pytest_collection_modifyitems(items):
 
 
 FIGURES = []
+
+
+@pytest.fixture
+def one_thread():
+    """Memory and speed are those of one thread, on any machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -4,14 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import METHODS, run_cli, small_run
+from conftest import assert_left_as_found, run_cli, small_run, state_of
 from PIL import Image
 from safetensors.torch import load_file
-from torch import nn
-from torchvision.models._api import BUILTIN_MODELS
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.config.network import HeadConfig, LiteConfig
+from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.config.verbs import MemoryTableConfig
@@ -19,185 +17,18 @@ from tinytl_hf.device import make_accelerator
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean import native_library
 from tinytl_hf.lean.notes import grouped
-from tinytl_hf.measure.convolutions import Convolutions
 from tinytl_hf.measure.ledger import kept_by_layer, kept_for_backward
-from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
+from tinytl_hf.measure.measured_step import random_batch
 from tinytl_hf.measure.memory import DataMemory, MemoryRow, memory_table, photo_size_of, to_json
 from tinytl_hf.measure.paper_rule import paper_rule
 from tinytl_hf.measure.peak import Peak, measure_peak, measure_speed, process_high_water
-from tinytl_hf.measure.speed import BenchRow, bench_table
 
-HEAD_INPUT = 1280 * 4  # bytes an image
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def two_convolutions(monkeypatch):
-    """The name under which torchvision then knows :class:`TwoConvolutions`, as one of its own."""
-
-    def make(weights=None):
-        return TwoConvolutions()
-
-    make.__module__ = "torchvision.models.two_convolutions"
-    monkeypatch.setitem(BUILTIN_MODELS, "two_convolutions", make)
-    return "two_convolutions"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_batch(images, size=64):
     generator = torch.Generator().manual_seed(0)
     return torch.randn(images, 3, size, size, generator=generator), torch.arange(images) % 4
-
-
-def state_of(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_left_as_found(model, before):
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def bytes_of_loss(images, classes=4):
-    """What cross entropy keeps: the log-probabilities, and a scalar to divide by."""
-    return images * classes * 4 + 4
-
-
-def test_paper_rule_gives_the_papers_figure_of_full_fine_tuning(make_model):
-    # Figure 4 of the paper: MobileNetV2, 100 classes, 224 px, batch 8.
-    assert paper_rule(make_model("FT-Full", num_classes=100, train_size=224), 8) / 1e6 == pytest.approx(447.8, abs=0.2)
-
-
-def test_training_biases_takes_little_more_than_training_the_head_by_the_papers_rule(make_model):
-    # Section 3.1: biases need no activations, only a bit for each value of a ReLU.
-    mb = {m: paper_rule(make_model(m, num_classes=10, train_size=224), 8) / 1e6 for m in METHODS}
-    assert mb["FT-Last"] < mb["TinyTL-B"] < 1.03 * mb["FT-Last"]
-    assert mb["TinyTL-B"] < mb["TinyTL-L"] <= mb["TinyTL-L+B"] < mb["FT-Norm+Last"] < mb["FT-Full"]
-    assert mb["FT-Full"] > 6.5 * mb["TinyTL-L+B"]  # "up to 6.5x", abstract
-    assert mb["FT-Layerwise"] == mb["FT-Full"]
-
-
-PIXELS = 32 * 32
-
-
-class TwoConvolutions(nn.Module):
-    """3 -> 4 -> 8 channels on maps of one size, two classes."""
-
-    def __init__(self):
-        super().__init__()
-        first = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU()
-        second = nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
-        self.features = nn.Sequential(*first, *second)
-        self.classifier = nn.Linear(8, 1000)
-
-    def forward(self, x):
-        return self.classifier(self.features(x).mean((2, 3)))
-
-
-@pytest.mark.parametrize(
-    ("method", "kept_and_run", "trained"),
-    [
-        # Nothing is kept; the second convolution takes its input and output, 4 and 8 maps.
-        ("FT-Last", 4 * PIXELS * (4 + 8), 18),
-        # As much, and a bit for each value of the first ReLU.
-        ("TinyTL-B", 4 * PIXELS * (4 + 8) + 4 * PIXELS // 8, 18 + 4 + 8),
-        # Inputs of both convolutions and both norms, the first ReLU's bits, and what the second ReLU reads.
-        ("FT-Full", 4 * PIXELS * (3 + 4 + 4 + 8 + 8) + 4 * PIXELS // 8, 182),
-    ],
-)
-def test_paper_rule_of_two_convolutions_by_hand(method, kept_and_run, trained, make_model, two_convolutions):
-    # 182 parameters: 4 * 3 * 9 and 4 * 8 weights, 2 * 4 and 2 * 8 of the norms, 8 * 2 + 2 of the head.
-    model = make_model(method, two_convolutions, num_classes=2, train_size=32)
-    assert paper_rule(model, 5) == 5 * kept_and_run + 4 * trained + (182 - trained)  # frozen ones in 8 bits
-
-
-def test_paper_rule_does_not_depend_on_the_engine_and_leaves_the_model_alone(make_model):
-    lean, stock = make_model(), make_model(lean=False)
-    before = state_of(lean)
-    lean.backbone.features[0].eval()
-    assert paper_rule(lean, 2) == paper_rule(stock, 2)
-    assert lean.training and not lean.backbone.features[0].training
-    assert_left_as_found(lean, before)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lean.modules())
-
-
-def test_paper_rule_by_hand_where_the_widest_layer_decides(make_model):
-    model = make_model("FT-Last", train_size=32)
-    # features.2's expansion reads 16 and writes 96 channels of 16x16 px; nothing is kept before it.
-    expected = 4 * 16 * 16 * (16 + 96)
-    trained = 1281 * 4
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    assert paper_rule(model, 3) == 3 * expected + 4 * trained + frozen
-    assert paper_rule(model, 3, frozen_bits=32) == 3 * expected + 4 * (trained + frozen)
-
-
-@pytest.mark.parametrize("backbone", ["mobilenet_v3_small", "efficientnet_b0", "mnasnet1_0", "resnet18"])
-def test_paper_rule_ranks_the_methods_on_other_backbones(make_model, backbone):
-    figures = [
-        paper_rule(make_model(method, backbone=backbone), 8)
-        for method in ("FT-Last", "TinyTL-B", "TinyTL-L+B", "FT-Full")
-    ]
-    assert figures == sorted(figures)
-
-
-@pytest.mark.parametrize("lean", [True, False])
-def test_ledger_of_last_layer_is_the_heads_input_and_the_loss(make_model, lean):
-    model = make_model("FT-Last", lean=lean)
-    assert kept_for_backward(model, *make_batch(3)) == 3 * HEAD_INPUT + bytes_of_loss(3)
-
-
-def test_ledger_of_lean_biases_is_one_bit_for_each_relu6(make_model):
-    model = make_model("TinyTL-B")
-    values = []
-    hooks = [
-        module.register_forward_hook(lambda _, __, output: values.append(output.numel()))
-        for module in model.modules()
-        if isinstance(module, nn.ReLU6)
-    ]
-    with torch.no_grad():  # the stock pass, with layers one by one
-        model.eval()(make_batch(2)[0])
-    for hook in hooks:
-        hook.remove()
-    masks = sum(-(-count // 8) for count in values)
-    assert kept_for_backward(model, *make_batch(2)) == masks + 2 * HEAD_INPUT + bytes_of_loss(2)
-
-
-def test_ledger_sees_what_each_lite_residual_keeps(make_model):
-    biases, both = make_model("TinyTL-B"), make_model("TinyTL-L+B")
-    kept = []  # the pooled input, and mean and deviation of each norm's channels
-    for block in both._blocks.values():
-        lite = block.lite_residual
-        vectors = 2 * (lite.norm1.num_features + lite.norm2.num_features)
-        lite.conv1.register_forward_hook(
-            lambda _, inputs, output, vectors=vectors: kept.append(inputs[0].numel() + vectors)
-        )
-    with torch.no_grad():
-        both.eval()(make_batch(2)[0])
-    assert len(kept) == 17
-    batch, expected = make_batch(2), 4 * sum(kept)
-    assert kept_for_backward(both, *batch) == kept_for_backward(biases, *batch) + expected
-
-
-def test_ledger_of_lean_biases_is_over_50_times_smaller_than_of_stock(make_model):
-    batch = make_batch(2)
-    lean = kept_for_backward(make_model("TinyTL-B"), *batch)
-    stock = kept_for_backward(make_model("TinyTL-B", lean=False), *batch)
-    assert stock > 50 * lean
-
-
-def test_ledger_leaves_the_model_and_the_generator_alone(make_model):
-    model = make_model("FT-Full", head=HeadConfig(dropout=0.5)).eval()
-    before, generator = state_of(model), torch.get_rng_state()
-    kept_for_backward(model, *make_batch(2))
-    assert_left_as_found(model, before)
-    assert not any(module.training for module in model.modules())
-    assert torch.equal(torch.get_rng_state(), generator)
 
 
 @pytest.mark.slow
@@ -479,51 +310,6 @@ def test_memory_is_measured_in_the_precision_of_the_run(ready_processes):
     assert 0.45 < kept["bf16"] / kept["no"] < 0.7
 
 
-def test_bench_times_each_contender_and_says_where_a_batch_is_too_small(ready_processes):
-    arguments = ["bench", "--backbone.weights", "none", "--train_sizes", "[32]", "--batch_sizes", "[1, 4]"]
-    arguments += ["--backbone.name", "mobilenet_v3_small", "--train.mixed_precision", "bf16", "--repeats", "1"]
-    done = run_cli(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    one, four = report["rows"]
-    assert "larger batch" in one["refused"] and one["images_per_second"] == {}
-    steps = ["FT-Full stock", "TinyTL-L+B stock", "TinyTL-L+B lean"]
-    assert list(four["images_per_second"])[:3] == steps and "TinyTL-L+B convolutions" in four["images_per_second"]
-    assert all(speed > 0 for speed in four["images_per_second"].values())
-    assert report["conditions"]["threads"] == torch.get_num_threads() and report["conditions"]["precision"] == "bf16"
-
-
-def test_bench_gives_the_speed_of_lean_as_a_multiple_of_both_stock_ones_and_as_a_share_of_the_convolutions():
-    speeds = {"FT-Full stock": 10.0, "TinyTL-B stock": 12.0, "TinyTL-B lean": 18.0, "TinyTL-B convolutions": 36.0}
-    table = bench_table([BenchRow(96, 8, speeds), BenchRow(96, 1, {}, "batch too small")], "TinyTL-B")
-    rows = [line.split() for line in table.splitlines()]
-    assert ["96", "8", "10.0", "12.0", "18.0", "36.0", "1.80x", "1.50x", "0.50x"] in rows
-    assert ["96", "1", "-", "-", "-", "-", "-", "-", "-"] in rows and "96 px, batch 1: batch too small" in table
-
-
-@pytest.mark.parametrize("backbone", ["mobilenet_v2", "timm/tf_efficientnet_lite0"])
-def test_convolutions_are_counted_forward_and_back_to_what_needs_a_gradient(make_model, backbone):
-    if backbone.startswith("timm/"):
-        pytest.importorskip("timm", reason="the extra timm is not installed")
-
-    def passes(method, accumulation=1):
-        model = make_model(method, backbone, train_size=32, lean=False).train()
-        config = Config(
-            train=TrainConfig(gradient_accumulation_steps=accumulation, global_batch_size=2 * accumulation)
-        )
-        step = Convolutions(MeasuredStep(model, *random_batch(model, 2), config))
-        step()
-        assert step.images == 2 * accumulation
-        return len(step.passes)
-
-    model = make_model("FT-Full", backbone, train_size=32)
-    count = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
-    assert passes("FT-Last") == count  # forward alone
-    assert passes("FT-Full") == 3 * count - 1  # the photos need no gradient
-    assert passes("TinyTL-B") == 2 * count - 1
-    assert passes("TinyTL-B", accumulation=2) == 2 * (2 * count - 1)
-
-
 @pytest.mark.slow
 def test_the_promised_memory_of_mobilenet_v2_at_224_px(make_model):
     full = make_model("FT-Full", train_size=224, lean=False)
@@ -539,12 +325,3 @@ def test_one_image_at_a_time_takes_a_twelfth_of_full_training(make_model):
     full = make_model("FT-Full", train_size=224, lean=False)
     both = make_model("TinyTL-L+B", train_size=224, lite=LiteConfig(norm="group"))
     assert measure_peak(full, *random_batch(full, 8)).total > 12 * measure_peak(both, *random_batch(both, 1)).total
-
-
-def test_the_ledger_names_the_layer_that_keeps_a_map(make_model):
-    model, batch = make_model("FT-Full", "resnet18", lean=False), make_batch(2)
-    kept = kept_by_layer(model, *batch)
-    assert sum(kept.values()) == kept_for_backward(model, *batch)
-    # The first norm keeps its input; the pooling keeps its own and, as int64, where each value came from.
-    assert kept["bn1"] > 4 * 2 * 64 * 32 * 32
-    assert kept["maxpool"] >= 8 * 2 * 64 * 16 * 16

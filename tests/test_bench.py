@@ -1,0 +1,58 @@
+import json
+
+import pytest
+import torch
+from conftest import run_cli
+
+from tinytl_hf.config.run import Config
+from tinytl_hf.config.train import TrainConfig
+from tinytl_hf.measure.convolutions import Convolutions
+from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
+from tinytl_hf.measure.speed import BenchRow, bench_table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_bench_times_each_contender_and_says_where_a_batch_is_too_small(ready_processes):
+    arguments = ["bench", "--backbone.weights", "none", "--train_sizes", "[32]", "--batch_sizes", "[1, 4]"]
+    arguments += ["--backbone.name", "mobilenet_v3_small", "--train.mixed_precision", "bf16", "--repeats", "1"]
+    done = run_cli(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    one, four = report["rows"]
+    assert "larger batch" in one["refused"] and one["images_per_second"] == {}
+    steps = ["FT-Full stock", "TinyTL-L+B stock", "TinyTL-L+B lean"]
+    assert list(four["images_per_second"])[:3] == steps and "TinyTL-L+B convolutions" in four["images_per_second"]
+    assert all(speed > 0 for speed in four["images_per_second"].values())
+    assert report["conditions"]["threads"] == torch.get_num_threads() and report["conditions"]["precision"] == "bf16"
+
+
+def test_bench_gives_the_speed_of_lean_as_a_multiple_of_both_stock_ones_and_as_a_share_of_the_convolutions():
+    speeds = {"FT-Full stock": 10.0, "TinyTL-B stock": 12.0, "TinyTL-B lean": 18.0, "TinyTL-B convolutions": 36.0}
+    table = bench_table([BenchRow(96, 8, speeds), BenchRow(96, 1, {}, "batch too small")], "TinyTL-B")
+    rows = [line.split() for line in table.splitlines()]
+    assert ["96", "8", "10.0", "12.0", "18.0", "36.0", "1.80x", "1.50x", "0.50x"] in rows
+    assert ["96", "1", "-", "-", "-", "-", "-", "-", "-"] in rows and "96 px, batch 1: batch too small" in table
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "timm/tf_efficientnet_lite0"])
+def test_convolutions_are_counted_forward_and_back_to_what_needs_a_gradient(make_model, backbone):
+    if backbone.startswith("timm/"):
+        pytest.importorskip("timm", reason="the extra timm is not installed")
+
+    def passes(method, accumulation=1):
+        model = make_model(method, backbone, train_size=32, lean=False).train()
+        config = Config(
+            train=TrainConfig(gradient_accumulation_steps=accumulation, global_batch_size=2 * accumulation)
+        )
+        step = Convolutions(MeasuredStep(model, *random_batch(model, 2), config))
+        step()
+        assert step.images == 2 * accumulation
+        return len(step.passes)
+
+    model = make_model("FT-Full", backbone, train_size=32)
+    count = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+    assert passes("FT-Last") == count  # forward alone
+    assert passes("FT-Full") == 3 * count - 1  # the photos need no gradient
+    assert passes("TinyTL-B") == 2 * count - 1
+    assert passes("TinyTL-B", accumulation=2) == 2 * (2 * count - 1)
