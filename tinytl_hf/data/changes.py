@@ -52,7 +52,7 @@ class Changes:
         rng = np.random.default_rng((self.seed, epoch, 1))
         self.seeds = rng.integers(2**62, size=self.images)
         by_mixup, by_cutmix = (rng.beta(a or 1, a or 1, self.images) for a in (self.mixup, self.cutmix))
-        cuts = np.zeros(self.images, dtype=bool)
+        cuts: np.ndarray = np.zeros(self.images, dtype=bool)
         if self.cutmix > 0:  # with mixup as well, a coin decides
             cuts = (rng.random(self.images) < 0.5) | (self.mixup == 0)
         drawn = [np.where(cuts, by_cutmix, by_mixup), cuts, rng.random(self.images), rng.random(self.images)]

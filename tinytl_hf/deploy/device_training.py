@@ -107,7 +107,8 @@ class DeviceTraining:
             The mean loss of each step's batch, before the step.
         """
         views, numbers = np.stack([self.view(photo) for photo in photos]), np.asarray(labels)
-        random, order, losses = np.random.default_rng(seed), np.empty(0, int), []
+        random, losses = np.random.default_rng(seed), []
+        order: np.ndarray = np.empty(0, int)
         for _ in range(steps):
             while len(order) < self.batch_size:
                 order = np.concatenate([order, random.permutation(len(photos))])
