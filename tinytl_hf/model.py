@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tinytl_hf.adapter.build import as_it_is, build_network, check_fits, check_weights, new_config, recorded
+from tinytl_hf.adapter.build import as_it_is, build_network, check_fits, check_weights, new_config, recorded, source_of
 from tinytl_hf.adapter.delta import adapter_tensors, frozen_tensors, load_tensors
-from tinytl_hf.adapter.format import holds, read_config, read_tensors, write_adapter
+from tinytl_hf.adapter.format import folder_named, holds, read_config, read_tensors, write_adapter
 from tinytl_hf.adapter.record import AdapterConfig, DataRecord
 from tinytl_hf.adapter.switching import Adapters, LoadedAdapter
 from tinytl_hf.config.engine import BackendName, Engine
@@ -26,7 +26,6 @@ from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import centre_boxes, resample
 from tinytl_hf.data.inputs import check_normalised, pixels_of
 from tinytl_hf.data.tensors import pad_images
-from tinytl_hf.disk import expanded
 from tinytl_hf.hub.card import read_card, render_card
 from tinytl_hf.hub.transfer import find_adapter, push
 from tinytl_hf.lean.convert import convert
@@ -98,7 +97,7 @@ class TinyTLModel(nn.Module):
         method: str = "TinyTL-L+B",
         num_classes: int | None = None,
         label_names: Iterable[object] | None = None,
-        weights: str = "imagenet",
+        weights: str | Path = "imagenet",
         frozen_weights: Literal["fp32", "int8"] = "fp32",
         train_size: int = 224,
         eval_size: int | None = None,
@@ -145,7 +144,7 @@ class TinyTLModel(nn.Module):
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
-        weights: str | None = None,
+        weights: str | Path | None = None,
         lean: bool = Engine.lean,
         backend: BackendName = Engine.backend,
         slice_mb: float | None = None,
@@ -172,7 +171,7 @@ class TinyTLModel(nn.Module):
         """
         folder = find_adapter(pretrained_model_name_or_path, revision, token, **download)
         saved = read_config(folder)
-        source = weights or saved.backbone.weights
+        source = source_of(weights, own=saved.backbone.weights)
         engine = Engine(lean, backend, slice_mb, gradient_checkpointing)
         model = cls._with_tensors(folder, saved, source, engine, token=token, **download)
         check_weights(saved, model.config.backbone.sha256, source, str(folder))
@@ -206,12 +205,12 @@ class TinyTLModel(nn.Module):
             save_directory: The folder; files of other names in it stay.
             dtype: ``fp32`` or ``fp16``; by default that of the adapter that was loaded, or fp32.
             data: The data it was trained on.
-            metrics: Figures on the evaluation set for the card.
+            metrics: Figures on the evaluation set for the card, as ``{"accuracy": 0.9}``.
 
         Raises:
             TinyTLError: The folder cannot be written, or a value is not finite or would not be read again.
         """
-        folder = expanded(save_directory)
+        folder = folder_named("save_directory", save_directory)
         config = as_it_is(self.config, self.backbone)
         config = replace(config, dtype=dtype or config.dtype, data=data or config.data)
         write_adapter(folder, config, self.adapter_tensors(), render_card(config, metrics, read_card(folder)))
@@ -276,6 +275,7 @@ class TinyTLModel(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """What the head gets of normalised images: ``[N, features]``, without gradients; in any thread."""
+        check_normalised(images)
         with torch.no_grad():
             return without_head(self.backbone)(images.contiguous(memory_format=torch.channels_last)).flatten(1)
 
@@ -325,7 +325,7 @@ class TinyTLModel(nn.Module):
         folder = find_adapter(path, revision, **download)
         saved = read_config(folder)
         self._adapters.check_new(name, saved, self.config, folder)
-        source = weights or self._adapters.source(self._loaded(), own=saved.backbone.weights)
+        source = source_of(weights, own=self._adapters.source(self._loaded(), own=saved.backbone.weights))
         new = self._with_tensors(folder, saved, source, self.engine, **download)
         self._adapters.add(name, new._loaded(), self._loaded(), folder, saved.backbone.sha256)
 

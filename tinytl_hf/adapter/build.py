@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 def new_config(
     name: str,
-    weights: str,
+    weights: str | Path,
     method: str,
     labels: tuple[Iterable[object] | None, int | None],
     sizes: tuple[int, int | None, float | None],
@@ -71,6 +71,17 @@ def new_config(
         head=head or HeadConfig(),
     )
     return checked(config)
+
+
+def source_of(weights: object, own: str) -> str:
+    """The source of weights that an argument names; ``own`` where it is None.
+
+    Raises:
+        TinyTLError: It is nothing that can be one.
+    """
+    is_source = isinstance(weights, (str, Path)) and bool(str(weights).strip())
+    check(weights is None or is_source, "weights", weights, "use imagenet, a file or none, for example")
+    return own if weights is None else str(weights)
 
 
 def _check_types(name: object, weights: object, crop_pct: object, lite: object, head: object) -> None:

@@ -7,9 +7,12 @@ tensors and the buffers that training can have changed, under the backbone's own
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,8 +20,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from tinytl_hf.adapter.delta import is_finite
-from tinytl_hf.adapter.record import AdapterConfig, checked, config_from
-from tinytl_hf.disk import write_bytes, write_text
+from tinytl_hf.adapter.record import LONGEST, AdapterConfig, checked, config_from
+from tinytl_hf.config.check import check
+from tinytl_hf.disk import expanded, write_bytes, write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.weights import without_folder
 from tinytl_hf.version import __version__
@@ -27,17 +31,40 @@ CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 MAX_CONFIG_BYTES = 16_000_000
+URLS = ("http://", "https://", "hf://", "hf-hub:")
+
+
+def folder_named(key: str, name: object) -> Path:
+    """The folder that an argument ``key`` names, with ``~`` for the user's home.
+
+    Raises:
+        TinyTLError: It is no path that a folder can have, or an empty one, which would be the current folder.
+    """
+    check(isinstance(name, (str, os.PathLike)), key, name, "use the path of a folder, or user/name on the Hub")
+    text = os.fspath(name)  # type: ignore[call-overload]
+    check(bool(text.strip()), key, name, "it is empty, as of a variable that is not set; name a folder")
+    check(not text.startswith(URLS), key, name, "is an address; a repository on the Hub is named as user/name")
+    path = expanded(text)
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return path
+    except (OSError, ValueError) as error:  # too long, a NUL, half a character
+        raise TinyTLError(f"{key}: no folder can be called so ({error})") from error
+    return path
 
 
 def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], card: str) -> None:
     """Write an adapter folder; each file appears whole or not at all, and other files there stay.
 
     Raises:
-        TinyTLError: The folder cannot be written, or a value is not finite or does not fit ``config.dtype``.
+        TinyTLError: The folder cannot be written or holds an adapter of another library, or a value is not finite or
+            does not fit ``config.dtype``.
     """
     config = checked(replace(config, tinytl_hf_version=__version__))  # not that of an adapter it was loaded from
     stored = {name: _to_disk(name, tensor, config.dtype) for name, tensor in tensors.items()}
     try:
+        _check_ours(folder / CONFIG_FILE)
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / TENSORS_FILE, save(stored, metadata={"format": "pt"}))
         if card:
@@ -45,6 +72,12 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Ten
         write_text(folder / CONFIG_FILE, config.to_json())
     except OSError as error:
         raise TinyTLError(f"cannot write the adapter to {folder}: {error}") from error
+
+
+def _check_ours(path: Path) -> None:
+    """Raise if a config is there that no version of this package wrote: PEFT calls its files by the same names."""
+    if path.is_file() and b'"format_version"' not in path.read_bytes():
+        raise TinyTLError(f"{path} is not of this package, and would be replaced; save to another folder")
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -55,14 +88,27 @@ def read_config(folder: Path) -> AdapterConfig:
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise TinyTLError(f"{folder} is no adapter: it has no {CONFIG_FILE}")
+        raise TinyTLError(f"{folder} is no adapter: it has no {CONFIG_FILE}{_why_not(folder)}")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise TinyTLError(f"{path} is not an adapter config: it has {path.stat().st_size / 1e6:.0f} MB")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_each_once)
     except (OSError, ValueError, RecursionError) as error:
         raise TinyTLError(f"{path} is not valid JSON: {error}") from error
     return config_from(values, path)
+
+
+def _why_not(folder: Path) -> str:
+    if folder.is_dir():
+        return ""
+    return f", as it is a file; name {folder.parent}" if folder.is_file() else ", as there is no such folder"
+
+
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, of whose values for one key Python would take the last."""
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"{twice[0][:LONGEST]!r} is there more than once")
+    return dict(pairs)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -203,6 +203,8 @@ class AdapterConfig:
     tinytl_hf_version: str = __version__
 
     def __post_init__(self) -> None:
+        if self.data is not None and not isinstance(self.data, DataRecord):
+            raise TinyTLError(f"data={_short(self.data)}: use a DataRecord")
         twice = [name for name, count in Counter(self.label_names).items() if count > 1]
         if not self.label_names or twice:
             found = f"{_short(twice[0])} is there more than once" if twice else "there is none"

@@ -21,6 +21,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE
 from tinytl_hf.adapter.record import AdapterConfig, DataRecord, InitRecord
+from tinytl_hf.config.check import check
 from tinytl_hf.config.network import MethodName
 from tinytl_hf.data.roles import HOLDOUT
 from tinytl_hf.errors import TinyTLError, one_line
@@ -85,7 +86,7 @@ def render_card(
         existing: The card that is there already, for :func:`update_card`.
         facts: What is known of the run, where there was one.
     """
-    figures = {name: float(metrics[name]) for name in METRICS if name in metrics} if metrics else {}
+    figures = {} if metrics is None else _figures(metrics)
     facts = facts or RunFacts()
     if facts.split and config.data is not None:
         config = replace(config, data=replace(config.data, eval_split=facts.split))
@@ -124,6 +125,25 @@ def render_card(
     )
     new = re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n"
     return new if existing is None else update_card(existing, new)
+
+
+def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those of ``metrics`` that a card shows.
+
+    Raises:
+        TinyTLError: They are no figures by name, or none that is known here.
+    """
+    check(isinstance(metrics, Mapping), "metrics", metrics, "use figures by name, such as {'accuracy': 0.9}")
+    known = [name for name in METRICS if name in metrics]
+    check(bool(known) or not metrics, "metrics", metrics, f"a card shows {', '.join(METRICS)}; use one of those")
+    figures = {}
+    for name in known:
+        try:
+            figures[name] = float(metrics[name])
+        except (TypeError, ValueError) as error:
+            raise TinyTLError(f"metrics: {name} is {metrics[name]!r}; use a number from 0 to 1") from error
+        check(0 <= round(figures[name], 6) <= 1, f"metrics: {name}", figures[name], "use a number from 0 to 1")
+    return figures
 
 
 def _init_in_words(init: InitRecord) -> str:

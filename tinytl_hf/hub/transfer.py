@@ -31,10 +31,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE, read_config, read_tensors
+from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE, folder_named, read_config, read_tensors
 from tinytl_hf.adapter.record import AdapterConfig
 from tinytl_hf.config.hub import REPO_NAME, PullConfig, PushConfig
-from tinytl_hf.disk import expanded, write_bytes, writing
+from tinytl_hf.disk import write_bytes, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub import client
 from tinytl_hf.hub.card import (
@@ -58,6 +58,10 @@ TIMM_EXAMPLES = ('"hf-hub:{}"', 'model="{}"')  # where the card of such a model 
 EXAMPLE_NAME = "user/name"  # which stands there until it has one
 # What `from_pretrained` takes besides the arguments of a download.
 LOADING = ("weights", "lean", "backend", "slice_mb", "gradient_checkpointing", "revision", "token")
+# What a download is told here, and what gives no folder.
+OURS = {"repo_id", "repo_type", "allow_patterns", "library_name", "library_version", "dry_run"}
+# What the client raises: the last is for an argument of another type.
+FAILURES = (httpx2.HTTPError, EntryNotFoundError, OSError, ValueError, RuntimeError, KeyError, TypeError)
 LOGIN = "run `hf auth login` or set HF_TOKEN"
 
 
@@ -77,7 +81,7 @@ def push(config: PushConfig, token: str | None = None) -> str:
     Raises:
         TinyTLError: No adapter there, or the Hub cannot be reached or refuses, with the command to retry.
     """
-    folder = _own_folder(expanded(config.adapter))
+    folder = _own_folder(folder_named("adapter", config.adapter))
     record = None if is_timm_model(folder) else read_config(folder)
     if record is not None:
         read_tensors(folder)
@@ -143,7 +147,7 @@ def find_adapter(name: str | Path, revision: str | None = None, token: str | Non
         TinyTLError: No such folder and no such adapter on the Hub, or a local folder with a revision.
     """
     _check_options(options)
-    path = expanded(name)
+    path = folder_named("adapter", name)
     if path.exists() or not REPO_NAME.fullmatch(str(name)):
         if revision is not None:
             raise TinyTLError(f"revision={revision}: {name} is a path, and only names on the Hub have revisions")
@@ -155,8 +159,11 @@ def find_adapter(name: str | Path, revision: str | None = None, token: str | Non
 
 def _check_options(options: Mapping[str, Any]) -> None:
     """Raise for an argument that is none of a download's: a slip, or one of another library."""
-    known = inspect.signature(snapshot_download).parameters.keys() - {"repo_id", "repo_type"}
+    known = inspect.signature(snapshot_download).parameters.keys() - OURS
     for name in options.keys() - known:
+        if name in LOADING:
+            hint = "another adapter has that of the model it is loaded into"
+            raise TinyTLError(f"{name}={options[name]}: {hint}; leave it out")
         near = difflib.get_close_matches(name, [*LOADING, *known], n=1)
         hint = f"did you mean {near[0]}?" if near else f"use {', '.join(LOADING)} or those of a download"
         raise TinyTLError(f"{name}={options[name]}: loading an adapter has no such argument; {hint}")
@@ -284,7 +291,7 @@ def _explained(what: str, retry: str) -> Iterator[None]:
     """Turn a failure into one line: what was done, what went wrong, how to mend it, how to retry."""
     try:
         yield
-    except (TinyTLError, httpx2.HTTPError, EntryNotFoundError, OSError, ValueError, RuntimeError, KeyError) as error:
+    except (TinyTLError, *FAILURES) as error:
         reason = str(error) if isinstance(error, TinyTLError) else _reason(error)
         raise TinyTLError(f"{what}: {reason}; then retry with: {retry}") from error
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from numbers import Real
 from typing import Any
 
 from torch import nn
 
+from tinytl_hf.config.check import check
 from tinytl_hf.config.network import METHOD_ALIASES, LiteConfig, MethodName
 from tinytl_hf.config.train import LrFactors
 from tinytl_hf.errors import TinyTLError
@@ -104,7 +106,7 @@ def by_name(name: str) -> MethodName:
     Raises:
         TinyTLError: There is none.
     """
-    method = METHOD_ALIASES.get(name, name)
+    method = METHOD_ALIASES.get(name, name) if isinstance(name, str) else None
     if method not in METHODS:
         raise TinyTLError(f"method={name}: use one of {', '.join(METHODS)}")
     return method  # type: ignore[return-value]
@@ -239,6 +241,8 @@ def parameter_groups(
     ``decay_all`` decays biases and norm scales, too; ``factors`` multiply the learning rate by role.
     ``matrices`` of a group is 0 or, of convolutions of lite residuals, the groups of channels: each is a matrix.
     """
+    check(isinstance(lr, Real), "lr", lr, "use a number")
+    check(factors is None or isinstance(factors, LrFactors), "factors", factors, "use an LrFactors")
     roles, matrices = parameter_roles(backbone), _lite_matrices(backbone)
     scales = _layerwise_scales(roles, blocks) if method == "FT-Layerwise" else {}
     by_role = _factors_by_role(factors or LrFactors())
