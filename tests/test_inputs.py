@@ -61,6 +61,8 @@ def test_one_photo_gives_the_same_numbers_in_each_of_its_forms(model, pixels, tm
         (torch.full((3, 4, 4), float("nan")), "has values that are no pixels"),
         (np.zeros((4, 4), bool), "has values that are no pixels"),
         ("nowhere.png", "nowhere.png cannot be read as an image"),
+        ("", "'' is empty: name the file of an image"),
+        ("https://x.org/a.png", "'https://x.org/a.png' is an address"),
     ],
 )
 def test_what_is_no_image_is_named_with_what_is_one(given, message, model):
@@ -75,6 +77,22 @@ def test_a_truncated_photo_is_an_error_of_ours(model, pixels, tmp_path):
     for given in (tmp_path / "cut.png", Image.open(tmp_path / "cut.png")):
         with pytest.raises(TinyTLError, match="cannot be read"):
             model.preprocess(given)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize(
+    ("backbone", "method", "size"),
+    [
+        ("convnext_tiny", "TinyTL-B", (3, 64)),
+        ("convnext_tiny", "TinyTL-L+B", (16, 16)),
+        ("mobilenet_v2", "TinyTL-L+B", (0, 8)),
+        ("resnet18", "TinyTL-B", (8, 0)),
+    ],
+)
+def test_photos_that_are_too_small_for_a_network_are_refused_in_training(backbone, method, size, backend, make_model):
+    model = make_model(method, backbone, backend=backend).train()
+    with pytest.raises((TinyTLError, RuntimeError), match=r"too small for the network|greater than actual input size"):
+        model(torch.zeros(2, 3, *size))  # by the kernels' check, or by PyTorch's
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -131,8 +131,9 @@ def test_wrong_files_are_named(merged, tmp_path):
     _, path, _ = merged("FT-Last")
     done = run_cli("merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "model.pth")
     assert done.returncode == 1 and "model.pth: name a .safetensors file" in done.stderr
-    with pytest.raises(TinyTLError, match=r"lost.safetensors cannot be read"):
-        load_merged(tmp_path / "lost.safetensors")
+    for other in (tmp_path / "lost.safetensors", tmp_path, "", 5, None):
+        with pytest.raises(TinyTLError, match="that tinytl-hf merge wrote"):
+            load_merged(other)
     with pytest.raises(TinyTLError, match="was not written by tinytl-hf merge"):
         load_merged(tmp_path / "adapter" / "adapter_model.safetensors")
     path.write_bytes(path.read_bytes()[:-9])

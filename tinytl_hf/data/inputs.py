@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ def pixels_of(images: Any, input_size: int) -> list[Tensor]:
     Raises:
         TinyTLError: Something else, or a file that cannot be read.
     """
-    is_one = isinstance(images, (Image.Image, str, Path)) or (_is_array(images) and images.ndim < 4)
+    is_one = isinstance(images, (Image.Image, str, os.PathLike)) or (_is_array(images) and images.ndim < 4)
     if not is_one and (isinstance(images, (bytes, Mapping)) or not isinstance(images, Iterable)):
         raise TinyTLError(f"{type(images).__name__} is no image: {TAKEN}")
     found = [_decoded(image, input_size) for image in ([images] if is_one else images)]
@@ -63,8 +63,11 @@ def _is_array(value: Any) -> bool:
 
 
 def _decoded(image: Any, input_size: int) -> Tensor:
-    if isinstance(image, (str, Path)):
-        path = expanded(image)
+    if isinstance(image, (str, os.PathLike)):
+        name = os.fspath(image)
+        if not name or "://" in name:
+            raise TinyTLError(f"{name!r} is {'an address' if name else 'empty'}: name the file of an image")
+        path = expanded(name)
         try:
             return decode({"bytes": None, "path": str(path)}, input_size)
         except UnreadableImageError as error:

@@ -20,6 +20,7 @@ from tinytl_hf.adapter.build import build_network
 from tinytl_hf.adapter.delta import frozen_tensors
 from tinytl_hf.adapter.format import CONFIG_FILE
 from tinytl_hf.adapter.record import AdapterConfig, config_from
+from tinytl_hf.config.check import check
 from tinytl_hf.config.verbs import MergeConfig
 from tinytl_hf.disk import expanded, write_bytes, writing
 from tinytl_hf.errors import TinyTLError
@@ -72,7 +73,10 @@ def load_merged(path: str | Path) -> TinyTLModel:
     Raises:
         TinyTLError: No such file, a damaged one, or one of another kind.
     """
+    check(isinstance(path, (str, Path)) and bool(str(path)), "path", path, "name a file that tinytl-hf merge wrote")
     path = expanded(path)
+    if not path.is_file():
+        raise TinyTLError(f"{path} is no file; name one that tinytl-hf merge wrote")
     try:
         with safe_open(path, "pt") as file:
             values = json.loads((file.metadata() or {}).get("adapter_config", "null"))

@@ -115,7 +115,13 @@ class Chain:
         self.check(shape)
         sizes = [(self.stages[0].conv.in_channels, shape[2], shape[3])]
         for stage in self.stages:
-            sizes.append((stage.conv.out_channels, *stage.output_size(*sizes[-1][1:])))
+            height, width = stage.output_size(*sizes[-1][1:])
+            if height < 1 or width < 1:  # kernels would read what lies beyond the maps
+                raise TinyTLError(
+                    f"images are too small for the network: a convolution of {list(stage.conv.kernel_size)} px gets "
+                    f"maps of {list(sizes[-1][1:])} px; use larger ones"
+                )
+            sizes.append((stage.conv.out_channels, height, width))
         return sizes
 
     def empty_kept(self, x: Tensor, dtype: torch.dtype, keeps: bool) -> list[Tensor | None]:
