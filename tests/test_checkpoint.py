@@ -12,6 +12,7 @@ from conftest import run_cli, small_run
 from safetensors.torch import load_file
 from started_runs import checkpoints, delta, metrics, run
 
+from tinytl_hf.adapter.format import read_tensors
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.recipe import resolve
 from tinytl_hf.config.run import Config
@@ -189,6 +190,27 @@ def test_going_on_from_before_a_better_epoch_leaves_its_adapter_behind(colour_fo
     assert done.returncode == 0 and len(metrics(output)) == 1, done.stderr
     kept = load_file(output / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(kept[name], tensor) for name, tensor in load_file(first / "delta.safetensors").items())
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_damaged_adapter_is_that_of_the_checkpoint_again(name, finished, colour_folder):
+    (finished / "adapter" / name).unlink()
+    done = resume(colour_folder, finished, "--train.epochs", "3")
+    assert done.returncode == 0 and "that of the checkpoint takes its place" in done.stderr, done.stderr
+    read_tensors(finished / "adapter")
+
+
+def test_lines_of_epochs_without_figures_are_in_the_way_and_stay(finished, colour_folder):
+    (finished / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    done = resume(colour_folder, finished, "--train.epochs", "3")
+    assert done.returncode == 1 and "holds metrics.jsonl, which no run of tinytl-hf wrote" in done.stderr
+    assert metrics(finished) == [{"epoch": 1}]
+
+
+def test_a_rank_without_a_launch_silences_nothing(finished, colour_folder, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    done = resume(colour_folder, finished)
+    assert done.returncode == 0 and "accuracy " in done.stdout and "next:" in done.stdout
 
 
 def test_options_that_change_no_result_may_differ(finished, colour_folder):

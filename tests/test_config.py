@@ -10,7 +10,7 @@ from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.network import METHOD_ALIASES, HeadConfig, LiteConfig, MethodAlias
 from tinytl_hf.config.run import Config, MemoryConfig
 from tinytl_hf.config.train import LrFactors, TrainConfig
-from tinytl_hf.config.verbs import CompareConfig, EvalConfig, MemoryTableConfig
+from tinytl_hf.config.verbs import CompareConfig, EvalConfig, MemoryTableConfig, ReportConfig
 from tinytl_hf.config.yaml12 import Yaml12Loader, dump_yaml, load_yaml
 from tinytl_hf.network.methods import METHODS
 
@@ -127,6 +127,7 @@ def test_a_value_out_of_range_is_named_with_the_fix(make, message):
         (lambda: Config(seed=2**32), r"seed=4294967296: use 0 or more, below 2\*\*32"),
         (lambda: DataConfig(split_seed=-1), r"data.split_seed=-1: use 0 or more, below 2\*\*32"),
         (lambda: CompareConfig(output=""), "output=: it is empty"),
+        (lambda: ReportConfig(output=" "), "output= : it is empty"),
         (lambda: DataConfig(auto_augment="rand"), "data.auto_augment=rand: use one of none, trivial"),
     ],
 )

@@ -18,8 +18,10 @@ from torch import nn
 from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.export import ExportConfig
 from tinytl_hf.data.images import to_pixels
 from tinytl_hf.data.view import centre_view, normalised
+from tinytl_hf.deploy import export as deploy_export
 from tinytl_hf.deploy import exported as exported_network
 from tinytl_hf.deploy import onnx as deploy_onnx
 from tinytl_hf.deploy.check import evaluation_images
@@ -276,6 +278,17 @@ def test_predict_says_what_is_wrong_with_a_file(tmp_path):
         assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     done = run_cli("predict", "--adapter", tmp_path / "other.onnx", "--weights", "none", "x.png")
     assert "holds its own weights" in done.stderr
+
+
+def test_a_size_in_use_that_is_null_is_that_of_training_and_for_python_that_of_the_adapter(make_model, monkeypatch):
+    model, sizes = make_model("FT-Last", train_size=32, eval_size=64), []
+    monkeypatch.setattr(
+        deploy_export, "_export_in_format", lambda model, *_: sizes.append(model.config.preprocessing.eval_size)
+    )
+    config = ExportConfig(adapter="", format="onnx", output="m.onnx")
+    deploy_export.export_model(model, config, DataConfig(train_size=32, eval_size=None))
+    model.export("m.onnx", format="onnx", data=DataConfig(dataset="digits"))
+    assert sizes == [32, 64] and model.config.preprocessing.eval_size == 64
 
 
 def test_no_place_on_this_disk_is_in_the_file(exported):

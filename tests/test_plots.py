@@ -1,4 +1,7 @@
 import io
+import os
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -147,6 +150,22 @@ def test_a_script_that_matplotlibs_font_lacks_is_shown_where_another_font_has_it
     assert caplog.text.count("pictures show boxes in place of \u732b") == 1
     left = [(picture[:, :140] < 60).all(-1).mean() for picture in drawn]
     assert left[1] > 1.5 * left[0]  # a filled square is darker than an empty box
+
+
+@pytest.mark.parametrize(("named", "kept"), [("nonsense", ""), ("svg", "svg")])
+def test_pictures_are_drawn_whatever_backend_the_environment_names(named, kept, tmp_path):
+    code = """if True:
+        import os, sys
+        from tinytl_hf.reports.plots import save_confusion
+        save_confusion(sys.argv[1], [[1, 0], [0, 1]], ["a", "b"])
+        import matplotlib
+        backend = dict.__getitem__(matplotlib.rcParams, "backend")
+        print(os.environ["MPLBACKEND"], backend if isinstance(backend, str) else "")
+    """
+    environment = {**os.environ, "MPLBACKEND": named}
+    words = [sys.executable, "-c", code, tmp_path / "a.png"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [named, *kept.split()] and (tmp_path / "a.png").is_file()
 
 
 def test_what_no_font_has_is_said_once(monkeypatch, caplog):

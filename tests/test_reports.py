@@ -126,6 +126,19 @@ def test_compare_says_what_sets_rows_of_a_method_apart_and_what_else_differs(run
     assert "rows differ in train.lr: 1e-06 / 0.5" in lines
 
 
+def test_one_data_set_and_one_file_of_weights_is_a_row_however_they_are_spelled(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    (runs / "w.pth").touch()
+    (runs / "data").mkdir()
+    spelled = zip(("data", "./data/", runs / "data"), ("w.pth", "./w.pth", runs / "w.pth"), strict=True)
+    for seed, (data, weights) in enumerate(spelled):
+        config = yaml.safe_load((runs / f"last{seed}" / "config.yaml").read_text())
+        config["data"]["dataset"], config["backbone"]["weights"] = str(data), str(weights)
+        (runs / f"last{seed}" / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = run_cli("compare", "last0", "last1", "last2").stdout.splitlines()
+    assert re.search(r"^FT-Last +2,562 +0\.01 +60\.00 ± 10\.00 +3 ", lines[1]) and not lines[2]
+
+
 def test_compare_leaves_out_what_is_no_finished_run_and_names_it(runs):
     (runs / "empty").mkdir()
     (runs / "last0" / "eval_results.json").unlink()

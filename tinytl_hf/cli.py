@@ -21,14 +21,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_dumper, set_loader, set_parsing_settings
+from jsonargparse import (
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    _loaders_dumpers,
+    set_dumper,
+    set_loader,
+    set_parsing_settings,
+)
 
 from tinytl_hf.commands import PROG, VERBS, is_main_process
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.hub import HubConfig
 from tinytl_hf.config.run import RENAMED, Config, MemoryConfig, flat
 from tinytl_hf.config.train import TrainConfig
-from tinytl_hf.config.yaml12 import dump_yaml, load_yaml
+from tinytl_hf.config.yaml12 import Yaml12Loader, dump_yaml, load_yaml
 from tinytl_hf.errors import Interrupted, TinyTLError, one_line
 from tinytl_hf.version import __version__
 
@@ -105,6 +113,7 @@ def execute(argv: list[str]) -> None:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", _load, (yaml.YAMLError,))
     set_dumper("yaml", dump_yaml)
+    _loaders_dumpers.yaml_default_loader = Yaml12Loader  # type: ignore[assignment]  # it reads numbers by itself
     argv = _with_config_first(argv)
     parser = make_parser(_verb(argv), _adapter_defaults(argv))
     try:
@@ -126,7 +135,8 @@ def _with_config_first(argv: list[str]) -> list[str]:
     """The words with each ``--config FILE`` right after the verb, as what is on the command line wins.
 
     Raises:
-        TinyTLError: A group of options in such a file is no group.
+        ArgumentError: Such a file is no YAML.
+        TinyTLError: A group of options in it is no group.
     """
     verb = _verb(argv)
     if verb is None or Config not in VERBS[verb].options:
@@ -145,8 +155,10 @@ def _with_config_first(argv: list[str]) -> list[str]:
     for file in files:
         try:
             values = load_yaml(Path(file).read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError, yaml.YAMLError):
+        except OSError:
             continue  # the parser says what is wrong
+        except (ValueError, yaml.YAMLError) as error:
+            raise ArgumentError(None, f"config={file}: cannot be read as YAML: {error}") from error
         _check_groups(values, Config, f"{file}: ")
     at = others.index(verb) + 1
     return [*others[:at], *(word for file in files for word in ("--config", file)), *others[at:]]

@@ -287,5 +287,5 @@ def _print_measured(conditions: dict[str, Any], table: str, content: str | None)
 
 
 def is_main_process() -> bool:
-    """Whether this is the first process of a launch, which alone prints."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this is the first process of a launch, which alone prints; a RANK without one says nothing."""
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"

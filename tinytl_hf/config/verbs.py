@@ -118,6 +118,8 @@ class ReportConfig:
     def __post_init__(self) -> None:
         expand_paths(self, "output")
         check_types(self)
+        if self.output is not None:
+            check_text("output", self.output)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.export import ExportConfig, ExportFormat
 from tinytl_hf.data.find import is_same_place
 from tinytl_hf.device import set_threads
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.measure.eval_view import with_view
 from tinytl_hf.model import TinyTLModel
-from tinytl_hf.network.backbones import check_size
 
 
 def export(config: ExportConfig, data: DataConfig) -> str:
@@ -60,8 +59,9 @@ def export_as(
         check(name in names, name, value, f"export has no such option; it has {', '.join(names)}")
     config = ExportConfig(adapter="", format=format, output=str(output), **options)
     if data is not None:
-        trained_at, record = model.config.preprocessing.train_size, model.config.data
-        data = replace(data, train_size=trained_at) if data.train_size == DataConfig.train_size else data
+        sizes, record = model.config.preprocessing, model.config.data
+        data = replace(data, train_size=sizes.train_size) if data.train_size == DataConfig.train_size else data
+        data = replace(data, eval_size=data.eval_size or sizes.eval_size)
         data = record.fill_in(data) if record and is_same_place(data.dataset, record.dataset) else data
     return export_model(model, config, data)
 
@@ -75,16 +75,8 @@ def export_model(model: TinyTLModel, config: ExportConfig, data: DataConfig | No
     if data is None:
         data = DataConfig(train_size=sizes.train_size, eval_size=sizes.eval_size, crop_pct=sizes.crop_pct)
         data = data if record is None else replace(record.as_trained(data), dataset=record.dataset)
-    if data.train_size != sizes.train_size:
-        raise TinyTLError(
-            f"data.train_size={data.train_size}: the adapter was trained at {sizes.train_size} px; choose the size in "
-            "use with --data.eval_size"
-        )
-    eval_size = data.eval_size or sizes.eval_size
-    check_size(model.config.backbone.name, "eval_size", eval_size)
     before, training = model.config, model.training
-    crop_pct = data.crop_pct or sizes.crop_pct
-    model.config = replace(before, preprocessing=replace(sizes, eval_size=eval_size, crop_pct=crop_pct))
+    model.config = with_view(before, data)
     try:
         with torch.no_grad():
             return _export_in_format(model.eval(), config, data)

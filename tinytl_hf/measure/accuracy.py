@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,10 @@ from tinytl_hf.data.sets import Split
 from tinytl_hf.device import alone_in_process, check_divides, forward_in_parts, make_accelerator, seconds_since
 from tinytl_hf.disk import check_ours
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.measure.eval_view import with_view
 from tinytl_hf.measure.metrics import compute_metrics, load_metrics
 from tinytl_hf.measure.results import Evaluated, make_folder_of, save_results
 from tinytl_hf.model import TinyTLModel
-from tinytl_hf.network.backbones import check_size
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ def _evaluate(config: EvalConfig, data_config: DataConfig) -> dict[str, Any]:
         make_folder_of("output", Path(config.output))
     extra = load_metrics(config.metrics)
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)
-    _set_view(model, data_config)
+    model.config = with_view(model.config, data_config)
     split, train = _open(data_config, model.config.data)
     split = sets.with_label_names(split, model.label_names)
     images = read_images(split, data_config, model.config.preprocessing.eval_size)
@@ -77,24 +76,6 @@ def _evaluate(config: EvalConfig, data_config: DataConfig) -> dict[str, Any]:
     if config.output is not None and accelerator.is_main_process:
         save_results(Path(config.output), figures, model, evaluated, accelerator)
     return {**figures, "n": len(images), "method": model.config.method}
-
-
-def _set_view(model: TinyTLModel, data: DataConfig) -> None:
-    """Let a model see images at the size and with the crop of the evaluation.
-
-    Raises:
-        TinyTLError: The network cannot see that size, or another one to train at is named.
-    """
-    options = model.config.preprocessing
-    if data.train_size != options.train_size:
-        raise TinyTLError(
-            f"data.train_size={data.train_size}: the adapter was trained at {options.train_size} px; choose the size "
-            "of the evaluation with --data.eval_size"
-        )
-    eval_size = data.eval_size or options.train_size
-    check_size(model.config.backbone.name, "eval_size", eval_size)
-    options = replace(options, eval_size=eval_size, crop_pct=data.crop_pct or options.crop_pct)
-    model.config = replace(model.config, preprocessing=options)
 
 
 def check_no_run(output: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tinytl_hf.config.verbs import CompareConfig
-from tinytl_hf.disk import check_ours, expanded, write_text, writing
+from tinytl_hf.disk import check_ours, expanded, local_path, write_text, writing
 from tinytl_hf.errors import TinyTLError, one_line
 from tinytl_hf.reports.finished_run import FinishedRun, read_run
 from tinytl_hf.reports.plots import MB, SOFTWARE, AccuracyMemory, save_accuracy_memory, save_confusion, save_curves
@@ -151,6 +151,9 @@ def _telling_apart(rivals: Sequence[dict[str, Any]]) -> list[str]:
 
 def _compared(run: FinishedRun) -> dict[str, Any]:
     options = {key: value for key, value in run.config.items() if key not in NOT_COMPARED and key[:4] != "hub."}
+    for key in ("data.dataset", "backbone.weights", "adapter.init"):
+        if options[key] is not None and expanded(options[key]).exists():
+            options[key] = str(local_path(options[key]))  # however it was spelled
     results, labels = run.results, run.results["label_names"]
     images = f"{results.get('n')} ({str(results.get('sha256'))[:8]})"
     ran = {"precision": results.get("precision"), "images": images}  # a launcher can say the one, and data can change

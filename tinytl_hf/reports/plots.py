@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tinytl_hf.errors import one_line
@@ -111,12 +115,12 @@ def save_confusion(path: Path | BinaryIO, matrix: Sequence[Sequence[int]], label
         matrix: Images by true class (row) and predicted class (column).
         label_names: Names of the classes.
     """
-    from matplotlib.colors import PowerNorm  # rare confusions show
-
     classes = len(label_names)
     shares = [[100 * count / max(1, sum(row)) for count in row] for row in matrix]
     side = min(9.0, max(4.5, 2.6 + 0.42 * classes))
     with _figure(path, side + 1, side, label_names) as figure:
+        from matplotlib.colors import PowerNorm  # rare confusions show
+
         axis = figure.subplots()
         image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
         axis.grid(visible=False)
@@ -205,7 +209,7 @@ def _figure(path: Path | BinaryIO, width: float, height: float, names: Iterable[
         height: Inches.
         names: Text in it that is not ours, which can be of any script.
     """
-    import matplotlib
+    matplotlib = _matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -225,6 +229,21 @@ def _figure(path: Path | BinaryIO, width: float, height: float, names: Iterable[
         yield figure
         metadata = {"Software": SOFTWARE}
         figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.1, metadata=metadata)  # no label is cut off
+
+
+def _matplotlib() -> ModuleType:
+    """Matplotlib, whatever MPLBACKEND says: pictures here need no backend, and a name of none would end the import."""
+    backend = os.environ.get("MPLBACKEND")
+    if backend is None or "matplotlib" in sys.modules:
+        return import_module("matplotlib")
+    del os.environ["MPLBACKEND"]
+    try:
+        matplotlib = import_module("matplotlib")
+    finally:
+        os.environ["MPLBACKEND"] = backend
+    with suppress(ValueError):  # for whoever else draws in this process
+        matplotlib.rcParams["backend"] = backend
+    return matplotlib
 
 
 def _legend(figure: Figure, axis: Axes) -> None:

@@ -7,6 +7,7 @@ Every other file in it whose name a run also uses is checked before anything is 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from tinytl_hf.adapter.format import CARD_FILE, TENSORS_FILE
+from tinytl_hf.adapter.format import CARD_FILE, TENSORS_FILE, read_config, read_tensors
 from tinytl_hf.adapter.format import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from tinytl_hf.config.run import Config, flat, with_new_names
 from tinytl_hf.config.yaml12 import load_yaml
@@ -36,6 +37,8 @@ from tinytl_hf.reports.run_folder import (
     read_metrics,
 )
 from tinytl_hf.train.checkpoint import MAY_DIFFER, list_checkpoints
+
+logger = logging.getLogger(__name__)
 
 # Every config.yaml that a run wrote has all of these; one that was written by hand rarely does.
 GROUPS = {"backbone", "lite", "head", "data", "train", "memory", "adapter", "hub"}
@@ -159,6 +162,19 @@ def run_of(checkpoint: Path | None) -> Path | None:
     return folder if (folder / CONFIG_FILE).is_file() and not _others(folder) else None
 
 
+def has_whole_adapter(output: Path) -> bool:
+    """Whether a run's folder has its adapter; says so where there is one that cannot be read."""
+    folder = output / ADAPTER
+    try:
+        read_config(folder)
+        read_tensors(folder)
+    except TinyTLError as error:
+        if folder.exists():
+            logger.warning("%s: that of the checkpoint takes its place", error)
+        return False
+    return True
+
+
 def copy_best(config: Config, resume_from: Path, epochs_done: int) -> None:
     """Bring the best adapter so far into the folder of a run that goes on from a checkpoint of another folder."""
     former, output = run_of(resume_from), Path(config.output_dir)
@@ -201,7 +217,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _has_metrics(output: Path) -> bool:
     try:
-        return all(isinstance(line["epoch"], int) for line in read_metrics(output))
+        lines = read_metrics(output)
+        return all(isinstance(line["epoch"], int) and line["eval"]["accuracy"] >= 0 for line in lines)
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

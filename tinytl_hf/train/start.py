@@ -48,6 +48,7 @@ from tinytl_hf.train.output_dir import (
     claimed,
     copy_best,
     has_adapter_of_later_epoch,
+    has_whole_adapter,
     make_ready,
 )
 from tinytl_hf.train.run import EvalSet, Run
@@ -241,7 +242,7 @@ def go_on(
         make_ready(config, resume_from, progress.epoch)
         copy_best(config, resume_from, progress.epoch)
     accelerator.wait_for_everyone()
-    is_missing = not (output / ADAPTER).exists()
+    is_missing = not has_whole_adapter(output)
     accelerator.wait_for_everyone()  # all have seen that, before it is written
     if is_missing or is_of_later_epoch:
         # Resumed into another folder, and the best so far is not in the first, or from before a better epoch.
