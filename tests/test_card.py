@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 
 import numpy as np
@@ -229,20 +228,6 @@ def test_a_wheel_carries_the_template(tmp_path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read("tinytl_hf/hub/card_template.md") == TEMPLATE.read_bytes()
-
-
-@pytest.mark.slow
-def test_a_source_distribution_carries_what_the_tests_read(tmp_path):
-    pytest.importorskip("setuptools")
-    kept = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "shared")
-    shutil.copytree(ROOT, tmp_path / "copy", ignore=kept)
-    code = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path / "copy", capture_output=True)
-    (archive,) = (tmp_path / "copy" / "dist").glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        names = {name.partition("/")[2] for name in tar.getnames()}
-    read = {"CHANGELOG.md", "Makefile", "configs/demo.yaml", "tests/conftest.py", "tinytl_hf/train/README.md"}
-    assert read | {"model_cards/comparison.py"} <= names and not any(name.endswith(".pyc") for name in names)
 
 
 def settings(train=None, images=24, **options):
