@@ -21,22 +21,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import (
-    ArgumentError,
-    ArgumentParser,
-    Namespace,
-    _loaders_dumpers,
-    set_dumper,
-    set_loader,
-    set_parsing_settings,
-)
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_dumper, set_loader, set_parsing_settings
 
 from tinytl_hf.commands import PROG, VERBS, is_main_process
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.hub import HubConfig
 from tinytl_hf.config.run import RENAMED, Config, MemoryConfig, flat
 from tinytl_hf.config.train import TrainConfig
-from tinytl_hf.config.yaml12 import Yaml12Loader, dump_yaml, load_yaml
+from tinytl_hf.config.yaml12 import dump_yaml, load_yaml
 from tinytl_hf.errors import Interrupted, TinyTLError, one_line
 from tinytl_hf.version import __version__
 
@@ -113,7 +105,6 @@ def execute(argv: list[str]) -> None:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", _load, (yaml.YAMLError,))
     set_dumper("yaml", dump_yaml)
-    _loaders_dumpers.yaml_default_loader = Yaml12Loader  # type: ignore[assignment]  # it reads numbers by itself
     argv = _with_config_first(argv)
     parser = make_parser(_verb(argv), _adapter_defaults(argv))
     try:
