@@ -359,3 +359,10 @@ def test_a_comparison_inside_the_data_is_no_class_and_a_class_with_files_of_anot
     (root / "cat" / "metrics.jsonl").write_text("{}\n")
     found = opened(root).found
     assert found.classes == ["cat", "dog"] and found.left_out == {"folder written by tinytl-hf": 1}
+
+
+def test_a_split_that_has_none_of_the_trained_classes_is_refused(tmp_path):
+    make(tmp_path, each("train/cat", "train/dog", "val/images", "test/images"))
+    with pytest.raises(TinyTLError, match=r"split validation has the classes images alone, and split train none of"):
+        opened(tmp_path)
+    assert opened(tmp_path, eval_split="holdout").train.label_names == ["cat", "dog"]

@@ -439,3 +439,11 @@ def test_a_table_at_a_url_that_has_changed_is_read_again(tmp_path, server):
     for names in (["cat", "dog"], ["apple", "pear"]):
         pd.DataFrame({"image": [png(i) for i in range(8)], "label": names * 4}).to_parquet(tmp_path / "table.parquet")
         assert opened(url).train.label_names == names
+
+
+def test_classes_that_only_their_column_names_are_said_to_have_no_images(tmp_path, caplog):
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog", "emu", "fox"]))
+    rows = {"image": [{"bytes": png(number), "path": None} for number in range(8)], "label": [0, 1] * 4}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    assert len(opened(tmp_path).train.label_names) == 4
+    assert "emu, fox have no training images" in caplog.text

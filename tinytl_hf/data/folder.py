@@ -212,12 +212,12 @@ def _say_depths(found: dict[str, dict[str, list[str]]], depth: int) -> None:
 
 
 def _tables(root: Path, found: dict[str, dict[str, list[str]]]) -> datasets.DatasetDict:
-    labels = {folder: as_label(folder) for classes in found.values() for folder in classes}
-    names = class_order(set(labels.values()))
-    number = {folder: names.index(label) for folder, label in labels.items()}
-    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=names))
     tables = datasets.DatasetDict()
     for split, classes in found.items():
+        labels = {folder: as_label(folder) for folder in classes}
+        names = class_order(set(labels.values()))  # of this split: a run takes in those of the splits that it uses
+        number = {folder: names.index(label) for folder, label in labels.items()}
+        features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=names))
         rows = sorted((number[folder], path) for folder, paths in classes.items() for path in paths)
         columns = {"image": [f"{root}/{path}" for _, path in rows], "label": [label for label, _ in rows]}
         tables[split] = datasets.Dataset.from_dict(columns, features=features)

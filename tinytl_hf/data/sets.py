@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.columns import NoLabelsError, as_label, byte_sizes, class_order, image_rows, label_values
+from tinytl_hf.data.columns import NoLabelsError, alike, as_label, byte_sizes, class_order, image_rows, label_values
 from tinytl_hf.data.find import Source
 from tinytl_hf.data.found import Found, named
 from tinytl_hf.data.holding_out import hold_out
@@ -127,8 +127,13 @@ def _open_data(tables: Tables, config: DataConfig) -> Opened:
     train = _subset(train, config.max_train_samples, config.split_seed)
     evaluated = [_subset(split, config.max_eval_samples, config.split_seed) for split in evaluated]
     trained = set(train.occurring())
-    untrained = [name for split in evaluated for name in split.occurring() if name not in trained]
-    warnings += _about(list(dict.fromkeys(untrained)), "no training images, so no right answer can be learnt")
+    untrained = [name for name in train.label_names if name not in trained]
+    warnings += _about(untrained, "no training images, so no right answer can be learnt")
+    warnings += [
+        f"{named([repr(name) for name in names])} are classes of their own, though only capitals, spaces or zeros "
+        "tell them apart; if they are one, give them one name"
+        for names in alike(train.label_names)
+    ]
     evaluation, test = evaluated[0], evaluated[1] if len(evaluated) > 1 else None
     found = Found(
         classes=train.label_names,
@@ -159,7 +164,15 @@ def _eval_splits(tables: Tables, train: Split, config: DataConfig) -> list[Split
     """The split to choose by and that to report; one if they are the same, none if there is no other with labels."""
     names = _eval_names([name for name in tables.splits if name != train.name], config.eval_split)
     found = (_labelled_or_none(tables, name, _with_columns_of(train, config)) for name in names)
-    return [split for split in found if split is not None]
+    splits = [split for split in found if split is not None]
+    for split in splits:
+        if not set(split.occurring()) & set(train.occurring()):
+            raise TinyTLError(
+                f"split {split.name} has the classes {named(split.occurring())} alone, and split {train.name} none of "
+                f"them, but {named(train.occurring())}; give them the same names, or evaluate on a part of "
+                f"{train.name} with --data.eval_split {HOLDOUT}"
+            )
+    return splits
 
 
 def _eval_names(names: Sequence[str], wanted: str | None) -> list[str]:
@@ -336,7 +349,7 @@ def _contents(split: Split, rows: np.ndarray) -> Iterator[bytes]:
 def _labelled(tables: Tables, name: str, config: DataConfig) -> Split:
     table = tables.splits[name]
     if len(table) == 0:
-        raise TinyTLError(f"split {name} of {config.dataset} has no rows; use another split or data set")
+        raise NoLabelsError(f"split {name} of {config.dataset} has no rows; use another split or data set")
     image_column, rows = image_rows(table, config, tables.base)
     label_column, labels, names = label_values(table, name, config, image_column)
     return Split(name, rows, labels, names, image_column, label_column, np.arange(len(labels)))

@@ -13,10 +13,10 @@ from typing import Any
 import datasets
 import httpx2
 
-from tinytl_hf.data.columns import holds_paths, whole_numbers
+from tinytl_hf.data.columns import path_columns, whole_numbers
+from tinytl_hf.data.csv_files import read_csv
 from tinytl_hf.data.find import TABLES, suffix_of
 from tinytl_hf.data.listing import Listing
-from tinytl_hf.data.metadata import read_csv
 from tinytl_hf.data.roles import group_by_split
 from tinytl_hf.errors import TinyTLError
 
@@ -46,7 +46,7 @@ def _load_split(files: list[str], kind: str, base: Path) -> datasets.Dataset:
     for file in files:
         by_folder[os.path.dirname(file)].append(file)
     first = _load(next(iter(by_folder.values())), kind)
-    if not any(holds_paths(first, column) for column in first.column_names):
+    if not path_columns(first):
         return _load(files, kind)
     return datasets.concatenate_datasets([_placed(_load(each, kind), place) for place, each in by_folder.items()])
 
@@ -73,9 +73,8 @@ def _placed(table: datasets.Dataset, folder: str) -> datasets.Dataset:
         place = None if path is None else os.path.join(folder, path)
         return place if place is not None and os.path.isfile(place) else path
 
-    for column in table.column_names:
-        if holds_paths(table, column):
-            table = _with_column(table, column, [placed(path) for path in table[column][:]])
+    for column in path_columns(table):
+        table = _with_column(table, column, [placed(path) for path in table[column][:]])
     return table
 
 
@@ -86,8 +85,11 @@ def _with_column(table: datasets.Dataset, column: str, values: list[Any]) -> dat
 def _with_whole_numbers(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
     """Tables of texts, in whose columns whole numbers are written alike in all splits."""
     splits = dict(splits)
-    for column in {column for table in splits.values() for column in table.column_names}:
-        having = {name: table[column][:] for name, table in splits.items() if column in table.column_names}
+    texts = {name: table.with_format("arrow")[:] for name, table in splits.items()}
+    for column in {column for table in texts.values() for column in table.column_names}:
+        having = {
+            name: table.column(column).to_pylist() for name, table in texts.items() if column in table.column_names
+        }
         for name, values in zip(having, whole_numbers(list(having.values())), strict=True):
             if values != having[name]:
                 splits[name] = _with_column(splits[name], column, values)
