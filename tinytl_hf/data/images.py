@@ -33,7 +33,7 @@ HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 # Pictures that Pillow cannot read: they are counted where they are left out.
 UNREAD_SUFFIXES = {
     *HEIF_SUFFIXES,
-    *(".svg", ".eps", ".jxl", ".wmf", ".emf"),
+    *(".svg", ".eps", ".jxl", ".wmf", ".emf", ".dcm", ".xcf"),
     *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".srw"),
 } - IMAGE_SUFFIXES
 
@@ -52,13 +52,16 @@ def decode_pixels(encoded: dict[str, Any] | None, input_size: int) -> np.ndarray
         raise UnreadableImageError("there is no image")
     try:
         with _opened(encoded) as image:
-            return to_pixels(image, input_size)
+            pixels = to_pixels(image, input_size)
+            if _has_more(image):
+                _note_more(image.format or "")
+            return pixels
     except UnreadableImageError:
         raise
     except Image.DecompressionBombError as error:
-        pixels = re.search(r"\d+", str(error))
+        count = re.search(r"\d+", str(error))
         raise UnreadableImageError(
-            f"it has {int(pixels[0]) / 1e6 if pixels else 0:,.0f} megapixels; if you trust the file, allow that with "
+            f"it has {int(count[0]) / 1e6 if count else 0:,.0f} megapixels; if you trust the file, allow that with "
             "--data.max_megapixels, or --max_megapixels in predict"
         ) from error
     except Exception as error:  # a damaged file can make Pillow raise almost anything
@@ -68,6 +71,19 @@ def decode_pixels(encoded: dict[str, Any] | None, input_size: int) -> np.ndarray
 
 def _opened(encoded: dict[str, Any]) -> Image.Image:
     return Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]), formats=FORMATS)
+
+
+def _has_more(image: Image.Image) -> bool:
+    """Whether a file holds frames or pages behind the first, which alone is read; previews of a camera are none."""
+    try:
+        return image.format != "MPO" and getattr(image, "is_animated", False)  # which not all formats have
+    except Exception:  # what is behind the first can be damaged, and is not read
+        return True
+
+
+@functools.cache  # once a process and format, not for each image
+def _note_more(kind: str) -> None:
+    logger.warning("there are %s images of several frames or pages: the first of each is used", kind)
 
 
 def allow_megapixels(count: int) -> None:

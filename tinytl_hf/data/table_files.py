@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import httpx2
+import pyarrow.parquet
 
 from tinytl_hf.data.columns import path_columns, whole_numbers
 from tinytl_hf.data.csv_files import read_csv
@@ -54,6 +55,11 @@ def _load_split(files: list[str], kind: str, base: Path) -> datasets.Dataset:
 def _load(files: list[str], kind: str) -> datasets.Dataset:
     if kind == "csv":
         return datasets.concatenate_datasets([_csv(file) for file in files])
+    if kind == "parquet":  # of which the library datasets reads none without rows; Spark writes such for empty parts
+        empty = [file for file in files if pyarrow.parquet.read_metadata(file).num_rows == 0]
+        if len(empty) == len(files):
+            return datasets.Dataset(pyarrow.parquet.read_table(files[0]))
+        files = [file for file in files if file not in empty]
     # The library datasets keeps what it has read, by the files' names and times: by the name as well, which is of what
     # changes also where a file is replaced by one of the same time.
     states = [os.stat(path) for path in files]
