@@ -163,3 +163,18 @@ def test_frames_and_pages_behind_the_first_are_said(kind, caplog):
         assert pixels[0, 0, 0] > 250 > 5 > pixels[0, 0, 2]
         said = f"there are {kind} images of several frames or pages: the first of each is used"
         assert caplog.messages == ([said] if frames else [])
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "it is a pointer, and git lfs pull downloads the image"),
+        (b"\n<!DOCTYPE html>", "it is a web page or the like"),
+    ],
+)
+def test_what_lies_in_the_place_of_an_image_is_named(content, what, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(content)
+    for encoded in ({"bytes": content, "path": None}, {"bytes": None, "path": str(tmp_path / "a.jpg")}):
+        with pytest.raises(UnreadableImageError, match=f"cannot identify image file.*; {what}$"):
+            decode_pixels(encoded, 32)

@@ -151,3 +151,16 @@ def test_files_without_rows_are_no_images_and_end_nothing(tmp_path, caplog):
     assert f"split test is not used: split test of {tmp_path} has no rows" in caplog.text
     with pytest.raises(TinyTLError, match=r"split test of .* has no rows; use another split"):
         opened(tmp_path, eval_split="test")
+
+
+def test_tables_of_other_columns_and_pointers_to_tables_are_named(tmp_path):
+    table = pd.DataFrame({"image": [png(number) for number in range(8)], "label": AB * 4})
+    table.to_parquet(tmp_path / "train-0.parquet")
+    table.rename(columns={"label": "class"}).to_parquet(tmp_path / "train-1.parquet")
+    with pytest.raises(
+        TinyTLError, match=r"train-1.parquet has columns class, image, and .*-0.parquet .* image, label"
+    ):
+        opened(tmp_path)
+    (tmp_path / "train-1.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(TinyTLError, match=r"train-1.parquet: is not the file, but a pointer to it; git lfs pull"):
+        opened(tmp_path)

@@ -229,6 +229,19 @@ def test_captions_are_no_classes(tmp_path):
         opened(tmp_path / "table.parquet")
 
 
+def test_a_label_in_capitals_comes_before_other_texts(tmp_path):
+    rows = {"image": [png(number) for number in range(8)], "Label": [0, 1] * 4, "author": list("xxyyzzww")}
+    pd.DataFrame(rows).to_parquet(tmp_path / "x.parquet")
+    data = opened(tmp_path / "x.parquet")
+    assert data.train.label_names == ["0", "1"] and data.found.labels == "Label"
+
+
+def test_images_that_have_a_class_each_are_told_so(tmp_path):
+    pd.DataFrame({"image": [png(i) for i in range(8)], "label": list("abcdefgh")}).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(TinyTLError, match=r"cannot hold out a part of 8 images, as each has a class of its own"):
+        opened(tmp_path / "x.parquet")
+
+
 def test_a_column_that_is_guessed_is_said(tmp_path, caplog):
     caplog.set_level("INFO")
     pd.DataFrame({"image": [png()] * 8, "species": ["a", "b"] * 4}).to_parquet(tmp_path / "table.parquet")
@@ -245,6 +258,16 @@ def test_a_webdataset_has_its_labels_in_cls(tmp_path):
                 tar.addfile(entry, io.BytesIO(data))
     train, held_out = opened(tmp_path)[:2]
     assert train.label_names == ["0", "1"] and len(train.labels) + len(held_out.labels) == 8
+
+
+def test_a_tar_of_class_folders_is_told_to_be_unpacked(tmp_path):
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for number in range(8):
+            entry = tarfile.TarInfo(f"{['cat', 'dog'][number % 2]}/{number}.png")
+            entry.size = len(png(number))
+            tar.addfile(entry, io.BytesIO(png(number)))
+    with pytest.raises(TinyTLError, match=r"in a .tar the class of an image is in a .cls file .* unpack it and name"):
+        opened(tmp_path / "photos.tar")
 
 
 @pytest.mark.parametrize(

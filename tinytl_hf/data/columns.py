@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 LABEL = "label"
 SPLIT = "split"
 OF_WEBDATASET = "cls"
-NO_LABELS = {"__key__", "__url__", "file_name"}  # they name an image each
+KEY = "__key__"  # of WebDataset, too
+NO_LABELS = {KEY, "__url__", "file_name"}  # they name an image each
 STRINGS = {"string", "large_string"}
 SEEN = 100  # rows that are looked at for a value
 SIZES_AT_ONCE = 10_000  # rows
@@ -138,7 +139,7 @@ def label_values(
             "whole number, or true or false"
         )
     values = table.with_format("numpy")[column][:]
-    missing = [i for i, value in enumerate(values) if value is None or value != value or value == ""]
+    missing = [i for i, value in enumerate(values) if _is_missing(value)]
     if len(missing) == len(values):
         raise NoLabelsError(f"no row of split {name} has a label in {column}")
     if missing:
@@ -156,6 +157,11 @@ def label_values(
         distinct = list(dict.fromkeys(names))
         return column, np.array([distinct.index(name) for name in names])[labels], distinct
     return column, *_numbered(np.asarray(values), column)
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a value is none, no number, or a text without a letter."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _numbered(values: np.ndarray, column: str) -> tuple[np.ndarray, list[str]]:
@@ -180,8 +186,9 @@ def _label_column(table: datasets.Dataset, config: DataConfig, image_column: str
     """The named column, else ``label``, else the only one of classes, else WebDataset's, else the one of texts."""
     if config.label_column is not None:
         return _chosen(table, "label_column", config.label_column)
-    if LABEL in table.column_names and image_column != LABEL:
-        return LABEL
+    called_so = [name for name in table.column_names if name.lower() == LABEL and name != image_column]
+    if LABEL in called_so or len(called_so) == 1:
+        return LABEL if LABEL in called_so else called_so[0]
     classes = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
     if not classes and OF_WEBDATASET in table.column_names:
         return OF_WEBDATASET
@@ -237,6 +244,11 @@ def _several(key: str, found: Sequence[str]) -> TinyTLError:
 
 def _none(key: str, table: datasets.Dataset) -> TinyTLError:
     columns = named(table.column_names, shown=FEW)
+    if key == "label_column" and KEY in table.column_names:
+        return NoLabelsError(
+            f"data.{key}: no column of {columns} fits: in a .tar the class of an image is in a .cls file of its name; "
+            "if the folders in it are the classes, unpack it and name the folder"
+        )
     kind = NoLabelsError if key == "label_column" else TinyTLError
     return kind(f"data.{key}: no column of {columns} fits by its type; name one with --data.{key}")
 

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 # photo takes little memory; only crops of less than a quarter of its area could show more detail than that.
 REDUCE_ABOVE = 2
 MAX_ASPECT = 4  # longer images are cropped to it at their centre: a batch takes the size of its largest image
+LFS = b"version https://git-lfs"  # what a pointer of Git LFS starts with, which a clone may have in place of a file
 TURNED = {5, 6, 7, 8}  # EXIF's orientations that swap width and height
 
 Image.init()
@@ -66,7 +67,23 @@ def decode_pixels(encoded: dict[str, Any] | None, input_size: int) -> np.ndarray
         ) from error
     except Exception as error:  # a damaged file can make Pillow raise almost anything
         reason = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))
-        raise UnreadableImageError(reason or type(error).__name__) from error
+        raise UnreadableImageError((reason or type(error).__name__) + _what_it_is(encoded)) from error
+
+
+def _what_it_is(encoded: dict[str, Any]) -> str:
+    """What is known of a file that cannot be read, for the line that says so."""
+    start = encoded["bytes"]
+    if start is None:
+        try:
+            with open(encoded["path"] or "", "rb") as file:
+                start = file.read(len(LFS))
+        except (OSError, ValueError):
+            return ""
+    if not start:
+        return "; the file is empty"
+    if start.startswith(LFS):
+        return "; it is a pointer, and git lfs pull downloads the image"
+    return "; it is a web page or the like" if start.lstrip().startswith(b"<") else ""
 
 
 def _opened(encoded: dict[str, Any]) -> Image.Image:

@@ -169,8 +169,8 @@ def _eval_splits(tables: Tables, train: Split, config: DataConfig) -> list[Split
         if not set(split.occurring()) & set(train.occurring()):
             raise TinyTLError(
                 f"split {split.name} has the classes {named(split.occurring())} alone, and split {train.name} none of "
-                f"them, but {named(train.occurring())}; give them the same names, or name another split to evaluate on, as "
-                f"--data.eval_split {HOLDOUT}, a part of {train.name}"
+                f"them, but {named(train.occurring())}; give them the same names, or name another split to evaluate "
+                f"on, as --data.eval_split {HOLDOUT}"
             )
     return splits
 

@@ -14,9 +14,11 @@ import datasets
 import httpx2
 import pyarrow.parquet
 
-from tinytl_hf.data.columns import path_columns, whole_numbers
+from tinytl_hf.data.columns import FEW, path_columns, whole_numbers
 from tinytl_hf.data.csv_files import read_csv
 from tinytl_hf.data.find import TABLES, suffix_of
+from tinytl_hf.data.found import named
+from tinytl_hf.data.images import LFS
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.roles import group_by_split
 from tinytl_hf.errors import TinyTLError
@@ -36,6 +38,8 @@ def load_tables(files: dict[str, list[str]], base: Path) -> datasets.DatasetDict
     if len(kinds) > 1:
         raise TinyTLError(f"{', '.join(sorted(kinds))} files cannot be put together; name those of one kind")
     (kind,) = kinds
+    for file in (file for each in files.values() for file in each):
+        _check_is_here(file)
     splits = {name: _load_split(each, kind, base) for name, each in files.items()}
     return datasets.DatasetDict(_with_whole_numbers(splits) if kind == "csv" else splits)
 
@@ -52,6 +56,25 @@ def _load_split(files: list[str], kind: str, base: Path) -> datasets.Dataset:
     return datasets.concatenate_datasets([_placed(_load(each, kind), place) for place, each in by_folder.items()])
 
 
+def _check_is_here(file: str) -> None:
+    """Raise if only a pointer was downloaded in place of a file."""
+    with open(file, "rb") as content:
+        if content.read(len(LFS)) == LFS:
+            raise TinyTLError(f"{file}: is not the file, but a pointer to it; git lfs pull downloads the file")
+
+
+def _check_same_columns(files: list[str]) -> None:
+    first, *others = files
+    expected = set(pyarrow.parquet.read_schema(first).names)
+    for other in others:
+        found = set(pyarrow.parquet.read_schema(other).names)
+        if found != expected:
+            raise TinyTLError(
+                f"{other} has columns {named(sorted(found), shown=FEW)}, and {first} of the same split has "
+                f"{named(sorted(expected), shown=FEW)}; give them the same columns, or name one of the two"
+            )
+
+
 def _load(files: list[str], kind: str) -> datasets.Dataset:
     if kind == "csv":
         return datasets.concatenate_datasets([_csv(file) for file in files])
@@ -60,6 +83,7 @@ def _load(files: list[str], kind: str) -> datasets.Dataset:
         if len(empty) == len(files):
             return datasets.Dataset(pyarrow.parquet.read_table(files[0]))
         files = [file for file in files if file not in empty]
+        _check_same_columns(files)
     # The library datasets keeps what it has read, by the files' names and times: by the name as well, which is of what
     # changes also where a file is replaced by one of the same time.
     states = [os.stat(path) for path in files]

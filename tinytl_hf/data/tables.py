@@ -168,6 +168,8 @@ def _to_name(listing: Listing, tables: list[str]) -> str:
     """What to name for the tables beside images: all of them by a pattern, if they are of several splits."""
     kinds = {os.path.splitext(name)[1] for name in tables}
     folders = {os.path.dirname(name) for name in tables}
+    if len(folders) > 1:
+        folders = {"/".join("*" for _ in folder.split("/")) for folder in folders if folder}
     if len(kinds) == len(folders) == 1 and len({role_of_table(name) for name in tables} - {None}) > 1:
         return f"these files, '{listing.root / folders.pop() / f'*{kinds.pop()}'}'"
     return f"that file, {listing.root / tables[0]}"
