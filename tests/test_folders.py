@@ -402,3 +402,11 @@ def test_classes_and_splits_below_several_folders_are_pointed_at(folders, hint, 
     make(tmp_path, each(*folders))
     with pytest.raises(TinyTLError, match=rf"has one class \(a\); use two or more; {hint.format(root=tmp_path)}"):
         opened(tmp_path)
+
+
+def test_what_was_left_out_is_said_where_one_class_is_left(tmp_path):
+    make(tmp_path, each("cat"))
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "1.jxl").write_bytes(b"")
+    with pytest.raises(TinyTLError, match=r"has one class \(cat\); use two or more.*left out: 1 .jxl \(dog/1.jxl\)"):
+        opened(tmp_path)

@@ -473,3 +473,16 @@ def test_classes_that_only_their_column_names_are_said_to_have_no_images(tmp_pat
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
     assert len(opened(tmp_path).train.label_names) == 4
     assert "emu, fox have no training images" in caplog.text
+
+
+def test_a_split_called_as_the_part_held_out_is_refused_where_it_would_be_left_out(tmp_path):
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
+    rows = {"image": [{"bytes": png(number), "path": None} for number in range(8)], "label": [0, 1] * 4}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(train=table, holdout=table, test=table).save_to_disk(tmp_path / "three")
+    assert opened(tmp_path / "three").evaluation.name == "test"
+    for options in ({"eval_split": "holdout"}, {}):
+        name = "three" if options else "two"
+        datasets.DatasetDict(train=table, holdout=table).save_to_disk(tmp_path / "two")
+        with pytest.raises(TinyTLError, match=r"the data set has a split holdout, and a part held out of train"):
+            opened(tmp_path / name, **options)

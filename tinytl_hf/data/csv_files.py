@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections import Counter
@@ -55,8 +56,13 @@ def _separator(place: str | Path) -> str:
     if len(names) > 1 or not counts:
         return separator
     ((other, _),) = counts.most_common(1)
-    logger.info("%s: read as having %s between its columns", place, OTHER_SEPARATORS[other])
+    _say_separator(place, OTHER_SEPARATORS[other])
     return other
+
+
+@functools.cache  # once a process, as an evaluation reads its data twice
+def _say_separator(place: str | Path, name: str) -> None:
+    logger.info("%s: read as having %s between its columns", place, name)
 
 
 def _read(place: str | Path, separator: str, nrows: int | None = None) -> pd.DataFrame:

@@ -120,6 +120,11 @@ def _open_data(tables: Tables, config: DataConfig) -> Opened:
     train, *evaluated = _with_all_names([train, *_eval_splits(tables, train, config)])
     warnings = []
     if not evaluated:
+        if HOLDOUT in tables.splits:
+            raise TinyTLError(
+                f"the data set has a split {HOLDOUT}, and a part held out of {train.name} is called so as well; give "
+                "that split another name, such as test, or name one to evaluate on with --data.eval_split"
+            )
         alone = [train.label_names[number] for number in np.flatnonzero(np.bincount(train.labels) == 1)]
         warnings += _about(alone, "a single image, which is trained on and not evaluated")
         kept, held_out = hold_out(train.labels, config)
@@ -151,12 +156,13 @@ def _train_split(tables: Tables, config: DataConfig) -> Split:
     names = list(tables.splits)
     name = find_split(config.train_split, names)
     if name is None:
-        fix = f"; --data.train_split {names[0]} trains on it" if len(names) == 1 else ""
+        fix = f"; --data.train_split {names[0]} trains on {'it' if len(names) == 1 else 'the first'}"
         fix = f" ({tables.left_out})" if tables.left_out else fix
         raise TinyTLError(f"data.train_split={config.train_split}: the data set has {', '.join(names)}{fix}")
     train = _labelled(tables, name, config)
     if len(classes := train.occurring()) < 2:
-        raise TinyTLError(f"split {name} has one class ({classes[0]}); use two or more{tables.hint}")
+        aside = f" ({tables.left_out})" if tables.left_out else ""
+        raise TinyTLError(f"split {name} has one class ({classes[0]}); use two or more{tables.hint}{aside}")
     return train
 
 
