@@ -56,6 +56,10 @@ def test_columns_that_something_else_than_commas_separates_are_read_and_said(sep
     assert f"{file}: read as having {word} between its columns" in caplog.text
 
 
+def test_a_tsv_file_with_commas_is_read(tmp_path):
+    assert_labelled(opened(write(tmp_path / "labels.tsv", images(tmp_path))), tmp_path)
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 def test_a_file_that_is_not_utf_8_is_told_so(encoding, file, tmp_path):
     write(file, images(tmp_path), ["café", "thé"] * 4, encoding=encoding)

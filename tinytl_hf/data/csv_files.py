@@ -16,7 +16,7 @@ from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
 
-OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # Excel's are those of the country
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # Excel's are those of the country
 
 
 def read_csv(place: str | Path) -> pd.DataFrame:
@@ -52,11 +52,11 @@ def _separator(place: str | Path) -> str:
     """What stands between the names of the first line."""
     separator = "\t" if str(place).lower().endswith(".tsv") else ","
     names = _read(place, separator, nrows=0).columns
-    counts = Counter(each for each in str(names[0]) if each in OTHER_SEPARATORS)
+    counts = Counter(each for each in str(names[0]) if each in SEPARATORS and each != separator)
     if len(names) > 1 or not counts:
         return separator
     ((other, _),) = counts.most_common(1)
-    _say_separator(place, OTHER_SEPARATORS[other])
+    _say_separator(place, SEPARATORS[other])
     return other
 
 
