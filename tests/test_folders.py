@@ -65,9 +65,24 @@ def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
 
 
 def test_names_of_splits_that_are_classes_are_said(tmp_path, caplog):
-    make(tmp_path, each("seg_train/a", "seg_train/b", "seg_test/a", "seg_test/b"))
+    make(tmp_path, each("seg_train/a", "seg_train/b", "seg_test/c", "seg_test/d"))
     assert opened(tmp_path).train.label_names == ["seg_test", "seg_train"]
     assert "seg_test, seg_train: read as classes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names", [("training_set", "test_set"), ("train2017", "val2017"), ("seg_train", "seg_test", "seg_pred")]
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_folders_called_almost_as_splits_with_the_same_classes_are_refused(names, nested, tmp_path):
+    outer = [f"{name}/{name}" if nested else name for name in names]
+    make(tmp_path, [path for folder in outer[:2] for path in each(f"{folder}/cat", f"{folder}/dog")])
+    make(tmp_path, [path for folder in outer[2:] for path in images_of(folder)])
+    with pytest.raises(TinyTLError, match=r"called almost as splits are, and hold the same folders \(cat, dog\)"):
+        opened(tmp_path)
+    if not nested:
+        data = opened(tmp_path, train_split=names[0], eval_split=names[1])
+        assert data.train.label_names == ["cat", "dog"] and len(data.train.labels) == len(data.evaluation.labels) == 8
 
 
 def test_file_names_decide_nothing(tmp_path):
@@ -359,3 +374,39 @@ def test_a_comparison_inside_the_data_is_no_class_and_a_class_with_files_of_anot
     (root / "cat" / "metrics.jsonl").write_text("{}\n")
     found = opened(root).found
     assert found.classes == ["cat", "dog"] and found.left_out == {"folder written by tinytl-hf": 1}
+
+
+def test_a_split_that_has_none_of_the_trained_classes_is_refused(tmp_path):
+    make(tmp_path, each("train/cat", "train/dog", "val/images", "test/images"))
+    with pytest.raises(TinyTLError, match=r"split validation has the classes images alone, and split train none of"):
+        opened(tmp_path)
+    assert opened(tmp_path, eval_split="holdout").train.label_names == ["cat", "dog"]
+
+
+def test_images_with_more_behind_their_suffix_are_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    make(tmp_path, each("cat", "dog"))
+    for name in ("a.jpg?w=300", "b.jpg_large", "c.JPG.1", "d.jpg~", "e.jpg.txt", "f.dcm"):
+        (tmp_path / "cat" / name).write_bytes(b"")
+    assert opened(tmp_path).found.left_out == {"with more behind .jpg": 4, ".dcm": 1}
+
+
+@pytest.mark.parametrize(
+    ("folders", "hint"),
+    [
+        (("a/b/cat", "a/b/dog"), "if cat, dog are the classes, name {root}/a/b"),
+        (("a/b/train/cat", "a/b/train/dog", "a/b/test/cat"), "if test, train are the splits, name {root}/a/b"),
+    ],
+)
+def test_classes_and_splits_below_several_folders_are_pointed_at(folders, hint, tmp_path):
+    make(tmp_path, each(*folders))
+    with pytest.raises(TinyTLError, match=rf"has one class \(a\); use two or more; {hint.format(root=tmp_path)}"):
+        opened(tmp_path)
+
+
+def test_what_was_left_out_is_said_where_one_class_is_left(tmp_path):
+    make(tmp_path, each("cat"))
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "1.jxl").write_bytes(b"")
+    with pytest.raises(TinyTLError, match=r"has one class \(cat\); use two or more.*left out: 1 .jxl \(dog/1.jxl\)"):
+        opened(tmp_path)

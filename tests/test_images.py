@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinytl_hf.data.images import UnreadableImageError, _note_few_bits, allow_megapixels, decoded_size
+from tinytl_hf.data.images import (
+    UnreadableImageError,
+    _note_few_bits,
+    _note_more,
+    allow_megapixels,
+    decode_pixels,
+    decoded_size,
+)
 from tinytl_hf.data.tensors import decode, pad_images, to_rgb
 
 
@@ -141,3 +148,33 @@ def test_images_are_padded_at_the_bottom_right():
 def test_what_is_no_image_raises_an_error_that_the_data_reader_knows(content):
     with pytest.raises(UnreadableImageError):
         decode({"bytes": content, "path": None}, 32)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
+def test_frames_and_pages_behind_the_first_are_said(kind, caplog):
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    for frames in ([], [blue]):
+        file = io.BytesIO()
+        red.save(file, kind, save_all=bool(frames), append_images=frames)
+        _note_more.cache_clear()
+        caplog.clear()
+        for _ in range(2):
+            pixels = decode_pixels({"bytes": file.getvalue(), "path": None}, 32)
+        assert pixels[0, 0, 0] > 250 > 5 > pixels[0, 0, 2]
+        said = f"there are {kind} images of several frames or pages: the first of each is used"
+        assert caplog.messages == ([said] if frames else [])
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "it is a pointer, and git lfs pull downloads the image"),
+        (b"\n<!DOCTYPE html>", "it is a web page or the like"),
+    ],
+)
+def test_what_lies_in_the_place_of_an_image_is_named(content, what, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(content)
+    for encoded in ({"bytes": content, "path": None}, {"bytes": None, "path": str(tmp_path / "a.jpg")}):
+        with pytest.raises(UnreadableImageError, match=f"cannot identify image file.*; {what}$"):
+            decode_pixels(encoded, 32)

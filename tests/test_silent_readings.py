@@ -135,7 +135,7 @@ def test_a_comma_at_the_end_of_rows_shifts_no_column_and_values_too_many_are_ref
     train = opened(file, image_column="image").train
     assert train.label_names == ["cat", "dog"] and "/i/a/" in train.rows[0]["image"]["path"]
     file.write_text("\n".join(["image,mask,label", *(f"{row},more" for row in rows)]))
-    with pytest.raises(TinyTLError, match="Length of header"):
+    with pytest.raises(TinyTLError, match=r"x.csv: has rows with more values than its first line has names"):
         opened(file, image_column="image")
 
 
@@ -165,6 +165,7 @@ def test_dark_images_of_16_bits_are_dark_in_every_format(tmp_path):
     ("labels", "message"),
     [
         (["cat", ""] * 4, "row 1 of split train has no label"),
+        (["cat", " "] * 4, "row 1 of split train has no label"),
         ([1.0, float("inf")] * 4, "it holds inf, and a class is a text"),
         ([1.0, 1e30] * 4, "it holds 1e.30, and a class is a text"),
         (pd.to_datetime(["2020-01-01", "2020-01-02"] * 4), r"it holds timestamp\[\w+\], and a class is a text"),
@@ -214,3 +215,36 @@ def test_addresses_of_files_on_this_disk_are_paths(tmp_path):
     paths = [f"file://{tmp_path}/{path}" for path in folders(tmp_path)]
     pd.DataFrame({"image": paths, "label": LABELS}).to_csv(tmp_path / "x.csv", index=False)
     assert opened(tmp_path / "x.csv").found.images == {"train": 8}
+
+
+@pytest.mark.parametrize(("name", "values"), [("set", ["train", "test"]), ("Usage", ["Training", "validation"])])
+def test_a_column_of_splits_may_have_another_name(name, values, tmp_path, caplog):
+    caplog.set_level("INFO")
+    folders(tmp_path / "i", ("a", "a"))
+    rows = [f"i/a/{number}.png,{LABELS[number]},{values[number // 4]}" for number in range(8)]
+    file = tmp_path / "x.csv"
+    file.write_text("\n".join([f"image,label,{name}", *rows]))
+    data = opened(file)
+    assert len(data.train.labels) == len(data.evaluation.labels) == 4
+    assert f"the column {name} says which rows are of which split" in caplog.text
+    file.write_text("\n".join([f"image,label,{name}", *rows[:7], f"i/a/7.png,{LABELS[7]},other"]))
+    assert list(opened(file).found.images) == ["train"]  # which is no column of splits
+
+
+def test_a_column_split_of_other_values_is_said(tmp_path, caplog):
+    folders(tmp_path / "i", ("a", "a"))
+    rows = [f"i/a/{number}.png,{LABELS[number]},{number // 4}" for number in range(8)]
+    (tmp_path / "x.csv").write_text("\n".join(["image,label,split", *rows]))
+    assert list(opened(tmp_path / "x.csv").found.images) == ["train"]
+    assert "column split is not used: it calls rows 0, 1, and splits are train, validation, test" in caplog.text
+
+
+def test_tables_in_the_folders_of_splits_are_named_by_a_pattern(tmp_path):
+    for split in ("train", "test"):
+        for number in range(4):
+            write_image(tmp_path / split / f"{number}.png", size=(8, 8), seed=number)
+        rows = [f"{number}.png,{LABELS[number]}" for number in range(4)]
+        (tmp_path / split / "labels.csv").write_text("\n".join(["image,label", *rows]))
+    with pytest.raises(TinyTLError, match=rf"name these files, '{tmp_path}/\*/\*.csv'"):
+        opened(tmp_path)
+    assert opened(tmp_path / "*" / "*.csv").found.images == {"train": 4, "test": 4}

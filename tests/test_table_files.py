@@ -6,6 +6,7 @@ import pytest
 from conftest import write_image
 from test_tables import opened, png
 
+from tinytl_hf import TinyTLError
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.sets import open_eval_split
 
@@ -128,3 +129,38 @@ def test_whole_numbers_that_one_of_two_csv_files_has_with_a_zero_are_one_class(t
         paths = [write_image(tmp_path / f"{split}{i}.png", seed=i) for i in range(8)]
         write_table(root / f"{split}.csv", "csv", {"path": [str(path) for path in paths], "label": labels * 4})
     assert opened(root).train.label_names == names
+
+
+def test_a_link_to_a_file_has_its_own_name_and_folder(tmp_path):
+    for number in range(8):
+        write_image(tmp_path / "data" / f"{number}.png", seed=number)
+    (tmp_path / "cache").mkdir()
+    write_table(tmp_path / "cache" / "1f8a", "csv", {"path": [f"{i}.png" for i in range(8)], "label": AB * 4})
+    link = tmp_path / "data" / "labels.csv"
+    link.symlink_to(tmp_path / "cache" / "1f8a")
+    train = opened(link).train
+    assert train.label_names == AB and train.rows[0]["image"]["path"].startswith(f"{tmp_path}/data/")
+
+
+def test_files_without_rows_are_no_images_and_end_nothing(tmp_path, caplog):
+    table = pd.DataFrame({"image": [png(number) for number in range(8)], "label": AB * 4})
+    for name, rows in {"train-0": table, "train-1": table[:0], "test-0": table[:0]}.items():
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+    data = opened(tmp_path)
+    assert data.evaluation.title == "holdout" and data.found.images == {"train": 8, "test": 0}
+    assert f"split test is not used: split test of {tmp_path} has no rows" in caplog.text
+    with pytest.raises(TinyTLError, match=r"split test of .* has no rows; use another split"):
+        opened(tmp_path, eval_split="test")
+
+
+def test_tables_of_other_columns_and_pointers_to_tables_are_named(tmp_path):
+    table = pd.DataFrame({"image": [png(number) for number in range(8)], "label": AB * 4})
+    table.to_parquet(tmp_path / "train-0.parquet")
+    table.rename(columns={"label": "class"}).to_parquet(tmp_path / "train-1.parquet")
+    with pytest.raises(
+        TinyTLError, match=r"train-1.parquet has columns class, image, and .*-0.parquet .* image, label"
+    ):
+        opened(tmp_path)
+    (tmp_path / "train-1.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(TinyTLError, match=r"train-1.parquet: is not the file, but a pointer to it; git lfs pull"):
+        opened(tmp_path)

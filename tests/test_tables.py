@@ -229,6 +229,19 @@ def test_captions_are_no_classes(tmp_path):
         opened(tmp_path / "table.parquet")
 
 
+def test_a_label_in_capitals_comes_before_other_texts(tmp_path):
+    rows = {"image": [png(number) for number in range(8)], "Label": [0, 1] * 4, "author": list("xxyyzzww")}
+    pd.DataFrame(rows).to_parquet(tmp_path / "x.parquet")
+    data = opened(tmp_path / "x.parquet")
+    assert data.train.label_names == ["0", "1"] and data.found.labels == "Label"
+
+
+def test_images_that_have_a_class_each_are_told_so(tmp_path):
+    pd.DataFrame({"image": [png(i) for i in range(8)], "label": list("abcdefgh")}).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(TinyTLError, match=r"cannot hold out a part of 8 images, as each has a class of its own"):
+        opened(tmp_path / "x.parquet")
+
+
 def test_a_column_that_is_guessed_is_said(tmp_path, caplog):
     caplog.set_level("INFO")
     pd.DataFrame({"image": [png()] * 8, "species": ["a", "b"] * 4}).to_parquet(tmp_path / "table.parquet")
@@ -247,6 +260,16 @@ def test_a_webdataset_has_its_labels_in_cls(tmp_path):
     assert train.label_names == ["0", "1"] and len(train.labels) + len(held_out.labels) == 8
 
 
+def test_a_tar_of_class_folders_is_told_to_be_unpacked(tmp_path):
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for number in range(8):
+            entry = tarfile.TarInfo(f"{['cat', 'dog'][number % 2]}/{number}.png")
+            entry.size = len(png(number))
+            tar.addfile(entry, io.BytesIO(png(number)))
+    with pytest.raises(TinyTLError, match=r"in a .tar the class of an image is in a .cls file .* unpack it and name"):
+        opened(tmp_path / "photos.tar")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -258,6 +281,9 @@ def test_a_webdataset_has_its_labels_in_cls(tmp_path):
         ("photo.png", r"photo.png is no .parquet, .* file; name the folder of the images"),
         ("photos.zip", r"photos.zip is no .* file; unpack it, and name the folder"),
         ("http://127.0.0.1:9/photos.zip", r"not the address of a .parquet, .* file; download it"),
+        ("https://huggingface.co/datasets/a/b/tree/main", r"is a page of the Hub; name .* as --data.dataset a/b$"),
+        ("https://huggingface.co/datasets/a/b/blob/main/x.parquet", r"name the file, .*/a/b/resolve/main/x.parquet"),
+        ("https://github.com/a/b/blob/main/x.csv", r"is a page about a file; name .*//github.com/a/b/raw/main/x.csv"),
         ("http://127.0.0.1:9/table.csv", r"cannot be loaded \(.*[Cc]onnect"),
         ("broken.csv", r"cannot be loaded \(.*Error"),
         ("nowhere.csv", r"column path names .*/gone/0.png and 7 more, and there is no such file"),
@@ -439,3 +465,24 @@ def test_a_table_at_a_url_that_has_changed_is_read_again(tmp_path, server):
     for names in (["cat", "dog"], ["apple", "pear"]):
         pd.DataFrame({"image": [png(i) for i in range(8)], "label": names * 4}).to_parquet(tmp_path / "table.parquet")
         assert opened(url).train.label_names == names
+
+
+def test_classes_that_only_their_column_names_are_said_to_have_no_images(tmp_path, caplog):
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog", "emu", "fox"]))
+    rows = {"image": [{"bytes": png(number), "path": None} for number in range(8)], "label": [0, 1] * 4}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    assert len(opened(tmp_path).train.label_names) == 4
+    assert "emu, fox have no training images" in caplog.text
+
+
+def test_a_split_called_as_the_part_held_out_is_refused_where_it_would_be_left_out(tmp_path):
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
+    rows = {"image": [{"bytes": png(number), "path": None} for number in range(8)], "label": [0, 1] * 4}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(train=table, holdout=table, test=table).save_to_disk(tmp_path / "three")
+    assert opened(tmp_path / "three").evaluation.name == "test"
+    for options in ({"eval_split": "holdout"}, {}):
+        name = "three" if options else "two"
+        datasets.DatasetDict(train=table, holdout=table).save_to_disk(tmp_path / "two")
+        with pytest.raises(TinyTLError, match=r"the data set has a split holdout, and a part held out of train"):
+            opened(tmp_path / name, **options)

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ logger = logging.getLogger(__name__)
 LABEL = "label"
 SPLIT = "split"
 OF_WEBDATASET = "cls"
-NO_LABELS = {"__key__", "__url__", "file_name"}  # they name an image each
+KEY = "__key__"  # of WebDataset, too
+NO_LABELS = {KEY, "__url__", "file_name"}  # they name an image each
 STRINGS = {"string", "large_string"}
 SEEN = 100  # rows that are looked at for a value
 SIZES_AT_ONCE = 10_000  # rows
-FEW = 20  # rows in which each text may be a class of its own
+FEW = 20  # rows in which each text may be a class of its own, and columns that an error lists
 BYTES = {"binary", "large_binary"}
 LABELS = re.compile(r"(large_)?string|u?int\d+|float\d+|bool|null")  # types of values that can be classes
 MOST = 2.0**53  # up to which floats are whole numbers
@@ -48,6 +50,15 @@ def class_order(names: Collection[str]) -> list[str]:
     if all(name.removeprefix("-").isdecimal() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
+
+
+def alike(names: Collection[str]) -> list[list[str]]:
+    """Names of classes that differ in capitals, spaces or zeros in front alone."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        words = unicodedata.normalize("NFKC", name).casefold().split()
+        groups[" ".join(word.lstrip("0") if word.isdecimal() else word for word in words)].append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def as_label(text: str) -> str:
@@ -74,13 +85,12 @@ def image_rows(table: datasets.Dataset, config: DataConfig, base: Path | None) -
     Raises:
         TinyTLError: There is none, or there are several.
     """
-    fits = (_is_image, _holds_bytes, holds_paths)
     if config.image_column is None:
-        column = _only(table, "image_column", fits)
+        column = _only(table, "image_column", (_is_image, _holds_bytes, _holds_paths))
     else:
         column = _chosen(table, "image_column", config.image_column)
-    feature = table.features[column]
     rows = table.select_columns([column]).rename_columns({column: "image"})
+    feature = rows.features["image"]
     if _is_string(feature):
         return column, _from_paths(rows["image"][:], column, base, config.skip_corrupt)
     if _is_struct(feature):
@@ -90,7 +100,7 @@ def image_rows(table: datasets.Dataset, config: DataConfig, base: Path | None) -
             return column, _from_paths(parts["image.path"][:], column, base, config.skip_corrupt)
         if without_bytes and base is not None:
             rows = _with_places(rows, base)
-    if not _is_image(rows, "image") and not _is_bytes(rows, "image"):
+    if not _is_image(feature) and not _is_bytes(feature):
         raise TinyTLError(f"data.image_column={column}: it holds {feature}, not images")
     return column, rows.cast_column("image", datasets.Image(decode=False))
 
@@ -129,7 +139,7 @@ def label_values(
             "whole number, or true or false"
         )
     values = table.with_format("numpy")[column][:]
-    missing = [i for i, value in enumerate(values) if value is None or value != value or value == ""]
+    missing = [i for i, value in enumerate(values) if _is_missing(value)]
     if len(missing) == len(values):
         raise NoLabelsError(f"no row of split {name} has a label in {column}")
     if missing:
@@ -147,6 +157,11 @@ def label_values(
         distinct = list(dict.fromkeys(names))
         return column, np.array([distinct.index(name) for name in names])[labels], distinct
     return column, *_numbered(np.asarray(values), column)
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a value is none, no number, or a text without a letter."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _numbered(values: np.ndarray, column: str) -> tuple[np.ndarray, list[str]]:
@@ -171,17 +186,15 @@ def _label_column(table: datasets.Dataset, config: DataConfig, image_column: str
     """The named column, else ``label``, else the only one of classes, else WebDataset's, else the one of texts."""
     if config.label_column is not None:
         return _chosen(table, "label_column", config.label_column)
-    if LABEL in table.column_names and image_column != LABEL:
-        return LABEL
+    called_so = [name for name in table.column_names if name.lower() == LABEL and name != image_column]
+    if LABEL in called_so or len(called_so) == 1:
+        return LABEL if LABEL in called_so else called_so[0]
     classes = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
     if not classes and OF_WEBDATASET in table.column_names:
         return OF_WEBDATASET
     if not classes:
-        classes = [
-            name
-            for name, feature in table.features.items()
-            if _is_string(feature) and name not in {*NO_LABELS, image_column} and _repeats(table, name)
-        ]
+        texts = [name for name, feature in table.features.items() if _is_string(feature)]
+        classes = _repeating(table, [name for name in texts if name not in {*NO_LABELS, image_column}])
     if len(classes) == 1:
         return classes[0]
     if classes:
@@ -189,23 +202,28 @@ def _label_column(table: datasets.Dataset, config: DataConfig, image_column: str
     raise _none("label_column", table)
 
 
-def _repeats(table: datasets.Dataset, column: str) -> bool:
-    """Whether texts are classes: most occur more than once, unlike captions and file names. Few rows do not tell."""
-    values = table[column][:]
-    return len(set(values)) <= len(values) / 2 or len(values) <= FEW
+def _repeating(table: datasets.Dataset, columns: list[str]) -> list[str]:
+    """Those whose texts are classes: most occur more than once, unlike captions and names. Few rows do not tell."""
+    if len(table) <= FEW or not columns:
+        return columns
+    texts = table.select_columns(columns).with_format("arrow")[:]
+    return [name for name in columns if len(set(texts.column(name).to_pylist())) <= len(texts) / 2]
 
 
 def _chosen(table: datasets.Dataset, key: str, chosen: str) -> str:
     if chosen not in table.column_names:
-        columns = ", ".join(table.column_names)
+        columns = named(table.column_names, shown=FEW)
         raise TinyTLError(f"data.{key}={chosen}: no such column; the data set has {columns}")
     return chosen
 
 
-def _only(table: datasets.Dataset, key: str, fits: Sequence[Callable[[datasets.Dataset, str], bool]]) -> str:
+Fit = Callable[[Any, Any], bool]  # of a column, by its type and its first value
+
+
+def _only(table: datasets.Dataset, key: str, fits: Sequence[Fit]) -> str:
     """The only column of the first kind that occurs."""
     for fit in fits:
-        found = [name for name in table.column_names if fit(table, name)]
+        found = _fitting(table, fit)
         if len(found) == 1:
             return found[0]
         if found:
@@ -213,18 +231,30 @@ def _only(table: datasets.Dataset, key: str, fits: Sequence[Callable[[datasets.D
     raise _none(key, table)
 
 
+def _fitting(table: datasets.Dataset, fit: Fit) -> list[str]:
+    """Columns of one kind. There can be hundreds, so that none is looked up by itself."""
+    features, head = table.features, table.with_format("arrow")[:SEEN]
+    firsts = {name: next((value.as_py() for value in head.column(name) if value.is_valid), None) for name in features}
+    return [name for name, first in firsts.items() if fit(features[name], first)]
+
+
 def _several(key: str, found: Sequence[str]) -> TinyTLError:
-    return TinyTLError(f"data.{key}: {', '.join(found)} all fit; name one, as --data.{key} {found[0]}")
+    return TinyTLError(f"data.{key}: {named(found, shown=FEW)} all fit; name one, as --data.{key} {found[0]}")
 
 
 def _none(key: str, table: datasets.Dataset) -> TinyTLError:
-    columns = ", ".join(table.column_names)
+    columns = named(table.column_names, shown=FEW)
+    if key == "label_column" and KEY in table.column_names:
+        return NoLabelsError(
+            f"data.{key}: no column of {columns} fits: in a .tar the class of an image is in a .cls file of its name; "
+            "if the folders in it are the classes, unpack it and name the folder"
+        )
     kind = NoLabelsError if key == "label_column" else TinyTLError
     return kind(f"data.{key}: no column of {columns} fits by its type; name one with --data.{key}")
 
 
-def _is_image(table: datasets.Dataset, column: str) -> bool:
-    return isinstance(table.features[column], datasets.Image)
+def _is_image(feature: Any, _first: Any = None) -> bool:
+    return isinstance(feature, datasets.Image)
 
 
 def _is_string(feature: Any) -> bool:
@@ -236,9 +266,8 @@ def _is_struct(feature: Any) -> bool:
     return isinstance(feature, dict) and feature.keys() == {"bytes", "path"}
 
 
-def _is_bytes(table: datasets.Dataset, column: str) -> bool:
+def _is_bytes(feature: Any) -> bool:
     """Whether a column holds bytes, alone or beside paths, where all of them may be missing."""
-    feature = table.features[column]
     if _is_struct(feature):
         return getattr(feature["bytes"], "dtype", None) in {*BYTES, "null"}
     return isinstance(feature, datasets.Value) and feature.dtype in BYTES
@@ -257,30 +286,27 @@ def _with_places(rows: datasets.Dataset, base: Path) -> datasets.Dataset:
     return rows.map(lambda row: {"image": placed(row["image"])}, features=features, keep_in_memory=True)
 
 
-def _first(table: datasets.Dataset, column: str) -> Any:
-    return next((value for value in table[column][:SEEN] if value is not None), None)
-
-
-def _holds_bytes(table: datasets.Dataset, column: str) -> bool:
+def _holds_bytes(feature: Any, first: Any) -> bool:
     """Whether bytes are those of images, by the first."""
-    if not _is_bytes(table, column):
+    if not _is_bytes(feature):
         return False
-    value = _first(table, column)
-    content = value["bytes"] if isinstance(value, dict) else value
+    content = first["bytes"] if isinstance(first, dict) else first
     if not content:
-        return isinstance(value, dict)
+        return isinstance(first, dict)
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS):
             return True
     except Exception:  # a damaged file can make Pillow raise almost anything
-        return isinstance(value, dict)
+        return isinstance(first, dict)
 
 
-def holds_paths(table: datasets.Dataset, column: str) -> bool:
-    """Whether a column has paths of images, by the first."""
-    if not _is_string(table.features[column]):
-        return False
-    return suffix_of(str(_first(table, column) or "")) in IMAGE_SUFFIXES
+def _holds_paths(feature: Any, first: Any) -> bool:
+    return _is_string(feature) and suffix_of(first or "") in IMAGE_SUFFIXES
+
+
+def path_columns(table: datasets.Dataset) -> list[str]:
+    """Columns that have paths of images, by the first."""
+    return _fitting(table, _holds_paths)
 
 
 def _from_paths(values: Sequence[str | None], column: str, base: Path | None, skip_missing: bool) -> datasets.Dataset:
@@ -305,16 +331,19 @@ def _from_paths(values: Sequence[str | None], column: str, base: Path | None, sk
 
 def images_named(table: datasets.Dataset, base: Path) -> set[str]:
     """Whole paths of the images that a table names."""
-    columns = [column for column in table.column_names if holds_paths(table, column)]
-    return {place_of(str(path), base) for column in columns for path in table[column][:] if path is not None}
+    return {
+        place_of(str(path), base) for column in path_columns(table) for path in table[column][:] if path is not None
+    }
 
 
 def place_of(path: str, base: Path) -> str:
     """The image that a path in a table means: beside the table if it is there, else in the current folder."""
     beside = os.path.join(base, expanded(path))
+    if os.path.exists(beside):
+        return beside
+    slashes = os.path.join(base, path.replace("\\", "/"))  # as Windows writes what is between folders
     for form in ("NFC", "NFD"):  # systems write one accented letter in two ways
-        spelled = unicodedata.normalize(form, beside)
-        beside = spelled if not os.path.exists(beside) and os.path.exists(spelled) else beside
-    if not os.path.isabs(path) and not os.path.exists(beside) and os.path.exists(path):
-        return os.path.abspath(path)
-    return beside
+        for place in (beside, slashes):
+            if os.path.exists(spelled := unicodedata.normalize(form, place)):
+                return spelled
+    return os.path.abspath(path) if os.path.exists(path) else beside

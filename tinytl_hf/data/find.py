@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlparse
 
-from tinytl_hf.disk import local_path
+from tinytl_hf.disk import expanded, local_path
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def find(name: str) -> Source:
         raise TinyTLError(
             "data.dataset: missing; name a folder of images or a data set, as --data.dataset path/to/images"
         )
-    path = local_path(name)
+    path = _place_of(name)
     if path_exists(path):
         if name == DIGITS:
             logger.info("digits is the %s here, not scikit-learn's digits", "folder" if path.is_dir() else "file")
@@ -76,6 +76,16 @@ def find(name: str) -> Source:
             "or .json file, a saved data set, a data set on the Hub, or digits"
         )
     return Source("hub", name)
+
+
+def _place_of(name: str) -> Path:
+    """The path of a folder, where it really lies, or of a file in its folder.
+
+    A link to a file keeps its own name: what it leads to may have none (as in caches of the Hub or of DVC), and the
+    paths in a table are relative to the folder that the table was put into.
+    """
+    path = local_path(name)
+    return path if path.is_dir() else local_path(expanded(name).parent) / expanded(name).name
 
 
 def suffix_of(name: str) -> str:

@@ -6,6 +6,7 @@ them. Folders are splits if people call splits so and they hold class folders th
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections import defaultdict
@@ -71,6 +72,7 @@ def class_folders(listing: Listing, chosen: set[str]) -> datasets.DatasetDict:
     splits = find_splits(tops, listing, chosen)
     if splits is None:
         _check_splits_inside(listing.root, tops)
+        _check_almost_splits(listing.root, tops)
         _say_odd_names(tops)
         found = {"train": {name: folder.all for name, folder in tops.items()}}
     else:
@@ -185,8 +187,30 @@ def _check_splits_inside(root: Path, tops: Tops) -> None:
     )
 
 
+def _check_almost_splits(root: Path, tops: Tops) -> None:
+    """Raise if folders are called almost as splits are and hold the same ones, as ``seg_train``, ``seg_test`` do."""
+    roles = {top: found for top in tops if (found := {role_of(word) for word in _split_words(top)})}
+    inside = {top: {name for path in tops[top].all for name in path.split("/")[1:-1]} for top in roles}
+    for one, other in itertools.combinations(roles, 2):
+        shared = inside[one] & inside[other]
+        if len(shared) < 2 or roles[one] == roles[other]:
+            continue
+        fix = "put these folders right into folders called train and test"
+        if shared <= tops[one].below.keys():
+            fix = "name the two with --data.train_split and --data.eval_split"
+        raise TinyTLError(
+            f"data.dataset={root}: {one}/ and {other}/ are called almost as splits are, and hold the same folders "
+            f"({named(sorted(shared))}): if they are splits, {fix}; if they are classes, put their images right into "
+            "them"
+        )
+
+
+def _split_words(name: str) -> set[str]:
+    return SPLIT_WORDS & set(re.split(r"[^a-z]+", name.lower()))
+
+
 def _say_odd_names(tops: Tops) -> None:
-    odd = [top for top in tops if SPLIT_WORDS & set(re.split(r"[^a-z]+", top.lower()))]
+    odd = [top for top in tops if _split_words(top)]
     if (odd and len(odd) == len(tops)) or any(role_of(top) for top in odd):
         logger.warning(
             "%s: read as %s, as splits hold class folders and are called train, validation and test",
@@ -212,12 +236,12 @@ def _say_depths(found: dict[str, dict[str, list[str]]], depth: int) -> None:
 
 
 def _tables(root: Path, found: dict[str, dict[str, list[str]]]) -> datasets.DatasetDict:
-    labels = {folder: as_label(folder) for classes in found.values() for folder in classes}
-    names = class_order(set(labels.values()))
-    number = {folder: names.index(label) for folder, label in labels.items()}
-    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=names))
     tables = datasets.DatasetDict()
     for split, classes in found.items():
+        labels = {folder: as_label(folder) for folder in classes}
+        names = class_order(set(labels.values()))  # of this split: a run takes in those of the splits that it uses
+        number = {folder: names.index(label) for folder, label in labels.items()}
+        features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=names))
         rows = sorted((number[folder], path) for folder, paths in classes.items() for path in paths)
         columns = {"image": [f"{root}/{path}" for _, path in rows], "label": [label for label, _ in rows]}
         tables[split] = datasets.Dataset.from_dict(columns, features=features)

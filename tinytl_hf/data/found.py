@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SHOWN = 5  # names that a line lists
+LONGEST = 300  # characters of a name in it: a column of paths can hold whole images as texts
 
 
 class LeftOut(dict[str, int]):
@@ -86,4 +87,6 @@ class Found:
 def named(names: Sequence[str], count: int | None = None, shown: int = SHOWN) -> str:
     """Names for a line: a few of many, ``count`` of them or as many as are given."""
     more = (count or len(names)) - shown
-    return ", ".join(names) if more <= 0 else f"{', '.join(names[:shown])} and {more:,} more"
+    half = LONGEST // 2
+    listed = [name if len(name) <= LONGEST else f"{name[:half]}...{name[-half:]}" for name in names[:shown]]
+    return ", ".join(listed) if more <= 0 else f"{', '.join(listed)} and {more:,} more"

@@ -29,6 +29,11 @@ def hold_out(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.nda
     counts = np.bincount(labels)
     alone = np.flatnonzero(counts[labels] == 1)
     rest = np.flatnonzero(counts[labels] > 1)
+    if not len(rest):
+        raise TinyTLError(
+            f"cannot hold out a part of {len(labels)} images, as each has a class of its own; use more images of each "
+            "class, or name the column of the classes with --data.label_column"
+        )
     try:
         kept, held_out = train_test_split(
             rest, test_size=config.eval_fraction, random_state=config.split_seed, stratify=labels[rest]

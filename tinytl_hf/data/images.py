@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 # photo takes little memory; only crops of less than a quarter of its area could show more detail than that.
 REDUCE_ABOVE = 2
 MAX_ASPECT = 4  # longer images are cropped to it at their centre: a batch takes the size of its largest image
+LFS = b"version https://git-lfs"  # what a pointer of Git LFS starts with, which a clone may have in place of a file
 TURNED = {5, 6, 7, 8}  # EXIF's orientations that swap width and height
 
 Image.init()
@@ -33,7 +34,7 @@ HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 # Pictures that Pillow cannot read: they are counted where they are left out.
 UNREAD_SUFFIXES = {
     *HEIF_SUFFIXES,
-    *(".svg", ".eps", ".jxl", ".wmf", ".emf"),
+    *(".svg", ".eps", ".jxl", ".wmf", ".emf", ".dcm", ".xcf"),
     *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".srw"),
 } - IMAGE_SUFFIXES
 
@@ -52,22 +53,54 @@ def decode_pixels(encoded: dict[str, Any] | None, input_size: int) -> np.ndarray
         raise UnreadableImageError("there is no image")
     try:
         with _opened(encoded) as image:
-            return to_pixels(image, input_size)
+            pixels = to_pixels(image, input_size)
+            if _has_more(image):
+                _note_more(image.format or "")
+            return pixels
     except UnreadableImageError:
         raise
     except Image.DecompressionBombError as error:
-        pixels = re.search(r"\d+", str(error))
+        count = re.search(r"\d+", str(error))
         raise UnreadableImageError(
-            f"it has {int(pixels[0]) / 1e6 if pixels else 0:,.0f} megapixels; if you trust the file, allow that with "
+            f"it has {int(count[0]) / 1e6 if count else 0:,.0f} megapixels; if you trust the file, allow that with "
             "--data.max_megapixels, or --max_megapixels in predict"
         ) from error
     except Exception as error:  # a damaged file can make Pillow raise almost anything
         reason = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))
-        raise UnreadableImageError(reason or type(error).__name__) from error
+        raise UnreadableImageError((reason or type(error).__name__) + _what_it_is(encoded)) from error
+
+
+def _what_it_is(encoded: dict[str, Any]) -> str:
+    """What is known of a file that cannot be read, for the line that says so."""
+    start = encoded["bytes"]
+    if start is None:
+        try:
+            with open(encoded["path"] or "", "rb") as file:
+                start = file.read(len(LFS))
+        except (OSError, ValueError):
+            return ""
+    if not start:
+        return "; the file is empty"
+    if start.startswith(LFS):
+        return "; it is a pointer, and git lfs pull downloads the image"
+    return "; it is a web page or the like" if start.lstrip().startswith(b"<") else ""
 
 
 def _opened(encoded: dict[str, Any]) -> Image.Image:
     return Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]), formats=FORMATS)
+
+
+def _has_more(image: Image.Image) -> bool:
+    """Whether a file holds frames or pages behind the first, which alone is read; previews of a camera are none."""
+    try:
+        return image.format != "MPO" and getattr(image, "is_animated", False)  # which not all formats have
+    except Exception:  # what is behind the first can be damaged, and is not read
+        return True
+
+
+@functools.cache  # once a process and format, not for each image
+def _note_more(kind: str) -> None:
+    logger.warning("there are %s images of several frames or pages: the first of each is used", kind)
 
 
 def allow_megapixels(count: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,8 @@ OURS = (
     (("adapter_config.json", "adapter_model.safetensors"), "format_version"),
     (("compare.json", "compare.csv", "compare.md"), '"method"'),
 )
+# What downloads make of an image's suffix: .jpg?w=300, .jpg_large, .jpg.1, .jpg~
+MORE_BEHIND = re.compile(r"(\.[a-z0-9]+)(?:[^a-z0-9.][^.]*|\.\d+)$")
 NEVER = {".git", "__MACOSX", "@eaDir"}  # not even counted
 
 
@@ -201,6 +204,8 @@ def _add(listing: Listing, path: str, entry: os.DirEntry[str]) -> None:
         listing.archives.append(path)
     elif not suffix and "/" in path:
         listing.left_out.add("without a suffix", path)
+    elif (cut := MORE_BEHIND.search(entry.name.lower())) and cut[1] in IMAGE_SUFFIXES:
+        listing.left_out.add(f"with more behind {cut[1]}", path)
 
 
 def _is_utf8(path: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pandas as pd
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.columns import LABEL, SPLIT, as_label, whole_numbers
+from tinytl_hf.data.csv_files import read_csv
 from tinytl_hf.data.folder import Folder, find_splits
 from tinytl_hf.data.found import named
 from tinytl_hf.data.listing import Listing
@@ -24,27 +24,6 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "file_name"
 IMAGE = "image"
-
-
-def read_csv(place: str | Path) -> pd.DataFrame:
-    """A CSV or TSV file, on this disk or at a URL, with all columns as texts; only what is empty is missing."""
-    separator = "\t" if str(place).lower().endswith(".tsv") else ","
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more values than the header has names
-        # index_col: else a comma at the end of each row makes the first column an index, and the names slip.
-        table = pd.read_csv(
-            place,
-            sep=separator,
-            dtype=str,
-            keep_default_na=False,
-            na_values=[""],
-            encoding="utf-8-sig",
-            index_col=False,
-        )
-    for column in table.columns:
-        if str(column) != str(column).lstrip():  # "file_name, label": a space after each comma
-            table[column] = [text.lstrip() if isinstance(text, str) else text for text in table[column]]
-    return table.rename(columns=lambda column: str(column).strip())
 
 
 def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> tuple[datasets.DatasetDict, str] | None:
@@ -79,6 +58,8 @@ def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> tu
         )
         return None
     table = pd.concat(used.values(), ignore_index=True)
+    if table.empty:
+        raise TinyTLError(f"{listing.root / name}: names no image; write a line for each, or take it away")
     _check_files(listing, table, name, config.skip_corrupt)
     if wanted in table.columns and SPLIT not in table.columns:  # whose test images have often none
         _check_labels(table, name, wanted)
@@ -98,20 +79,36 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
             frame = pd.read_json(place, lines=True, dtype=False, convert_dates=False, encoding="utf-8-sig")
         else:
             frame = pd.read_parquet(place)
+    except TinyTLError:
+        raise
     except Exception as error:  # damaged files can make pandas raise almost anything
         raise TinyTLError(f"{place}: cannot be read ({first_line(error)}); mend it or take it away") from error
     if FILE_NAME not in frame.columns:
-        logger.warning("%s: not used, as it has no column %s", path, FILE_NAME)
+        logger.warning("%s: not used, as it has no column %s (but %s)", path, FILE_NAME, named(list(frame.columns)))
         return None
     prefix = os.path.dirname(path)
     frame = frame[frame[FILE_NAME].notna()].copy()
-    names = [os.path.normpath(os.path.join(prefix, str(name))).replace(os.sep, "/") for name in frame[FILE_NAME]]
+    names = [_below_root(listing.root, prefix, str(name)) for name in frame[FILE_NAME]]
     there = set(listing.images)
-    if not there.issuperset(names):  # systems write one accented letter in two ways
+    if not there.issuperset(names):  # systems write one accented letter, and what is between folders, in two ways
         spelled = {as_label(image): image for image in listing.images}
-        names = [name if name in there else spelled.get(as_label(name), name) for name in names]
+        names = [name if name in there else spelled.get(_with_slashes(as_label(name)), name) for name in names]
     frame[FILE_NAME] = names
     return frame
+
+
+def _below_root(root: Path, prefix: str, name: str) -> str:
+    """The path relative to the data set's folder of an image that a file in the folder ``prefix`` names."""
+    name = name.removeprefix("file://")
+    if os.path.isabs(name):
+        folder, file = os.path.split(name)
+        path = os.path.relpath(os.path.join(os.path.realpath(folder), file), root)
+        return name if path.startswith("..") else path.replace(os.sep, "/")
+    return os.path.normpath(os.path.join(prefix, name)).replace(os.sep, "/")
+
+
+def _with_slashes(path: str) -> str:
+    return os.path.normpath(path.replace("\\", "/"))
 
 
 def _check_files(listing: Listing, table: pd.DataFrame, metadata: str, skip_missing: bool) -> None:

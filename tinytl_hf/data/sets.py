@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.columns import NoLabelsError, as_label, byte_sizes, class_order, image_rows, label_values
+from tinytl_hf.data.columns import NoLabelsError, alike, as_label, byte_sizes, class_order, image_rows, label_values
 from tinytl_hf.data.find import Source
 from tinytl_hf.data.found import Found, named
 from tinytl_hf.data.holding_out import hold_out
@@ -120,6 +120,11 @@ def _open_data(tables: Tables, config: DataConfig) -> Opened:
     train, *evaluated = _with_all_names([train, *_eval_splits(tables, train, config)])
     warnings = []
     if not evaluated:
+        if HOLDOUT in tables.splits:
+            raise TinyTLError(
+                f"the data set has a split {HOLDOUT}, and a part held out of {train.name} is called so as well; give "
+                "that split another name, such as test, or name one to evaluate on with --data.eval_split"
+            )
         alone = [train.label_names[number] for number in np.flatnonzero(np.bincount(train.labels) == 1)]
         warnings += _about(alone, "a single image, which is trained on and not evaluated")
         kept, held_out = hold_out(train.labels, config)
@@ -127,8 +132,13 @@ def _open_data(tables: Tables, config: DataConfig) -> Opened:
     train = _subset(train, config.max_train_samples, config.split_seed)
     evaluated = [_subset(split, config.max_eval_samples, config.split_seed) for split in evaluated]
     trained = set(train.occurring())
-    untrained = [name for split in evaluated for name in split.occurring() if name not in trained]
-    warnings += _about(list(dict.fromkeys(untrained)), "no training images, so no right answer can be learnt")
+    untrained = [name for name in train.label_names if name not in trained]
+    warnings += _about(untrained, "no training images, so no right answer can be learnt")
+    warnings += [
+        f"{named([repr(name) for name in names])} are classes of their own, though only capitals, spaces or zeros "
+        "tell them apart; if they are one, give them one name"
+        for names in alike(train.label_names)
+    ]
     evaluation, test = evaluated[0], evaluated[1] if len(evaluated) > 1 else None
     found = Found(
         classes=train.label_names,
@@ -146,12 +156,13 @@ def _train_split(tables: Tables, config: DataConfig) -> Split:
     names = list(tables.splits)
     name = find_split(config.train_split, names)
     if name is None:
-        fix = f"; --data.train_split {names[0]} trains on it" if len(names) == 1 else ""
+        fix = f"; --data.train_split {names[0]} trains on {'it' if len(names) == 1 else 'the first'}"
         fix = f" ({tables.left_out})" if tables.left_out else fix
         raise TinyTLError(f"data.train_split={config.train_split}: the data set has {', '.join(names)}{fix}")
     train = _labelled(tables, name, config)
     if len(classes := train.occurring()) < 2:
-        raise TinyTLError(f"split {name} has one class ({classes[0]}); use two or more{tables.hint}")
+        aside = f" ({tables.left_out})" if tables.left_out else ""
+        raise TinyTLError(f"split {name} has one class ({classes[0]}); use two or more{tables.hint}{aside}")
     return train
 
 
@@ -159,7 +170,15 @@ def _eval_splits(tables: Tables, train: Split, config: DataConfig) -> list[Split
     """The split to choose by and that to report; one if they are the same, none if there is no other with labels."""
     names = _eval_names([name for name in tables.splits if name != train.name], config.eval_split)
     found = (_labelled_or_none(tables, name, _with_columns_of(train, config)) for name in names)
-    return [split for split in found if split is not None]
+    splits = [split for split in found if split is not None]
+    for split in splits:
+        if not set(split.occurring()) & set(train.occurring()):
+            raise TinyTLError(
+                f"split {split.name} has the classes {named(split.occurring())} alone, and split {train.name} none of "
+                f"them, but {named(train.occurring())}; give them the same names, or name another split to evaluate "
+                f"on, as --data.eval_split {HOLDOUT}"
+            )
+    return splits
 
 
 def _eval_names(names: Sequence[str], wanted: str | None) -> list[str]:
@@ -336,7 +355,7 @@ def _contents(split: Split, rows: np.ndarray) -> Iterator[bytes]:
 def _labelled(tables: Tables, name: str, config: DataConfig) -> Split:
     table = tables.splits[name]
     if len(table) == 0:
-        raise TinyTLError(f"split {name} of {config.dataset} has no rows; use another split or data set")
+        raise NoLabelsError(f"split {name} of {config.dataset} has no rows; use another split or data set")
     image_column, rows = image_rows(table, config, tables.base)
     label_column, labels, names = label_values(table, name, config, image_column)
     return Split(name, rows, labels, names, image_column, label_column, np.arange(len(labels)))

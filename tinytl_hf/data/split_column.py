@@ -15,6 +15,8 @@ from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
 
+OTHER_NAMES = ("set", "subset", "partition", "phase", "usage")
+
 
 def by_split_column(splits: datasets.DatasetDict, config: DataConfig) -> datasets.DatasetDict:
     """The only table in parts, if its column ``split`` calls rows' splits as people, or the options, call them.
@@ -37,6 +39,10 @@ def by_split_column(splits: datasets.DatasetDict, config: DataConfig) -> dataset
     roles = _roles(table, column, chosen_splits(config))
     found = sorted(set(roles.values()) - {""})
     unknown = [value or "(empty)" for value, role in roles.items() if not role]
+    if not found and len(unknown) > 1:
+        logger.warning(
+            "column %s is not used: it calls rows %s, and splits are train, validation, test", column, named(unknown)
+        )
     if not found or (len(found) == 1 and not unknown):
         return splits
     if len(found) == 1:
@@ -55,12 +61,22 @@ def by_split_column(splits: datasets.DatasetDict, config: DataConfig) -> dataset
 
 
 def _column_of(table: datasets.Dataset, config: DataConfig) -> str | None:
-    """The column called ``split``, in letters of any size, if it holds texts and is for nothing else."""
+    """The column called ``split``, in letters of any size, if it holds texts and is for nothing else.
+
+    One of another name that people use is it where it calls each row a split, and not all the same.
+    """
     taken = (config.image_column, config.label_column)
-    for name, feature in table.features.items():
-        is_text = isinstance(feature, datasets.Value) and "string" in feature.dtype
-        if name.lower() == SPLIT and is_text and name not in taken:
-            return name
+    texts = {
+        name.lower(): name
+        for name, feature in table.features.items()
+        if isinstance(feature, datasets.Value) and "string" in feature.dtype and name not in taken
+    }
+    if SPLIT in texts:
+        return texts[SPLIT]
+    for column in (texts[name] for name in OTHER_NAMES if name in texts):
+        roles = set(_roles(table, column, set()).values())
+        if len(roles) > 1 and "" not in roles:
+            return column
     return None
 
 

@@ -12,11 +12,14 @@ from typing import Any
 
 import datasets
 import httpx2
+import pyarrow.parquet
 
-from tinytl_hf.data.columns import holds_paths, whole_numbers
+from tinytl_hf.data.columns import FEW, path_columns, whole_numbers
+from tinytl_hf.data.csv_files import read_csv
 from tinytl_hf.data.find import TABLES, suffix_of
+from tinytl_hf.data.found import named
+from tinytl_hf.data.images import LFS
 from tinytl_hf.data.listing import Listing
-from tinytl_hf.data.metadata import read_csv
 from tinytl_hf.data.roles import group_by_split
 from tinytl_hf.errors import TinyTLError
 
@@ -35,6 +38,8 @@ def load_tables(files: dict[str, list[str]], base: Path) -> datasets.DatasetDict
     if len(kinds) > 1:
         raise TinyTLError(f"{', '.join(sorted(kinds))} files cannot be put together; name those of one kind")
     (kind,) = kinds
+    for file in (file for each in files.values() for file in each):
+        _check_is_here(file)
     splits = {name: _load_split(each, kind, base) for name, each in files.items()}
     return datasets.DatasetDict(_with_whole_numbers(splits) if kind == "csv" else splits)
 
@@ -46,14 +51,39 @@ def _load_split(files: list[str], kind: str, base: Path) -> datasets.Dataset:
     for file in files:
         by_folder[os.path.dirname(file)].append(file)
     first = _load(next(iter(by_folder.values())), kind)
-    if not any(holds_paths(first, column) for column in first.column_names):
+    if not path_columns(first):
         return _load(files, kind)
     return datasets.concatenate_datasets([_placed(_load(each, kind), place) for place, each in by_folder.items()])
+
+
+def _check_is_here(file: str) -> None:
+    """Raise if only a pointer was downloaded in place of a file."""
+    with open(file, "rb") as content:
+        if content.read(len(LFS)) == LFS:
+            raise TinyTLError(f"{file}: is not the file, but a pointer to it; git lfs pull downloads the file")
+
+
+def _check_same_columns(files: list[str]) -> None:
+    first, *others = files
+    expected = set(pyarrow.parquet.read_schema(first).names)
+    for other in others:
+        found = set(pyarrow.parquet.read_schema(other).names)
+        if found != expected:
+            raise TinyTLError(
+                f"{other} has columns {named(sorted(found), shown=FEW)}, and {first} of the same split has "
+                f"{named(sorted(expected), shown=FEW)}; give them the same columns, or name one of the two"
+            )
 
 
 def _load(files: list[str], kind: str) -> datasets.Dataset:
     if kind == "csv":
         return datasets.concatenate_datasets([_csv(file) for file in files])
+    if kind == "parquet":  # of which the library datasets reads none without rows; Spark writes such for empty parts
+        empty = [file for file in files if pyarrow.parquet.read_metadata(file).num_rows == 0]
+        if len(empty) == len(files):
+            return datasets.Dataset(pyarrow.parquet.read_table(files[0]))
+        files = [file for file in files if file not in empty]
+        _check_same_columns(files)
     # The library datasets keeps what it has read, by the files' names and times: by the name as well, which is of what
     # changes also where a file is replaced by one of the same time.
     states = [os.stat(path) for path in files]
@@ -73,9 +103,8 @@ def _placed(table: datasets.Dataset, folder: str) -> datasets.Dataset:
         place = None if path is None else os.path.join(folder, path)
         return place if place is not None and os.path.isfile(place) else path
 
-    for column in table.column_names:
-        if holds_paths(table, column):
-            table = _with_column(table, column, [placed(path) for path in table[column][:]])
+    for column in path_columns(table):
+        table = _with_column(table, column, [placed(path) for path in table[column][:]])
     return table
 
 
@@ -86,8 +115,11 @@ def _with_column(table: datasets.Dataset, column: str, values: list[Any]) -> dat
 def _with_whole_numbers(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
     """Tables of texts, in whose columns whole numbers are written alike in all splits."""
     splits = dict(splits)
-    for column in {column for table in splits.values() for column in table.column_names}:
-        having = {name: table[column][:] for name, table in splits.items() if column in table.column_names}
+    texts = {name: table.with_format("arrow")[:] for name, table in splits.items()}
+    for column in {column for table in texts.values() for column in table.column_names}:
+        having = {
+            name: table.column(column).to_pylist() for name, table in texts.items() if column in table.column_names
+        }
         for name, values in zip(having, whole_numbers(list(having.values())), strict=True):
             if values != having[name]:
                 splits[name] = _with_column(splits[name], column, values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -167,6 +168,8 @@ def _to_name(listing: Listing, tables: list[str]) -> str:
     """What to name for the tables beside images: all of them by a pattern, if they are of several splits."""
     kinds = {os.path.splitext(name)[1] for name in tables}
     folders = {os.path.dirname(name) for name in tables}
+    if len(folders) > 1:
+        folders = {"/".join("*" for _ in folder.split("/")) for folder in folders if folder}
     if len(kinds) == len(folders) == 1 and len({role_of_table(name) for name in tables} - {None}) > 1:
         return f"these files, '{listing.root / folders.pop() / f'*{kinds.pop()}'}'"
     return f"that file, {listing.root / tables[0]}"
@@ -185,11 +188,13 @@ def _tops(listing: Listing) -> set[str]:
 
 def _hint(listing: Listing) -> str:
     """What to try if a folder of images turns out to have one class."""
-    tops = _tops(listing)
-    below = sorted({path.split("/")[1] for path in listing.images if path.count("/") > 1})
-    if len(tops) == 1 and len(below) > 1:
-        (top,) = tops
-        return f"; if {named(below)} are the classes, name {listing.root / top}"
+    folders = [path.split("/")[:-1] for path in listing.images]
+    common = os.path.commonpath([f"/{'/'.join(folder)}" for folder in folders]).strip("/")
+    depth = len(Path(common).parts)
+    below = sorted({folder[depth] for folder in folders if len(folder) > depth})
+    if common and len(below) > 1:
+        what = "splits" if all(role_of(name) for name in below) else "classes"
+        return f"; if {named(below)} are the {what}, name {listing.root / common}"
     tables = [name for name in listing.tables if suffix_of(name) in NAMING_IMAGES]
     return f"; if {tables[0]} has the paths and labels of images, name {listing.root / tables[0]}" if tables else ""
 
@@ -258,11 +263,16 @@ def _whole_paths(
 
 def _load_url(url: str, config: DataConfig) -> datasets.DatasetDict:
     suffix = suffix_of(urlparse(url).path)
+    if page := re.match(r"(https?://(?:huggingface\.co/datasets|github\.com)/[^/]+/[^/]+/)blob(/.*)", url):
+        fix = f"{page[1]}{'resolve' if 'huggingface' in page[1] else 'raw'}{page[2]}"
+        raise TinyTLError(f"data.dataset={url}: is a page about a file; name the file, {fix}")
     if suffix in TABLES:
         _check_no_subset(config, f"{url} is a file")
         return datasets.DatasetDict(train=table_at(url, TABLES[suffix]))
     if url.startswith("hf://"):
         return _load_any(url, config)
+    if page := re.match(r"https?://huggingface\.co/datasets/([\w.-]+(?:/(?!tree|viewer)[\w.-]+)?)", url):
+        raise TinyTLError(f"data.dataset={url}: is a page of the Hub; name the data set, as --data.dataset {page[1]}")
     raise TinyTLError(
         f"data.dataset={url}: not the address of a {', '.join(TABLES)} file; download it, and name the folder"
     )

@@ -8,11 +8,11 @@ import os
 import datasets
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.columns import LABEL, as_label, holds_paths, place_of
+from tinytl_hf.data.columns import LABEL, as_label, path_columns, place_of
 from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.table_files import load_tables
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ def _labels_by_path(listing: Listing, name: str, label_column: str) -> dict[str,
     file = listing.root / name
     try:
         table = load_tables({"train": [str(file)]}, file.parent)["train"]
-        column = next((each for each in table.column_names if holds_paths(table, each)), None)
+        column = next(iter(path_columns(table)), None)
         paths = [] if column is None else [place_of(str(path), file.parent) for path in table[column][:]]
     except Exception as error:  # whatever lies beside images can be no table at all
-        logger.info("%s: not used, as it cannot be read (%s)", name, type(error).__name__)
+        logger.info("%s: not used, as it cannot be read (%s)", name, first_line(error))
         return {}
     there = {f"{listing.root}/{image}" for image in listing.images}
     count = len(there.intersection(paths))
