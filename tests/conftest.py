@@ -32,6 +32,7 @@ from started_runs import CONTEXT, start_server
 from torch.overrides import _get_current_function_mode
 
 from tinytl_hf import TinyTLModel, cli
+from tinytl_hf.lean.native_library import instruction_sets
 from tinytl_hf.measure import memory, speed
 from tinytl_hf.network import torchvision_nets
 from tinytl_hf.train import budget, fit
@@ -118,6 +119,9 @@ def state_of(model):
 def assert_left_as_found(model, before):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(not instruction_sets(), reason="needs the compiled kernels"))
 
 
 def slow(*values):

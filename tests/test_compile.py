@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import slow
+from conftest import NATIVE, slow
 from test_lean import kept_bytes, whole_model
 from torch import nn
 from torch._dynamo.utils import counters
@@ -15,13 +15,9 @@ from torch.library import opcheck
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean import operators
 from tinytl_hf.lean.lite_branch import Branch
-from tinytl_hf.lean.native_library import instruction_sets
 from tinytl_hf.network.lite_residual import LiteResidual
 
-BACKENDS = [
-    "eager",
-    pytest.param("native", marks=pytest.mark.skipif(not instruction_sets(), reason="needs the compiled kernels")),
-]
+BACKENDS = ["eager", NATIVE]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +49,7 @@ def assert_equal(found, expected, rtol=1e-4):
         )
 
 
-@pytest.mark.parametrize("backend", [slow("eager"), "native"])
+@pytest.mark.parametrize("backend", [slow("eager"), NATIVE])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_block_with_its_lite_residual_is_one_graph_with_the_same_gradients(backend, autocast, make_model):
     blocks = [model.backbone.features[3] for model in models(make_model, backend)]
@@ -68,7 +64,7 @@ def test_a_block_with_its_lite_residual_is_one_graph_with_the_same_gradients(bac
     assert copies["lite_residual.norm1.num_batches_tracked"] == 1
 
 
-@pytest.mark.parametrize("backend", [slow("eager"), "native"])
+@pytest.mark.parametrize("backend", [slow("eager"), NATIVE])
 def test_a_smaller_last_batch_a_larger_image_and_no_gradient_are_served_too(backend, make_model):
     blocks = [model.backbone.features[3] for model in models(make_model, backend)]
     compiled = torch.compile(blocks[0], backend="aot_eager", fullgraph=True)
@@ -96,14 +92,8 @@ def test_a_compiled_block_keeps_no_more(backend, make_model):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error::UserWarning:torch._dynamo")
-@pytest.mark.parametrize(
-    ("backbone", "backend"),
-    [
-        ("resnet18", "eager"),
-        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("mobilenet_v2", "eager"), ("resnet18", "native"))),
-        pytest.param("mobilenet_v2", "native", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "resnet18"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_whole_model_is_one_graph(backbone, backend, make_model, caplog):
     model, plain = models(make_model, backend, backbone)
     compiled = torch.compile(model, backend="aot_eager")

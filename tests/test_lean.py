@@ -14,6 +14,7 @@ from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.lean.chain import Chain, Stage
 from tinytl_hf.lean.layers import average_pool, masked_relu, upsample_add
 from tinytl_hf.lean.lite_branch import Branch
+from tinytl_hf.lean.native_library import instruction_sets
 from tinytl_hf.lean.notes import training_paths
 from tinytl_hf.measure.measured_step import random_batch
 from tinytl_hf.measure.peak import measure_peak
@@ -322,7 +323,8 @@ def test_the_same_network_takes_the_same_memory_however_its_layers_are_nested(
 def test_a_stem_of_single_layers_trains_as_one(make_model):
     lean, plain = (make_model("TinyTL-B", "mnasnet1_0", lean=lean, train_size=96).train() for lean in (True, False))
     ours, theirs = (measure_peak(model, *random_batch(model, 8)) for model in (lean, plain))
-    assert 30 * ours.kept_activations < theirs.kept_activations and 12 * ours.dynamic < theirs.dynamic
+    times = 12 if instruction_sets() else 7  # eager's slices are larger than the kernels'
+    assert 30 * ours.kept_activations < theirs.kept_activations and times * ours.dynamic < theirs.dynamic
     assert training_paths(lean.backbone)["layers.0"] == "masks"
     stem = [model.double().backbone.layers for model in (lean, plain)]
     _check_parts(lean, plain, stem, torch.randn(2, 3, 32, 32, dtype=torch.float64))

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import run_cli, slow, write_image
+from conftest import NATIVE, run_cli, slow, write_image
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -154,7 +154,7 @@ def test_step_0_is_the_base(name, method, make_model):
         assert torch.equal(model.eval()(images), stock(images))
 
 
-@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("backend", ["eager", NATIVE])
 @pytest.mark.parametrize("size", [(16, 16), (17, 17), (16, 17)])
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_same_padding_in_a_chain_is_that_of_stock_layers(kernel, size, backend):
@@ -164,8 +164,6 @@ def test_same_padding_in_a_chain_is_that_of_stock_layers(kernel, size, backend):
         layer.weight.requires_grad_(False)
     x = torch.randn(2, 8, *size).contiguous(memory_format=torch.channels_last).requires_grad_()
     chain = Chain((Stage(layers[0], None, "relu6"), Stage(layers[2])), backend=backend)
-    if backend == "native":
-        pytest.importorskip("tinytl_hf.lean.native_backend")
     wanted = [x, layers[0].bias, layers[2].bias]
     output = layers(x)
     assert chain(x).shape == output.shape == (2, 16, -(-size[0] // 4), -(-size[1] // 4))
