@@ -66,9 +66,8 @@ def test_a_budget_that_nothing_fits_ends_with_the_least_that_works(colour_folder
     assert done.returncode == 1 and "memory_mb=1: nothing fits; the smallest that works takes" in last
     needs = float(last.partition("works takes ")[2].partition(" MB")[0])
     plan = last.replace(", bf16)", ")")  # where the processor has it
-    assert (
-        2.2 < needs < (6 if instruction_sets() else 7) and "(FT-Last, 32 px, 1 image a pass, int8)" in plan
-    )  # 2.2 million weights
+    most = 6 if instruction_sets() else 7  # in int8, 2.2 million weights are 2.2 MB; eager's slices are larger
+    assert 2.2 < needs < most and "(FT-Last, 32 px, 1 image a pass, int8)" in plan
 
 
 @pytest.mark.parametrize(
