@@ -12,6 +12,7 @@ import datasets
 import pandas as pd
 
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.almost_splits import say_odd_names
 from tinytl_hf.data.columns import LABEL, SPLIT, as_label, whole_numbers
 from tinytl_hf.data.csv_files import read_csv
 from tinytl_hf.data.folder import Folder, find_splits
@@ -156,8 +157,10 @@ def _split(listing: Listing, table: pd.DataFrame, config: DataConfig) -> dataset
     for path, name in zip(rows[FILE_NAME], top, strict=True):
         tops[name].direct.append(path)
     loose = tops.pop("", None)
-    splits = find_splits(dict(tops), listing, chosen, labelled=True)
+    splits = find_splits(dict(tops), listing, config, labelled=True)
     parts = {"train": rows}
+    if splits is None:
+        say_odd_names(list(tops), labelled=True)
     if splits is not None and (loose is None or len(splits) > 1):
         if loose is not None:
             listing.left_out.add("beside the splits", loose.example, len(loose.direct))

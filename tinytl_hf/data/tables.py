@@ -28,7 +28,7 @@ from tinytl_hf.data.found import LeftOut, named
 from tinytl_hf.data.images import IMAGE_SUFFIXES, allow_megapixels
 from tinytl_hf.data.listing import Listing, list_folder
 from tinytl_hf.data.metadata import read_metadata
-from tinytl_hf.data.roles import chosen_splits, group_by_split, role_of, role_of_table
+from tinytl_hf.data.roles import group_by_split, role_of, role_of_table
 from tinytl_hf.data.split_column import by_split_column
 from tinytl_hf.data.table_files import is_saved, load_saved, load_tables, saved_below, table_at
 from tinytl_hf.data.tables_beside import NAMING_IMAGES, check_tables_beside
@@ -159,7 +159,7 @@ def _label_images(source: Source, listing: Listing, config: DataConfig) -> Table
             f"data.dataset={listing.root}: its images lie in no class folder ({listing.images[0]}); if {tables[0]} "
             f"has their paths and labels, name {_to_name(listing, tables)}"
         )
-    splits = class_folders(listing, chosen_splits(config))
+    splits = class_folders(listing, config)
     check_tables_beside(listing, splits, config)
     return Tables(source, splits, listing.root, listing.left_out, hint=hint)
 
