@@ -29,8 +29,9 @@ from tinytl_hf.data.images import IMAGE_SUFFIXES, allow_megapixels
 from tinytl_hf.data.listing import Listing, list_folder
 from tinytl_hf.data.metadata import read_metadata
 from tinytl_hf.data.roles import group_by_split, role_of, role_of_table
+from tinytl_hf.data.saved import is_saved, load_saved, open_saved, saved_below
 from tinytl_hf.data.split_column import by_split_column
-from tinytl_hf.data.table_files import is_saved, load_saved, load_tables, saved_below, table_at
+from tinytl_hf.data.table_files import load_tables, table_at
 from tinytl_hf.data.tables_beside import NAMING_IMAGES, check_tables_beside
 from tinytl_hf.errors import TinyTLError
 
@@ -114,7 +115,7 @@ def _load_folder(source: Source, config: DataConfig) -> Tables:
     path = Path(source.name)
     if is_saved(path):
         _check_no_subset(config, f"{path} is a saved data set")
-        return Tables(source, _as_splits(datasets.load_from_disk(source.name)), path)
+        return Tables(source, open_saved(path), path)
     listing = list_folder(path)
     if _holds_images(listing):
         _check_no_subset(config, f"{path} is a folder of images")
