@@ -301,7 +301,7 @@ def _holds_bytes(feature: Any, first: Any) -> bool:
 
 
 def _holds_paths(feature: Any, first: Any) -> bool:
-    return _is_string(feature) and suffix_of(first or "") in IMAGE_SUFFIXES
+    return _is_string(feature) and suffix_of((first or "").rstrip()) in IMAGE_SUFFIXES
 
 
 def path_columns(table: datasets.Dataset) -> list[str]:
@@ -343,7 +343,7 @@ def place_of(path: str, base: Path) -> str:
         return beside
     slashes = os.path.join(base, path.replace("\\", "/"))  # as Windows writes what is between folders
     for form in ("NFC", "NFD"):  # systems write one accented letter in two ways
-        for place in (beside, slashes):
+        for place in (beside, slashes, beside.rstrip()):  # people leave spaces behind
             if os.path.exists(spelled := unicodedata.normalize(form, place)):
                 return spelled
     return os.path.abspath(path) if os.path.exists(path) else beside

@@ -93,7 +93,9 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
     there = set(listing.images)
     if not there.issuperset(names):  # systems write one accented letter, and what is between folders, in two ways
         spelled = {as_label(image): image for image in listing.images}
-        names = [name if name in there else spelled.get(_with_slashes(as_label(name)), name) for name in names]
+        names = [
+            name if name in there else spelled.get(_with_slashes(as_label(name.rstrip())), name) for name in names
+        ]
     frame[FILE_NAME] = names
     return frame
 
