@@ -1,5 +1,8 @@
 """Tables as other tools write them: read where that is certain, else named with what to do."""
 
+import base64
+import json
+
 import datasets
 import pandas as pd
 import pytest
@@ -94,3 +97,77 @@ def test_tables_of_splits_beside_a_folder_of_images_are_named_by_a_pattern(tmp_p
     with pytest.raises(TinyTLError, match=rf"by column label of train.csv; name these files, '{tmp_path}/\*.csv' to"):
         opened(tmp_path)
     assert opened(tmp_path / "*.csv").found.images == {"train": 8, "validation": 8}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("options", [{}, {"image_column": "id"}])
+@pytest.mark.parametrize("prefix", ["", "train/"])
+def test_images_are_named_without_their_suffix(prefix, options, kind, tmp_path, caplog):
+    caplog.set_level("INFO")
+    labelled(tmp_path / "train")
+    ids = [f"{prefix}{number}" for number in range(8)] if prefix or kind == "csv" else range(8)
+    table = pd.DataFrame({"id": ids, "breed": LABELS})
+    getattr(table, f"to_{kind}")(tmp_path / f"labels.{kind}", index=False)
+    data = opened(tmp_path / f"labels.{kind}", **options)
+    found = {image["path"]: label for image, label in zip(data.train.rows["image"], data.train.labels, strict=True)}
+    assert all(path == f"{tmp_path}/train/{path[-5]}.png" and int(path[-5]) % 2 == found[path] for path in found)
+    assert data.found.classes == ["cat", "dog"] and f"{prefix}0 is train/0.png" in caplog.text
+
+
+def test_ids_of_two_images_or_none_are_named(tmp_path):
+    for folder in ("train", "test"):
+        labelled(tmp_path / folder)
+    text = labelled(tmp_path / "train", "id,label", names="{}")
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(TinyTLError, match=r"column id: 0 can be test/0.png and train/0.png .*; put the table into"):
+        opened(tmp_path / "labels.csv")
+    (tmp_path / "train" / "labels.csv").write_text(f"{text}\n99,cat")
+    with pytest.raises(TinyTLError, match=r"column id names .*/train/99, and there is no such file"):
+        opened(tmp_path / "train" / "labels.csv")
+    assert len(opened(tmp_path / "train" / "labels.csv", skip_corrupt=True).train.labels) == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"image_column": "image"}])
+@pytest.mark.parametrize("start", ["", "data:image/png;base64,"])
+def test_images_in_base64_are_called_so(start, options, tmp_path):
+    texts = [start + base64.b64encode(png(number)).decode() for number in range(8)]
+    pd.DataFrame({"image": texts, "label": LABELS}).to_csv(tmp_path / "x.csv", index=False)
+    with pytest.raises(TinyTLError, match=r"image_column=image: it holds images as texts in base64.*b64decode"):
+        opened(tmp_path / "x.csv", **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"images": [{"id": 1}], "annotations": [], "categories": []}, "is a file of COCO"),
+        ({"0.png": "cat", "1.png": "dog"}, "has images as names and not in rows; write a .csv file"),
+        (
+            {"image": {"0": "0.png"}, "label": {"0": "cat"}},
+            r'one column after the other.*orient="records", lines=True',
+        ),
+        ({"version": 1, "data": [{"image": "0.png"}] * 2}, "has its rows in data; write such a list into a file"),
+    ],
+)
+def test_json_files_that_hold_no_rows_are_called_what_they_are(content, message, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(content, indent=1))
+    with pytest.raises(TinyTLError, match=f"{tmp_path}/x.json: .*{message}"):
+        opened(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_json_files_of_rows_are_read(lines, tmp_path):
+    labelled(tmp_path)
+    table = pd.DataFrame({"image": [f"{number}.png" for number in range(8)], "label": LABELS})
+    table.to_json(tmp_path / "x.json", orient="records", lines=lines)
+    assert opened(tmp_path / "x.json").found.classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("yes", [1, 1.0, True])
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_column_for_each_class_is_called_so(yes, kind, tmp_path):
+    labelled(tmp_path)
+    columns = {name: [yes if label == name else type(yes)(0) for label in LABELS] for name in ("cat", "dog", "emu")}
+    table = pd.DataFrame({"image": [f"{number}.png" for number in range(8)], **columns})
+    getattr(table, f"to_{kind}")(tmp_path / f"x.{kind}", index=False)
+    with pytest.raises(TinyTLError, match="cat, dog, emu are a column for each class, with one yes in each row"):
+        opened(tmp_path / f"x.{kind}")

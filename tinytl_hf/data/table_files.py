@@ -19,6 +19,7 @@ from tinytl_hf.data.csv_files import read_csv
 from tinytl_hf.data.find import TABLES, suffix_of
 from tinytl_hf.data.found import named
 from tinytl_hf.data.images import LFS
+from tinytl_hf.data.json_files import check_holds_rows
 from tinytl_hf.errors import TinyTLError
 
 
@@ -38,6 +39,7 @@ def load_tables(files: dict[str, list[str]], base: Path) -> datasets.DatasetDict
     (kind,) = kinds
     for file in (file for each in files.values() for file in each):
         _check_is_here(file)
+        check_holds_rows(file)
     splits = {name: _load_split(each, kind, base) for name, each in files.items()}
     return datasets.DatasetDict(_with_whole_numbers(splits) if kind == "csv" else splits)
 
