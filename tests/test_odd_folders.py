@@ -57,3 +57,23 @@ def test_the_default_asks_for_no_split(tmp_path):
         opened(tmp_path, train_split="train")
     data = opened(tmp_path, train_split="training")
     assert data.found.left_out == {"beside training/, which was named": 8}
+
+
+def test_masks_of_splits_inside_are_no_class(tmp_path):
+    make(tmp_path, each("images/training", "images/validation", "annotations/training", "annotations/validation"))
+    with pytest.raises(TinyTLError, match=r"annotations/ has files of the same names as images/"):
+        opened(tmp_path)
+
+
+def test_masks_beside_their_images_are_said(tmp_path, caplog):
+    make(tmp_path, each("cat", "dog", "train_mask"))
+    assert opened(tmp_path).found.classes and "masks" not in caplog.text
+    make(tmp_path, ["cat/0_mask.png", "cat/0_mask_1.png", "dog/1_mask.png", "dog/left_mask.png"])
+    opened(tmp_path)
+    assert "3 images are called as masks of others are (cat/0_mask" in caplog.text
+
+
+def test_classes_that_hold_the_same_folders_are_said(tmp_path, caplog):
+    make(tmp_path, each("color/apple", "color/grape", "gray/apple", "gray/grape"))
+    assert opened(tmp_path).found.classes == ["color", "gray"]
+    assert "the classes color, gray hold the same folders (apple, grape): if those are the classes" in caplog.text

@@ -18,7 +18,7 @@ from tinytl_hf.data.almost_splits import check_almost_splits, say_odd_names
 from tinytl_hf.data.columns import as_label, class_order
 from tinytl_hf.data.found import named
 from tinytl_hf.data.listing import Listing
-from tinytl_hf.data.masks import check_no_masks
+from tinytl_hf.data.masks import check_no_masks, say_masks
 from tinytl_hf.data.roles import asked_splits, chosen_splits, role_of
 from tinytl_hf.errors import TinyTLError
 
@@ -72,9 +72,11 @@ def class_folders(listing: Listing, config: DataConfig) -> datasets.DatasetDict:
     tops, depth = _unwrapped(tops, chosen_splits(config))
     splits = find_splits(tops, listing, config)
     if splits is None:
+        check_no_masks(listing.root, {name: folder.all for name, folder in tops.items()})
         _check_splits_inside(listing.root, tops)
         check_almost_splits(listing.root, {name: folder.all for name, folder in tops.items()})
         say_odd_names(list(tops))
+        _say_same_folders(tops)
         found = {"train": {name: folder.all for name, folder in tops.items()}}
     else:
         found = {}
@@ -83,8 +85,8 @@ def class_folders(listing: Listing, config: DataConfig) -> datasets.DatasetDict:
             if folder.direct:
                 listing.left_out.add("in no class folder", folder.direct[0], len(folder.direct))
             found[name] = dict(folder.below)
-    for classes in found.values():
-        check_no_masks(listing.root, classes)
+            check_no_masks(listing.root, found[name])
+    say_masks(path for classes in found.values() for paths in classes.values() for path in paths)
     _say_depths(found, depth + (1 if splits is None else 2))
     return _tables(listing.root, found)
 
@@ -199,6 +201,17 @@ def _check_splits_inside(root: Path, tops: Tops) -> None:
         f"as splits are: if {first} is a class, put its images into train/{first} and test/{first} or, to train on "
         f"all of them, right into {first}/; if {first} is a data set, name {root / first}"
     )
+
+
+def _say_same_folders(tops: Tops) -> None:
+    """Say if all folders hold the same ones, which may be the classes, as in ``color/apple``, ``gray/apple``."""
+    inside = {frozenset(folder.below) for folder in tops.values()}
+    same = next(iter(inside))
+    if len(tops) > 1 and len(inside) == 1 and len(same) > 1:
+        logger.warning(
+            "the classes %s hold the same folders (%s): if those are the classes, name the folder of one",
+            *(named(list(tops)), named(sorted(same))),
+        )
 
 
 def _say_depths(found: dict[str, dict[str, list[str]]], depth: int) -> None:

@@ -1,12 +1,16 @@
-"""Folders of masks or boxes beside those of the images that they belong to: these are no classes."""
+"""Masks or boxes beside the images that they belong to: these are no images of a class, and their folder is none."""
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tinytl_hf.errors import TinyTLError
+
+logger = logging.getLogger(__name__)
 
 IMAGES = re.compile(r"(jpe?g)?im(age|g)s?|photos?|inputs?|rgb|originals?", re.I)
 OF_IMAGES = re.compile(
@@ -14,6 +18,7 @@ OF_IMAGES = re.compile(
     r"trimaps?|segmentation(class|object))(png)?",
     re.I,
 )
+OF_AN_IMAGE = re.compile(r"[-_ ](mask|seg|segmentation|gt|label|annotation)([-_ ]?\d+)?$", re.I)
 
 
 def check_no_masks(root: Path, classes: Mapping[str, list[str]]) -> None:
@@ -38,6 +43,19 @@ def check_no_masks(root: Path, classes: Mapping[str, list[str]]) -> None:
                 "boxes of its images have, and these are no classes; put the images of each class into a folder of "
                 "its name, or write a metadata.csv with columns file_name and label, and name the folder of that"
             )
+
+
+def say_masks(paths: Iterable[str]) -> None:
+    """Say if images are called as masks of others beside them, as ``cat/1_mask.png`` is of ``cat/1.jpg``."""
+    images = {os.path.splitext(path)[0]: path for path in paths}
+    masks = [(path, OF_AN_IMAGE.sub("", name)) for name, path in images.items() if OF_AN_IMAGE.search(name)]
+    pairs = [(path, images[name]) for path, name in masks if name in images]
+    if pairs:
+        logger.warning(
+            "%s images are called as masks of others are (%s beside %s), and are taken as images of their class; move "
+            "them away if they are masks",
+            *(f"{len(pairs):,}", *pairs[0]),
+        )
 
 
 def _stems(paths: Iterable[str]) -> list[str]:
