@@ -171,3 +171,14 @@ def test_a_column_for_each_class_is_called_so(yes, kind, tmp_path):
     getattr(table, f"to_{kind}")(tmp_path / f"x.{kind}", index=False)
     with pytest.raises(TinyTLError, match="cat, dog, emu are a column for each class, with one yes in each row"):
         opened(tmp_path / f"x.{kind}")
+
+
+@pytest.mark.parametrize("names", ["{}", "images/{}"])
+def test_metadata_may_leave_the_suffix_out_too(names, tmp_path):
+    text = labelled(tmp_path / "images", names=names)
+    (tmp_path / "metadata.csv").write_text(text)
+    assert opened(tmp_path).found.images == {"train": 8}
+    labelled(tmp_path / "more" / "images")
+    (tmp_path / "metadata.csv").write_text(text.replace("images/", ""))
+    with pytest.raises(TinyTLError, match=r"metadata.csv: names 0 and 7 more, and there is no such image"):
+        opened(tmp_path)

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import datasets
@@ -37,7 +37,7 @@ def id_columns(table: datasets.Dataset, base: Path, label_column: str) -> list[s
     columns = [name for name, feature in table.features.items() if is_id(feature) and name != label_column]
     texts = {name: [str(value) for value in table[name][:] if value is not None] for name in columns}
     unlike = {name: values for name, values in texts.items() if values and len(set(values)) == len(values)}
-    known = _images_by_id(base) if unlike else {}
+    known = images_by_id(list_folder(base).images) if unlike else {}
     return [name for name, values in unlike.items() if 2 * len(known.keys() & values) > len(values)]
 
 
@@ -61,7 +61,7 @@ def with_ids_placed(
         for number, (name, place) in enumerate(zip(ids, places, strict=True))
         if name and place and suffix_of(name) not in IMAGE_SUFFIXES and not os.path.isfile(place)
     ]
-    known = _images_by_id(base) if missing else {}
+    known = images_by_id(list_folder(base).images) if missing else {}
     for number, name in missing:
         images = known.get(name, [])
         if len(images) > 1:
@@ -76,10 +76,10 @@ def with_ids_placed(
     return placed
 
 
-def _images_by_id(base: Path) -> dict[str, list[str]]:
-    """Images below a folder, by their names and by their paths, both without the suffix."""
+def images_by_id(images: Iterable[str]) -> dict[str, list[str]]:
+    """Images by their names and by their paths, both without the suffix."""
     known: dict[str, list[str]] = defaultdict(list)
-    for image in list_folder(base).images:
+    for image in images:
         path = os.path.splitext(image)[0]
         for name in {path, os.path.basename(path)}:
             known[name].append(image)

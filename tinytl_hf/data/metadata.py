@@ -17,6 +17,7 @@ from tinytl_hf.data.columns import LABEL, SPLIT, as_label, whole_numbers
 from tinytl_hf.data.csv_files import read_csv
 from tinytl_hf.data.folder import Folder, find_splits
 from tinytl_hf.data.found import named
+from tinytl_hf.data.ids import images_by_id
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.roles import chosen_splits, role_of
 from tinytl_hf.errors import TinyTLError, first_line
@@ -92,7 +93,8 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
     names = [_below_root(listing.root, prefix, str(name)) for name in frame[FILE_NAME]]
     there = set(listing.images)
     if not there.issuperset(names):  # systems write one accented letter, and what is between folders, in two ways
-        spelled = {as_label(image): image for image in listing.images}
+        spelled = {name: images[0] for name, images in images_by_id(listing.images).items() if len(images) == 1}
+        spelled |= {as_label(image): image for image in listing.images}
         names = [
             name if name in there else spelled.get(_with_slashes(as_label(name.rstrip())), name) for name in names
         ]

@@ -109,7 +109,9 @@ def _placed(table: datasets.Dataset, folder: str) -> datasets.Dataset:
 
 
 def _with_column(table: datasets.Dataset, column: str, values: list[Any]) -> datasets.Dataset:
-    return table.remove_columns(column).add_column(column, values, feature=table.features[column])
+    """A table with other values in a column, which stays where it is."""
+    changed = table.remove_columns(column).add_column(column, values, feature=table.features[column])
+    return changed.select_columns(table.column_names)
 
 
 def _with_whole_numbers(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
