@@ -77,3 +77,12 @@ def test_classes_that_hold_the_same_folders_are_said(tmp_path, caplog):
     make(tmp_path, each("color/apple", "color/grape", "gray/apple", "gray/grape"))
     assert opened(tmp_path).found.classes == ["color", "gray"]
     assert "the classes color, gray hold the same folders (apple, grape): if those are the classes" in caplog.text
+
+
+def test_images_of_boxes_in_splits_lie_in_no_class_folder(tmp_path):
+    make(tmp_path, each("images/train", "images/val"))
+    for split in ("train", "val"):
+        (tmp_path / "labels" / split).mkdir(parents=True)
+        (tmp_path / "labels" / split / "0.txt").write_text("0 0.5 0.5 0.1 0.1")
+    with pytest.raises(TinyTLError, match=r"lie in splits and in no class folder \(images/train/0.png\)"):
+        opened(tmp_path)

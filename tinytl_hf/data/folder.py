@@ -196,6 +196,12 @@ def _check_splits_inside(root: Path, tops: Tops) -> None:
     if any(folder.direct for folder in tops.values()):
         return
     first = next(iter(tops))
+    if len(tops) == 1 and all(path.count("/") == 2 for path in tops[first].all):
+        raise TinyTLError(
+            f"data.dataset={root}: its images lie in splits and in no class folder ({tops[first].example}); put those "
+            "of each class into a folder of its name in each split, or write a metadata.csv with columns file_name "
+            "and label"
+        )
     raise TinyTLError(
         f"data.dataset={root}: its folders hold {', '.join(sorted(names))} ({tops[first].example}), which are called "
         f"as splits are: if {first} is a class, put its images into train/{first} and test/{first} or, to train on "
