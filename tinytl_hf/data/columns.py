@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ import pyarrow.compute
 from PIL import Image
 
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.encoded import check_no_base64
 from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.found import named
+from tinytl_hf.data.ids import id_columns, is_id, with_ids_placed
 from tinytl_hf.data.images import FORMATS, IMAGE_SUFFIXES
+from tinytl_hf.data.one_hot import check_not_one_hot
 from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
 
@@ -86,10 +89,12 @@ def image_rows(table: datasets.Dataset, config: DataConfig, base: Path | None) -
         TinyTLError: There is none, or there are several.
     """
     if config.image_column is None:
-        column = _only(table, "image_column", (_is_image, _holds_bytes, _holds_paths))
+        column = _only(table, "image_column", _image_columns(table, config, base))
     else:
         column = _chosen(table, "image_column", config.image_column)
     rows = table.select_columns([column]).rename_columns({column: "image"})
+    if is_id(rows.features["image"]):
+        rows = rows.cast_column("image", datasets.Value("string"))
     feature = rows.features["image"]
     if _is_string(feature):
         return column, _from_paths(rows["image"][:], column, base, config.skip_corrupt)
@@ -197,6 +202,7 @@ def _label_column(table: datasets.Dataset, config: DataConfig, image_column: str
         classes = _repeating(table, [name for name in texts if name not in {*NO_LABELS, image_column}])
     if len(classes) == 1:
         return classes[0]
+    check_not_one_hot(table)
     if classes:
         raise _several("label_column", classes)
     raise _none("label_column", table)
@@ -220,10 +226,19 @@ def _chosen(table: datasets.Dataset, key: str, chosen: str) -> str:
 Fit = Callable[[Any, Any], bool]  # of a column, by its type and its first value
 
 
-def _only(table: datasets.Dataset, key: str, fits: Sequence[Fit]) -> str:
+def _image_columns(table: datasets.Dataset, config: DataConfig, base: Path | None) -> Iterator[list[str]]:
+    """Columns of each kind that can hold images, the likeliest kind first."""
+    for fit in (_is_image, _holds_bytes, _holds_paths):
+        yield _fitting(table, fit)
+    for column in _fitting(table, lambda feature, _: _is_string(feature)):
+        check_no_base64(column, next((text for text in table[column][:SEEN] if text is not None), None))
+    if base is not None:
+        yield id_columns(table, base, config.label_column or LABEL)
+
+
+def _only(table: datasets.Dataset, key: str, kinds: Iterable[list[str]]) -> str:
     """The only column of the first kind that occurs."""
-    for fit in fits:
-        found = _fitting(table, fit)
+    for found in kinds:
         if len(found) == 1:
             return found[0]
         if found:
@@ -301,7 +316,7 @@ def _holds_bytes(feature: Any, first: Any) -> bool:
 
 
 def _holds_paths(feature: Any, first: Any) -> bool:
-    return _is_string(feature) and suffix_of(first or "") in IMAGE_SUFFIXES
+    return _is_string(feature) and suffix_of((first or "").rstrip()) in IMAGE_SUFFIXES
 
 
 def path_columns(table: datasets.Dataset) -> list[str]:
@@ -319,6 +334,8 @@ def _from_paths(values: Sequence[str | None], column: str, base: Path | None, sk
             "this disk; download them first"
         )
     places = [None if path is None else place_of(path, base) for path in paths]
+    check_no_base64(column, next((path for path in paths if path is not None), None))
+    places = with_ids_placed(paths, places, column, base)
     missing = [place for place in places if place is not None and not os.path.isfile(place)]
     if missing and not skip_missing:
         raise TinyTLError(
@@ -343,7 +360,7 @@ def place_of(path: str, base: Path) -> str:
         return beside
     slashes = os.path.join(base, path.replace("\\", "/"))  # as Windows writes what is between folders
     for form in ("NFC", "NFD"):  # systems write one accented letter in two ways
-        for place in (beside, slashes):
+        for place in (beside, slashes, beside.rstrip()):  # people leave spaces behind
             if os.path.exists(spelled := unicodedata.normalize(form, place)):
                 return spelled
     return os.path.abspath(path) if os.path.exists(path) else beside

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
@@ -23,12 +24,14 @@ def read_csv(place: str | Path) -> pd.DataFrame:
     """A CSV or TSV file, on this disk or at a URL, with all columns as texts; only what is empty is missing.
 
     Raises:
-        TinyTLError: It is not in UTF-8, has no header, or rows of more values than that has names.
+        TinyTLError: It is not in UTF-8, has no header or two, or rows of more values than that has names.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more values than the header has names
-            table = _read(place, _separator(place))
+            separator, before = _separator(place)
+            table = _read(place, separator, before)
+            _check_names_differ(place, table, separator, before)
     except UnicodeDecodeError as error:
         raise TinyTLError(f"{place}: is not in UTF-8 ({error}); save it as CSV in UTF-8") from error
     except pd.errors.ParserWarning as error:
@@ -45,19 +48,48 @@ def read_csv(place: str | Path) -> pd.DataFrame:
             f"{place}: its first line names an image ({value}), not the columns; put a line with their names before "
             "it, such as file_name,label"
         )
+    _check_one_header(place, table)
     return table
 
 
-def _separator(place: str | Path) -> str:
-    """What stands between the names of the first line."""
+def _check_one_header(place: str | Path, table: pd.DataFrame) -> None:
+    """Raise if the names of the columns come again, as in files put together."""
+    alike = table[table.iloc[:, 0] == table.columns[0]]
+    again = alike.index[(alike == alike.columns).all(axis=1)]
+    if len(again):
+        raise TinyTLError(
+            f"{place}: the names of its columns come again in row {again[0] + 1} of its values, as in files put "
+            "together; take such lines out"
+        )
+
+
+def _check_names_differ(place: str | Path, table: pd.DataFrame, separator: str, before: int) -> None:
+    """Raise if columns of other values have one name: pandas calls the second ``label`` of a file ``label.1``."""
+    seconds = {str(column).removesuffix(".1").strip(): column for column in table.columns if str(column)[-2:] == ".1"}
+    seconds = {name: column for name, column in seconds.items() if name in table.columns}
+    names = [str(column).strip() for column in table.columns]
+    if seconds:
+        first = _read(place, separator, before, nrows=1, header=None)
+        names = [str(name).strip() for name in first.iloc[0].dropna()]
+    for name, count in Counter(names).items():
+        if count > 1 and not (name in seconds and table[name].equals(table[seconds[name]])):
+            raise TinyTLError(
+                f"{place}: its first line has the name {name} {count} times; give each column a name of its own"
+            )
+
+
+def _separator(place: str | Path) -> tuple[str, int]:
+    """What stands between the names of the columns, and how many lines are before those."""
     separator = "\t" if str(place).lower().endswith(".tsv") else ","
     names = _read(place, separator, nrows=0).columns
+    if str(names[0]).startswith("sep="):  # which Excel writes and reads
+        return str(names[0]).removeprefix("sep=") or separator, 1
     counts = Counter(each for each in str(names[0]) if each in SEPARATORS and each != separator)
     if len(names) > 1 or not counts:
-        return separator
+        return separator, 0
     ((other, _),) = counts.most_common(1)
     _say_separator(place, SEPARATORS[other])
-    return other
+    return other, 0
 
 
 @functools.cache  # once a process, as an evaluation reads its data twice
@@ -65,7 +97,13 @@ def _say_separator(place: str | Path, name: str) -> None:
     logger.info("%s: read as having %s between its columns", place, name)
 
 
-def _read(place: str | Path, separator: str, nrows: int | None = None) -> pd.DataFrame:
+def _read(
+    place: str | Path,
+    separator: str,
+    before: int = 0,
+    nrows: int | None = None,
+    header: Literal["infer"] | None = "infer",
+) -> pd.DataFrame:
     # index_col: else a comma at the end of each row makes the first column an index, and the names slip.
     return pd.read_csv(
         place,
@@ -75,5 +113,7 @@ def _read(place: str | Path, separator: str, nrows: int | None = None) -> pd.Dat
         na_values=[""],
         encoding="utf-8-sig",
         index_col=False,
+        skiprows=before,
         nrows=nrows,
+        header=header,
     )

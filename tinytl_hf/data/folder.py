@@ -6,19 +6,20 @@ them. Folders are splits if people call splits so and they hold class folders th
 
 from __future__ import annotations
 
-import itertools
 import logging
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.almost_splits import check_almost_splits, say_odd_names
 from tinytl_hf.data.columns import as_label, class_order
 from tinytl_hf.data.found import named
 from tinytl_hf.data.listing import Listing
-from tinytl_hf.data.roles import SPLIT_WORDS, role_of
+from tinytl_hf.data.masks import check_no_masks, say_masks
+from tinytl_hf.data.roles import asked_splits, chosen_splits, role_of
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
@@ -50,12 +51,12 @@ class Folder:
 Tops = dict[str, Folder]
 
 
-def class_folders(listing: Listing, chosen: set[str]) -> datasets.DatasetDict:
+def class_folders(listing: Listing, config: DataConfig) -> datasets.DatasetDict:
     """Label images by the folders that they are in.
 
     Args:
         listing: The files; what is left out is added to it.
-        chosen: Names of folders that the user's options call splits.
+        config: The names of the splits that were asked for.
 
     Raises:
         TinyTLError: They can be read in two ways, or in none.
@@ -68,12 +69,14 @@ def class_folders(listing: Listing, chosen: set[str]) -> datasets.DatasetDict:
                 "class into a folder of its name, or write a metadata.csv with columns file_name and label"
             )
         listing.left_out.add("in no class folder", loose[0], len(loose))
-    tops, depth = _unwrapped(tops, chosen)
-    splits = find_splits(tops, listing, chosen)
+    tops, depth = _unwrapped(tops, chosen_splits(config))
+    splits = find_splits(tops, listing, config)
     if splits is None:
+        check_no_masks(listing.root, {name: folder.all for name, folder in tops.items()})
         _check_splits_inside(listing.root, tops)
-        _check_almost_splits(listing.root, tops)
-        _say_odd_names(tops)
+        check_almost_splits(listing.root, {name: folder.all for name, folder in tops.items()})
+        say_odd_names(list(tops))
+        _say_same_folders(tops)
         found = {"train": {name: folder.all for name, folder in tops.items()}}
     else:
         found = {}
@@ -82,22 +85,25 @@ def class_folders(listing: Listing, chosen: set[str]) -> datasets.DatasetDict:
             if folder.direct:
                 listing.left_out.add("in no class folder", folder.direct[0], len(folder.direct))
             found[name] = dict(folder.below)
+            check_no_masks(listing.root, found[name])
+    say_masks(path for classes in found.values() for paths in classes.values() for path in paths)
     _say_depths(found, depth + (1 if splits is None else 2))
     return _tables(listing.root, found)
 
 
-def find_splits(tops: Tops, listing: Listing, chosen: set[str], labelled: bool = False) -> dict[str, str] | None:
+def find_splits(tops: Tops, listing: Listing, config: DataConfig, labelled: bool = False) -> dict[str, str] | None:
     """Which of the top folders are splits: their folders by the splits' names; None: all folders are classes.
 
     Args:
         tops: Top folders of the images.
         listing: Gets what is left out.
-        chosen: Names of folders that the user's options call splits.
+        config: The names of the splits that were asked for.
         labelled: Whether all these images have labels, so that a split needs no class folders.
 
     Raises:
         TinyTLError: They can be read in two ways, or two folders are the same split.
     """
+    chosen = chosen_splits(config)
     called = [top for top in tops if role_of(top) or top in chosen]
     splits = [top for top in called if tops[top].below or labelled]
     others = [top for top in tops if top not in splits]
@@ -115,16 +121,26 @@ def find_splits(tops: Tops, listing: Listing, chosen: set[str], labelled: bool =
     for top in others:
         reason = "beside the splits" if top in strangers else "without labels, as there are no class folders"
         listing.left_out.add(reason, tops[top].example, len(tops[top].all))
-    folders: dict[str, str] = {}
+    same: dict[str, list[str]] = defaultdict(list)
     for top in splits:
-        name = role_of(top) or top
-        if name in folders:
-            raise TinyTLError(
-                f"data.dataset={listing.root}: {folders[name]}/ and {top}/ are both the {name} split; put them "
-                "together"
-            )
-        folders[name] = top
-    return folders
+        same[role_of(top) or top].append(top)
+    return {name: _only(name, folders, tops, listing, config) for name, folders in same.items()}
+
+
+def _only(split: str, folders: list[str], tops: Tops, listing: Listing, config: DataConfig) -> str:
+    """The folder of a split: of several that are called so, the one that was asked for."""
+    asked = [folder for folder in folders if folder in asked_splits(config)]
+    if len(folders) > 1 and len(asked) != 1:
+        fix = f", or name one with --data.eval_split {folders[0]}" if split != "train" else ""
+        raise TinyTLError(
+            f"data.dataset={listing.root}: {folders[0]}/ and {folders[1]}/ are both the {split} split; put them "
+            f"together{fix}"
+        )
+    taken = asked[0] if asked else folders[0]
+    for folder in folders:
+        if folder != taken:
+            listing.left_out.add(f"beside {taken}/, which was named", tops[folder].example, len(tops[folder].all))
+    return taken
 
 
 def _agree(tops: Tops, splits: list[str], labelled: bool) -> bool:
@@ -180,6 +196,12 @@ def _check_splits_inside(root: Path, tops: Tops) -> None:
     if any(folder.direct for folder in tops.values()):
         return
     first = next(iter(tops))
+    if len(tops) == 1 and all(path.count("/") == 2 for path in tops[first].all):
+        raise TinyTLError(
+            f"data.dataset={root}: its images lie in splits and in no class folder ({tops[first].example}); put those "
+            "of each class into a folder of its name in each split, or write a metadata.csv with columns file_name "
+            "and label"
+        )
     raise TinyTLError(
         f"data.dataset={root}: its folders hold {', '.join(sorted(names))} ({tops[first].example}), which are called "
         f"as splits are: if {first} is a class, put its images into train/{first} and test/{first} or, to train on "
@@ -187,35 +209,14 @@ def _check_splits_inside(root: Path, tops: Tops) -> None:
     )
 
 
-def _check_almost_splits(root: Path, tops: Tops) -> None:
-    """Raise if folders are called almost as splits are and hold the same ones, as ``seg_train``, ``seg_test`` do."""
-    roles = {top: found for top in tops if (found := {role_of(word) for word in _split_words(top)})}
-    inside = {top: {name for path in tops[top].all for name in path.split("/")[1:-1]} for top in roles}
-    for one, other in itertools.combinations(roles, 2):
-        shared = inside[one] & inside[other]
-        if len(shared) < 2 or roles[one] == roles[other]:
-            continue
-        fix = "put these folders right into folders called train and test"
-        if shared <= tops[one].below.keys():
-            fix = "name the two with --data.train_split and --data.eval_split"
-        raise TinyTLError(
-            f"data.dataset={root}: {one}/ and {other}/ are called almost as splits are, and hold the same folders "
-            f"({named(sorted(shared))}): if they are splits, {fix}; if they are classes, put their images right into "
-            "them"
-        )
-
-
-def _split_words(name: str) -> set[str]:
-    return SPLIT_WORDS & set(re.split(r"[^a-z]+", name.lower()))
-
-
-def _say_odd_names(tops: Tops) -> None:
-    odd = [top for top in tops if _split_words(top)]
-    if (odd and len(odd) == len(tops)) or any(role_of(top) for top in odd):
+def _say_same_folders(tops: Tops) -> None:
+    """Say if all folders hold the same ones, which may be the classes, as in ``color/apple``, ``gray/apple``."""
+    inside = {frozenset(folder.below) for folder in tops.values()}
+    same = next(iter(inside))
+    if len(tops) > 1 and len(inside) == 1 and len(same) > 1:
         logger.warning(
-            "%s: read as %s, as splits hold class folders and are called train, validation and test",
-            named(odd),
-            "classes" if len(odd) > 1 else "a class",
+            "the classes %s hold the same folders (%s): if those are the classes, name the folder of one",
+            *(named(list(tops)), named(sorted(same))),
         )
 
 

@@ -12,10 +12,12 @@ import datasets
 import pandas as pd
 
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.almost_splits import say_odd_names
 from tinytl_hf.data.columns import LABEL, SPLIT, as_label, whole_numbers
 from tinytl_hf.data.csv_files import read_csv
 from tinytl_hf.data.folder import Folder, find_splits
 from tinytl_hf.data.found import named
+from tinytl_hf.data.ids import images_by_id
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.roles import chosen_splits, role_of
 from tinytl_hf.errors import TinyTLError, first_line
@@ -91,8 +93,11 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
     names = [_below_root(listing.root, prefix, str(name)) for name in frame[FILE_NAME]]
     there = set(listing.images)
     if not there.issuperset(names):  # systems write one accented letter, and what is between folders, in two ways
-        spelled = {as_label(image): image for image in listing.images}
-        names = [name if name in there else spelled.get(_with_slashes(as_label(name)), name) for name in names]
+        spelled = {name: images[0] for name, images in images_by_id(listing.images).items() if len(images) == 1}
+        spelled |= {as_label(image): image for image in listing.images}
+        names = [
+            name if name in there else spelled.get(_with_slashes(as_label(name.rstrip())), name) for name in names
+        ]
     frame[FILE_NAME] = names
     return frame
 
@@ -156,8 +161,10 @@ def _split(listing: Listing, table: pd.DataFrame, config: DataConfig) -> dataset
     for path, name in zip(rows[FILE_NAME], top, strict=True):
         tops[name].direct.append(path)
     loose = tops.pop("", None)
-    splits = find_splits(dict(tops), listing, chosen, labelled=True)
+    splits = find_splits(dict(tops), listing, config, labelled=True)
     parts = {"train": rows}
+    if splits is None:
+        say_odd_names(list(tops), labelled=True)
     if splits is not None and (loose is None or len(splits) > 1):
         if loose is not None:
             listing.left_out.add("beside the splits", loose.example, len(loose.direct))

@@ -50,6 +50,11 @@ def chosen_splits(config: DataConfig) -> set[str]:
     return {str(name) for name in named if role_of(str(name)) is None}
 
 
+def asked_splits(config: DataConfig) -> set[str | None]:
+    """Names of splits that an option was set to: the default asks for none."""
+    return {config.train_split, config.eval_split} - {DataConfig.train_split}
+
+
 def find_split(wanted: str, names: Iterable[str]) -> str | None:
     """The split of that name, else the only one that people call so (``val`` for ``validation``)."""
     names = list(names)

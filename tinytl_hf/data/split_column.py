@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import datasets
 import numpy as np
@@ -16,6 +17,9 @@ from tinytl_hf.errors import TinyTLError
 logger = logging.getLogger(__name__)
 
 OTHER_NAMES = ("set", "subset", "partition", "phase", "usage")
+# A truth or a number in each row, as fastai and scikit-learn have it.
+OF_PARTS = re.compile(r"(k|cv)?_?folds?|(is|in)_?(train|training|valid|validation|val|dev|test)(_set)?", re.I)
+MOST_PARTS = 20  # more values are no folds
 
 
 def by_split_column(splits: datasets.DatasetDict, config: DataConfig) -> datasets.DatasetDict:
@@ -35,6 +39,7 @@ def by_split_column(splits: datasets.DatasetDict, config: DataConfig) -> dataset
     ((name, table),) = splits.items()
     column = columns[name]
     if column is None:
+        _say_numbers(table, config)
         return splits
     roles = _roles(table, column, chosen_splits(config))
     found = sorted(set(roles.values()) - {""})
@@ -78,6 +83,23 @@ def _column_of(table: datasets.Dataset, config: DataConfig) -> str | None:
         if len(roles) > 1 and "" not in roles:
             return column
     return None
+
+
+def _say_numbers(table: datasets.Dataset, config: DataConfig) -> None:
+    """Say if a column that is called as those of splits are is not used: nobody else knows what its numbers mean."""
+    for column, feature in table.features.items():
+        called_so = column.lower() in (SPLIT, *OTHER_NAMES) or OF_PARTS.fullmatch(column)
+        if not called_so or column in (config.image_column, config.label_column):
+            continue
+        if not isinstance(feature, datasets.Value):
+            continue
+        values = sorted({str(value) for value in table[column][:]})
+        if 1 < len(values) <= MOST_PARTS:
+            logger.warning(
+                "column %s is not used (%s): if it says which rows are for training and which for tests, write train, "
+                "validation and test into a column split",
+                *(column, named(values)),
+            )
 
 
 def _roles(table: datasets.Dataset, column: str, chosen: set[str]) -> dict[str, str]:

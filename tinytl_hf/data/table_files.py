@@ -1,4 +1,4 @@
-"""Files that hold tables: read as one, with the places of the images that they name, and saved data sets."""
+"""Files that hold tables: read as one, with the places of the images that they name."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from tinytl_hf.data.csv_files import read_csv
 from tinytl_hf.data.find import TABLES, suffix_of
 from tinytl_hf.data.found import named
 from tinytl_hf.data.images import LFS
-from tinytl_hf.data.listing import Listing
-from tinytl_hf.data.roles import group_by_split
+from tinytl_hf.data.json_files import check_holds_rows
 from tinytl_hf.errors import TinyTLError
 
 
@@ -40,6 +39,7 @@ def load_tables(files: dict[str, list[str]], base: Path) -> datasets.DatasetDict
     (kind,) = kinds
     for file in (file for each in files.values() for file in each):
         _check_is_here(file)
+        check_holds_rows(file)
     splits = {name: _load_split(each, kind, base) for name, each in files.items()}
     return datasets.DatasetDict(_with_whole_numbers(splits) if kind == "csv" else splits)
 
@@ -109,7 +109,9 @@ def _placed(table: datasets.Dataset, folder: str) -> datasets.Dataset:
 
 
 def _with_column(table: datasets.Dataset, column: str, values: list[Any]) -> datasets.Dataset:
-    return table.remove_columns(column).add_column(column, values, feature=table.features[column])
+    """A table with other values in a column, which stays where it is."""
+    changed = table.remove_columns(column).add_column(column, values, feature=table.features[column])
+    return changed.select_columns(table.column_names)
 
 
 def _with_whole_numbers(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
@@ -143,34 +145,3 @@ def _tells_versions(url: str) -> bool:
         return "etag" in httpx2.head(url, follow_redirects=True).headers
     except httpx2.HTTPError:
         return False
-
-
-def is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` of the library datasets wrote a folder: files of other things have such names, too."""
-    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        return True
-    try:
-        values = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))
-    except OSError:
-        return False
-    except ValueError:
-        return True  # a damaged one, as reading it will say
-    return isinstance(values, dict) and isinstance(values.get("splits"), list)
-
-
-def saved_below(listing: Listing) -> list[str]:
-    """Folders below that hold saved data sets; files of a cache lie in them as well, and are no rows."""
-    folders = sorted({os.path.dirname(name) for name in listing.tables if name.endswith(".arrow")})
-    return [folder for folder in folders if is_saved(listing.root / folder)]
-
-
-def load_saved(listing: Listing, folders: list[str]) -> datasets.DatasetDict:
-    """Saved data sets in several folders, by the split that the folders' names say."""
-    groups = group_by_split(folders)
-    for folder in groups.pop(None, []):
-        listing.left_out.add("saved data set", folder)
-    splits = datasets.DatasetDict()
-    for split, group in groups.items():
-        parts = [datasets.load_from_disk(str(listing.root / folder)) for folder in group]
-        splits[split] = datasets.concatenate_datasets(parts)
-    return splits

@@ -28,10 +28,11 @@ from tinytl_hf.data.found import LeftOut, named
 from tinytl_hf.data.images import IMAGE_SUFFIXES, allow_megapixels
 from tinytl_hf.data.listing import Listing, list_folder
 from tinytl_hf.data.metadata import read_metadata
-from tinytl_hf.data.roles import chosen_splits, group_by_split, role_of, role_of_table
+from tinytl_hf.data.roles import group_by_split, role_of, role_of_table
+from tinytl_hf.data.saved import is_saved, load_saved, open_saved, saved_below
 from tinytl_hf.data.split_column import by_split_column
-from tinytl_hf.data.table_files import is_saved, load_saved, load_tables, saved_below, table_at
-from tinytl_hf.data.tables_beside import NAMING_IMAGES, check_tables_beside
+from tinytl_hf.data.table_files import load_tables, table_at
+from tinytl_hf.data.tables_beside import NAMING_IMAGES, check_tables_beside, to_name
 from tinytl_hf.errors import TinyTLError
 
 TEXTS = (".csv", ".tsv", ".json", ".jsonl")  # tables that hold no images themselves
@@ -114,7 +115,7 @@ def _load_folder(source: Source, config: DataConfig) -> Tables:
     path = Path(source.name)
     if is_saved(path):
         _check_no_subset(config, f"{path} is a saved data set")
-        return Tables(source, _as_splits(datasets.load_from_disk(source.name)), path)
+        return Tables(source, open_saved(path), path)
     listing = list_folder(path)
     if _holds_images(listing):
         _check_no_subset(config, f"{path} is a folder of images")
@@ -139,7 +140,7 @@ def _holds_images(listing: Listing) -> bool:
     if len({role_of_table(name) for name in splits}) > 1:
         raise TinyTLError(
             f"data.dataset={listing.root}: the folders of its images can be classes ({named(sorted(_tops(listing)))}) "
-            f"and {splits[0]} can be the data; name {_to_name(listing, splits)}, or take one of the two away"
+            f"and {splits[0]} can be the data; name {to_name(listing, splits)}, or take one of the two away"
         )
     return True
 
@@ -157,22 +158,11 @@ def _label_images(source: Source, listing: Listing, config: DataConfig) -> Table
     if tables and (are_splits or not tops):
         raise TinyTLError(
             f"data.dataset={listing.root}: its images lie in no class folder ({listing.images[0]}); if {tables[0]} "
-            f"has their paths and labels, name {_to_name(listing, tables)}"
+            f"has their paths and labels, name {to_name(listing, tables)}"
         )
-    splits = class_folders(listing, chosen_splits(config))
+    splits = class_folders(listing, config)
     check_tables_beside(listing, splits, config)
     return Tables(source, splits, listing.root, listing.left_out, hint=hint)
-
-
-def _to_name(listing: Listing, tables: list[str]) -> str:
-    """What to name for the tables beside images: all of them by a pattern, if they are of several splits."""
-    kinds = {os.path.splitext(name)[1] for name in tables}
-    folders = {os.path.dirname(name) for name in tables}
-    if len(folders) > 1:
-        folders = {"/".join("*" for _ in folder.split("/")) for folder in folders if folder}
-    if len(kinds) == len(folders) == 1 and len({role_of_table(name) for name in tables} - {None}) > 1:
-        return f"these files, '{listing.root / folders.pop() / f'*{kinds.pop()}'}'"
-    return f"that file, {listing.root / tables[0]}"
 
 
 def _are_flat_splits(listing: Listing) -> bool:
@@ -196,7 +186,7 @@ def _hint(listing: Listing) -> str:
         what = "splits" if all(role_of(name) for name in below) else "classes"
         return f"; if {named(below)} are the {what}, name {listing.root / common}"
     tables = [name for name in listing.tables if suffix_of(name) in NAMING_IMAGES]
-    return f"; if {tables[0]} has the paths and labels of images, name {listing.root / tables[0]}" if tables else ""
+    return f"; if {tables[0]} has the paths and labels of images, name {to_name(listing, tables)}" if tables else ""
 
 
 def _load_tables_in(source: Source, listing: Listing, config: DataConfig) -> Tables:

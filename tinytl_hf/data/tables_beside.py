@@ -11,6 +11,7 @@ from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.columns import LABEL, as_label, path_columns, place_of
 from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.listing import Listing
+from tinytl_hf.data.roles import role_of_table
 from tinytl_hf.data.table_files import load_tables
 from tinytl_hf.errors import TinyTLError, first_line
 
@@ -40,16 +41,33 @@ def check_tables_beside(listing: Listing, splits: datasets.DatasetDict, config: 
             by_folder[image["path"]] = classes[number]
     column = config.label_column or LABEL
     for name in tables:
-        for path, label in _labels_by_path(listing, name, column).items():
+        for path, label in _labels_by_path(listing, name, tables, column).items():
             if path in by_folder and as_label(label) != by_folder[path]:
                 raise TinyTLError(
                     f"data.dataset={listing.root}: {os.path.relpath(path, listing.root)} is {by_folder[path]} by its "
-                    f"folder, and {label} by column {column} of {name}; name {listing.root / name} to take those "
-                    "labels, or move that file away to take the folders'"
+                    f"folder, and {label} by column {column} of {name}; name {to_name(listing, tables, name)} to "
+                    f"take those labels, or move {name} away to take the folders'"
                 )
 
 
-def _labels_by_path(listing: Listing, name: str, label_column: str) -> dict[str, str]:
+def to_name(listing: Listing, tables: list[str], one: str | None = None) -> str:
+    """What to name for tables beside images: all of them by a pattern, if they are of several splits.
+
+    Args:
+        listing: The files of the folder.
+        tables: The tables.
+        one: That to name if they are not; None: the first.
+    """
+    kinds = {os.path.splitext(name)[1] for name in tables}
+    folders = {os.path.dirname(name) for name in tables}
+    if len(folders) > 1:
+        folders = {"/".join("*" for _ in folder.split("/")) for folder in folders if folder}
+    if len(kinds) == len(folders) == 1 and len({role_of_table(name) for name in tables} - {None}) > 1:
+        return f"these files, '{listing.root / folders.pop() / f'*{kinds.pop()}'}'"
+    return str(listing.root / (one or tables[0]))
+
+
+def _labels_by_path(listing: Listing, name: str, tables: list[str], label_column: str) -> dict[str, str]:
     """The label of each image that a table names; none if it names none or has no such column."""
     file = listing.root / name
     try:
@@ -66,7 +84,7 @@ def _labels_by_path(listing: Listing, name: str, label_column: str) -> dict[str,
     if label_column not in table.column_names:
         logger.warning(
             "%s names %s of these images and is not used: the folders are the classes; name %s for its labels",
-            *(name, f"{count:,}", file),
+            *(name, f"{count:,}", to_name(listing, tables, name)),
         )
         return {}
     labels = zip(paths, table[label_column][:], strict=True)

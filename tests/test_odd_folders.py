@@ -1,0 +1,88 @@
+"""Folders that are neither classes nor splits, though they can be taken for such."""
+
+import pytest
+from test_folders import each, images_of, make, opened
+
+from tinytl_hf import TinyTLError
+
+
+@pytest.mark.parametrize("masks", ["masks", "annotations", "Labels", "GT", "train_masks", "SegmentationClass"])
+@pytest.mark.parametrize("ending", ["", "_mask"])
+@pytest.mark.parametrize("splits", [("",), ("train/", "val/")])
+def test_masks_are_no_class(masks, ending, splits, tmp_path):
+    for split in splits:
+        make(tmp_path, images_of(f"{split}images"))
+        make(tmp_path, [f"{split}{masks}/{number}{ending}.png" for number in range(4)])
+    with pytest.raises(TinyTLError, match=f"{masks}/ has files of the same names as images/.* these are no classes"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("classes", [("mask", "no_mask"), ("images", "labels"), ("images", "photos")])
+def test_masks_that_people_wear_and_labels_of_bottles_are_classes(classes, tmp_path):
+    make(tmp_path, images_of(classes[0]))
+    make(tmp_path, [f"{classes[1]}/{'a' if classes[1] == 'labels' else ''}{number}.png" for number in range(4)])
+    assert opened(tmp_path).train.label_names == sorted(classes)
+
+
+@pytest.mark.parametrize("names", [("trainval", "test"), ("trainset", "testset"), ("train_images", "TestImages")])
+def test_splits_with_more_behind_their_names_are_asked_about(names, tmp_path, caplog):
+    make(tmp_path, each(*(f"{name}/{label}" for name in names for label in ("cat", "dog"))))
+    with pytest.raises(TinyTLError, match=r"if they are splits, name the two with --data.train_split and"):
+        opened(tmp_path)
+    data = opened(tmp_path, train_split=names[0], eval_split=names[1])
+    assert (data.train.name, data.evaluation.name) == names and data.train.label_names == ["cat", "dog"]
+
+
+def test_folders_of_metadata_that_are_almost_splits_are_said(tmp_path, caplog):
+    files = make(tmp_path, each("training_set", "test_set")) and each("training_set", "test_set")
+    rows = [f"{file},{'cat' if number % 2 else 'dog'}" for number, file in enumerate(files)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    assert opened(tmp_path).found.images == {"train": 8}
+    assert "test_set, training_set: not read as splits, which are called train, validation and test" in caplog.text
+
+
+def test_of_two_folders_of_one_split_the_one_that_was_named_is_taken(tmp_path):
+    make(tmp_path, each("train/a", "train/b", "val/a", "val/b", "dev/a"))
+    with pytest.raises(TinyTLError, match=r"dev/ and val/ are both .* or name one with --data.eval_split dev"):
+        opened(tmp_path)
+    for name, count in (("val", 8), ("dev", 4)):
+        data = opened(tmp_path, eval_split=name)
+        assert data.found.evaluation == ("validation", count)
+        assert data.found.left_out == {f"beside {name}/, which was named": 12 - count}
+
+
+def test_the_default_asks_for_no_split(tmp_path):
+    make(tmp_path, each("train/a", "train/b", "training/a", "training/b"))
+    with pytest.raises(TinyTLError, match=r"train/ and training/ are both the train split; put them together$"):
+        opened(tmp_path, train_split="train")
+    data = opened(tmp_path, train_split="training")
+    assert data.found.left_out == {"beside training/, which was named": 8}
+
+
+def test_masks_of_splits_inside_are_no_class(tmp_path):
+    make(tmp_path, each("images/training", "images/validation", "annotations/training", "annotations/validation"))
+    with pytest.raises(TinyTLError, match=r"annotations/ has files of the same names as images/"):
+        opened(tmp_path)
+
+
+def test_masks_beside_their_images_are_said(tmp_path, caplog):
+    make(tmp_path, each("cat", "dog", "train_mask"))
+    assert opened(tmp_path).found.classes and "masks" not in caplog.text
+    make(tmp_path, ["cat/0_mask.png", "cat/0_mask_1.png", "dog/1_mask.png", "dog/left_mask.png"])
+    opened(tmp_path)
+    assert "3 images are called as masks of others are (cat/0_mask" in caplog.text
+
+
+def test_classes_that_hold_the_same_folders_are_said(tmp_path, caplog):
+    make(tmp_path, each("color/apple", "color/grape", "gray/apple", "gray/grape"))
+    assert opened(tmp_path).found.classes == ["color", "gray"]
+    assert "the classes color, gray hold the same folders (apple, grape): if those are the classes" in caplog.text
+
+
+def test_images_of_boxes_in_splits_lie_in_no_class_folder(tmp_path):
+    make(tmp_path, each("images/train", "images/val"))
+    for split in ("train", "val"):
+        (tmp_path / "labels" / split).mkdir(parents=True)
+        (tmp_path / "labels" / split / "0.txt").write_text("0 0.5 0.5 0.1 0.1")
+    with pytest.raises(TinyTLError, match=r"lie in splits and in no class folder \(images/train/0.png\)"):
+        opened(tmp_path)

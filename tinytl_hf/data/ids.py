@@ -1,0 +1,86 @@
+"""Images that a table names without their suffix: ``000bec18`` for ``train/000bec18.jpg``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import datasets
+
+from tinytl_hf.data.find import suffix_of
+from tinytl_hf.data.images import IMAGE_SUFFIXES
+from tinytl_hf.data.listing import list_folder
+from tinytl_hf.errors import TinyTLError
+
+logger = logging.getLogger(__name__)
+
+IDS = re.compile(r"(large_)?string|u?int\d+")  # types of values that can be ids
+
+
+def is_id(feature: object) -> bool:
+    """Whether a column can hold ids, by its type."""
+    return isinstance(feature, datasets.Value) and IDS.fullmatch(feature.dtype) is not None
+
+
+def id_columns(table: datasets.Dataset, base: Path, label_column: str) -> list[str]:
+    """Columns of which each row has another value, and most are ids of images.
+
+    Args:
+        table: A split.
+        base: The table's folder.
+        label_column: A column that has none, whatever it holds.
+    """
+    columns = [name for name, feature in table.features.items() if is_id(feature) and name != label_column]
+    texts = {name: [str(value) for value in table[name][:] if value is not None] for name in columns}
+    unlike = {name: values for name, values in texts.items() if values and len(set(values)) == len(values)}
+    known = images_by_id(list_folder(base).images) if unlike else {}
+    return [name for name, values in unlike.items() if 2 * len(known.keys() & values) > len(values)]
+
+
+def with_ids_placed(
+    ids: Sequence[str | None], places: Sequence[str | None], column: str, base: Path
+) -> list[str | None]:
+    """Places of images, where those that are not there may be named by their ids.
+
+    Args:
+        ids: What a table says.
+        places: Where that is, if it is a path.
+        column: The table's column, for messages.
+        base: The table's folder.
+
+    Raises:
+        TinyTLError: Two images have one id.
+    """
+    placed = list(places)
+    missing = [
+        (number, name)
+        for number, (name, place) in enumerate(zip(ids, places, strict=True))
+        if name and place and suffix_of(name) not in IMAGE_SUFFIXES and not os.path.isfile(place)
+    ]
+    known = images_by_id(list_folder(base).images) if missing else {}
+    for number, name in missing:
+        images = known.get(name, [])
+        if len(images) > 1:
+            raise TinyTLError(
+                f"column {column}: {name} can be {images[0]} and {images[1]} in {base}; put the table into the folder "
+                "of its images, or write their paths into it, with the suffix"
+            )
+        if images:
+            placed[number] = f"{base}/{images[0]}"
+    if found := [name for number, name in missing if placed[number] != places[number]]:
+        logger.info("column %s names images without their suffix: %s is %s", column, found[0], known[found[0]][0])
+    return placed
+
+
+def images_by_id(images: Iterable[str]) -> dict[str, list[str]]:
+    """Images by their names and by their paths, both without the suffix."""
+    known: dict[str, list[str]] = defaultdict(list)
+    for image in images:
+        path = os.path.splitext(image)[0]
+        for name in {path, os.path.basename(path)}:
+            known[name].append(image)
+    return dict(known)
