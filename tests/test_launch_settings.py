@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import run_cli, small_run
 from started_runs import metrics
 
@@ -72,6 +74,24 @@ def test_a_device_that_does_not_exist_ends_with_one_line(colour_folder, tmp_path
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "abacus")
     done = run_cli(*last_layer(colour_folder, tmp_path / "run"))
     assert done.returncode == 1 and "Accelerate cannot start" in done.stderr and "unexpected" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["meta", "mps" if torch.cuda.is_available() else "cuda"])
+def test_a_device_that_is_not_here_ends_with_one_line_that_names_the_variable(
+    name, colour_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", name)
+    done = run_cli(*last_layer(colour_folder, tmp_path / "run"))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"tinytl-hf: error: ACCELERATE_TORCH_DEVICE={name}: cannot be used here (")
+    assert not (tmp_path / "run").exists()
+
+
+def test_python_without_docstrings_is_refused_before_a_run_starts(colour_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("tinytl_hf.measure.metrics.sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
+    done = run_cli(*last_layer(colour_folder, tmp_path / "run"))
+    assert done.returncode == 1 and "error: PYTHONOPTIMIZE=2: " in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def config(data, output, **train_options):

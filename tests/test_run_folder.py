@@ -170,3 +170,18 @@ def test_a_script_of_several_processes_trains_twice_and_evaluates(processes, col
         json.loads((tmp_path / name).read_text())["loss"] for name in ("a/eval_results.json", "b/eval_results.json")
     ]
     assert losses[0] == losses[1] and json.loads((tmp_path / "again.json").read_text())["loss"] == losses[1]
+
+
+def test_epochs_whose_figures_are_gone_are_said_and_are_in_no_time_of_training(finished, colour_folder):
+    (finished / "metrics.jsonl").unlink()
+    done = go_on(colour_folder, finished, "auto", "--train.epochs", "4")
+    assert done.returncode == 0 and "metrics.jsonl lacks 3 of the 3 epochs done" in done.stderr
+    assert [line["epoch"] for line in metrics(finished)] == [4]
+    assert "Training took" not in (finished / "adapter" / "README.md").read_text()
+
+
+def test_a_folder_of_a_name_that_is_too_long_ends_with_one_line_that_names_it(colour_folder, tmp_path):
+    output = tmp_path / ("a" * 300)
+    done = run_cli(*small_run(colour_folder, output, *OPTIONS))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"tinytl-hf: error: output_dir={output}: cannot be written (")

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ def make_accelerator(
         **options: More arguments of the accelerator.
 
     Raises:
-        TinyTLError: A precision that the device does not have, or a way of launching that runs do not have.
+        TinyTLError: A device that is not there, a precision that it does not have, or a way of launching that runs do
+            not have.
     """
     check_launch()
     if is_told_cpu() and "LOCAL_RANK" in os.environ:
@@ -91,10 +92,23 @@ def make_accelerator(
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise TinyTLError(f"Accelerate cannot start ({error}); see what its ACCELERATE_ variables say") from error
+    _check_device(accelerator.device)
     set_threads(threads)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise TinyTLError("train.mixed_precision=fp16: a CPU would train in fp32; use bf16 or no")
     return accelerator
+
+
+def _check_device(device: torch.device) -> None:
+    """Raise unless this machine can compute there: Accelerate takes the device that a variable names as it is."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without that kind
+        told = os.environ.get("ACCELERATE_TORCH_DEVICE")
+        what = f"device {device}" if told is None else f"ACCELERATE_TORCH_DEVICE={told}"
+        raise TinyTLError(
+            f"{what}: cannot be used here ({first_line(error)}); ACCELERATE_TORCH_DEVICE=cpu takes the CPU"
+        ) from error
 
 
 def end_training(accelerator: Accelerator) -> None:

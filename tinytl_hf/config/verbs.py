@@ -147,6 +147,7 @@ class MemoryTableConfig:
     def __post_init__(self) -> None:
         expand_paths(self, "plot")
         check_types(self)
+        check(self.methods is None or bool(self.methods), "methods", self.methods, "name one or more, or null for all")
         for name in ("batch_size", "num_classes", "repeats"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
         is_size = self.photo_size is None or re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.photo_size) is not None

@@ -11,7 +11,6 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from typing import Any
@@ -29,6 +28,7 @@ from tinytl_hf.lean.backend import describe, left_to_eager
 from tinytl_hf.lean.notes import STOCK, grouped
 from tinytl_hf.measure.ledger import kept_by_layer
 from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
+from tinytl_hf.measure.own_process import in_own_process
 from tinytl_hf.measure.paper_rule import paper_rule
 from tinytl_hf.measure.peak import Peak, measure_peak, measure_speed, process_high_water
 from tinytl_hf.model import TinyTLModel
@@ -91,17 +91,24 @@ def measure_rows(config: Config, options: MemoryTableConfig, photo_size: tuple[i
         config: The run: backbone, image size, precision, lite residual, head, optimizer; its method does not matter.
         options: Methods, batch, classes and repeats.
         photo_size: Height and width of the photos in px.
+
+    Raises:
+        TinyTLError: One of the methods that are named does not fit the options, or this machine's memory.
     """
-    for method in options.methods or METHODS:
+    for method in METHODS if options.methods is None else options.methods:
         for lean in (False, True):
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                try:
-                    yield pool.submit(_measure_alone, config, options, photo_size, method, lean).result()
-                except TinyTLError as error:
-                    if options.methods is not None:
-                        raise
-                    logger.warning("%s is left out: %s", method, error)  # the others of all methods may fit
-                    break
+            try:
+                yield in_own_process(get_context("spawn"), _measure_alone, config, options, photo_size, method, lean)
+            except TinyTLError as error:
+                if options.methods is not None:
+                    raise
+                logger.warning("%s is left out: %s", method, error)  # the others of all methods may fit
+                break
+            except MemoryError as error:
+                raise TinyTLError(
+                    f"batch_size={options.batch_size}: this machine has not enough memory for a step of {method} from "
+                    f"photos of {'x'.join(map(str, photo_size))} px; use fewer or smaller ones"
+                ) from error
 
 
 def _measure_alone(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from inspect import signature
@@ -100,8 +101,14 @@ def load_metrics(names: Sequence[str]) -> dict[str, evaluate.EvaluationModule]:
         names: Names such as ``f1``, or paths of metric scripts.
 
     Raises:
-        TinyTLError: There is no such metric, a package that it needs is missing, or it is not one of class numbers.
+        TinyTLError: There is no such metric, a package that it needs is missing, or it is not one of class numbers; or
+            Python runs without docstrings, which no figure can be had without.
     """
+    if sys.flags.optimize > 1:
+        raise TinyTLError(
+            f"PYTHONOPTIMIZE={sys.flags.optimize}: it takes out docstrings, as python -OO does, which the package "
+            "evaluate needs; use 1, or unset it"
+        )
     metrics = {}
     for name in names:
         try:

@@ -10,7 +10,6 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,6 +24,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.convolutions import Convolutions
 from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
 from tinytl_hf.measure.memory import build
+from tinytl_hf.measure.own_process import in_own_process
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports.table import aligned
 
@@ -53,8 +53,11 @@ def bench_rows(config: Config, options: BenchConfig) -> Iterator[BenchRow]:
     """
     for train_size in options.train_sizes:
         for batch_size in options.batch_sizes:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                yield pool.submit(_time_in_turns, config, train_size, batch_size, options.repeats).result()
+            spawn = get_context("spawn")
+            try:
+                yield in_own_process(spawn, _time_in_turns, config, train_size, batch_size, options.repeats)
+            except MemoryError:
+                yield BenchRow(train_size, batch_size, {}, "this machine has not enough memory for it")
 
 
 def _time_in_turns(config: Config, train_size: int, batch_size: int, repeats: int) -> BenchRow:

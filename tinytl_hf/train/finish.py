@@ -126,7 +126,7 @@ def write_card(output: Path, config: Config) -> None:
     # A run that was resumed into another folder with nothing left to train has no lines.
     facts = RunFacts(
         recipe=recipe(config, results),
-        time=_time(lines, results) if lines else "",
+        time=_time(lines, results) if lines and len(lines) == lines[-1]["epoch"] else "",  # not of a part
         split=results["split"],
         n=results["n"],
         memory=json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else None,

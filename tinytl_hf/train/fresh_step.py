@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.context import BaseContext
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from tinytl_hf.config.run import Config
 from tinytl_hf.device import forward_in_parts, seconds_since
 from tinytl_hf.measure.measured_step import random_batch
 from tinytl_hf.measure.memory import build
+from tinytl_hf.measure.own_process import in_own_process
 from tinytl_hf.measure.peak import Peak, measure_peak, measure_speed, process_high_water
 from tinytl_hf.model import TinyTLModel
 
@@ -77,27 +75,15 @@ def measure_step(
     Returns:
         What it took; None where the machine has not that much memory.
     """
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            return pool.submit(_measure_alone, config, classes, photo_size, repeats).result()
-        except BrokenProcessPool:  # the system ended it
-            return None
-
-
-def _measure_alone(config: Config, classes: int, photo_size: tuple[int, int], repeats: int) -> FreshStep | None:
-    for name in LAUNCHED_AS:
-        os.environ.pop(name, None)
     try:
-        return _take_step(config, classes, photo_size, repeats)
+        return in_own_process(context, _take_step, config, classes, photo_size, repeats)
     except MemoryError:
         return None
-    except RuntimeError as error:
-        if should_reduce_batch_size(error):
-            return None
-        raise
 
 
 def _take_step(config: Config, classes: int, photo_size: tuple[int, int], repeats: int) -> FreshStep:
+    for name in LAUNCHED_AS:
+        os.environ.pop(name, None)
     before, options = process_high_water(), config.train
     batch = options.global_batch_size // options.gradient_accumulation_steps
     passes = min(PASSES, options.gradient_accumulation_steps)

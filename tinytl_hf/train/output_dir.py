@@ -141,6 +141,11 @@ def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> No
         former = output if goes_on else run_of(resume_from)
         before = [] if former is None else read_metrics(former)
         lines = [line for line in before if line["epoch"] <= epochs_done]
+        if missing := epochs_done - len(lines):
+            logger.warning(
+                "output_dir=%s: %s lacks %d of the %d epochs done; curves and training time are of the rest",
+                *(output, METRICS_FILE, missing, epochs_done),
+            )
         for path in list_checkpoints(output / CHECKPOINTS):
             if not goes_on or (resume_from is not None and path.name > resume_from.name):
                 shutil.rmtree(path)

@@ -29,6 +29,7 @@ from tinytl_hf.device import (
     make_accelerator,
     say_what_launch_settings_do,
 )
+from tinytl_hf.disk import writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.backend import describe
 from tinytl_hf.measure.metrics import load_metrics
@@ -149,7 +150,8 @@ def settle(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
             "the same images" if opened.test is None else opened.test.title,
         )
     config = recipe.resolve(config, len(opened.train.labels))
-    check_free(config)
+    with writing(f"output_dir={config.output_dir}", "choose another"):  # nor can one of too long a name be looked at
+        check_free(config)
     return within_budget(config, accelerator, opened)
 
 
