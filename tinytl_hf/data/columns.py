@@ -230,8 +230,10 @@ def _image_columns(table: datasets.Dataset, config: DataConfig, base: Path | Non
     """Columns of each kind that can hold images, the likeliest kind first."""
     for fit in (_is_image, _holds_bytes, _holds_paths):
         yield _fitting(table, fit)
-    for column in _fitting(table, lambda feature, _: _is_string(feature)):
-        check_no_base64(column, next((text for text in table[column][:SEEN] if text is not None), None))
+    features = table.features
+    for column, first in _firsts(table).items():
+        if _is_string(features[column]):
+            check_no_base64(column, first)
     if base is not None:
         yield id_columns(table, base, config.label_column or LABEL)
 
@@ -247,10 +249,18 @@ def _only(table: datasets.Dataset, key: str, kinds: Iterable[list[str]]) -> str:
 
 
 def _fitting(table: datasets.Dataset, fit: Fit) -> list[str]:
-    """Columns of one kind. There can be hundreds, so that none is looked up by itself."""
-    features, head = table.features, table.with_format("arrow")[:SEEN]
-    firsts = {name: next((value.as_py() for value in head.column(name) if value.is_valid), None) for name in features}
-    return [name for name, first in firsts.items() if fit(features[name], first)]
+    """Columns of one kind."""
+    features = table.features
+    return [name for name, first in _firsts(table).items() if fit(features[name], first)]
+
+
+def _firsts(table: datasets.Dataset) -> dict[str, Any]:
+    """A value of each column. There can be hundreds, so that none is looked up by itself."""
+    head = table.with_format("arrow")[:SEEN]
+    return {
+        name: next((value.as_py() for value in head.column(name) if value.is_valid), None)
+        for name in head.column_names
+    }
 
 
 def _several(key: str, found: Sequence[str]) -> TinyTLError:

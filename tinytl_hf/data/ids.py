@@ -35,7 +35,8 @@ def id_columns(table: datasets.Dataset, base: Path, label_column: str) -> list[s
         label_column: A column that has none, whatever it holds.
     """
     columns = [name for name, feature in table.features.items() if is_id(feature) and name != label_column]
-    texts = {name: [str(value) for value in table[name][:] if value is not None] for name in columns}
+    values = table.select_columns(columns).with_format("arrow")[:]  # of all at once, as there can be hundreds
+    texts = {name: [str(value) for value in values.column(name).to_pylist() if value is not None] for name in columns}
     unlike = {name: values for name, values in texts.items() if values and len(set(values)) == len(values)}
     known = images_by_id(list_folder(base).images) if unlike else {}
     return [name for name, values in unlike.items() if 2 * len(known.keys() & values) > len(values)]
