@@ -113,6 +113,13 @@ def test_an_adapter_that_i_had_linked_into_a_run_was_emptied(overwrite, trained,
     assert files(kept) == before
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a/" + "\u00e9" * 200 + "/b"])
+@pytest.mark.parametrize("words", [["train", "--output_dir"], ["fit", "--memory_mb", "9", "--output"]])
+def test_a_name_that_no_file_can_have_was_an_unexpected_error(words, name, colour_folder):
+    done = run_cli(words[0], "--data.dataset", colour_folder, *words[1:], f"{name}.yaml")
+    assert done.returncode == 1 and done.stderr.strip().endswith("use names of up to 255 bytes")
+
+
 @pytest.mark.parametrize("words", [["train", "--output_dir", ""], ["predict", "--adapter", "{}/adapter", ""]])
 def test_a_variable_that_was_not_set_meant_the_current_folder(words, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

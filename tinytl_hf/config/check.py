@@ -11,6 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
 
+LONGEST_NAME = 255  # bytes of a file's or a folder's name, on the file systems of Linux, macOS and Windows
+
 
 def check(holds: bool, key: str, value: object, fix: str) -> None:
     """Raise unless an option's value holds, with what to do."""
@@ -81,10 +83,12 @@ def _in_words(kind: Any) -> str:
 
 
 def check_text(key: str, value: str) -> None:
-    """Raise unless a path is UTF-8 text, which libraries that read and write there need, and not empty."""
+    """Raise unless a path is UTF-8 text, which libraries that read and write there need, and can be a file's."""
     check(bool(value.strip()), key, value, "it is empty, as of a variable that is not set; name a path")
     is_text = value == value.encode("utf-8", "replace").decode("utf-8")
     check(is_text, key, value, "use a path that is UTF-8 text")
+    longest = max(len(name.encode()) for name in value.split("/"))
+    check(longest <= LONGEST_NAME, key, value, f"use names of up to {LONGEST_NAME} bytes")
 
 
 def expand_paths(config: object, *names: str) -> None:

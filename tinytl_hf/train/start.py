@@ -150,7 +150,7 @@ def settle(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
             "the same images" if opened.test is None else opened.test.title,
         )
     config = recipe.resolve(config, len(opened.train.labels))
-    with writing(f"output_dir={config.output_dir}", "choose another"):  # nor can one of too long a name be looked at
+    with writing(f"output_dir={config.output_dir}", "choose another"):  # nor can one of too long a path be looked at
         check_free(config)
     return within_budget(config, accelerator, opened)
 
