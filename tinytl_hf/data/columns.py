@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -223,17 +223,14 @@ def _chosen(table: datasets.Dataset, key: str, chosen: str) -> str:
     return chosen
 
 
-Fit = Callable[[Any, Any], bool]  # of a column, by its type and its first value
-
-
 def _image_columns(table: datasets.Dataset, config: DataConfig, base: Path | None) -> Iterator[list[str]]:
     """Columns of each kind that can hold images, the likeliest kind first."""
+    seen = _seen(table)
     for fit in (_is_image, _holds_bytes, _holds_paths):
-        yield _fitting(table, fit)
-    features = table.features
-    for column, first in _firsts(table).items():
-        if _is_string(features[column]):
-            check_no_base64(column, first)
+        yield [name for name, (feature, first) in seen.items() if fit(feature, first)]
+    for name, (feature, first) in seen.items():
+        if _is_string(feature):
+            check_no_base64(name, first)
     if base is not None:
         yield id_columns(table, base, config.label_column or LABEL)
 
@@ -248,17 +245,11 @@ def _only(table: datasets.Dataset, key: str, kinds: Iterable[list[str]]) -> str:
     raise _none(key, table)
 
 
-def _fitting(table: datasets.Dataset, fit: Fit) -> list[str]:
-    """Columns of one kind."""
-    features = table.features
-    return [name for name, first in _firsts(table).items() if fit(features[name], first)]
-
-
-def _firsts(table: datasets.Dataset) -> dict[str, Any]:
-    """A value of each column. There can be hundreds, so that none is looked up by itself."""
-    head = table.with_format("arrow")[:SEEN]
+def _seen(table: datasets.Dataset) -> dict[str, tuple[Any, Any]]:
+    """Type and first value of each column. There can be hundreds, so that none is looked up by itself."""
+    features, head = table.features, table.with_format("arrow")[:SEEN]
     return {
-        name: next((value.as_py() for value in head.column(name) if value.is_valid), None)
+        name: (features[name], next((value.as_py() for value in head.column(name) if value.is_valid), None))
         for name in head.column_names
     }
 
@@ -331,7 +322,7 @@ def _holds_paths(feature: Any, first: Any) -> bool:
 
 def path_columns(table: datasets.Dataset) -> list[str]:
     """Columns that have paths of images, by the first."""
-    return _fitting(table, _holds_paths)
+    return [name for name, (feature, first) in _seen(table).items() if _holds_paths(feature, first)]
 
 
 def _from_paths(values: Sequence[str | None], column: str, base: Path | None, skip_missing: bool) -> datasets.Dataset:
