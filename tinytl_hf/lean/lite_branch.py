@@ -65,9 +65,11 @@ class Branch:
     def unread(self, pooled: Tensor, statistics: list[Tensor]) -> Tensor:
         """Maps of the output's shape that hold anything, for a second pass of which gradients alone are wanted.
 
-        Without statistics the branch is called, as its gradients take what that keeps.
+        Without statistics stock layers run, and keep what they need: they go back at once.
         """
-        return _BranchFunction.apply(pooled, self, statistics, *self.parameters) if statistics else self(pooled)
+        if not statistics:
+            return self.lite.before_upsampling(pooled)
+        return _BranchFunction.apply(pooled, self, statistics, *self.parameters)
 
     def run(self, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """On its back-end, without gradients: the output, and the batch's statistics."""

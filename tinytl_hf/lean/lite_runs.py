@@ -1,9 +1,11 @@
 """One or two wide blocks with lite residuals, of which one input is kept, and which are computed again as one.
 
-A lite residual normalises over the batch, so its backward pass takes the whole batch at once, from its pooled input,
-which is kept as well. The blocks themselves go back slice by slice. A run has two of them at most: then the blocks are
-computed again once. The last lite residual goes back before that pass, which needs its gradient, and the first one
-after it, from a gradient that the pass collects; what that gives goes back through the layers before the block alone.
+A lite residual normalises over the batch, so its backward pass takes the whole batch at once. The blocks themselves
+go back slice by slice. A run has two of them at most: then the blocks are computed again once. The last lite residual
+goes back before that pass, which needs its gradient, from its pooled input, which is kept. The first one goes back
+after the pass, from a gradient that the pass collects; what that gives goes back through the layers before the block
+alone. Of the first one the output is kept, which the pass needs: its input is no smaller, and takes less to compute
+again.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -123,46 +126,48 @@ def _of_lite(part: Part) -> list[nn.Parameter]:
 
 
 class _LiteRunFunction(Function):
-    """The run's output; keeps its input, and those of the lite residuals."""
+    """The run's output; keeps its input, the output of the first of two lite residuals and the input of the last."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: LiteRun, *trained: nn.Parameter) -> Tensor:
         ctx.run, ctx.held, ctx.autocast = run, list(run.mains.module.parameters()), autocast_on(x.device)
         ctx.versions, ctx.modes = versions_of(ctx.held), [norm.training for norm in run.norms()]
-        maps, pooled = x, []
+        maps, small, statistics = x, [], []
         for part in run.parts:
             into = part.head(maps)
-            pooled.append(part.path.pooled(into))
+            pooled = part.path.pooled(into)
             maps = part.path.main(into)
             del into
-            small, statistics = part.path.branch.with_statistics(pooled[-1])
-            maps = upsample_add(maps, small, part.path.branch.backend)
+            output, of_batch = part.path.branch.with_statistics(pooled)
+            small.append(output)
+            statistics.append(of_batch)
+            maps = upsample_add(maps, output, part.path.branch.backend)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(x, *pooled, *statistics)
+            ctx.save_for_backward(x, pooled, *small[:-1], *(vector for of_batch in statistics for vector in of_batch))
+            ctx.vectors = [len(of_batch) for of_batch in statistics]
         return maps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *kept = ctx.saved_tensors
-        pooled, statistics = kept[: len(ctx.run.parts)], kept[len(ctx.run.parts) :]
+        x, pooled, *kept = ctx.saved_tensors
+        *before, last = ctx.run.parts
+        small, vectors = kept[: len(before)], iter(kept[len(before) :])
+        *of_before, of_last = [list(islice(vectors, count)) for count in ctx.vectors]
         if len(ctx.needs_input_grad) != 2 + len(ctx.run.all_trained()):
             raise TinyTLError(
                 "parameters were frozen or set to train between the forward and the backward pass; do so before both"
             )
         check_own(ctx.held, list(ctx.run.mains.module.parameters()), ctx.versions)
         back = _Backward(ctx, x, grad.contiguous(memory_format=torch.channels_last))
-        with computed_again(x.device, ctx.autocast), keep_running_statistics(), _in_modes(ctx.run.norms(), ctx.modes):
-            *inputs, last_input = [maps.detach().requires_grad_() for maps in pooled]
-            *before, last = ctx.run.parts
-            small = [part.path.branch(maps) for part, maps in zip(before, inputs, strict=True)]
-            last_small = last.path.branch.unread(last_input, statistics)
-        of_last = upsample_gradient(back.grad, last_small, last.path.branch.backend)
-        of_pooled, *of_lite = inner_grad([last_small], [last_input, *_of_lite(last)], [of_last])
-        del last_small, of_last
+        inputs, output = back.lite_again(last, pooled, of_last)
+        of_output = upsample_gradient(back.grad, output, last.path.branch.backend)
+        of_pooled, *of_lite = inner_grad([output], [inputs, *_of_lite(last)], [of_output])
+        del output, of_output
         of_small = back.through_mains(small, of_pooled)
-        if small:
-            of_pooled, *of_first = inner_grad(small, [*inputs, *_of_lite(before[0])], [of_small])
+        for part, statistics in zip(before, of_before, strict=True):
+            inputs, output = back.lite_again(part, back.first_input(), statistics)
+            of_pooled, *of_first = inner_grad([output], [inputs, *_of_lite(part)], [of_small])
             back.through_head(of_pooled)
             of_lite = [*of_first, *of_lite]
         return back.grad_input, None, *back.totals, *of_lite
@@ -188,6 +193,23 @@ class _Backward:
         with computed_again(x.device, ctx.autocast):  # it can take a forward pass of an image to measure them
             self._slices = list(self.run.mains.slices(x))
 
+    def lite_again(self, part: Part, pooled: Tensor, statistics: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """A lite residual's input, and maps of its output's shape, from which gradients go back to the input."""
+        norms = self.run.norms()
+        again = computed_again(self.x.device, self.ctx.autocast)
+        with again, keep_running_statistics(), _in_modes(norms, self.ctx.modes):
+            inputs = pooled.detach().requires_grad_()
+            return inputs, part.path.branch.unread(inputs, statistics)
+
+    def first_input(self) -> Tensor:
+        """The input of the first lite residual, computed again."""
+        first, pooled = self.run.parts[0], Gathered(len(self.x))
+        with computed_again(self.x.device, self.ctx.autocast), torch.no_grad():
+            for part in self._slices:
+                pooled.put(part, first.path.pooled(first.head(self.x[part])))
+        assert pooled.whole is not None
+        return pooled.whole
+
     def through_mains(self, small: list[Tensor], of_pooled: Tensor) -> Tensor | None:
         """Back through the blocks; ``of_pooled``: the gradient of the last lite residual's input.
 
@@ -196,12 +218,12 @@ class _Backward:
         """
         grad_input, of_small = Gathered(len(self.x)), Gathered(len(self.x))
         for part in self._slices:
-            *first, last = self.run.parts
+            *before, last = self.run.parts
             with computed_again(self.x.device, self.ctx.autocast):
                 inputs = maps = self.x[part].detach().requires_grad_(self.needs_input)
                 added = [each.detach()[part].requires_grad_() for each in small]
-                for before, each in zip(first, added, strict=True):
-                    maps = upsample_add(before.main(maps).clone(), each, before.path.branch.backend)
+                for first, each in zip(before, added, strict=True):
+                    maps = upsample_add(first.main(maps).clone(), each, first.path.branch.backend)
                 into = last.head(maps)
                 outputs = [last.block.stock_forward(into), last.path.pooled(into)]
             del maps, into
