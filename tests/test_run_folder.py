@@ -185,3 +185,11 @@ def test_a_path_that_is_too_long_ends_with_one_line_that_names_it(colour_folder,
     done = run_cli(*small_run(colour_folder, output, *OPTIONS))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"tinytl-hf: error: output_dir={output}: cannot be written (")
+
+
+def test_a_file_in_place_of_the_folder_ends_the_run_before_images_are_read(colour_folder, tmp_path):
+    output = tmp_path / "notes.txt"
+    output.write_text("mine")
+    done = run_cli(*small_run(colour_folder, output, *OPTIONS))
+    assert done.returncode == 1 and output.read_text() == "mine"
+    assert done.stderr.splitlines()[-1] == f"tinytl-hf: error: output_dir={output}: is a file; choose a folder"

@@ -57,6 +57,8 @@ def check_free(config: Config) -> None:
         TinyTLError: With what is in the way, and the ways out.
     """
     output, resume = Path(config.output_dir), config.train.resume
+    if output.exists() and not output.is_dir():
+        raise TinyTLError(f"output_dir={output}: is a file; choose a folder")
     if others := _others(output):
         raise TinyTLError(
             f"output_dir={output}: holds {', '.join(others)}, which no run of tinytl-hf wrote; choose another folder"
