@@ -24,7 +24,7 @@ from tinytl_hf.config.hub import PushConfig
 from tinytl_hf.config.network import HeadConfig, LiteConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import centre_boxes, resample
-from tinytl_hf.data.inputs import check_normalised, pixels_of
+from tinytl_hf.data.given_images import check_normalised, pixels_of
 from tinytl_hf.data.tensors import pad_images
 from tinytl_hf.hub.card import read_card, render_card
 from tinytl_hf.hub.transfer import find_adapter, push
@@ -369,7 +369,7 @@ class TinyTLModel(nn.Module):
         load_tensors(self.backbone, tensors, source)
 
     def preprocess(self, images: Any) -> Tensor:
-        """Images, as :mod:`tinytl_hf.data.inputs` takes them, to a normalised ``[N, 3, eval_size, eval_size]``."""
+        """Images, as :mod:`tinytl_hf.data.given_images` takes them, to a normalised ``[N, 3, eval_size, eval_size]``."""
         return self.normalise(*pad_images(pixels_of(images, self.config.preprocessing.eval_size)))
 
     def normalise(self, pixels: Tensor, sizes: Tensor) -> Tensor:
