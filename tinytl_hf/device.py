@@ -258,7 +258,7 @@ def _group_limits(root: Path) -> Iterator[int]:
                 break
 
 
-def forward_in_parts(model: nn.Module, inputs: Tensor) -> Tensor:
+def forward_in_parts(model: nn.Module, inputs: Tensor, pixels: int) -> Tensor:
     """Logits of a batch; on a CPU, of a few images at a time.
 
     Without gradients larger batches gain nothing there, and maps of more than 32 MB cost time: glibc hands such blocks
@@ -267,8 +267,9 @@ def forward_in_parts(model: nn.Module, inputs: Tensor) -> Tensor:
     Args:
         model: Gives logits, without gradients.
         inputs: Images ``[N, 3, H, W]`` or features ``[N, C]``.
+        pixels: Of how many images at a time, on a CPU.
     """
     if inputs.device.type != "cpu" or inputs.dim() == 2:
         return model(inputs)
     height, width = inputs.shape[-2:]
-    return torch.cat([model(part) for part in inputs.split(max(1, CPU_PIXELS // (height * width)))])
+    return torch.cat([model(part) for part in inputs.split(max(1, pixels // (height * width)))])

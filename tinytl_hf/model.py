@@ -369,7 +369,7 @@ class TinyTLModel(nn.Module):
         load_tensors(self.backbone, tensors, source)
 
     def preprocess(self, images: Any) -> Tensor:
-        """Images, as :mod:`tinytl_hf.data.given_images` takes them, to a normalised ``[N, 3, eval_size, eval_size]``."""
+        """What :mod:`tinytl_hf.data.given_images` takes, to normalised ``[N, 3, eval_size, eval_size]``."""
         return self.normalise(*pad_images(pixels_of(images, self.config.preprocessing.eval_size)))
 
     def normalise(self, pixels: Tensor, sizes: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from tinytl_hf.data.tensors import as_tensor, pad_images
 from tinytl_hf.device import forward_in_parts, set_threads
+from tinytl_hf.lean.evaluation import evaluated_by_chains
 from tinytl_hf.model import TinyTLModel
 
 
@@ -36,7 +37,8 @@ class AdapterClassifier:
         """Photos ``uint8`` ``[H, W, 3]`` of any sizes to ``[N, classes]``; ``mirror`` averages in the mirrored."""
         pixels, sizes = pad_images([as_tensor(photo) for photo in photos])
         view = self._model.normalise(pixels, sizes)
-        logits = forward_in_parts(self._model, view)
-        if mirror:
-            logits = (logits + forward_in_parts(self._model, view.flip(3))) / 2
+        with evaluated_by_chains(self._model.backbone) as pixels_at_a_time:
+            logits = forward_in_parts(self._model, view, pixels_at_a_time)
+            if mirror:
+                logits = (logits + forward_in_parts(self._model, view.flip(3), pixels_at_a_time)) / 2
         return logits.softmax(1).cpu().numpy()

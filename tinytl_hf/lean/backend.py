@@ -94,6 +94,7 @@ class Backend(Protocol):
         """The gradient of ``small``, which had ``shape`` and ``dtype``."""
 
 
+@functools.cache  # as an import takes long, even of what is there
 def named(name: BackendName) -> Backend:
     """The module of a back-end."""
     if name == "native":

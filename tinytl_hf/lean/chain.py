@@ -60,7 +60,8 @@ class Chain:
     def unread(self, x: Tensor) -> Tensor:
         """Maps of the output's shape that hold anything, whose gradient goes back as the output's does."""
         pools, unread, keeps = False, True, False
-        return _ChainFunction.apply(x, self, pools, unread, keeps, *(stage.bias for stage in self.stages))[0]
+        biases = (stage.bias for stage in self.stages)
+        return _ChainFunction.apply(x, self, self.read_backward, pools, unread, keeps, *biases)[0]
 
     @property
     def read_backward(self) -> list[Tensor]:
@@ -105,7 +106,7 @@ class Chain:
 
     def map_sizes(self, shape: torch.Size) -> list[tuple[int, int, int]]:
         """Channels, height and width of the input and of each stage's output."""
-        if torch.compiler.is_compiling() or any(isinstance(side, torch.SymInt) for side in shape):
+        if torch.compiler.is_compiling() or isinstance(shape.numel(), torch.SymInt):
             return self._map_sizes(shape)  # a graph is compiled: what is worked out once is not to be part of it
         if shape[1:] not in self.facts:
             self.facts[shape[1:]] = self._map_sizes(shape)
@@ -135,23 +136,17 @@ class Chain:
         sizes = self.map_sizes(x.shape)[1:]
         return [_room_for(stage, x, dtype, size) for stage, size in zip(self.stages, sizes, strict=True)]
 
-    def _check_frozen(self) -> None:
-        """Raise if a weight trains whose gradient nobody would compute: the model was called past its own check."""
-        for stage in self.stages:
-            layers = (stage.conv,) if stage.norm is None else (stage.conv, stage.norm)
-            if any(layer.weight.requires_grad for layer in layers):
-                raise TinyTLError(
-                    "a frozen weight requires a gradient, which the lean engine does not compute; use a method or "
-                    "trained_blocks that train it (FT-Full trains all), or lean=False"
-                )
-
     def _run(self, x: Tensor, pools: bool) -> tuple[Tensor, Tensor | None]:
-        if torch.is_grad_enabled():
-            self._check_frozen()
+        read = self.read_backward
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in read):
+            raise TinyTLError(  # the model was called past its own check
+                "a frozen weight requires a gradient, which the lean engine does not compute; use a method or "
+                "trained_blocks that train it (FT-Full trains all), or lean=False"
+            )
         if torch.compiler.is_compiling():
             return operators.run_chain(self, x, compute_dtype(x), pools)
         unread, keeps = False, torch.is_grad_enabled()
-        return _ChainFunction.apply(x, self, pools, unread, keeps, *(stage.bias for stage in self.stages))
+        return _ChainFunction.apply(x, self, read, pools, unread, keeps, *(stage.bias for stage in self.stages))
 
 
 def _room_for(stage: Stage, x: Tensor, dtype: torch.dtype, size: tuple[int, int, int]) -> Tensor | None:
@@ -171,41 +166,39 @@ class _ChainFunction(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, chain: Chain, pools: bool, unread: bool, keeps: bool, *biases: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        chain: Chain,
+        read: list[Tensor],
+        pools: bool,
+        unread: bool,
+        keeps: bool,
+        *biases: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         chain.check(x.shape)
         dtype = compute_dtype(x)
         ctx.backend = backend.named(backend.of_chain(chain, x.device, dtype, x.shape))
         ctx.chain, ctx.shape, ctx.dtype, ctx.compute_dtype = chain, x.shape, x.dtype, dtype
-        ctx.read = chain.read_backward
-        ctx.versions = operators.versions_of(ctx.read)
+        ctx.read, ctx.versions = read, operators.versions_of(read)
         if unread:
             ctx.save_for_backward(*chain.empty_kept(x, dtype, keeps=False))
             return empty_maps(x, dtype, (len(x), *chain.map_sizes(x.shape)[-1])), None
-        with torch.autocast(x.device.type, enabled=False):
-            keeps = keeps and any(ctx.needs_input_grad)
-            output, pooled, kept = ctx.backend.chain_forward(chain, x, dtype, keeps, pools)
+        keeps = keeps and any(ctx.needs_input_grad)
+        output, pooled, kept = ctx.backend.chain_forward(chain, x, dtype, keeps, pools)
         ctx.save_for_backward(*kept)
         return output, pooled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs_input, _, _, _, _, *needs_bias = ctx.needs_input_grad
+        needs_input, _, _, _, _, _, *needs_bias = ctx.needs_input_grad
         operators.check_own(ctx.read, ctx.chain.read_backward, ctx.versions)
-        with torch.autocast(grad.device.type, enabled=False):
-            grad_input, bias_grads = ctx.backend.chain_backward(
-                ctx.chain,
-                list(ctx.saved_tensors),
-                ctx.shape,
-                ctx.compute_dtype,
-                grad,
-                grad_pooled,
-                needs_input,
-                needs_bias,
-            )
+        kept = list(ctx.saved_tensors)
+        grad_input, bias_grads = ctx.backend.chain_backward(
+            ctx.chain, kept, ctx.shape, ctx.compute_dtype, grad, grad_pooled, needs_input, needs_bias
+        )
         of_biases = [
             None if total is None or stage.bias is None else total.to(stage.bias.dtype)
             for stage, total in zip(ctx.chain.stages, bias_grads, strict=True)
         ]
-        return None if grad_input is None else grad_input.to(ctx.dtype), None, None, None, None, *of_biases
+        return None if grad_input is None else grad_input.to(ctx.dtype), None, None, None, None, None, *of_biases

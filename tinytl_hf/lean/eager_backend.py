@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tinytl_hf.lean.eager_branch import branch_backward as branch_backward
 from tinytl_hf.lean.eager_branch import branch_forward as branch_forward
-from tinytl_hf.lean.slices import Gathered
+from tinytl_hf.lean.slices import Gathered, without_autocast
 from tinytl_hf.lean.stage import convolve
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def branch_fits(branch: Branch, dtype: torch.dtype) -> str | None:
     return None
 
 
+@without_autocast
 def chain_forward(
     chain: Chain, x: Tensor, dtype: torch.dtype, keeps: bool, pools: bool
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
@@ -53,6 +54,7 @@ def chain_forward(
     return outputs.whole, pooled.whole, kept
 
 
+@without_autocast
 def chain_backward(
     chain: Chain,
     kept: list[Tensor | None],

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinytl_hf.lean.slices import even_slices, slice_mb_on
+from tinytl_hf.lean.slices import even_slices, slice_mb_on, without_autocast
 from tinytl_hf.lean.stage import convolution_backward, convolve
 from tinytl_hf.network.norms import GlobalBatchNorm2d, sum_over_processes
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SHARE_OF_CHAIN = 0.4  # of the slices of a chain, as several maps of a slice exist at a time
 
 
+@without_autocast
 def branch_forward(branch: Branch, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """See :class:`~tinytl_hf.lean.backend.Backend`."""
     slice_mb = slice_mb_on(pooled.device, branch.slice_mb)
@@ -29,6 +30,7 @@ def branch_forward(branch: Branch, pooled: Tensor, dtype: torch.dtype) -> tuple[
     return maps, [first.mean, first.inverse, second.mean, second.inverse]
 
 
+@without_autocast
 def branch_backward(
     branch: Branch, pooled: Tensor, statistics: list[Tensor], dtype: torch.dtype, grad: Tensor, needs_input: bool
 ) -> tuple[Tensor | None, list[Tensor]]:

@@ -32,15 +32,25 @@ class Branch:
         lite: The lite residual.
         slice_mb: The engine's slices, in MB of a map, or None for the back-end's own.
         backend: Who computes it.
+        conv1: The grouped convolution.
+        norm1: The norm after it: a group norm is never asked for.
+        conv2: The 1x1 convolution.
+        norm2: The norm after it.
         handle: The name by which operators of a compiled graph find it; a copy has one of its own.
     """
 
     lite: LiteResidual
     slice_mb: float | None = None
     backend: BackendName = "auto"
+    conv1: nn.Conv2d = field(init=False, compare=False, repr=False)
+    norm1: GlobalBatchNorm2d = field(init=False, compare=False, repr=False)
+    conv2: nn.Conv2d = field(init=False, compare=False, repr=False)
+    norm2: GlobalBatchNorm2d = field(init=False, compare=False, repr=False)
     handle: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("conv1", "norm1", "conv2", "norm2"):  # to ask a module for a part of it each time takes long
+            object.__setattr__(self, name, getattr(self.lite, name))
         object.__setattr__(self, "handle", operators.new_handle(self))
 
     def __reduce__(self) -> tuple[type[Branch], tuple[Any, ...]]:
@@ -73,9 +83,7 @@ class Branch:
 
     def run(self, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """On its back-end, without gradients: the output, and the batch's statistics."""
-        chosen = backend.named(backend.of_branch(self, pooled.device, dtype))
-        with torch.autocast(pooled.device.type, enabled=False):
-            return chosen.branch_forward(self, pooled, dtype)
+        return backend.named(backend.of_branch(self, pooled.device, dtype)).branch_forward(self, pooled, dtype)
 
     def _is_for_backends(self, pooled: Tensor, dtype: torch.dtype) -> bool:
         """Whether a back-end runs it: no group norms, no empty batch and, on the eager one, no mixed precision."""
@@ -98,28 +106,6 @@ class Branch:
         return checkpoint(run, pooled, use_reentrant=False, preserve_rng_state=False, **contexts)
 
     @property
-    def conv1(self) -> nn.Conv2d:
-        """The grouped convolution."""
-        return self.lite.conv1
-
-    @property
-    def norm1(self) -> GlobalBatchNorm2d:
-        """The norm after it."""
-        assert isinstance(self.lite.norm1, GlobalBatchNorm2d)
-        return self.lite.norm1
-
-    @property
-    def conv2(self) -> nn.Conv2d:
-        """The 1x1 convolution."""
-        return self.lite.conv2
-
-    @property
-    def norm2(self) -> GlobalBatchNorm2d:
-        """The norm after it."""
-        assert isinstance(self.lite.norm2, GlobalBatchNorm2d)
-        return self.lite.norm2
-
-    @property
     def parameters(self) -> tuple[Tensor, ...]:
         """Weights of the first convolution, its norm's weight and bias, and the same of the second."""
         first = (self.conv1.weight, self.norm1.weight, self.norm1.bias)
@@ -138,8 +124,7 @@ class Branch:
         return (self.conv2.out_channels, *Stage(self.conv1).output_size(*shape[2:]))
 
     def _uses_batch_statistics(self) -> bool:
-        norms = (self.lite.norm1, self.lite.norm2)
-        return all(isinstance(norm, GlobalBatchNorm2d) and norm.training for norm in norms)
+        return all(isinstance(norm, GlobalBatchNorm2d) and norm.training for norm in (self.norm1, self.norm2))
 
     def _backend(self, pooled: Tensor, dtype: torch.dtype) -> BackendName:
         if torch.compiler.is_compiling():
@@ -159,7 +144,7 @@ class _BranchFunction(Function):
         ctx.versions = operators.versions_of(parameters)
         ctx.backend = backend.named(backend.of_branch(branch, pooled.device, dtype))
         if statistics is None:
-            output, statistics = branch.run(pooled, dtype)
+            output, statistics = ctx.backend.branch_forward(branch, pooled, dtype)
         else:
             output = empty_maps(pooled, dtype, (len(pooled), *branch.output_size(pooled.shape)))
         ctx.save_for_backward(pooled, *statistics)
@@ -170,9 +155,8 @@ class _BranchFunction(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pooled, *statistics = ctx.saved_tensors
         operators.check_own(ctx.parameters, ctx.branch.parameters, ctx.versions)
-        with torch.autocast(pooled.device.type, enabled=False):
-            grad_pooled, of_parameters = ctx.backend.branch_backward(
-                ctx.branch, pooled, statistics, ctx.compute_dtype, grad, ctx.needs_input_grad[0]
-            )
-        grads = [found.to(p.dtype) for found, p in zip(of_parameters, ctx.branch.parameters, strict=True)]
+        grad_pooled, of_parameters = ctx.backend.branch_backward(
+            ctx.branch, pooled, statistics, ctx.compute_dtype, grad, ctx.needs_input_grad[0]
+        )
+        grads = [found.to(p.dtype) for found, p in zip(of_parameters, ctx.parameters, strict=True)]
         return None if grad_pooled is None else grad_pooled.to(pooled.dtype), None, None, *grads

@@ -111,9 +111,12 @@ def _padding(stage: Stage, size: tuple[int, int, int]) -> _Padding | None:
 
 def _paddings(chain: Chain, shape: torch.Size) -> list[_Padding] | None:
     """The padding of each stage for a chain's input of ``shape``; None if that is not for the kernels."""
-    found = [_padding(stage, size) for stage, size in zip(chain.stages, chain.map_sizes(shape)[:-1], strict=True)]
-    known = [padding for padding in found if padding is not None]
-    return known if len(known) == len(found) else None
+    fact = ("paddings", *shape[1:])
+    if fact not in chain.facts:
+        found = [_padding(stage, size) for stage, size in zip(chain.stages, chain.map_sizes(shape)[:-1], strict=True)]
+        known = [padding for padding in found if padding is not None]
+        chain.facts[fact] = known if len(known) == len(found) else None
+    return chain.facts[fact]
 
 
 def _stages(

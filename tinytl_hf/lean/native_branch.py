@@ -18,7 +18,7 @@ from tinytl_hf.lean.native_library import (
     unfit_types,
 )
 from tinytl_hf.lean.slices import empty_maps
-from tinytl_hf.network.norms import sum_over_processes
+from tinytl_hf.network.norms import GlobalBatchNorm2d, sum_over_processes
 
 if TYPE_CHECKING:
     from tinytl_hf.lean.lite_branch import Branch
@@ -28,19 +28,20 @@ MOST_WEIGHTS = 1 << 20  # of the grouped convolution, as the kernels take a seco
 
 def branch_fits(branch: Branch, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run a branch with maps of ``dtype``; None if they can."""
+    parameters = branch.parameters
     if branch.conv1.kernel_size[0] > LARGEST_KERNEL:
         return f"lite residuals with a kernel of more than {LARGEST_KERNEL} px"
-    if branch.conv1.weight.numel() > MOST_WEIGHTS:
+    if parameters[0].numel() > MOST_WEIGHTS:
         return f"lite residuals with more than {MOST_WEIGHTS:,} weights in the grouped convolution"
     statistics = [tensor for norm in (branch.norm1, branch.norm2) for tensor in (norm.running_mean, norm.running_var)]
-    return unfit_types(dtype, [*branch.parameters, *statistics])
+    return unfit_types(dtype, [*parameters, *statistics])
 
 
 def branch_forward(branch: Branch, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """See :class:`~tinytl_hf.lean.backend.Backend`."""
     middle, channels = branch.conv1.out_channels, branch.conv2.out_channels
     statistics = [torch.empty(size, dtype=torch.float32) for size in (middle, middle, channels, channels)]
-    call = _Call(branch, pooled, statistics)
+    call = _Call(branch, branch.parameters, pooled, statistics)
     call.arguments.norm1.rate = branch.norm1.count_batch()
     call.arguments.norm2.rate = branch.norm2.count_batch()
     output = empty_maps(pooled, dtype, (len(pooled), channels, *call.size))
@@ -53,10 +54,11 @@ def branch_backward(
     branch: Branch, pooled: Tensor, statistics: list[Tensor], dtype: torch.dtype, grad: Tensor, needs_input: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
     """See :class:`~tinytl_hf.lean.backend.Backend`."""
-    call = _Call(branch, pooled, statistics)
+    parameters = branch.parameters
+    call = _Call(branch, parameters, pooled, statistics)
     grad_input = empty_maps(pooled, pooled.dtype, pooled.shape) if needs_input else None
-    grads = [torch.empty(parameter.shape, dtype=torch.float32) for parameter in branch.parameters]
-    grads[0] = torch.empty_like(branch.conv1.weight, memory_format=torch.channels_last)
+    grads = [torch.empty(parameter.shape, dtype=torch.float32) for parameter in parameters]
+    grads[0] = torch.empty_like(parameters[0], memory_format=torch.channels_last)
     call.set(grad_output=channels_last(grad), grad_input=grad_input)
     arguments = call.arguments
     arguments.grad_weight1, arguments.grad_weight2 = grads[0].data_ptr(), grads[3].data_ptr()
@@ -73,12 +75,15 @@ class _Call(Call):
         size: Height and width of the branch's maps.
     """
 
-    def __init__(self, branch: Branch, pooled: Tensor, statistics: list[Tensor]) -> None:
+    def __init__(
+        self, branch: Branch, parameters: tuple[Tensor, ...], pooled: Tensor, statistics: list[Tensor]
+    ) -> None:
         conv = branch.conv1
+        weight1, gamma1, beta1, weight2, gamma2, beta2 = parameters
         kernel, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
         images, channels, height, width = pooled.shape
         self.size = branch.output_size(pooled.shape)[1:]
-        weights = [conv.weight.detach(), branch.conv2.weight.detach().contiguous()]
+        weights = [weight1.detach(), weight2.detach().contiguous()]
         if weights[0].stride(2) != weights[0].stride(3) * kernel:  # taps that do not lie one after the other
             weights[0] = weights[0].contiguous()
         arguments = BranchArguments(
@@ -90,16 +95,22 @@ class _Call(Call):
         arguments.weight1, arguments.weight2 = (weight.data_ptr() for weight in weights)
         strides = weights[0].stride()
         arguments.weight1_strides[:] = strides[0], strides[1], strides[3]
-        for name, norm, own in (("norm1", branch.norm1, statistics[:2]), ("norm2", branch.norm2, statistics[2:])):
-            vectors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-            pointers = (None if vector is None else vector.data_ptr() for vector in vectors)
-            setattr(arguments, name, NormArguments(*pointers, 0.0, norm.eps, own[0].data_ptr(), own[1].data_ptr()))
-            self.alive += vectors
+        mean1, inverse1, mean2, inverse2 = statistics
+        arguments.norm1 = self._norm(branch.norm1, gamma1, beta1, mean1, inverse1)
+        arguments.norm2 = self._norm(branch.norm2, gamma2, beta2, mean2, inverse2)
         arguments.values = branch.norm1.values_of_a_channel((images, 1, *self.size))
         arguments.threads = torch.get_num_threads()
         if branch.norm1.spans_processes:
             arguments.reduce = Reduce(self._reduce)
         self.set(input=channels_last(pooled))
+
+    def _norm(
+        self, norm: GlobalBatchNorm2d, gamma: Tensor, beta: Tensor, mean: Tensor, inverse: Tensor
+    ) -> NormArguments:
+        vectors = [gamma, beta, norm.running_mean, norm.running_var]
+        self.alive += vectors
+        pointers = [None if vector is None else vector.data_ptr() for vector in vectors]
+        return NormArguments(*pointers, 0.0, norm.eps, mean.data_ptr(), inverse.data_ptr())
 
     def run(self, kernel: str, scratch_of: str) -> None:
         """As any call; raises what failed while it ran."""

@@ -45,7 +45,7 @@ def new_handle(holder: Chain | Branch) -> str:
 
 def versions_of(tensors: Iterable[Tensor]) -> list[int]:
     """How often each parameter was written over, as autograd counts it."""
-    return [t._version for t in tensors if isinstance(t, nn.Parameter) and not t.is_inference()]
+    return [t._version for t in tensors if type(t) is nn.Parameter and not t.is_inference()]
 
 
 def check_own(given: Sequence[Tensor], own: Sequence[Tensor], versions: Sequence[int] | None = None) -> None:
@@ -103,8 +103,7 @@ def chain_forward(
     chain: Chain = _held[handle]
     check_own(biases, [stage.bias for stage in chain.stages if stage.bias is not None])
     chosen = backend.named(backend.of_chain(chain, x.device, dtype, x.shape))
-    with torch.autocast(x.device.type, enabled=False):
-        output, pooled, kept = chosen.chain_forward(chain, x, dtype, keeps, pools)
+    output, pooled, kept = chosen.chain_forward(chain, x, dtype, keeps, pools)
     return [tensor for tensor in (output, pooled, *kept) if tensor is not None]
 
 
@@ -134,10 +133,9 @@ def chain_backward(
     chosen = backend.named(backend.of_chain(chain, grad.device, dtype, torch.Size(shape)))
     given = iter(masks)
     kept = [next(given) if stage.activation else None for stage in chain.stages]
-    with torch.autocast(grad.device.type, enabled=False):
-        grad_input, of_biases = chosen.chain_backward(
-            chain, kept, torch.Size(shape), dtype, grad, grad_pooled, needs_input, needs_bias
-        )
+    grad_input, of_biases = chosen.chain_backward(
+        chain, kept, torch.Size(shape), dtype, grad, grad_pooled, needs_input, needs_bias
+    )
     found = [
         total.to(stage.bias.dtype)
         for total, stage in zip(of_biases, chain.stages, strict=True)
@@ -203,7 +201,7 @@ def branch_forward(pooled: Tensor, parameters: list[Tensor], handle: str, dtype:
     branch: Branch = _held[handle]
     check_own(parameters, branch.parameters)
     chosen = backend.named(backend.of_branch(branch, pooled.device, dtype))
-    with torch.autocast(pooled.device.type, enabled=False), keep_running_statistics():
+    with keep_running_statistics():
         output, statistics = chosen.branch_forward(branch, pooled, dtype)
     return [output, *statistics]
 
@@ -231,8 +229,7 @@ def branch_backward(
     """The gradient of a lite branch's input, if needed, and those of its parameters."""
     branch: Branch = _held[handle]
     chosen = backend.named(backend.of_branch(branch, pooled.device, dtype))
-    with torch.autocast(pooled.device.type, enabled=False):
-        grad_pooled, found = chosen.branch_backward(branch, pooled, statistics, dtype, grad, needs_input)
+    grad_pooled, found = chosen.branch_backward(branch, pooled, statistics, dtype, grad, needs_input)
     grads = [each.to(p.dtype).contiguous() for each, p in zip(found, parameters, strict=True)]
     if grad_pooled is None:
         return grads

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type in which layers compute with ``x``: that of autocast, or its own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def without_autocast(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Compute in the types of its tensors, whatever the caller's mixed precision is."""
+
+    @wraps(function)
+    def run(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        device = next(each.device.type for each in (*arguments, *named.values()) if isinstance(each, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*arguments, **named)
+
+    return run
 
 
 def slice_mb_on(device: torch.device, slice_mb: float | None) -> float:

@@ -25,6 +25,7 @@ from tinytl_hf.data.sets import Split
 from tinytl_hf.device import alone_in_process, check_divides, forward_in_parts, make_accelerator, seconds_since
 from tinytl_hf.disk import check_ours
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.lean.evaluation import evaluated_by_chains
 from tinytl_hf.measure.eval_view import with_view
 from tinytl_hf.measure.metrics import compute_metrics, load_metrics
 from tinytl_hf.measure.results import Evaluated, make_folder_of, save_results
@@ -157,14 +158,16 @@ def compute_logits(
     """
     prepared.eval()
     all_logits, all_labels = [], []
-    for batch in tqdm(loader, desc="eval", disable=not accelerator.is_main_process, leave=False, mininterval=1):
-        inputs = batch["features"] if "features" in batch else model.normalise(batch["pixels"], batch["sizes"])
-        logits = forward_in_parts(prepared, inputs.flip(3) if mirror else inputs).float()
-        logits, labels = accelerator.gather_for_metrics((logits, batch["labels"]))
-        all_logits.append(logits.cpu())
-        all_labels.append(labels.cpu())
-        if after_batch is not None:
-            after_batch()
+    progress = tqdm(loader, desc="eval", disable=not accelerator.is_main_process, leave=False, mininterval=1)
+    with evaluated_by_chains(model.backbone) as pixels:
+        for batch in progress:
+            inputs = batch["features"] if "features" in batch else model.normalise(batch["pixels"], batch["sizes"])
+            logits = forward_in_parts(prepared, inputs.flip(3) if mirror else inputs, pixels).float()
+            logits, labels = accelerator.gather_for_metrics((logits, batch["labels"]))
+            all_logits.append(logits.cpu())
+            all_labels.append(labels.cpu())
+            if after_batch is not None:
+                after_batch()
     logits = torch.cat(all_logits)
     if not logits.isfinite().all():
         raise TinyTLError("the model gives values that are not finite; train with a lower --train.lr")

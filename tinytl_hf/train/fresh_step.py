@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tinytl_hf.config.run import Config
 from tinytl_hf.device import forward_in_parts, seconds_since
+from tinytl_hf.lean.evaluation import evaluated_by_chains
 from tinytl_hf.measure.measured_step import random_batch
 from tinytl_hf.measure.memory import build
 from tinytl_hf.measure.own_process import in_own_process
@@ -105,5 +106,6 @@ def _eval_speed(model: TinyTLModel, pixels: Tensor) -> float:
     """Images a second of an evaluation of decoded photos ``[N, 3, H, W]``, which takes the memory that it takes."""
     sizes = torch.tensor(pixels.shape[-2:], device=pixels.device).expand(len(pixels), 2)
     start = time.perf_counter()
-    forward_in_parts(model.eval(), model.normalise(pixels, sizes))
+    with evaluated_by_chains(model.eval().backbone) as pixels_at_a_time:
+        forward_in_parts(model, model.normalise(pixels, sizes), pixels_at_a_time)
     return len(pixels) / seconds_since(start, pixels.device)
