@@ -64,10 +64,7 @@ def main() -> None:
         for seed in options.seeds:
             for method in options.methods:
                 if not (CARDS / "runs" / method / f"seed{seed}").is_dir():
-                    folder = options.output / method / f"seed{seed}"
-                    train(folder, method, read_tuning()[method]["best"], ["--seed", str(seed), *passed_on])
-                    if not has_stock(folder):
-                        (folder / "memory.json").write_text(measure_memory(folder / "config.yaml", method))
+                    run_seed(options.output / method, method, seed, passed_on)
     elif options.step == "memory":
         for method in options.methods:
             measured = None  # once for all seeds
@@ -89,6 +86,18 @@ def run_verb(*words: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
 
 
+def run_seed(folder: Path, method: str, seed: int, more: list[str]) -> None:
+    """Train a method with a seed; its step's memory is measured once, as no seed changes it."""
+    run, first = folder / f"seed{seed}", folder / CARD_SEED
+    is_measured = run != first and has_stock(first)
+    report = ["--memory.report", "false"] if is_measured else []
+    train(run, method, read_tuning()[method]["best"], ["--seed", str(seed), *report, *more])
+    if is_measured:
+        copy(first, run, "memory.json")
+    elif not has_stock(run):
+        (run / "memory.json").write_text(measure_memory(run / "config.yaml", method))
+
+
 def train(folder: Path, method: str, lr: float, more: list[str]) -> None:
     """Train into ``folder``, unless that holds a finished run."""
     if not (folder / "adapter" / "eval_results.json").is_file():  # among the last things that a run writes
@@ -98,7 +107,8 @@ def train(folder: Path, method: str, lr: float, more: list[str]) -> None:
 
 def has_stock(run: Path) -> bool:
     """Whether stock PyTorch's training step stands beside the one that the run has measured."""
-    return len(json.loads((run / "memory.json").read_text())["rows"]) > 1
+    measured = run / "memory.json"
+    return measured.is_file() and len(json.loads(measured.read_text())["rows"]) > 1
 
 
 def measure_memory(config: Path, method: str) -> str:

@@ -106,7 +106,7 @@ class Chain:
 
     def map_sizes(self, shape: torch.Size) -> list[tuple[int, int, int]]:
         """Channels, height and width of the input and of each stage's output."""
-        if torch.compiler.is_compiling() or isinstance(shape.numel(), torch.SymInt):
+        if torch.compiler.is_compiling() or any(isinstance(side, torch.SymInt) for side in shape):
             return self._map_sizes(shape)  # a graph is compiled: what is worked out once is not to be part of it
         if shape[1:] not in self.facts:
             self.facts[shape[1:]] = self._map_sizes(shape)
