@@ -258,7 +258,7 @@ def _group_limits(root: Path) -> Iterator[int]:
                 break
 
 
-def forward_in_parts(model: nn.Module, inputs: Tensor, pixels: int) -> Tensor:
+def forward_in_parts(model: nn.Module, inputs: Tensor, pixels: int = CPU_PIXELS) -> Tensor:
     """Logits of a batch; on a CPU, of a few images at a time.
 
     Without gradients larger batches gain nothing there, and maps of more than 32 MB cost time: glibc hands such blocks
