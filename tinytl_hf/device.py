@@ -267,7 +267,7 @@ def forward_in_parts(model: nn.Module, inputs: Tensor, pixels: int = CPU_PIXELS)
     Args:
         model: Gives logits, without gradients.
         inputs: Images ``[N, 3, H, W]`` or features ``[N, C]``.
-        pixels: Of how many images at a time, on a CPU.
+        pixels: How many of them, of all images of a part together, on a CPU.
     """
     if inputs.device.type != "cpu" or inputs.dim() == 2:
         return model(inputs)
