@@ -49,7 +49,7 @@ def assert_equal(found, expected, rtol=1e-4):
         )
 
 
-@pytest.mark.parametrize("backend", [slow("eager"), NATIVE])
+@pytest.mark.parametrize("backend", [slow("eager"), NATIVE, slow("triton")])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_block_with_its_lite_residual_is_one_graph_with_the_same_gradients(backend, autocast, make_model):
     blocks = [model.backbone.features[3] for model in models(make_model, backend)]
@@ -104,7 +104,7 @@ def test_a_whole_model_is_one_graph(backbone, backend, make_model, caplog):
     assert not [record for record in caplog.records if "recompile" in record.getMessage()]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, slow("triton")])
 def test_the_operators_keep_pytorchs_rules(backend, make_model):
     path = models(make_model, backend)[0].backbone.features[2].lean_path
     chain, branch = path.main, path.branch
@@ -128,6 +128,22 @@ def test_the_operators_keep_pytorchs_rules(backend, make_model):
     small.requires_grad_()
     opcheck_with_result(operators.upsample_add, (maps, small, backend))
     opcheck_with_result(operators.upsample_backward, (y, list(small.shape), torch.float32, backend))
+
+
+def test_what_triton_gives_lies_apart_as_pytorch_wants_of_an_operator(make_model):
+    pytest.importorskip("triton")
+    path = models(make_model, "triton")[0].backbone.features[2].lean_path
+    chain, branch = path.main, path.branch
+    x = torch.randn(2, 16, 9, 10).contiguous(memory_format=torch.channels_last)
+    biases, parameters = [stage.bias for stage in chain.stages], list(branch.parameters)
+    with torch.no_grad():  # PyTorch itself raises where outputs of an operator share memory
+        y, pooled, *masks = operators.chain_forward(x, biases, chain.handle, torch.float32, True, True)
+        given = (masks, list(x.shape), chain.handle, torch.float32, True, [True] * 3)
+        made = operators.chain_backward(y, pooled, *given)
+        small, *statistics = operators.branch_forward(pooled, parameters, branch.handle, torch.float32)
+        given = (pooled, parameters, statistics, branch.handle, torch.float32)
+        made += [*operators.branch_backward(small, *given, True), *statistics, *masks]
+    assert all(each.nbytes == each.untyped_storage().nbytes() for each in made)
 
 
 def opcheck_with_result(operator, arguments):

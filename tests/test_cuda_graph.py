@@ -98,7 +98,7 @@ def test_what_cannot_be_recorded_ends_with_the_option_that_helps(make_model):
 
 
 @pytest.mark.gpu
-def test_runs_and_figures_are_of_the_gpu(colour_folder, tmp_path, ready_processes):
+def test_runs_and_figures_are_of_the_gpu(colour_folder, tmp_path):
     done = run_cli(*small_run(colour_folder, tmp_path / "run", "--train.lr", "1e-3"))
     assert done.returncode == 0, done.stderr
     assert torch.cuda.get_device_name() in done.stderr and "engine lean, triton, CUDA graph" in done.stderr

@@ -72,6 +72,11 @@ def check_own(given: Sequence[Tensor], own: Sequence[Tensor], versions: Sequence
         )
 
 
+def _apart(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors, each in memory of its own: back-ends give parts of one, which an operator may not return."""
+    return [each if each.nbytes == each.untyped_storage().nbytes() else each.clone() for each in tensors]
+
+
 def run_chain(chain: Chain, x: Tensor, dtype: torch.dtype, pools: bool) -> tuple[Tensor, Tensor | None]:
     """A chain's output and, if ``pools``, the pooled input of its block."""
     biases = [stage.bias for stage in chain.stages if stage.bias is not None]
@@ -104,7 +109,7 @@ def chain_forward(
     check_own(biases, [stage.bias for stage in chain.stages if stage.bias is not None])
     chosen = backend.named(backend.of_chain(chain, x.device, dtype, x.shape))
     output, pooled, kept = chosen.chain_forward(chain, x, dtype, keeps, pools)
-    return [tensor for tensor in (output, pooled, *kept) if tensor is not None]
+    return _apart(tensor for tensor in (output, pooled, *kept) if tensor is not None)
 
 
 @chain_forward.register_fake
@@ -141,7 +146,7 @@ def chain_backward(
         for total, stage in zip(of_biases, chain.stages, strict=True)
         if total is not None and stage.bias is not None
     ]
-    return found if grad_input is None else [grad_input, *found]
+    return _apart(found if grad_input is None else [grad_input, *found])
 
 
 @chain_backward.register_fake
@@ -203,7 +208,7 @@ def branch_forward(pooled: Tensor, parameters: list[Tensor], handle: str, dtype:
     chosen = backend.named(backend.of_branch(branch, pooled.device, dtype))
     with keep_running_statistics():
         output, statistics = chosen.branch_forward(branch, pooled, dtype)
-    return [output, *statistics]
+    return _apart([output, *statistics])
 
 
 @branch_forward.register_fake
@@ -232,8 +237,8 @@ def branch_backward(
     grad_pooled, found = chosen.branch_backward(branch, pooled, statistics, dtype, grad, needs_input)
     grads = [each.to(p.dtype).contiguous() for each, p in zip(found, parameters, strict=True)]
     if grad_pooled is None:
-        return grads
-    return [grad_pooled.to(pooled.dtype).contiguous(memory_format=torch.channels_last), *grads]
+        return _apart(grads)
+    return _apart([grad_pooled.to(pooled.dtype).contiguous(memory_format=torch.channels_last), *grads])
 
 
 @branch_backward.register_fake
