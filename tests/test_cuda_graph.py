@@ -102,6 +102,7 @@ def test_runs_and_figures_are_of_the_gpu(colour_folder, tmp_path):
     done = run_cli(*small_run(colour_folder, tmp_path / "run", "--train.lr", "1e-3"))
     assert done.returncode == 0, done.stderr
     assert torch.cuda.get_device_name() in done.stderr and "engine lean, triton, CUDA graph" in done.stderr
+    assert "wait for kernels to be compiled" in done.stderr
     options = ["--backbone.weights", "none", "--train.mixed_precision", "bf16", "--repeats", "1", "--json"]
     bench = run_cli("bench", *options, "--train_sizes", "[64]", "--batch_sizes", "[4]")
     assert bench.returncode == 0, bench.stderr

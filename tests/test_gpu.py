@@ -16,6 +16,7 @@ from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.network import BackboneConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.train import TrainConfig
+from tinytl_hf.data.augment import RandomCropFlip, random_crops, resample
 from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
 from tinytl_hf.measure.memory import build
 
@@ -90,6 +91,20 @@ def test_replayed_steps_in_bf16_are_the_launched_ones(backbone):
             found[launched].append(loss.item())
     AcceleratorState._reset_state(reset_partial_state=True)
     assert found[False] == pytest.approx(found[True], rel=0.03)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_crops_are_those_of_a_cpu_within_less_than_whole_values_lie_off(interpolation):
+    generator = torch.Generator().manual_seed(0)
+    photos = torch.randint(256, (70, 40, 52, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
+    sizes, index = torch.tensor([[40, 52]]).expand(70, 2), torch.arange(70)
+    boxes, flips = RandomCropFlip(70, 0, (0.25, 1.0), flip=True)(sizes, index)
+    as_they_are = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255), interpolation)
+    on_cpu = random_crops(photos, sizes, boxes, flips, 64, *as_they_are)
+    given = (each.cuda() for each in (photos, sizes, boxes, flips))
+    assert (random_crops(*given, 64, *as_they_are).cpu() - on_cpu).abs().max() < 0.3
+    exact = [resample(photos.to(d), sizes.to(d), boxes.to(d), 64, *as_they_are).cpu() for d in ("cpu", "cuda")]
+    torch.testing.assert_close(*exact, atol=1e-3, rtol=0)
 
 
 @pytest.fixture(scope="module")

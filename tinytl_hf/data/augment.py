@@ -23,6 +23,9 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)
 REACH = {"bilinear": 1, "bicubic": 2}  # of a source pixel's weight, in px of the coarser of the two grids
 # Of pixels as floats at a time, so that large photos need little more than what the network gets; a GPU wants more.
 GROUP_MB, GROUP_MB_ON_GPU = 1.0, 64.0
+# Of random crops on a GPU, whose units for it are ten times as fast. On a scale of 0 to 255 they are off by less than
+# 0.3; by up to 0.5 once they are whole numbers, as photos are.
+COARSE = torch.float16
 
 
 def centre_boxes(sizes: Tensor, crop_pct: float) -> Tensor:
@@ -114,7 +117,7 @@ def resample(
         ``float32`` ``[N, 3, size, size]``, channels last, on the device of ``pixels``.
     """
     images = _empty(pixels, size)
-    _by_products(images, _groups(pixels, size), pixels, sizes, boxes, None, interpolation)
+    _by_products(images, _groups(pixels, size), pixels, sizes, boxes, None, interpolation, torch.float32)
     return normalise(images, mean, std)
 
 
@@ -136,6 +139,7 @@ def random_crops(
     ``flips`` ``[N]`` are the images to mirror; the other arguments are those of :func:`resample`.
     """
     images, parts = _empty(pixels, size), _groups(pixels, size)
+    dtype = torch.float32 if pixels.device.type == "cpu" else COARSE
     if pixels.device.type == "cpu" and (shrinks := (boxes[:, 2:] >= size).all(1)).any():
         corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1).round().int()
         chosen = shrinks.nonzero().flatten()
@@ -145,7 +149,7 @@ def random_crops(
             view = F.interpolate(crop, (size, size), mode=interpolation, antialias=True)[0]
             images[i] = view.flip(-1) if flip else view
         parts = _groups(pixels, size, (~shrinks).nonzero().flatten())
-    _by_products(images, parts, pixels, sizes, boxes, flips, interpolation)
+    _by_products(images, parts, pixels, sizes, boxes, flips, interpolation, dtype)
     return normalise(images, mean, std)
 
 
@@ -162,8 +166,9 @@ def _by_products(
     boxes: Tensor,
     flips: Tensor | None,
     interpolation: str,
+    dtype: torch.dtype,
 ) -> None:
-    """Fill ``parts`` of ``images`` with their boxes, in values from 0 to 255."""
+    """Fill ``parts`` of ``images`` with their boxes, in values from 0 to 255, by products in ``dtype``."""
     size, device, rows_of_pixels = images.shape[-1], pixels.device, _rows_of_pixels(images)
     sizes, boxes = sizes.to(device), boxes.to(device)
     for part in parts:
@@ -173,13 +178,14 @@ def _by_products(
         columns = _weights(boxes[part, 1], boxes[part, 3], sizes[part, 1], range(left, right), size, interpolation)
         if flips is not None:
             columns = torch.where(flips[part].to(device)[:, None, None], columns.flip(1), columns)
-        crops = pixels[part, :, top:bottom, left:right].to(torch.float32, memory_format=torch.contiguous_format)
+        crops = pixels[part, :, top:bottom, left:right].to(dtype, memory_format=torch.contiguous_format)
         with torch.autocast(device.type, enabled=False):  # pixels stay exact where a caller computes in bf16
-            narrow = _rows_of_pixels(crops @ columns.mT[:, None])
-            if isinstance(part, slice):
+            narrow = torch.bmm(crops.flatten(1, 2), columns.mT.to(dtype)).unflatten(1, crops.shape[1:3])
+            narrow = _rows_of_pixels(narrow)
+            if isinstance(part, slice) and dtype == images.dtype:
                 torch.bmm(rows, narrow, out=rows_of_pixels[part])
             else:
-                rows_of_pixels[part] = rows @ narrow
+                rows_of_pixels[part] = torch.bmm(rows.to(dtype), narrow)
     if interpolation == "bicubic":
         images.clamp_(0, 255)  # some of its weights are below zero, so that it overshoots
 

@@ -31,7 +31,7 @@ from tinytl_hf.device import (
 )
 from tinytl_hf.disk import writing
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.lean.backend import describe
+from tinytl_hf.lean.backend import chosen, describe
 from tinytl_hf.measure.metrics import load_metrics
 from tinytl_hf.measure.results import Evaluated
 from tinytl_hf.model import TinyTLModel
@@ -288,6 +288,8 @@ def log_conditions(accelerator: Accelerator, config: Config) -> None:
         processes,
         steps,
     )
+    if config.engine.lean and chosen(config.engine.backend, accelerator.device) == "triton":
+        logger.info("the first steps wait for kernels to be compiled: up to a minute, once for a backbone and machine")
 
 
 def start_tracker(accelerator: Accelerator, config: Config) -> None:
