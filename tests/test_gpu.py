@@ -35,8 +35,9 @@ def test_gradients_and_statistics_are_those_of_the_stock_network(method, backbon
     monkeypatch.setattr(F, "hardswish", lambda x, inplace=False: x * F.hardsigmoid(x))
     if backbone.startswith("timm/"):
         pytest.importorskip("timm")
-    images = torch.randn(2, 3, 65, 65, dtype=torch.float64, device="cuda")
-    lean, plain = (whole_model(make_model, method, backbone, lean, train_size=65).cuda() for lean in (True, False))
+    # Of smaller images the last norms see two values, and rounding errors grow a million times.
+    images = torch.randn(2, 3, 97, 97, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).cuda()
+    lean, plain = (whole_model(make_model, method, backbone, lean, train_size=97).cuda() for lean in (True, False))
     ours, theirs = gradients(lean, images), gradients(plain, images)
     assert ours.keys() == theirs.keys()
     scale = max(gradient.abs().max() for gradient in theirs.values())
