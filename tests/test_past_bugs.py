@@ -323,6 +323,17 @@ def test_options_that_i_set_were_left_out_for_data_under_another_name(photos, tr
         assert "20 images of" in done.stderr and "it was trained on 1" in done.stderr, done.stderr
 
 
+def test_a_null_that_i_set_was_left_out_for_data_under_another_name(photos, trained, tmp_path):
+    shutil.copytree(photos, tmp_path / "copy")
+    shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    record = tmp_path / "adapter" / "adapter_config.json"
+    record.write_text(record.read_text().replace('"max_eval_samples": null', '"max_eval_samples": 3'))
+    for data in (photos, tmp_path / "copy"):
+        for options, images in (([], 3), (["--data.max_eval_samples", "null"], 4)):
+            done = run_cli("eval", "--adapter", tmp_path / "adapter", "--data.dataset", data, *options)
+            assert f"evaluating on {images} images of" in done.stderr, done.stderr
+
+
 def test_a_pushed_adapter_told_where_the_data_lie_on_my_disk(trained, photos, server):
     done = run_cli("push", "--adapter", trained / "adapter", "--repo", "me/photos")
     assert done.returncode == 0, done.stderr

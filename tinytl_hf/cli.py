@@ -116,6 +116,9 @@ def execute(argv: list[str]) -> None:
         if key in parsed[parsed.subcommand] and parsed[parsed.subcommand][key] is None:
             raise TinyTLError(f"{key}=null: it is a group of options; name one, or leave it out")
     values = parser.instantiate(parsed)[parsed.subcommand]
+    if VERBS[parsed.subcommand].has_data_options:
+        given = parser.parse_args(argv, defaults=False)[parsed.subcommand].get("data", Namespace())
+        values.given = list(given.keys())
     from tinytl_hf.hub.client import bound_waiting
 
     bound_waiting()

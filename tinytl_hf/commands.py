@@ -77,7 +77,7 @@ def _next_steps(config: Config) -> str:
 def _eval(values: Namespace) -> None:
     from tinytl_hf.measure.accuracy import evaluate_adapter
 
-    _print_figures(evaluate_adapter(_build(EvalConfig, values), values.data))
+    _print_figures(evaluate_adapter(_build(EvalConfig, values), values.data, values.given))
 
 
 def _predict(values: Namespace) -> None:

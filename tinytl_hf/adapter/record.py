@@ -8,7 +8,7 @@ import math
 import types
 import typing
 from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -143,10 +143,10 @@ class DataRecord:
         """``data``, with its columns, splits and samples replaced by those used in training."""
         return replace(data, **{name: getattr(self, name) for name in OF_SPLITS})
 
-    def fill_in(self, data: DataConfig) -> DataConfig:
-        """``data``, with those of these options that it leaves at their defaults."""
+    def fill_in(self, data: DataConfig, given: Collection[str] = ()) -> DataConfig:
+        """``data``, with those of these options that it leaves at their defaults and that were not ``given`` so."""
         defaults = DataConfig()
-        left = [name for name in OF_SPLITS if getattr(data, name) == getattr(defaults, name)]
+        left = [name for name in OF_SPLITS if name not in given and getattr(data, name) == getattr(defaults, name)]
         return replace(data, **{name: getattr(self, name) for name in left})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,23 @@ from tinytl_hf.model import TinyTLModel
 logger = logging.getLogger(__name__)
 
 
-def evaluate_adapter(config: EvalConfig, data_config: DataConfig) -> dict[str, Any]:
+def evaluate_adapter(config: EvalConfig, data_config: DataConfig, given: Collection[str] = ()) -> dict[str, Any]:
     """Evaluate the adapter at ``config.adapter`` and write the figures to ``config.output``.
+
+    Args:
+        config: The adapter, and how to evaluate it.
+        data_config: The images. Of those that it was trained on, options that are left at their defaults are those of
+            the training.
+        given: Options of ``data_config`` that are meant as they are, be they at their defaults.
 
     Raises:
         TinyTLError: The adapter or the data cannot be loaded, or their classes differ.
     """
     with alone_in_process():
-        return _evaluate(config, data_config)
+        return _evaluate(config, data_config, given)
 
 
-def _evaluate(config: EvalConfig, data_config: DataConfig) -> dict[str, Any]:
+def _evaluate(config: EvalConfig, data_config: DataConfig, given: Collection[str]) -> dict[str, Any]:
     accelerator = make_accelerator(config.mixed_precision)
     check_divides(config.batch_size, "batch_size", accelerator.num_processes)
     if config.output is not None:
@@ -54,7 +60,7 @@ def _evaluate(config: EvalConfig, data_config: DataConfig) -> dict[str, Any]:
     extra = load_metrics(config.metrics)
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)
     model.config = with_view(model.config, data_config)
-    split, train = _open(data_config, model.config.data)
+    split, train = _open(data_config, given, model.config.data)
     split = sets.with_label_names(split, model.label_names)
     images = read_images(split, data_config, model.config.preprocessing.eval_size)
     digest = sets.sha256(split)
@@ -89,7 +95,7 @@ def check_no_run(output: Path) -> None:
         raise TinyTLError(f"output={output}: holds the results of a run; name another file")
 
 
-def _open(config: DataConfig, record: DataRecord | None) -> tuple[Split, Split | None]:
+def _open(config: DataConfig, given: Collection[str], record: DataRecord | None) -> tuple[Split, Split | None]:
     """The split to evaluate on and, if they are of the same data set and known, the images that were trained on.
 
     If this is the training data set (known by its name or its hash) and it has no test or validation split, only the
@@ -107,7 +113,7 @@ def _open(config: DataConfig, record: DataRecord | None) -> tuple[Split, Split |
     if named or record.train_sha256 is not None:
         train = sets.find_training_split(record.as_trained(config), record.train_sha256)
     if train is not None and not named:
-        config = record.fill_in(config)
+        config = record.fill_in(config, given)
     split = sets.open_eval_split(config, whole=train is None and not named)
     if named and train is None:
         logger.warning(
