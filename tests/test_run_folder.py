@@ -187,9 +187,24 @@ def test_a_path_that_is_too_long_ends_with_one_line_that_names_it(colour_folder,
     assert done.stderr.splitlines()[-1].startswith(f"tinytl-hf: error: output_dir={output}: cannot be written (")
 
 
-def test_a_file_in_place_of_the_folder_ends_the_run_before_images_are_read(colour_folder, tmp_path):
-    output = tmp_path / "notes.txt"
-    output.write_text("mine")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("notes.txt", "is a file"),
+        ("notes.txt/runs/first", "{}/notes.txt is a file"),
+        ("link", "is a link that leads nowhere"),
+        ("link/first", "{}/link is a link that leads nowhere"),
+    ],
+)
+def test_where_no_folder_can_be_the_run_ends_with_one_line_and_changes_nothing(name, message, colour_folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    before, output = files(tmp_path), tmp_path / name
     done = run_cli(*small_run(colour_folder, output, *OPTIONS))
-    assert done.returncode == 1 and output.read_text() == "mine"
-    assert done.stderr.splitlines()[-1] == f"tinytl-hf: error: output_dir={output}: is a file; choose a folder"
+    assert done.returncode == 1 and files(tmp_path) == before
+    expected = f"tinytl-hf: error: output_dir={output}: {message.format(tmp_path)}; choose a folder"
+    assert done.stderr.splitlines()[-1] == expected
+
+
+def files(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}

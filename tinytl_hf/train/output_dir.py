@@ -57,8 +57,7 @@ def check_free(config: Config) -> None:
         TinyTLError: With what is in the way, and the ways out.
     """
     output, resume = Path(config.output_dir), config.train.resume
-    if output.exists() and not output.is_dir():
-        raise TinyTLError(f"output_dir={output}: is a file; choose a folder")
+    _check_can_be_a_folder(output)
     if others := _others(output):
         raise TinyTLError(
             f"output_dir={output}: holds {', '.join(others)}, which no run of tinytl-hf wrote; choose another folder"
@@ -73,6 +72,16 @@ def check_free(config: Config) -> None:
         f"output_dir={output}: holds a run already; choose another, go on with --train.resume auto, or replace "
         "it with --overwrite true"
     )
+
+
+def _check_can_be_a_folder(output: Path) -> None:
+    """Raise if it, or what it lies in, is a file or a link that leads nowhere: no folder can be made there."""
+    for place in (output, *output.parents):
+        if place.is_dir():
+            return
+        if place.is_symlink() or place.exists():
+            what = "is a file" if place.exists() else "is a link that leads nowhere"
+            raise TinyTLError(f"output_dir={output}: {'' if place == output else f'{place} '}{what}; choose a folder")
 
 
 def check_keeps_init(config: Config) -> None:
