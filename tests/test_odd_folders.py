@@ -53,7 +53,8 @@ def test_of_two_folders_of_one_split_the_one_that_was_named_is_taken(tmp_path):
 
 def test_the_default_asks_for_no_split(tmp_path):
     make(tmp_path, each("train/a", "train/b", "training/a", "training/b"))
-    with pytest.raises(TinyTLError, match=r"train/ and training/ are both the train split; put them together$"):
+    fix = "put them together, or name one with --data.train_split training"
+    with pytest.raises(TinyTLError, match=rf"train/ and training/ are both the train split; {fix}$"):
         opened(tmp_path, train_split="train")
     data = opened(tmp_path, train_split="training")
     assert data.found.left_out == {"beside training/, which was named": 8}

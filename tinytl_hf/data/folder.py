@@ -131,7 +131,9 @@ def _only(split: str, folders: list[str], tops: Tops, listing: Listing, config: 
     """The folder of a split: of several that are called so, the one that was asked for."""
     asked = [folder for folder in folders if folder in asked_splits(config)]
     if len(folders) > 1 and len(asked) != 1:
-        fix = f", or name one with --data.eval_split {folders[0]}" if split != "train" else ""
+        option = "train_split" if split == "train" else "eval_split"
+        named = next(folder for folder in folders if folder != DataConfig.train_split)  # a default asks for no folder
+        fix = f", or name one with --data.{option} {named}"
         raise TinyTLError(
             f"data.dataset={listing.root}: {folders[0]}/ and {folders[1]}/ are both the {split} split; put them "
             f"together{fix}"
