@@ -8,6 +8,12 @@ import torch
 from conftest import run_cli, slow, small_run
 
 from tinytl_hf import TinyTLError, TinyTLModel
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.fit import FitConfig
+from tinytl_hf.config.network import BackboneConfig
+from tinytl_hf.config.run import AdapterOptions, Config
+from tinytl_hf.train.fit import make_families
+from tinytl_hf.train.search import Budget, DataFacts
 from tinytl_hf.train.warm_start import warm_start
 
 
@@ -121,6 +127,23 @@ def test_a_run_goes_on_and_its_config_and_card_say_from_what(saved, colour_folde
 def digits_run(output, *options):
     sizes = ["--data.max_train_samples", "40", "--data.max_eval_samples", "80", "--train.epochs", "1"]
     return run_cli(*small_run("digits", output, "--method", "FT-Last", *sizes, *options))
+
+
+def test_fit_tries_what_has_a_place_for_all_of_the_adapter_that_it_goes_on_from(saved, caplog):
+    folder, _ = saved("TinyTL-B", train_size=32)
+    config = Config(
+        backbone=BackboneConfig(weights="none"),
+        data=DataConfig(train_size=32),
+        adapter=AdapterOptions(init=str(folder)),
+    )
+    budget, facts = Budget(step=1e9, process=None, seconds=None, base=0), {32: DataFacts(8, 8, 3, (32, 32), 0, 8)}
+    with caplog.at_level(logging.INFO):
+        tried = make_families(config, FitConfig(methods=["FT-Last", "TinyTL-B"]), 17, facts, budget)
+    ways = {(plan.method, plan.trained_blocks) for family in tried for plan in family.plans}
+    assert ways == {("TinyTL-B", "all")}
+    assert "not tried: FT-Last, all blocks; TinyTL-B, 6 blocks\n" in caplog.text
+    with pytest.raises(TinyTLError, match=r"none of the methods to try has a place .* add its own to --methods"):
+        make_families(config, FitConfig(methods=["FT-Last"]), 17, facts, budget)
 
 
 def test_images_that_the_first_adapter_was_trained_on_are_counted_among_those_of_the_evaluation(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tinytl_hf.network.blocks import convert_blocks
 from tinytl_hf.train.fresh_step import TRAINING, FreshStep, measure_step, quick_processes
 from tinytl_hf.train.plans import Plan, families, sizes_to_try
 from tinytl_hf.train.search import Budget, DataFacts, Family, Row, search
+from tinytl_hf.train.warm_start import has_place_for
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +134,44 @@ def make_families(
         logger.info("measured: %s: %s", plan, "no memory" if step is None else f"{step.peak.total / MB:.1f} MB")
         return step
 
-    found = families(config, options, blocks, has_bf16(device_of_figures()))
+    found = list(families(config, options, blocks, has_bf16(device_of_figures())))
+    if config.adapter.init is not None:
+        found = _that_go_on_from(config.adapter.init, config, found)
     tried = [Family(plans, facts, budget, config.train.global_batch_size, take) for plans in found if plans]
     if not tried:
         raise TinyTLError(
             f"methods={options.methods}: {config.backbone.name} has no residual blocks; add FT-Last or TinyTL-B"
         )
     return tried
+
+
+def _that_go_on_from(init: str, config: Config, found: list[list[Plan]]) -> list[list[Plan]]:
+    """Those of the plans that have a place for all that the adapter ``init`` trained.
+
+    Raises:
+        TinyTLError: None has.
+    """
+    has_place = cache(
+        lambda method, blocks, norm: has_place_for(
+            replace(config, method=method, trained_blocks=blocks, lite=replace(config.lite, norm=norm)), init
+        )
+    )
+    kept = [
+        [plan for plan in plans if has_place(plan.method, plan.trained_blocks, plan.of(config).lite.norm)]
+        for plans in found
+    ]
+    ways = [
+        list(dict.fromkeys((plan.method, plan.trained_blocks) for plans in of for plan in plans))
+        for of in (found, kept)
+    ]
+    if left := [f"{method}, {blocks} blocks" for method, blocks in ways[0] if (method, blocks) not in ways[1]]:
+        logger.info("adapter.init=%s: no place for what it trained, so not tried: %s", init, "; ".join(left))
+    if not any(kept):
+        raise TinyTLError(
+            f"adapter.init={init}: none of the methods to try has a place for all that it trained; add its own to "
+            "--methods"
+        )
+    return kept
 
 
 def facts_of(opened: Opened, config: Config, size: int) -> DataFacts:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tinytl_hf.adapter.format import read_config
+from tinytl_hf.adapter.format import read_config, read_tensors
 from tinytl_hf.adapter.record import AdapterConfig, InitRecord
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.run import Config
 from tinytl_hf.data.sets import Split, count_shared, find_training_split
 from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.transfer import find_adapter
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.head import head_of
+from tinytl_hf.network.no_values import NoRandomValues
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +66,31 @@ def warm_start(model: TinyTLModel, init: str, weights: str) -> None:
     model.config = replace(own, init=InitRecord(saved.method, saved.label_names, source, train_sha256))
 
 
-def _load(init: str, weights: str, backbone: str) -> TinyTLModel:
-    """The adapter ``init`` over the run's weights, if it is of the run's backbone."""
+def has_place_for(config: Config, init: str) -> bool:
+    """Whether the method of a run, with its trained blocks and norms, has a place for all that an adapter trained.
+
+    Raises:
+        TinyTLError: The adapter cannot be read, or is of another backbone.
+    """
+    tensors = read_tensors(_folder(init, config.backbone.name))
+    config = replace(config, backbone=replace(config.backbone, weights="none"))
+    with NoRandomValues():
+        model = TinyTLModel.from_config(config, ["0", "1"])
+    return tensors.keys() <= model.adapter_tensors().keys()
+
+
+def _folder(init: str, backbone: str) -> Path:
+    """Where the adapter lies, if it is of that backbone."""
     folder = find_adapter(init)
     name = read_config(folder).backbone.name
     if name != backbone:
         raise TinyTLError(f"adapter.init={init}: it is of {name}, not {backbone}; use --backbone.name {name}")
+    return folder
+
+
+def _load(init: str, weights: str, backbone: str) -> TinyTLModel:
+    """The adapter ``init`` over the run's weights, if it is of the run's backbone."""
+    folder = _folder(init, backbone)
     try:
         return TinyTLModel.from_pretrained(folder, weights=weights)
     except TinyTLError as error:
