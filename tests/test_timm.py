@@ -57,6 +57,11 @@ def test_a_network_that_cannot_train_is_refused_by_name(name, message):
         assert message in error_of(name)
 
 
+def test_a_network_that_no_method_trains_is_not_sent_to_another_method_or_size():
+    with pytest.raises(TinyTLError, match="belongs to a VisionTransformer, which no method knows"):
+        TinyTLModel.from_backbone("timm/test_vit", num_classes=2, weights="none", train_size=64)
+
+
 def test_a_plain_name_is_torchvisions_if_torchvision_has_it():
     assert find_backbone("efficientnet_b0", "none").name == "efficientnet_b0"
     assert find_backbone("mobilenetv2_100.ra_in1k", "none").name == "timm/mobilenetv2_100.ra_in1k"

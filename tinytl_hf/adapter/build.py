@@ -134,6 +134,7 @@ def build_network(
     check_size(name, "train_size", sizes.train_size)
     check_size(name, "eval_size", sizes.eval_size)
     backbone = create_backbone(name, weights, len(config.label_names), config.head.dropout)
+    methods.parameter_roles(backbone)  # raises where neither another method nor another size would help
     blocks = convert_blocks(backbone, gradient_checkpointing)
     methods.apply_method(backbone, blocks, config.method, sizes.train_size, config.lite, config.trained_blocks)
     remember_complete(backbone)
