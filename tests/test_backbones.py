@@ -4,11 +4,15 @@ import sys
 import pytest
 import torch
 import torchvision
-from conftest import BACKBONES
+from conftest import BACKBONES, run_cli, small_run, state_of
 from safetensors.torch import save_file
+from torch import nn
 
 from tinytl_hf import TinyTLError, TinyTLModel
-from tinytl_hf.network.backbones import create_backbone, sha256
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.measure.eval_view import with_view
+from tinytl_hf.network import backbones, torchvision_nets
+from tinytl_hf.network.backbones import check_takes, create_backbone, sha256
 from tinytl_hf.network.blocks import TinyTLBlock
 
 WHEEL_SHA256 = "d0a97ec32587ffbe53bf2c9f71890c723b2e5d246d25339f80dd010d0115a98f"
@@ -147,3 +151,52 @@ def test_the_hash_sees_names_types_shapes_and_values():
     hashes = {sha256(variant) for variant in variants}
     assert len(hashes) == 5 and base not in hashes
     assert sha256({}) is None
+
+
+@pytest.fixture
+def small_alexnet(monkeypatch):
+    """A network that, as AlexNet does, pools maps which are smaller than the pooling where images are small."""
+
+    def build(_):
+        layers = (nn.Conv2d(3, 8, 3, 32, 1), nn.ReLU(), nn.MaxPool2d(3), nn.AdaptiveAvgPool2d(1))
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 1000))
+
+    monkeypatch.setattr(torchvision_nets, "build", build)
+    monkeypatch.setattr(backbones, "_taken", set())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_size": 64}, "data.train_size=64: alexnet takes no images of that size; use 96"),
+        ({"train_size": 224, "eval_size": 64}, "data.eval_size=64: alexnet takes no images of that size; use 96"),
+    ],
+)
+@pytest.mark.parametrize("method", ["FT-Last", "TinyTL-B"])
+def test_a_size_that_a_network_does_not_take_is_named_with_one_that_it_takes(
+    small_alexnet, make_model, method, options, message
+):
+    with pytest.raises(TinyTLError, match=f"^{message}$"):
+        make_model(method, "alexnet", **options)
+    model = make_model(method, "alexnet", train_size=96)
+    with pytest.raises(TinyTLError, match=r"^data.eval_size=64: alexnet takes no images of that size; use 96$"):
+        with_view(model, DataConfig(train_size=96, eval_size=64))
+    with_view(model, DataConfig(train_size=96, eval_size=100))
+
+
+def test_a_size_to_start_from_that_a_network_does_not_take_is_named(small_alexnet, colour_folder, tmp_path):
+    sizes = ("--data.train_size", "96", "--data.start_size", "64", "--train.epochs", "2")
+    options = ("--backbone.name", "alexnet", "--method", "FT-Last", *sizes)
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", *options))
+    assert done.returncode == 1
+    assert "error: data.start_size=64: alexnet takes no images of that size; use 96" in done.stderr
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_network_that_tried_a_size_is_as_it_was(make_model):
+    model = make_model("FT-Full", "mnasnet0_5", train_size=32).train()
+    before = state_of(model)
+    check_takes("mnasnet0_5", model.backbone, "eval_size", 71)
+    assert model.backbone.training and all(
+        torch.equal(before[key], value) for key, value in model.state_dict().items()
+    )

@@ -18,7 +18,7 @@ from tinytl_hf.config.check import check, whole_number
 from tinytl_hf.config.network import HeadConfig, LiteConfig
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network import methods
-from tinytl_hf.network.backbones import check_size, create_backbone, find_backbone, sha256
+from tinytl_hf.network.backbones import check_size, check_takes, create_backbone, find_backbone, sha256
 from tinytl_hf.network.blocks import TinyTLBlock, convert_blocks
 from tinytl_hf.network.no_values import NoRandomValues
 from tinytl_hf.network.weights import is_weights_file
@@ -135,6 +135,9 @@ def build_network(
     check_size(name, "eval_size", sizes.eval_size)
     backbone = create_backbone(name, weights, len(config.label_names), config.head.dropout)
     methods.parameter_roles(backbone)  # raises where neither another method nor another size would help
+    if not next(backbone.parameters()).is_meta:  # what is built without values is built once more, with them
+        for key in ("train_size", "eval_size"):
+            check_takes(name, backbone, key, getattr(sizes, key))
     blocks = convert_blocks(backbone, gradient_checkpointing)
     methods.apply_method(backbone, blocks, config.method, sizes.train_size, config.lite, config.trained_blocks)
     remember_complete(backbone)

@@ -76,7 +76,7 @@ def export_model(model: TinyTLModel, config: ExportConfig, data: DataConfig | No
         data = DataConfig(train_size=sizes.train_size, eval_size=sizes.eval_size, crop_pct=sizes.crop_pct)
         data = data if record is None else replace(record.as_trained(data), dataset=record.dataset)
     before, training = model.config, model.training
-    model.config = with_view(before, data)
+    model.config = with_view(model, data)
     try:
         with torch.no_grad():
             return _export_in_format(model.eval(), config, data)

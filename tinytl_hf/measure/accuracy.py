@@ -59,7 +59,7 @@ def _evaluate(config: EvalConfig, data_config: DataConfig, given: Collection[str
         make_folder_of("output", Path(config.output))
     extra = load_metrics(config.metrics)
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)
-    model.config = with_view(model.config, data_config)
+    model.config = with_view(model, data_config)
     split, train = _open(data_config, given, model.config.data)
     split = sets.with_label_names(split, model.label_names)
     images = read_images(split, data_config, model.config.preprocessing.eval_size)

@@ -21,7 +21,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.convert import convert, parts_to_try
 from tinytl_hf.lean.notes import training_paths
 from tinytl_hf.network import hub_weights, proxylessnas, timm_nets, torchvision_nets, weights
-from tinytl_hf.network.backbones import create_backbone, find_backbone
+from tinytl_hf.network.backbones import create_backbone, find_backbone, input_size
 from tinytl_hf.network.blocks import convert_blocks
 from tinytl_hf.network.methods import METHODS, apply_method, possible_methods
 
@@ -108,7 +108,7 @@ def describe(name: str) -> BackboneRow:
     try:
         found = find_backbone(name, "imagenet") if name.startswith(timm_nets.LOCAL) else None
         network = name if found is None else found.name
-        size = _input_size(network)
+        size = input_size(network)
         try:
             row = _built(network, size, "TinyTL-L+B")
         except TinyTLError as error:  # without blocks, or with some that take no lite residual with its defaults
@@ -136,12 +136,6 @@ def _built(network: str, size: int, method: MethodName) -> BackboneRow:
         paths = {part: path for part, path in paths.items() if not f"{part}.".startswith(f"{trial}.")}
     lean = Counter([*paths.values(), *[TO_TRY] * len(trials)])
     return BackboneRow(network, parameters, size, len(blocks), possible_methods(blocks), dict(lean))
-
-
-def _input_size(network: str) -> int:
-    if network.startswith(timm_nets.PREFIX):
-        return int(timm_nets.pretrained_cfg(network).input_size[-1])
-    return torchvision_nets.input_size(network) if torchvision_nets.has(network) else proxylessnas.INPUT_SIZE
 
 
 def _weights_here(network: str) -> list[str]:

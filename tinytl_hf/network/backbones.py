@@ -53,6 +53,8 @@ SAME_TENSORS = {
 }
 SAME_TENSORS |= {theirs: ours for ours, theirs in SAME_TENSORS.items()}
 
+_taken: set[tuple[str, int]] = set()  # names of networks, and sizes of images that ran through them
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -190,6 +192,49 @@ def check_size(name: str, key: str, size: int) -> None:
         )
     if size > MAX_IMAGE_SIZE:
         raise TinyTLError(f"data.{key}={size}: use {MAX_IMAGE_SIZE} or less")
+
+
+def check_takes(name: str, backbone: nn.Module, key: str, size: int) -> None:
+    """Raise unless an image of ``size`` px runs through a network, whatever is in place of its head.
+
+    Some networks want larger images than their stride, or multiples of it, or those of one size.
+
+    Args:
+        name: Its name, of which one that ran is remembered, with the size.
+        backbone: The network; it stays as it was.
+        key: What the size is called among the options of data.
+        size: Side of the images in px.
+
+    Raises:
+        TinyTLError: It does not, with the next size that does.
+    """
+    if not _takes(name, backbone, size):
+        end = input_size(name)
+        steps = range(TOTAL_STRIDE * (size // TOTAL_STRIDE + 1), end, TOTAL_STRIDE)
+        works = next((step for step in steps if _takes(name, backbone, step)), end)
+        raise TinyTLError(f"data.{key}={size}: {name} takes no images of that size; use {works}")
+
+
+def input_size(name: str) -> int:
+    """Side of the images that the weights of a network were made for, in px."""
+    if name.startswith(PREFIX):
+        return int(timm_nets.pretrained_cfg(name).input_size[-1])
+    return torchvision_nets.input_size(name) if torchvision_nets.has(name) else proxylessnas.INPUT_SIZE
+
+
+def _takes(name: str, backbone: nn.Module, size: int) -> bool:
+    if size == input_size(name) or (name, size) in _taken:
+        return True
+    like, was_training = next(backbone.parameters()), backbone.training
+    try:
+        with torch.no_grad():
+            backbone.eval()(torch.zeros(1, 3, size, size).to(like))
+    except (RuntimeError, AssertionError, ValueError):  # of a kernel, of a network that checks, and of its arithmetic
+        return False
+    finally:
+        backbone.train(was_training)
+    _taken.add((name, size))
+    return True
 
 
 def sha256(tensors: Mapping[str, Tensor]) -> str | None:

@@ -35,6 +35,7 @@ from tinytl_hf.lean.backend import chosen, describe
 from tinytl_hf.measure.metrics import load_metrics
 from tinytl_hf.measure.results import Evaluated
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.network.backbones import check_takes
 from tinytl_hf.reports.run_folder import ADAPTER
 from tinytl_hf.step import Loss, make_optimizer
 from tinytl_hf.train import checkpoint
@@ -158,6 +159,8 @@ def settle(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
 def make_model(config: Config, label_names: list[str], resume_from: Path | None) -> TinyTLModel:
     """The model to train; with ``adapter.init``, and no checkpoint to go on from, with what that adapter has."""
     model = TinyTLModel.from_config(config, label_names)
+    if config.data.start_size is not None:
+        check_takes(model.config.backbone.name, model.backbone, "start_size", config.data.start_size)
     if config.adapter.init is not None and resume_from is None:
         check_keeps_init(config)
         warm_start(model, config.adapter.init, config.backbone.weights)
