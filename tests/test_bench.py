@@ -6,6 +6,7 @@ from conftest import run_cli
 
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.train import TrainConfig
+from tinytl_hf.measure import speed
 from tinytl_hf.measure.convolutions import Convolutions
 from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
 from tinytl_hf.measure.speed import BenchRow, bench_table
@@ -23,8 +24,20 @@ def test_bench_times_each_contender_and_says_where_a_batch_is_too_small(ready_pr
     assert "larger batch" in one["refused"] and one["images_per_second"] == {}
     steps = ["FT-Full stock", "TinyTL-L+B stock", "TinyTL-L+B lean"]
     assert list(four["images_per_second"])[:3] == steps and "TinyTL-L+B convolutions" in four["images_per_second"]
-    assert all(speed > 0 for speed in four["images_per_second"].values())
+    assert all(value > 0 for value in four["images_per_second"].values())
     assert report["conditions"]["threads"] == torch.get_num_threads() and report["conditions"]["precision"] == "bf16"
+
+
+def test_no_empty_table_is_printed_where_nothing_can_be_timed(monkeypatch):
+    refuse = BenchRow(32, 1, {}, "method=TinyTL-L+B: no blocks")
+    monkeypatch.setattr(speed, "in_own_process", lambda *_: refuse)
+    options = ["--backbone.weights", "none", "--train_sizes", "[32]"]
+    done = run_cli("bench", *options, "--batch_sizes", "[2, 1]")
+    assert done.returncode == 1 and done.stdout == ""
+    assert "error: nothing can be timed; at 32 px, batch 1: method=TinyTL-L+B: no blocks" in done.stderr
+    monkeypatch.setattr(speed, "in_own_process", None)
+    done = run_cli("bench", *options, "--backbone.name", "mobilnet_v2")
+    assert done.returncode == 1 and "error: backbone.name=mobilnet_v2: torchvision has no such" in done.stderr
 
 
 def test_bench_gives_the_speed_of_lean_as_a_multiple_of_both_stock_ones_and_as_a_share_of_the_convolutions():

@@ -275,6 +275,33 @@ def test_the_verb_measures_each_engine_in_a_process_of_its_own(colour_folder, tm
         assert picture.format == "PNG" and min(picture.size) > 200
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backbone.name", "mobilnet_v2"], "backbone.name=mobilnet_v2: torchvision has no such classifier"),
+        (["--backbone.name", "swin_t"], "belongs to a ShiftedWindowAttention, which no method knows how to train"),
+        (["--data.train_size", "16"], "data.train_size=16: mobilenet_v2 reduces an image 32 times"),
+    ],
+)
+def test_what_no_method_can_train_is_said_once_before_anything_is_measured(options, message, monkeypatch):
+    monkeypatch.setattr("tinytl_hf.measure.memory.in_own_process", None)
+    done = run_cli("memory", "--backbone.weights", "none", *options)
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert message in line
+
+
+def test_no_empty_table_is_printed_where_all_methods_are_left_out(monkeypatch):
+    def fails(*arguments):
+        raise TinyTLError(f"lite.groups=2: does not fit {arguments[-2]}")
+
+    monkeypatch.setattr("tinytl_hf.measure.memory.in_own_process", fails)
+    done = run_cli("memory", "--backbone.weights", "none", "--data.train_size", "32")
+    *others, last = done.stderr.splitlines()
+    assert done.returncode == 1 and done.stdout == "" and "error: lite.groups=2: does not fit FT-Layerwise" in last
+    assert len(others) == 6 and all("is left out" in line for line in others)
+
+
 def test_a_run_leaves_what_its_training_step_takes(colour_folder, tmp_path):
     options = ["--train.epochs", "1", "--memory.report", "true", "--train.optimizer", "sgd"]
     options += ["--train.gradient_accumulation_steps", "2", "--train.max_grad_norm", "1"]

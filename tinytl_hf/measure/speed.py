@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from multiprocessing import get_context
 from typing import Any
 
@@ -23,7 +24,7 @@ from tinytl_hf.device import device_of_figures
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.convolutions import Convolutions
 from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
-from tinytl_hf.measure.memory import build
+from tinytl_hf.measure.memory import backbone_of, build
 from tinytl_hf.measure.own_process import in_own_process
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports.table import aligned
@@ -50,14 +51,22 @@ def bench_rows(config: Config, options: BenchConfig) -> Iterator[BenchRow]:
     Args:
         config: The run: backbone, method, precision, lite residual and head.
         options: Sizes, batches and repeats.
+
+    Raises:
+        TinyTLError: The backbone or, with the reason of the last pair, none of the pairs can be timed.
     """
-    for train_size in options.train_sizes:
-        for batch_size in options.batch_sizes:
-            spawn = get_context("spawn")
-            try:
-                yield in_own_process(spawn, _time_in_turns, config, train_size, batch_size, options.repeats)
-            except MemoryError:
-                yield BenchRow(train_size, batch_size, {}, "this machine has not enough memory for it")
+    backbone_of(config)
+    pairs = list(product(options.train_sizes, options.batch_sizes))
+    refused = 0
+    for train_size, batch_size in pairs:
+        try:
+            row = in_own_process(get_context("spawn"), _time_in_turns, config, train_size, batch_size, options.repeats)
+        except MemoryError:
+            row = BenchRow(train_size, batch_size, {}, "this machine has not enough memory for it")
+        refused += row.refused is not None
+        if refused == len(pairs):
+            raise TinyTLError(f"nothing can be timed; at {train_size} px, batch {batch_size}: {row.refused}")
+        yield row
 
 
 def _time_in_turns(config: Config, train_size: int, batch_size: int, repeats: int) -> BenchRow:
