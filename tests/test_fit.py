@@ -1,6 +1,7 @@
 """What fits a budget: found by measured steps, within what the training then measures."""
 
 import json
+import logging
 import os
 import re
 import resource
@@ -14,6 +15,7 @@ from PIL import Image
 from started_runs import CONTEXT, delta, run
 
 from tinytl_hf.config.fit import FitConfig
+from tinytl_hf.config.network import BackboneConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.data.images import decode_pixels, decoded_size
@@ -22,7 +24,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.native_library import instruction_sets
 from tinytl_hf.measure.peak import Peak
 from tinytl_hf.train import ranking
-from tinytl_hf.train.fit import recommend
+from tinytl_hf.train.fit import fitted_to_backbone, make_families, recommend
 from tinytl_hf.train.fresh_step import FreshStep
 from tinytl_hf.train.plans import families
 from tinytl_hf.train.search import BYTES, Budget, DataFacts, Family, search
@@ -91,6 +93,30 @@ def test_a_file_that_is_there_is_not_replaced(colour_folder, tmp_path):
     done = fit(colour_folder, "--memory_mb", "8", "--output", tmp_path / "mine.yaml")
     assert done.returncode == 1 and "mine.yaml: it is there; name a new file" in done.stderr
     assert (tmp_path / "mine.yaml").read_text() == "seed: 1\n"
+
+
+def test_sizes_that_a_backbone_does_not_take_are_left_out_unless_they_are_named(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("tinytl_hf.train.fit.takes", lambda name, network, size: size in (160, 96))
+    config = Config(backbone=BackboneConfig("mobilenet_v3_small", "none"))
+    options, blocks = fitted_to_backbone(FitConfig(), config)
+    assert (options.train_sizes, blocks) == ([160, 96], 11)
+    assert "train_sizes: 128, 64 px are left out, as mobilenet_v3_small takes no images of that size" in caplog.text
+    named = FitConfig(train_sizes=[64])
+    assert fitted_to_backbone(named, config) == (named, 11)
+    monkeypatch.setattr("tinytl_hf.train.fit.takes", lambda name, network, size: False)
+    assert fitted_to_backbone(FitConfig(), config)[0].train_sizes == [224]
+
+
+def test_methods_about_blocks_are_left_out_for_a_backbone_without_them(caplog):
+    caplog.set_level(logging.INFO)
+    config = Config(backbone=BackboneConfig("shufflenet_v2_x0_5", "none"))
+    options = FitConfig(methods=["TinyTL-L+B", "FT-Layerwise", "FT-Last"], train_sizes=[64])
+    tried = make_families(config, options, 0, {}, Budget(64e6, None, None, 0))
+    assert [family.plans[0].method for family in tried] == ["FT-Last"]
+    assert "shufflenet_v2_x0_5 has no residual blocks of a kind that is known here: TinyTL-L+B, FT-Lay" in caplog.text
+    with pytest.raises(TinyTLError, match="add FT-Last or TinyTL-B"):
+        make_families(config, replace(options, methods=["FT-Layerwise"]), 0, {}, Budget(64e6, None, None, 0))
 
 
 # A made-up network, whose steps need no process: what they take has a part that does not grow with the pixels, which

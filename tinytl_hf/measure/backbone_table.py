@@ -135,7 +135,7 @@ def _built(network: str, size: int, method: MethodName) -> BackboneRow:
     for trial in trials:
         paths = {part: path for part, path in paths.items() if not f"{part}.".startswith(f"{trial}.")}
     lean = Counter([*paths.values(), *[TO_TRY] * len(trials)])
-    return BackboneRow(network, parameters, size, len(blocks), possible_methods(blocks), dict(lean))
+    return BackboneRow(network, parameters, size, len(blocks), possible_methods(bool(blocks)), dict(lean))
 
 
 def _weights_here(network: str) -> list[str]:

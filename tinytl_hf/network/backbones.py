@@ -208,10 +208,10 @@ def check_takes(name: str, backbone: nn.Module, key: str, size: int) -> None:
     Raises:
         TinyTLError: It does not, with the next size that does.
     """
-    if not _takes(name, backbone, size):
+    if not takes(name, backbone, size):
         end = input_size(name)
         steps = range(TOTAL_STRIDE * (size // TOTAL_STRIDE + 1), end, TOTAL_STRIDE)
-        works = next((step for step in steps if _takes(name, backbone, step)), end)
+        works = next((step for step in steps if takes(name, backbone, step)), end)
         raise TinyTLError(f"data.{key}={size}: {name} takes no images of that size; use {works}")
 
 
@@ -222,7 +222,8 @@ def input_size(name: str) -> int:
     return torchvision_nets.input_size(name) if torchvision_nets.has(name) else proxylessnas.INPUT_SIZE
 
 
-def _takes(name: str, backbone: nn.Module, size: int) -> bool:
+def takes(name: str, backbone: nn.Module, size: int) -> bool:
+    """Whether an image of ``size`` px runs through a network, as :func:`check_takes` tries it."""
     if size == input_size(name) or (name, size) in _taken:
         return True
     like, was_training = next(backbone.parameters()), backbone.training

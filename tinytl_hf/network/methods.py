@@ -112,9 +112,9 @@ def by_name(name: str) -> MethodName:
     return method  # type: ignore[return-value]
 
 
-def possible_methods(blocks: dict[str, TinyTLBlock]) -> list[str]:
-    """Those that can train a backbone with these residual blocks; without any, not those that are about blocks."""
-    return [name for name, plan in METHODS.items() if blocks or not (plan.lite_residual or name == "FT-Layerwise")]
+def possible_methods(has_blocks: bool) -> list[str]:
+    """Those that can train a backbone with residual blocks, or with none: then, not those that are about blocks."""
+    return [name for name, plan in METHODS.items() if has_blocks or not (plan.lite_residual or name == "FT-Layerwise")]
 
 
 def apply_method(
@@ -139,7 +139,7 @@ def apply_method(
         TinyTLError: The backbone has no such blocks where the method needs them, or a parameter of unknown role.
     """
     plan = METHODS[method]
-    if method not in (possible := possible_methods(blocks)):
+    if method not in (possible := possible_methods(bool(blocks))):
         raise TinyTLError(
             f"method={method}: this backbone has no residual blocks of a kind that is known here; it supports "
             f"{', '.join(possible[:-1])} and {possible[-1]}"

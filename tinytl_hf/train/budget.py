@@ -17,7 +17,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.memory import MB
 from tinytl_hf.network.methods import METHODS
 from tinytl_hf.train.finish import MEASURED_ON
-from tinytl_hf.train.fit import count_blocks, facts_of, make_families
+from tinytl_hf.train.fit import facts_of, fitted_to_backbone, make_families
 from tinytl_hf.train.fresh_step import FreshStep, measure_step
 from tinytl_hf.train.plans import Plan, passes_of, sizes_to_try
 from tinytl_hf.train.search import BYTES, Budget, Family, Row, search
@@ -135,9 +135,8 @@ def _what_differs(config: Config) -> str:
 def _what_would_fit(config: Config, opened: Opened, budget: Budget) -> str:
     """Another way to train, by the same method or the last layer alone, whose measured step keeps the budget."""
     command = f"`tinytl-hf fit --memory_mb {config.memory.budget_mb:g}` with this run's data"
-    blocks = count_blocks(config)
     for method in dict.fromkeys([config.method, "FT-Last"]):
-        options = FitConfig(methods=[method])  # type: ignore[list-item]
+        options, blocks = fitted_to_backbone(FitConfig(methods=[method]), config)  # type: ignore[list-item]
         facts = {size: facts_of(opened, config, size) for size in sizes_to_try(options, config.data.train_size)}
         row = next(search(make_families(config, options, blocks, facts, budget), lambda _: 0.0), None)
         if row is not None:

@@ -8,8 +8,6 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-import torch
-
 from tinytl_hf.config.fit import FitConfig
 from tinytl_hf.config.recipe import epochs_for
 from tinytl_hf.config.run import Config
@@ -19,11 +17,12 @@ from tinytl_hf.device import device_of_figures, has_bf16, memory_limit
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.data_memory import data_memory
-from tinytl_hf.measure.memory import MB
+from tinytl_hf.measure.memory import MB, backbone_of
 from tinytl_hf.measure.peak import process_high_water
 from tinytl_hf.measure.results import make_folder_of
-from tinytl_hf.network.backbones import create_backbone, find_backbone
+from tinytl_hf.network.backbones import takes
 from tinytl_hf.network.blocks import convert_blocks
+from tinytl_hf.network.methods import possible_methods
 from tinytl_hf.train.fresh_step import TRAINING, FreshStep, measure_step, quick_processes
 from tinytl_hf.train.plans import Plan, families, sizes_to_try
 from tinytl_hf.train.search import Budget, DataFacts, Family, Row, search
@@ -73,7 +72,7 @@ def fit(config: Config, options: FitConfig) -> Fit:
         raise TinyTLError("fit: no budget; name --memory_mb, for a training step, or --process_mb")
     if config.train.cache_features:
         logger.info("train.cache_features is not used: steps are measured with images as they come")
-    blocks = count_blocks(config)
+    options, blocks = fitted_to_backbone(options, config)
     opened = open_data(config.data)
     facts = {size: facts_of(opened, config, size) for size in sizes_to_try(options, config.data.train_size)}
     import_module(TRAINING)  # so that this process has resident what a training has
@@ -134,6 +133,12 @@ def make_families(
         logger.info("measured: %s: %s", plan, "no memory" if step is None else f"{step.peak.total / MB:.1f} MB")
         return step
 
+    possible = possible_methods(blocks > 0)
+    if left_out := [method for method in options.methods if method not in possible]:
+        named, backbone = ", ".join(left_out), config.backbone.name
+        logger.info(
+            "methods: left out, as %s has no residual blocks of a kind that is known here: %s", backbone, named
+        )
     found = list(families(config, options, blocks, has_bf16(device_of_figures())))
     if config.adapter.init is not None:
         found = _that_go_on_from(config.adapter.init, config, found)
@@ -183,15 +188,22 @@ def facts_of(opened: Opened, config: Config, size: int) -> DataFacts:
     return DataFacts(len(train.labels), evaluated, len(train.label_names), memory.photo_size, in_memory, last)
 
 
-def count_blocks(config: Config) -> int:
-    """Residual blocks of a run's backbone.
+def fitted_to_backbone(options: FitConfig, config: Config) -> tuple[FitConfig, int]:
+    """The options with the sizes to try that a run's backbone takes, where they name none; and its residual blocks.
 
     Raises:
-        TinyTLError: There is no such backbone, or its weights cannot be had.
+        TinyTLError: As of :func:`~tinytl_hf.measure.memory.backbone_of`.
     """
-    found = find_backbone(config.backbone.name, config.backbone.weights)
-    with torch.device("meta"):
-        return len(convert_blocks(create_backbone(found.name, "none", 2)))
+    name, network = backbone_of(config)
+    if options.train_sizes is None:
+        largest = config.data.train_size
+        sizes = sizes_to_try(options, largest)
+        taken = [size for size in sizes if takes(name, network, size)]
+        if taken != sizes:
+            out = ", ".join(str(size) for size in sizes if size not in taken)
+            logger.info("train_sizes: %s px are left out, as %s takes no images of that size", out, name)
+        options = replace(options, train_sizes=taken or [largest])
+    return options, len(convert_blocks(network))
 
 
 def _process_budget(options: FitConfig) -> float | None:

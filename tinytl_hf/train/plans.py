@@ -9,7 +9,7 @@ from typing import Literal
 
 from tinytl_hf.config.fit import FitConfig
 from tinytl_hf.config.run import Config
-from tinytl_hf.network.methods import METHODS, Role
+from tinytl_hf.network.methods import METHODS, Role, possible_methods
 from tinytl_hf.train.ranking import SHARES, SIZES, points
 
 SHARE_OF_OTHERS = 6 / 17  # of the blocks, for methods other than TinyTL-L+B
@@ -110,9 +110,9 @@ def families(config: Config, options: FitConfig, blocks: int, bf16: bool) -> Ite
     """
     sizes = sizes_to_try(options, config.data.train_size)
     for name in options.methods:
-        method = METHODS[name]
-        if method.lite_residual and not blocks:
+        if name not in possible_methods(blocks > 0):
             continue
+        method = METHODS[name]
         is_frozen = Role.WEIGHT not in method.trains
         for count, share in _blocks_to_train(name, blocks):
             plans = [
