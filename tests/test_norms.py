@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.network.norms import FrozenBatchNorm2d, GlobalBatchNorm2d, keep_running_statistics, replace_batch_norms
 
 
@@ -48,6 +49,18 @@ def test_recomputing_leaves_the_running_statistics():
     assert all(torch.equal(norm.state_dict()[name], tensor) for name, tensor in before.items())
     assert torch.equal(output, norm(x))
     assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "helps"),
+    [("FT-Full", "or a method that freezes norms, such as TinyTL-B"), ("TinyTL-L+B", "or --lite.norm group")],
+)
+def test_what_is_told_to_help_where_a_channel_has_one_value_helps(method, helps, make_model):
+    image = torch.randn(1, 3, 32, 32)
+    with pytest.raises(ValueError, match=f"use a larger batch or image, {helps}$"):
+        make_model(method, "mobilenet_v3_small", train_size=32).train()(image)
+    other = {"method": "TinyTL-B"} if method == "FT-Full" else {"lite": LiteConfig(norm="group")}
+    assert make_model(backbone="mobilenet_v3_small", train_size=32, **other).train()(image).isfinite().all()
 
 
 def test_one_value_a_channel_is_refused():

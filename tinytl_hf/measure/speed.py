@@ -72,7 +72,7 @@ def bench_rows(config: Config, options: BenchConfig) -> Iterator[BenchRow]:
 def _time_in_turns(config: Config, train_size: int, batch_size: int, repeats: int) -> BenchRow:
     try:
         steps = _steps(replace(config, data=replace(config.data, train_size=train_size)), batch_size)
-    except TinyTLError as error:  # a batch norm over a single value
+    except TinyTLError as error:
         return BenchRow(train_size, batch_size, {}, str(error))
     speeds = _speeds(steps, repeats)
     if device_of_figures().type == "cuda":  # whose host takes longer to launch convolutions than the GPU for them
@@ -104,8 +104,11 @@ def _steps(config: Config, batch_size: int) -> dict[str, MeasuredStep]:
         models[f"{method} {MEMSAVE}"] = _memsave(build(config, method, 10, lean=False))
     batch = random_batch(models[FULL], batch_size, decoded_photo_size(config.data.train_size))
     steps = {name: MeasuredStep(model.train(), *batch, config) for name, model in models.items()}
-    for step in steps.values():
-        step()
+    for name, step in steps.items():
+        try:
+            step()
+        except TinyTLError as error:  # a batch norm over a single value
+            raise TinyTLError(f"{name}: {error}") from error
     return steps
 
 

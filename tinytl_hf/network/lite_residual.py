@@ -93,6 +93,8 @@ def _round_channels(channels: float, divisor: int = 8) -> int:
 
 def _norm(channels: int, kind: str) -> GlobalBatchNorm2d | nn.GroupNorm:
     if kind == "batch":
-        return GlobalBatchNorm2d(channels)
+        norm = GlobalBatchNorm2d(channels)
+        norm.instead = "--lite.norm group"
+        return norm
     groups = channels // CHANNELS_PER_GROUP if channels % CHANNELS_PER_GROUP == 0 else 1
     return nn.GroupNorm(groups, channels)

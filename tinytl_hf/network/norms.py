@@ -69,7 +69,12 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
     ``nn.SyncBatchNorm`` does this on GPUs only. With it, one process and several processes with the same
     global batch compute the same thing.
+
+    Attributes:
+        instead: What helps, besides more values, where a channel has a single one: that of a backbone's norms.
     """
+
+    instead = "a method that freezes norms, such as TinyTL-B"
 
     def forward(self, input: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the same shape."""
@@ -110,7 +115,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         values = math.prod(shape) // shape[1] * _world_size()  # every process has the same number of images
         if values == 1:
             raise TinyTLError(
-                "batch norm needs more than one value a channel: use a larger batch or image, or --lite.norm group"
+                f"batch norm needs more than one value a channel: use a larger batch or image, or {self.instead}"
             )
         return values
 
