@@ -35,9 +35,10 @@ class LiteResidual(nn.Module):
         super().__init__()
         middle = _round_channels(in_channels * options.expand)
         if in_channels % options.groups or middle % options.groups:
+            # The middle ones are a multiple of 8.
             raise TinyTLError(
                 f"lite.groups={options.groups}: must divide the {in_channels} input and {middle} middle "
-                "channels of a block; use 1 or 2"
+                f"channels of a block; use 1{'' if in_channels % 2 else ' or 2'}"
             )
         kernel_size, self.pools = fit_kernel(options.kernel_size, map_size)
         self.conv1 = nn.Conv2d(
