@@ -98,6 +98,8 @@ def matching(pattern: str | None) -> list[str]:
     found = [name for name in own if fnmatchcase(name, pattern)]
     if not found:
         close = difflib.get_close_matches(pattern, own, n=3)
+        if timm_nets.has(pattern):  # as backbone.name it stands for timm's network
+            close = [timm_nets.PREFIX + pattern]
         hint = f"did you mean {', '.join(close)}?" if close else "use one such as 'mobilenet*' or 'timm/mobilenet*'"
         raise TinyTLError(f"{pattern}: no backbone matches; {hint}")
     return found
