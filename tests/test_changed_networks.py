@@ -163,6 +163,28 @@ def test_hooks_see_whole_maps_whose_gradients_count(method, backbone, hooked, ma
         torch.testing.assert_close(ours, theirs, atol=1e-9 * float(theirs.detach().abs().max()), rtol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("backbone", "blocks"),
+    [
+        ("mobilenet_v2", ["features.1", "features.4"]),
+        ("mobilenet_v3_small", ["features.2"]),
+        pytest.param("convnext_tiny", ["features.1.0", "features.1.1"], marks=pytest.mark.slow),
+    ],
+)
+def test_hooks_on_lite_residuals_see_and_change_what_they_do_in_stock_pytorch(backbone, blocks, make):
+    seen = []
+    for lean in (True, False):
+        model, maps = make("TinyTL-L+B", backbone, lean=lean).double(), []
+        for name in blocks:
+            lite = model.backbone.get_submodule(f"{name}.lite_residual")
+            lite.register_forward_hook(lambda _, __, output, maps=maps: maps.append(output) or 0.5 * output)
+        model(IMAGES.double()).sum().backward()
+        seen.append([*maps, *(parameter.grad for parameter in model.trainable_parameters())])
+    assert len(seen[0]) == len(seen[1])
+    for ours, theirs in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9 * float(theirs.detach().abs().max()), rtol=1e-7)
+
+
 def test_a_thawed_weight_is_refused_where_the_backbone_is_called_by_itself(make):
     model = make()
     model.backbone.features[18][0].weight.requires_grad_(True)

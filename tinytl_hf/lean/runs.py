@@ -16,7 +16,7 @@ from tinytl_hf.lean.independence import heavy_weights_are_frozen, independent_by
 from tinytl_hf.lean.lite_runs import LiteRun
 from tinytl_hf.lean.paths import LeanBlockPath
 from tinytl_hf.lean.recompute import SHARE_FOR_RUNS, Recomputed
-from tinytl_hf.lean.together import has_hooks
+from tinytl_hf.lean.together import has_hooks, is_watched
 from tinytl_hf.network.blocks import TinyTLBlock, own_modules
 
 BLOCKS_OF_A_RUN = 3  # more would keep less, and have more maps of a slice at a time when they are computed again
@@ -50,7 +50,7 @@ class LeanSequence(nn.Sequential):
 def _units_with_hooks(run: Callable[[Tensor], Tensor]) -> tuple[nn.Module, ...]:
     """The units of a run, each by itself, if somebody looks at one of them."""
     units = units_of(run)
-    return units if any(map(has_hooks, units)) else ()
+    return units if any(map(is_watched, units)) else ()
 
 
 def units_of(run: Callable[[Tensor], Tensor]) -> tuple[nn.Module, ...]:

@@ -7,11 +7,19 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from tinytl_hf.network.blocks import TinyTLBlock
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody looks at what a module is given or gives, or at their gradients."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return any(hooks)
+
+
+def is_watched(unit: nn.Module) -> bool:
+    """Whether somebody looks at a block or layer, or at a block's lite residual."""
+    lite = unit.lite_residual if isinstance(unit, TinyTLBlock) else None
+    return has_hooks(unit) or (lite is not None and has_hooks(lite))
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +40,7 @@ class Together:
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the module, or as all of them."""
-        apart = any(not member.training or has_hooks(member) for member in self.members)
+        apart = any(not member.training or is_watched(member) for member in self.members)
         return self.alone(x) if apart else self.as_one(x)
 
 
