@@ -13,6 +13,7 @@ from conftest import slow
 from started_runs import CONTEXT, HANG
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.config.network import HeadConfig
@@ -64,6 +65,27 @@ def test_a_hook_on_a_parameter_runs_once_and_gets_its_whole_gradient(method, bac
     torch.autograd.graph.register_multi_grad_hook(list(model.trainable_parameters()), lambda grads: seen.append(1))
     gradients(model)
     assert seen == [1]
+
+
+@pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing")
+@pytest.mark.parametrize(
+    ("method", "backbone", "name"),
+    [
+        *(("TinyTL-L+B", "mobilenet_v2", "features.4"), ("FT-Full", "mobilenet_v2", "features.4")),
+        *(("TinyTL-L", "resnet18", "layer2.1"), slow("TinyTL-L", "convnext_tiny", "features.1.1")),
+    ],
+)
+def test_torchvisions_feature_extractor_takes_a_stock_network_of_any_method(method, backbone, name, make):
+    model, twin, seen = make(method, backbone, lean=False), make(method, backbone, lean=False), []
+    extractor = create_feature_extractor(model.backbone, [name])
+    twin.backbone.get_submodule(name).register_forward_hook(lambda _, __, maps: seen.append(maps))
+    for training in (True, False):
+        twin.train(training)(IMAGES)
+        found = extractor.train(training)(IMAGES)[name]
+        torch.testing.assert_close(found, seen.pop(), atol=1e-5, rtol=1e-5)
+    ours, theirs = (dict(each.backbone.get_submodule(name).named_buffers()) for each in (model, twin))
+    statistics = [each for each in ours if "running" in each]
+    torch.testing.assert_close([ours[each] for each in statistics], [theirs[each] for each in statistics])
 
 
 @pytest.mark.parametrize(("method", "backbone"), KINDS_OF_PASSES)

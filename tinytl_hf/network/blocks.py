@@ -185,8 +185,7 @@ class TinyTLBlock(nn.Module):
         output = self.stock_forward(x)
         if self.lite_residual is None:
             return output
-        height, width = output.shape[-2:]
-        return output + self.lite_residual(x, (height, width))
+        return output + self.lite_residual(x, output.shape[-2:])
 
 
 def convert_blocks(backbone: nn.Module, gradient_checkpointing: bool = False) -> dict[str, TinyTLBlock]:

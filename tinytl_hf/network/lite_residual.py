@@ -10,6 +10,10 @@ The last norm's weight starts at zero, so at step 0 the sum is exactly the block
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +22,9 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.norms import GlobalBatchNorm2d
 
 CHANNELS_PER_GROUP = 8
+# What asks for the size of maps is one step of the graphs that torch.fx draws, create_feature_extractor's say: they
+# have none.
+torch.fx.wrap("_pooled")
 
 
 class LiteResidual(nn.Module):
@@ -59,13 +66,12 @@ class LiteResidual(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """``[N, in_channels, H, W]`` to ``[N, out_channels, *size]``."""
-        pooled = F.avg_pool2d(x, 2) if self.pools_maps_of(tuple(x.shape[-2:])) else x
-        small = self.before_upsampling(pooled)
+        small = self.before_upsampling(_pooled(x, self.pools))
         return F.interpolate(small, size=size, mode="bilinear", align_corners=False)
 
     def pools_maps_of(self, size: tuple[int, ...]) -> bool:
         """Whether maps are pooled: not those 1 px high or wide, at whatever size the branch was built for."""
-        return self.pools and min(size) > 1
+        return _pools_maps(self.pools, size)
 
     def before_upsampling(self, pooled: Tensor) -> Tensor:
         """What comes between the pooling and the up-sampling."""
@@ -84,6 +90,14 @@ def fit_kernel(kernel_size: int, map_size: int) -> tuple[int, bool]:
     while kernel_size > pooled:
         kernel_size -= 2
     return kernel_size, True
+
+
+def _pooled(x: Tensor, pools: bool) -> Tensor:
+    return F.avg_pool2d(x, 2) if _pools_maps(pools, x.shape[-2:]) else x
+
+
+def _pools_maps(pools: bool, size: Sequence[int]) -> bool:
+    return pools and min(size) > 1
 
 
 def _round_channels(channels: float, divisor: int = 8) -> int:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -22,6 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.kinds import class_name
 from tinytl_hf.network.mixed import mixed
+
+torch.fx.wrap("_values_of_a_channel")  # one step of the graphs that torch.fx draws, whose maps have no size
 
 NORM_WITH_ACTIVATION = "timm.layers.norm_act.BatchNormAct2d"
 
@@ -78,8 +81,11 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the same shape."""
-        if not self.training:
-            return super().forward(input)
+        if not self.training:  # not by nn.BatchNorm2d's own pass, which no graph of torch.fx can hold
+            of_batch = self.running_mean is None
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, of_batch, eps=self.eps
+            )
         values = self.values_of_a_channel(input.shape)
         if self.spans_processes:
             return self._forward_over_processes(input, values)
@@ -112,12 +118,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         Raises:
             TinyTLError: It is one value, which has no variance.
         """
-        values = math.prod(shape) // shape[1] * _world_size()  # every process has the same number of images
-        if values == 1:
-            raise TinyTLError(
-                f"batch norm needs more than one value a channel: use a larger batch or image, or {self.instead}"
-            )
-        return values
+        return _values_of_a_channel(shape, _world_size(), self.instead)
 
     @torch.no_grad()
     def take_in(self, mean: Tensor, var: Tensor, values: int) -> None:
@@ -214,6 +215,15 @@ def _with_tensors_of(old: nn.BatchNorm2d, norm: type[nn.BatchNorm2d]) -> nn.Batc
     new.running_mean, new.running_var = old.running_mean, old.running_var
     new.num_batches_tracked = old.num_batches_tracked
     return new
+
+
+def _values_of_a_channel(shape: Sequence[int], processes: int, instead: str) -> int:
+    values = math.prod(shape) // shape[1] * processes  # every process has the same number of images
+    if values == 1:
+        raise TinyTLError(
+            f"batch norm needs more than one value a channel: use a larger batch or image, or {instead}"
+        )
+    return values
 
 
 class _SumOverProcesses(Function):
