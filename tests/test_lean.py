@@ -225,6 +225,18 @@ def test_odd_sizes_and_a_batch_of_one_train(backbone, train_size, batch, make_mo
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in model.trainable_parameters())
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 40)])
+def test_maps_of_a_stem_that_are_too_small_to_be_pooled_reach_the_lite_residual(size, make_model):
+    images, found = torch.randn(8, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), []
+    for lean in (True, False):
+        model = whole_model(make_model, "TinyTL-L+B", "mobilenet_v2", lean)
+        inputs = images.clone().requires_grad_()
+        model(inputs).square().sum().backward()
+        found.append([inputs.grad, *(parameter.grad for parameter in model.trainable_parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9 * float(theirs.abs().max()), rtol=1e-7)
+
+
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_bf16_autocast_is_as_near_to_fp32_as_the_stock_model_is(backend, make_model):
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))

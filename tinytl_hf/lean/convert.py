@@ -280,7 +280,7 @@ def _join(stems: Sequence[nn.Module], block: TinyTLBlock, prefix: Collection[nn.
         return
     joined = replace(main, stages=(*stem.chain.stages, *main.stages), branch=len(stem.chain.stages))
     members = (*stems, block)
-    whole = replace(path, main=joined) if isinstance(path, LeanBlockPath) else joined
+    whole = replace(path, main=joined, apart=(stem.chain, main)) if isinstance(path, LeanBlockPath) else joined
     block.lean_path = Together(members, whole, path)
     stem.chain = Together(members, done_by_another, stem.chain)
 

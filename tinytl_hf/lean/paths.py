@@ -81,10 +81,12 @@ class LeanBlockPath:
     Attributes:
         main: The block itself, perhaps with a stem before it.
         branch: Its lite residual, but for pooling and up-sampling.
+        apart: The stem and the block by themselves, where ``main`` is both.
     """
 
     main: Callable[[Tensor], Tensor]
     branch: Branch
+    apart: tuple[Chain, Chain] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the block with its lite residual, which runs as in stock PyTorch if somebody looks at it."""
@@ -94,6 +96,9 @@ class LeanBlockPath:
             return output + lite(x, tuple(output.shape[-2:]))
         if isinstance(self.main, Chain) and lite.pools_maps_of(self.main.block_input_size(x.shape)):
             output, pooled = self.main.with_pooled_input(x)
+        elif self.apart is not None:  # the lite residual gets what the stem gives as it is
+            stem, block = self.apart
+            return LeanBlockPath(block, self.branch)(stem(x))
         else:
             output, pooled = self.main(x), self.pooled(x)
         small = self.branch(pooled)
