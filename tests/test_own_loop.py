@@ -67,6 +67,22 @@ def test_a_hook_on_a_parameter_runs_once_and_gets_its_whole_gradient(method, bac
     assert seen == [1]
 
 
+def test_lbfgs_takes_weights_that_lie_in_one_row_as_the_readme_says(make):
+    model, losses = make("TinyTL-L+B", "mobilenet_v2"), []
+    expected = gradients(model)
+    model.to(memory_format=torch.contiguous_format)
+    assert off(gradients(model), expected) < 1e-2
+
+    def closure():
+        model.zero_grad()
+        losses.append(F.cross_entropy(model(IMAGES), KINDS))
+        losses[-1].backward()
+        return losses[-1]
+
+    torch.optim.LBFGS(model.trainable_parameters(), lr=0.1, max_iter=2).step(closure)
+    assert losses[1] < losses[0]
+
+
 @pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing")
 @pytest.mark.parametrize(
     ("method", "backbone", "name"),
