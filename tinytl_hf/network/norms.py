@@ -220,9 +220,7 @@ def _with_tensors_of(old: nn.BatchNorm2d, norm: type[nn.BatchNorm2d]) -> nn.Batc
 def _values_of_a_channel(shape: Sequence[int], processes: int, instead: str) -> int:
     values = math.prod(shape) // shape[1] * processes  # every process has the same number of images
     if values == 1:
-        raise TinyTLError(
-            f"batch norm needs more than one value a channel: use a larger batch or image, or {instead}"
-        )
+        raise TinyTLError(f"batch norm needs more than one value a channel: use a larger batch or image, or {instead}")
     return values
 
 
