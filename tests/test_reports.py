@@ -159,6 +159,16 @@ def test_compare_leaves_out_what_is_no_finished_run_and_names_it(runs):
     assert done.returncode == 1 and "no finished run among them" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_run_with_an_option_that_others_lack_is_a_row_of_its_own(runs):
+    """As one of a later version has."""
+    config = runs / "last1" / "config.yaml"
+    config.write_text(config.read_text() + "\nlater:\n  option: 5\n")
+    for names in (("last0", "last1"), ("last1", "last0")):
+        done = run_cli("compare", *(runs / name for name in names))
+        assert done.returncode == 0 and rows(done.stdout) == 2, done.stderr
+        assert "FT-Last, later.option 5" in done.stdout and "rows differ in later.option: " in done.stdout
+
+
 class Page(HTMLParser):
     """The tags of a page with their attributes, and its text."""
 

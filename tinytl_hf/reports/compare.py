@@ -134,19 +134,24 @@ def _groups(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
     for members in groups.values():
         rivals = [_compared(group[0]) for group in groups.values() if group[0].method == members[0].method]
         own = _compared(members[0])
-        special = [own[key] if key == "backbone.name" else f"{key} {own[key]}" for key in _telling_apart(rivals)]
+        special = [own[key] if key == "backbone.name" else f"{key} {own.get(key)}" for key in _telling_apart(rivals)]
         named[one_line(", ".join([members[0].method, *special]))] = members
     return named
 
 
 def _telling_apart(rivals: Sequence[dict[str, Any]]) -> list[str]:
     """Options that are enough to tell runs apart, such as a backbone's name without its weights'."""
-    keys = [key for key in rivals[0] if any(rival[key] != rivals[0][key] for rival in rivals)]
+    keys = [key for key in _options(rivals) if any(rival.get(key) != rivals[0].get(key) for rival in rivals)]
     for key in reversed(keys):
         fewer = [other for other in keys if other != key]
-        if len({str([rival[other] for other in fewer]) for rival in rivals}) == len(rivals):
+        if len({str([rival.get(other) for other in fewer]) for rival in rivals}) == len(rivals):
             keys = fewer
     return keys
+
+
+def _options(runs: Iterable[dict[str, Any]]) -> list[str]:
+    """The options that any of these runs has: one of another version can have more."""
+    return list(dict.fromkeys(chain.from_iterable(runs)))
 
 
 def _compared(run: FinishedRun) -> dict[str, Any]:
@@ -212,8 +217,8 @@ def _notes(runs: Sequence[FinishedRun], groups: dict[str, list[FinishedRun]]) ->
         if len(set(seeds)) < len(seeds):
             notes.append(f"{name}: {len(seeds)} runs of {len(set(seeds))} seeds, {_values(seeds)}")
     firsts = [_compared(members[0]) for members in groups.values()]
-    for key in firsts[0]:
-        found = _values(first[key] for first in firsts)
+    for key in _options(firsts):
+        found = _values(first.get(key) for first in firsts)
         if key not in ("method", "backbone.name", "data.train_size") and " / " in found:
             notes.append(f"rows differ in {key}: {found}")
     return [one_line(note) for note in notes]
