@@ -169,6 +169,43 @@ def test_a_run_with_an_option_that_others_lack_is_a_row_of_its_own(runs):
         assert "FT-Last, later.option 5" in done.stdout and "rows differ in later.option: " in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "reason"),
+    [
+        ("eval_results.json", {"label_names": ["blue", None]}, "eval_results.json: label_names is no list of names"),
+        (
+            "eval_results.json",
+            {"label_names": ["blue"]},
+            "eval_results.json: confusion_matrix has not a row and a column",
+        ),
+        ("eval_results.json", {"trained_parameters": "many"}, "eval_results.json: trained_parameters is no number"),
+        ("eval_results.json", {"balanced_accuracy": None}, "eval_results.json: balanced_accuracy is no number"),
+        ("eval_results.json", {"per_class_accuracy": None}, "eval_results.json: per_class_accuracy is no list"),
+        ("memory.json", {"conditions": []}, "memory.json: conditions is no mapping"),
+    ],
+)
+def test_a_damaged_run_is_left_out_with_the_file_and_what_is_wrong_in_it(file, changes, reason, runs):
+    edit(runs / "bias" / file, **changes)
+    done = run_cli("compare", runs / "last0", runs / "bias")
+    assert done.returncode == 0 and f"left out: {runs / 'bias'} is damaged: {reason}" in done.stderr
+    for words in ((), ("--html",)):
+        done = run_cli("report", runs / "bias", *words)
+        assert done.returncode == 1 and f"{runs / 'bias'} is damaged: {reason}" in done.stderr
+
+
+def test_a_page_says_what_is_damaged_that_it_alone_needs(runs):
+    mistakes = runs / "last0" / "mistakes.json"
+    known = json.loads(mistakes.read_text())
+    for damaged in ([1], {**known, "n": None}, {**known, "shown": [{}]}, {"wrong": 1, "n": 2}):
+        mistakes.write_text(json.dumps(damaged))
+        done = run_cli("report", runs / "last0", "--html")
+        assert done.returncode == 1 and f"{mistakes} is damaged: " in done.stderr and "unexpected" not in done.stderr
+    mistakes.unlink()
+    edit(runs / "last0" / "eval_results.json", per_class_accuracy=[1.0])
+    done = run_cli("report", runs / "last0", "--html")
+    assert done.returncode == 1 and "is damaged: eval_results.json has not an accuracy for each" in done.stderr
+
+
 class Page(HTMLParser):
     """The tags of a page with their attributes, and its text."""
 

@@ -12,7 +12,15 @@ import yaml
 from tinytl_hf.config.run import Config, flat, with_new_names
 from tinytl_hf.config.yaml12 import load_yaml
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.reports.run_folder import CONFIG_FILE, MEMORY_FILE, RESULTS_FILE, images_of, read_metrics, seconds_of
+from tinytl_hf.reports.run_folder import (
+    CONFIG_FILE,
+    MEMORY_FILE,
+    METRICS_FILE,
+    RESULTS_FILE,
+    images_of,
+    read_metrics,
+    seconds_of,
+)
 
 
 @dataclass(frozen=True)
@@ -112,17 +120,43 @@ def _with_new_name(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_complete(run: FinishedRun) -> None:
-    """Touch what will be read later, so that what is missing shows while it can be named."""
+    """Look at what will be read later, so that what is missing or no such value shows while it can be named."""
     if not run.epochs:
         raise ValueError("metrics.jsonl has no line")
     for line in run.epochs:
+        _check_numbers(METRICS_FILE, line, "epoch", "seconds")
+        _check_numbers(METRICS_FILE, line["train"], "images_per_second")
         for part in ("train", "eval"):
-            float(line[part]["accuracy"]), float(line[part]["loss"])
+            _check_numbers(METRICS_FILE, line[part], "accuracy", "loss")
         float(sum(line["train_curve"]["accuracy"] + line["train_curve"]["loss"]))
-    for name in ("accuracy", "top5", "f1", "loss", "ece", "n", "adapter_bytes"):
-        float(run.results[name])
-    for name in ("confusion_matrix", "per_class_accuracy", "label_names"):
-        len(run.results[name])
-    float(run.seconds + run.images + (run.peak_bytes(run.engine) or 0))
+    _check_results(run.results)
     if run.memory is not None:
-        dict(run.memory["conditions"])
+        if not isinstance(run.memory["conditions"], dict):
+            raise ValueError(f"{MEMORY_FILE}: conditions is no mapping")
+        for row in run.memory_rows:
+            _check_numbers(MEMORY_FILE, row["peak"], "total", *row["peak"])
+            str(row["engine"])
+
+
+def _check_results(results: dict[str, Any]) -> None:
+    _check_numbers(RESULTS_FILE, results, "accuracy", "top5", "f1", "loss", "ece", "n", "adapter_bytes")
+    added = [name for name in results if name.startswith("evaluate_")]
+    later = [name for name in ("trained_parameters", "balanced_accuracy") if name in results]  # 0.1 had none
+    _check_numbers(RESULTS_FILE, results, *added, *later)
+    labels, by_class = results["label_names"], results["per_class_accuracy"]
+    if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
+        raise ValueError(f"{RESULTS_FILE}: label_names is no list of names")
+    if not isinstance(by_class, list):
+        raise ValueError(f"{RESULTS_FILE}: per_class_accuracy is no list of numbers")
+    if [len(row) for row in results["confusion_matrix"]] != [len(labels)] * len(labels):
+        raise ValueError(f"{RESULTS_FILE}: confusion_matrix has not a row and a column for each of label_names")
+    float(sum(map(sum, results["confusion_matrix"])))
+    float(sum(value for value in by_class if value is not None))  # of a class without images there is none
+
+
+def _check_numbers(file: str, values: dict[str, Any], *names: str) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: {str(values)[:60]} is no mapping")
+    for name in names:
+        if not isinstance(values[name], (int, float)):
+            raise ValueError(f"{file}: {name} is no number")

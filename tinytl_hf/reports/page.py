@@ -18,7 +18,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.reports.compare import CONDITIONS, Comparison
 from tinytl_hf.reports.finished_run import FinishedRun, read_run
 from tinytl_hf.reports.plots import MB, save_confusion, save_curves, save_memory_bars
-from tinytl_hf.reports.run_folder import MISTAKES_FILE
+from tinytl_hf.reports.run_folder import MISTAKES_FILE, RESULTS_FILE
 from tinytl_hf.version import __version__
 
 TEMPLATE = "report_template.html"
@@ -55,12 +55,14 @@ def render(run: FinishedRun) -> str:
         lstrip_blocks=True,
     )
     results, labels = run.results, run.results["label_names"]
+    if len(results["per_class_accuracy"]) != len(labels):
+        raise TinyTLError(f"{run.folder} is damaged: {RESULTS_FILE} has not an accuracy for each of its label_names")
     memory_rows = run.memory_rows
     defaults = flat(Config().to_dict())
     return environment.get_template(TEMPLATE).render(
         run=run,
         version=__version__,
-        title=f"{run.method} on {results['backbone']}",
+        title=f"{run.method} on {results.get('backbone', run.config['backbone.name'])}",
         figures=_figures(run),
         conditions={key: results[key] for key in CONDITIONS if key in results},
         curves=_picture(lambda file: save_curves(file, {run.method: run.epochs})),
@@ -102,11 +104,21 @@ def _figures(run: FinishedRun) -> dict[str, str]:
 
 
 def _mistakes(run: FinishedRun) -> dict[str, Any] | None:
-    path = run.folder / MISTAKES_FILE
+    path, labels = run.folder / MISTAKES_FILE, run.results["label_names"]
+    if not path.is_file():
+        return None
     try:
-        return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else None
-    except ValueError as error:
-        raise TinyTLError(f"{path} is damaged: {error}; remove it to do without") from error
+        found = dict(json.loads(path.read_text("utf-8")))
+        for name in ("wrong", "n"):
+            format(found[name], ",d")
+        for mistake in found["shown"]:  # what the page will read
+            base64.b64decode(mistake["png"]), int(mistake["index"])
+            str(labels[mistake["answer"]] + labels[mistake["label"]])
+            float(100 * mistake["probability"]), float(100 * mistake["probability_of_label"])
+    except (ValueError, TypeError, LookupError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise TinyTLError(f"{path} is damaged: {reason}; remove it to do without") from error
+    return found
 
 
 def _picture(draw: Callable[[io.BytesIO], None]) -> str:
