@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,20 +68,36 @@ def writing(what: object, fix: str) -> Iterator[None]:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under another name, bring it to the disk, and give it its name."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    write_together({path: content})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """As :func:`write_bytes`, for files that belong together: none gets its name before all are on the disk.
+
+    So where one finds no room, or a person stops it there, those that were there before still fit one another.
+    """
+    temporary = {path: path.with_name(f".{path.name}.tmp") for path in files}
     try:
-        temporary.write_bytes(content)
-        sync(temporary)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+        for path, content in files.items():
+            temporary[path].write_bytes(content)
+            sync(temporary[path])
+        for path in files:
+            temporary[path].replace(path)
+    finally:
+        for path in files:
+            temporary[path].unlink(missing_ok=True)
+    for folder in {path.parent for path in files}:
+        sync(folder)
 
 
 def write_text(path: Path, text: str) -> None:
     """As :func:`write_bytes`, in UTF-8; bytes of a file's name that are no such text are escaped."""
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+    write_bytes(path, encoded(text))
+
+
+def encoded(text: str) -> bytes:
+    """Text in UTF-8, in which bytes of a file's name that are no such text are escaped."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def sync(path: Path) -> None:

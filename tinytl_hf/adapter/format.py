@@ -22,7 +22,7 @@ from torch import Tensor
 from tinytl_hf.adapter.delta import is_finite
 from tinytl_hf.adapter.record import LONGEST, AdapterConfig, checked, config_from
 from tinytl_hf.config.check import check
-from tinytl_hf.disk import expanded, write_bytes, write_text
+from tinytl_hf.disk import encoded, expanded, write_together
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.weights import without_folder
 from tinytl_hf.version import __version__
@@ -55,7 +55,7 @@ def folder_named(key: str, name: object) -> Path:
 
 
 def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], card: str) -> None:
-    """Write an adapter folder; each file appears whole or not at all, and other files there stay.
+    """Write an adapter folder; its files appear together or not at all, and other files there stay.
 
     Raises:
         TinyTLError: The folder cannot be written or holds an adapter of another library, or a value is not finite or
@@ -66,10 +66,9 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Ten
     try:
         _check_ours(folder / CONFIG_FILE)
         folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / TENSORS_FILE, save(stored, metadata={"format": "pt"}))
-        if card:
-            write_text(folder / CARD_FILE, card)
-        write_text(folder / CONFIG_FILE, config.to_json())
+        files = {TENSORS_FILE: save(stored, metadata={"format": "pt"}), CARD_FILE: encoded(card)}
+        files[CONFIG_FILE] = encoded(config.to_json())
+        write_together({folder / name: content for name, content in files.items() if content})
     except OSError as error:
         raise TinyTLError(f"cannot write the adapter to {folder}: {error}") from error
 

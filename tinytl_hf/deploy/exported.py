@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tinytl_hf.adapter.build import build_network
 from tinytl_hf.config.export import ExportConfig
-from tinytl_hf.disk import expanded, write_bytes, writing
+from tinytl_hf.disk import expanded, write_bytes, write_together, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.transfer import without_paths
 from tinytl_hf.lean.int8 import dequantise
@@ -138,21 +138,15 @@ def write_with_description(path: Path, content: bytes, about: Mapping[str, Any])
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
-    """Write the files of an export: all of them or, where one cannot be written, none of those that are new.
+    """Write the files of an export: all of them or, where one cannot be written, none.
 
     Raises:
         TinyTLError: One cannot be written.
     """
-    new = [path for path in files if not path.exists()]
-    try:
-        for path, content in files.items():
-            with writing(f"output={path}", ANOTHER):
-                path.parent.mkdir(exist_ok=True)
-                write_bytes(path, content)
-    except TinyTLError:
-        for path in new:
-            path.unlink(missing_ok=True)
-        raise
+    with writing(f"output={', '.join(map(str, files))}", ANOTHER):
+        for path in files:
+            path.parent.mkdir(exist_ok=True)
+        write_together(files)
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:

@@ -34,7 +34,7 @@ from huggingface_hub.errors import (
 from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE, folder_named, read_config, read_tensors
 from tinytl_hf.adapter.record import AdapterConfig
 from tinytl_hf.config.hub import REPO_NAME, PullConfig, PushConfig
-from tinytl_hf.disk import write_bytes, writing
+from tinytl_hf.disk import write_together, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub import client
 from tinytl_hf.hub.card import (
@@ -127,8 +127,7 @@ def pull(config: PullConfig) -> Path:
     with writing(f"output={output}", "name another folder"):
         output.mkdir(parents=True, exist_ok=True)
         former = files_of_card(read_card(output) or "") if others else []
-        for file in files:
-            write_bytes(output / file.name, file.read_bytes())
+        write_together({output / file.name: file.read_bytes() for file in files})
         for name in set(former) - {file.name for file in files}:  # of the adapter that was there
             (output / name).unlink(missing_ok=True)
     return output

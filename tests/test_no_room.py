@@ -1,0 +1,67 @@
+"""Files that belong together where the disk has room for some of them, or a person stops the program between them."""
+
+import pytest
+import torch
+from conftest import run_cli
+
+from tinytl_hf import TinyTLError
+from tinytl_hf.deploy.exported import described_by, write_with_description
+
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.fixture
+def full_after(monkeypatch):
+    """Let the disk take one file more, and fail at the next."""
+
+    def fail(error=FULL, files=1):
+        written = iter(range(files))
+
+        def sync(descriptor):
+            if next(written, None) is None:
+                raise error
+
+        monkeypatch.setattr("os.fsync", sync)
+
+    return fail
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()])
+@pytest.mark.parametrize("files", [0, 1, 2])
+def test_an_adapter_that_is_saved_over_another_leaves_that_one_as_it_was(
+    error, files, make_model, tmp_path, full_after
+):
+    model = make_model("FT-Last", label_names=list("abcd"))
+    model.save_pretrained(tmp_path / "adapter")
+    before = files_of(tmp_path / "adapter")
+    other = make_model("FT-Last", label_names=list("dcba"))
+    with torch.no_grad():
+        next(other.trainable_parameters()).add_(1)
+    full_after(error, files)
+    with pytest.raises((TinyTLError, KeyboardInterrupt), match="No space left" if error is FULL else None):
+        other.save_pretrained(tmp_path / "adapter")
+    assert files_of(tmp_path / "adapter") == before
+
+
+def test_an_adapter_that_is_pulled_over_another_leaves_that_one_as_it_was(server, make_model, tmp_path, full_after):
+    make_model("FT-Last", label_names=list("abcd")).push_to_hub("me/flowers")
+    make_model("FT-Last", label_names=list("dcba")).save_pretrained(tmp_path / "mine")
+    before = files_of(tmp_path / "mine")
+    full_after()
+    done = run_cli("pull", "--repo", "me/flowers", "--output", tmp_path / "mine", "--overwrite")
+    assert done.returncode == 1 and "cannot be written ([Errno 28] No space left" in done.stderr
+    assert files_of(tmp_path / "mine") == before
+
+
+def test_a_pte_file_and_its_description_are_replaced_together(tmp_path, full_after):
+    path = tmp_path / "model.pte"
+    write_with_description(path, b"one", {"labels": ["one"]})
+    before = files_of(tmp_path)
+    full_after()
+    with pytest.raises(TinyTLError, match=f"{path}: cannot be written"):
+        write_with_description(path, b"two", {"labels": ["two"]})
+    assert files_of(tmp_path) == before and described_by(path).name in before
