@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from test_methods import train_steps
 
 from tinytl_hf import TinyTLError, TinyTLModel
+from tinytl_hf.config.export import ExportConfig
+from tinytl_hf.deploy.exported import check_output
 from tinytl_hf.deploy.merge import load_merged
 
 IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
@@ -125,6 +127,31 @@ def test_a_file_is_replaced_only_on_request_and_then_whole(merged, tmp_path, mon
     before = tensors.read_bytes()
     done = run_cli("merge", "--adapter", tmp_path / "adapter", "--output", tensors, "--overwrite")
     assert done.returncode == 1 and "is a file of the adapter" in done.stderr and tensors.read_bytes() == before
+
+
+def test_a_link_that_leads_nowhere_is_not_replaced(make_model, tmp_path):
+    model = make_model("FT-Last")
+    model.save_pretrained(tmp_path / "adapter")
+    for words in (
+        ["merge", "m.safetensors"],
+        ["export", "m.onnx", "--format", "onnx"],
+        ["export", "m", "--format", "timm"],
+    ):
+        link = tmp_path / words[1]
+        link.symlink_to(tmp_path / "away")
+        done = run_cli(words[0], "--adapter", tmp_path / "adapter", "--output", link, *words[2:])
+        assert done.returncode == 1 and f"output={link}: exists; name another" in done.stderr
+        assert link.is_symlink() and not (tmp_path / "away").exists()
+
+
+def test_a_json_file_of_mine_beside_a_pte_file_is_not_replaced(tmp_path):
+    mine = tmp_path / "memory.json"
+    mine.write_text("mine")
+    config = ExportConfig("adapter", "executorch", str(tmp_path / "memory.pte"), overwrite=True)
+    with pytest.raises(TinyTLError, match=f"output={mine}: is there, and was not written by this command"):
+        check_output(config)
+    mine.write_text('{"adapter_config": {}}')
+    assert check_output(config) == tmp_path / "memory.pte"
 
 
 def test_wrong_files_are_named(merged, tmp_path):

@@ -83,6 +83,33 @@ def test_what_timm_cannot_hold_is_refused_by_name(method, backbone, message, mak
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("file", ["README.md", "config.json", "model.safetensors", "adapter_config.json"])
+def test_files_of_mine_in_a_folder_are_not_replaced(file, make_model, tmp_path, monkeypatch):
+    model = make_model("FT-Last", "resnet18")
+    if file == "adapter_config.json":
+        model.save_pretrained(tmp_path)
+    else:
+        (tmp_path / file).write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TinyTLError, match=r"output=.*: (is there, and was not written by this|holds a model)"):
+        model.export(".", format="timm", check_images=1, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_current_folder_and_one_behind_a_link_can_get_an_export_again(exported, make_model, tmp_path, monkeypatch):
+    _, folder, _ = exported("FT-Last", "resnet18")
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "notes.txt").write_text("mine")
+    monkeypatch.chdir(folder)
+    for output, label in ((".", "one"), (tmp_path / "link", "two")):
+        other = make_model("FT-Last", "resnet18", num_classes=None, label_names=[label, "b"])
+        other.export(output, format="timm", check_images=1, overwrite=True)
+        assert json.loads((folder / "config.json").read_text())["label_names"] == [label, "b"]
+    assert (folder / "notes.txt").read_text() == "mine" and len(list(folder.iterdir())) == 4
+    assert (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 2
+
+
 def test_names_of_classes_do_nothing_to_the_page(make_model, tmp_path):
     labels = ["a\nb", "<b>x<", "user/name", "d"]
     model = make_model("FT-Last", "resnet18", num_classes=None, label_names=labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from tinytl_hf.adapter.build import build_network
 from tinytl_hf.config.export import ExportConfig
-from tinytl_hf.disk import expanded, write_bytes, write_together, writing
+from tinytl_hf.disk import check_ours, expanded, local_path, write_bytes, write_together, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.transfer import without_paths
 from tinytl_hf.lean.int8 import dequantise
@@ -113,12 +114,16 @@ def check_output(config: ExportConfig) -> Path:
     """The path to write to, once it is known that something can be written there.
 
     Raises:
-        TinyTLError: There is something already, or the folder around it cannot be made or written.
+        TinyTLError: There is something already that is not to be replaced or is no export, or the folder around it
+            cannot be made or written.
     """
     path = expanded(config.output)
     for target in (path, described_by(path)) if config.format == "executorch" else (path,):
-        if target.exists() and (not config.overwrite or target.is_dir() != (config.format == "timm")):
+        is_there = os.path.lexists(target)  # a link that leads nowhere, too, which is somebody's all the same
+        if is_there and (not config.overwrite or target.is_dir() != (config.format == "timm")):
             raise TinyTLError(f"output={target}: exists; name another, or replace an export with --overwrite true")
+    if config.format == "executorch":
+        check_ours("output", described_by(path), '"adapter_config"')  # nobody named that file
     with writing(f"output={path}", ANOTHER):
         path.parent.mkdir(parents=True, exist_ok=True)
         trial = path.parent / f".{path.name}.tmp"
@@ -155,7 +160,8 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         TinyTLError: It cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = local_path(path)  # where a link leads, and what . is called
+    temporary = temporary.with_name(f".{temporary.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with writing(f"output={path}", ANOTHER):

@@ -7,6 +7,7 @@ layers that they do not have, so with them the file is for :func:`load_merged`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +49,7 @@ def merge(config: MergeConfig) -> str:
     path = Path(config.output)
     if path.name in ADAPTER_FILES and (path.parent / CONFIG_FILE).is_file():
         raise TinyTLError(f"output={path}: is a file of the adapter in {path.parent}; name another file")
-    if path.exists() and not config.overwrite:
+    if os.path.lexists(path) and not config.overwrite:  # a link that leads nowhere, too
         raise TinyTLError(f"output={path}: exists; name another file, or replace it with --overwrite true")
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)
     if model.config.backbone.frozen_weights == "int8":

@@ -11,10 +11,12 @@ import torch
 from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 
+from tinytl_hf.adapter.format import CARD_FILE
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.export import ExportConfig
 from tinytl_hf.deploy.check import compare, evaluation_images
 from tinytl_hf.deploy.exported import Deployed, check_output, require, write_folder
+from tinytl_hf.disk import check_ours
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import LICENCE, escaped
 from tinytl_hf.hub.transfer import TIMM_FILES
@@ -40,6 +42,8 @@ model = timm.create_model("hf-hub:user/name", pretrained=True).eval()
 transformers loads it as well: `pipeline("image-classification", model="user/name")`.
 """
 SHOWN_LABELS = 20
+# What files of an export hold: another folder can have files of these names, such as a project's own README.md.
+MARKS = {CARD_FILE: "fine-tuned with tinytl_hf", "config.json": '"label_names"'}
 
 
 def export_timm(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> str:
@@ -50,11 +54,12 @@ def export_timm(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> s
 
     Raises:
         TinyTLError: The method or the backbone does not fit, timm is missing, the logits differ, or the folder
-            cannot be written.
+            holds another's files or cannot be written.
     """
     name = _check_fits(model)
     timm = require("timm", "timm")
     path = check_output(config)
+    _check_is_export(path)
     images = evaluation_images(model, data, config.check_images)
     deployed = Deployed(model)
     network = timm.create_model(name, pretrained=False, num_classes=len(model.label_names))
@@ -71,6 +76,14 @@ def export_timm(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> s
         f'{path}: {size:.2f} MB, timm\'s {name}; load it with timm.create_model("local-dir:{path}", pretrained=True), '
         f"and push it with tinytl-hf push --adapter {path} --repo user/name\n{comparison}"
     )
+
+
+def _check_is_export(path: Path) -> None:
+    """Raise if a folder holds files of these names that no export wrote."""
+    for file, mark in MARKS.items():
+        check_ours("output", path / file, mark)
+    if (path / "model.safetensors").exists() and not (path / "config.json").exists():
+        raise TinyTLError(f"output={path}: holds a model.safetensors that is of no export; name another folder")
 
 
 def _check_fits(model: TinyTLModel) -> str:
