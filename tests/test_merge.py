@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_methods import train_steps
 
+import tinytl_hf
 from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.config.export import ExportConfig
 from tinytl_hf.deploy.exported import check_output
@@ -152,6 +153,17 @@ def test_a_json_file_of_mine_beside_a_pte_file_is_not_replaced(tmp_path):
         check_output(config)
     mine.write_text('{"adapter_config": {}}')
     assert check_output(config) == tmp_path / "memory.pte"
+
+
+@pytest.mark.parametrize("method", ["FT-Last", "TinyTL-L"])
+def test_the_line_to_copy_loads_a_file_of_any_name(method, make_model, tmp_path):
+    make_model(method).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / 'my "best" \\ model.safetensors'
+    done = run_cli("merge", "--adapter", tmp_path / "adapter", "--output", path)
+    names = {"torchvision": torchvision, "safetensors": safetensors, "tinytl_hf": tinytl_hf}
+    eval(done.stdout.strip().rpartition("load it with ")[2], names)
+    with safe_open(path, "pt") as file:
+        assert json.dumps(path.name) in file.metadata()["load_with"]
 
 
 def test_wrong_files_are_named(merged, tmp_path):

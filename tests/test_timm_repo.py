@@ -1,6 +1,8 @@
 """Models for timm and transformers: a folder with equal logits, and the Hub."""
 
 import json
+import re
+import shlex
 
 import numpy as np
 import pytest
@@ -108,6 +110,15 @@ def test_the_current_folder_and_one_behind_a_link_can_get_an_export_again(export
         assert json.loads((folder / "config.json").read_text())["label_names"] == [label, "b"]
     assert (folder / "notes.txt").read_text() == "mine" and len(list(folder.iterdir())) == 4
     assert (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_lines_to_copy_load_and_push_a_folder_of_any_name(make_model, tmp_path):
+    folder = tmp_path / 'my "best" model'
+    text = make_model("FT-Last", "resnet18").export(folder, format="timm", check_images=1)
+    load = re.search(r"load it with (timm\.create_model\(.*\)), and", text)[1]
+    assert eval(load, {"timm": timm}).num_classes == 4
+    words = shlex.split(re.search("tinytl-hf push (.*)", text)[1])
+    assert words == ["--adapter", str(folder), "--repo", "user/name"]
 
 
 def test_names_of_classes_do_nothing_to_the_page(make_model, tmp_path):

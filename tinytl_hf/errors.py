@@ -1,5 +1,6 @@
 """The two exceptions whose messages are meant for the person at the keyboard, and text that is safe to show there."""
 
+import json
 import unicodedata
 
 
@@ -32,3 +33,8 @@ def one_line(text: object) -> str:
     """
     shown = "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in str(text))
     return " ".join(shown.split())
+
+
+def quoted(text: str) -> str:
+    """Text as a string of Python's in double quotes, for code that a person copies."""
+    return json.dumps(text, ensure_ascii=False)

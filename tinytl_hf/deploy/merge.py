@@ -24,7 +24,7 @@ from tinytl_hf.adapter.record import AdapterConfig, config_from
 from tinytl_hf.config.check import check
 from tinytl_hf.config.verbs import MergeConfig
 from tinytl_hf.disk import expanded, write_bytes, writing
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, quoted
 from tinytl_hf.hub.card import ADAPTER_FILES
 from tinytl_hf.hub.transfer import without_paths
 from tinytl_hf.lean.int8 import dequantise
@@ -119,7 +119,7 @@ def _description(config: AdapterConfig, file: str) -> tuple[str, str]:
     library, own_name, build = "torchvision", name, "torchvision.models.get_model"
     if name.startswith(PREFIX):
         library, own_name, build = "timm", architecture(name).removeprefix(PREFIX), "timm.create_model"
-    load_merged = f'tinytl_hf.load_merged("{file}")'
+    load_merged = f"tinytl_hf.load_merged({quoted(file)})"
     if name == proxylessnas.NAME:
         return f"{name} ({config.method}, {classes} classes), which neither torchvision nor timm has", load_merged
     if METHODS[config.method].lite_residual:
@@ -127,7 +127,7 @@ def _description(config: AdapterConfig, file: str) -> tuple[str, str]:
         return what, load_merged
     what = f"{library}'s {own_name} with {classes} classes"
     network = f'{build}("{own_name}", num_classes={classes})'
-    tensors = f'safetensors.torch.load_file("{file}")'
+    tensors = f"safetensors.torch.load_file({quoted(file)})"
     if own_name.startswith(ASKS_FOR_VERSION) and library == "torchvision":
         filled = f"state = network.state_dict(); state.update({tensors}); network.load_state_dict(state)"
         return what, f"network = {network}; {filled}"

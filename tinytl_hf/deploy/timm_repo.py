@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tinytl_hf.config.export import ExportConfig
 from tinytl_hf.deploy.check import compare, evaluation_images
 from tinytl_hf.deploy.exported import Deployed, check_output, require, write_folder
 from tinytl_hf.disk import check_ours
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, quoted
 from tinytl_hf.hub.card import LICENCE, escaped
 from tinytl_hf.hub.transfer import TIMM_FILES
 from tinytl_hf.model import TinyTLModel
@@ -73,8 +74,9 @@ def export_timm(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> s
     write_folder(path, files)
     size = len(files["model.safetensors"]) / 1e6
     return (
-        f'{path}: {size:.2f} MB, timm\'s {name}; load it with timm.create_model("local-dir:{path}", pretrained=True), '
-        f"and push it with tinytl-hf push --adapter {path} --repo user/name\n{comparison}"
+        f"{path}: {size:.2f} MB, timm's {name}; load it with timm.create_model({quoted(f'local-dir:{path}')}, "
+        f"pretrained=True), and push it with tinytl-hf push --adapter {shlex.quote(str(path))} --repo user/name\n"
+        f"{comparison}"
     )
 
 
