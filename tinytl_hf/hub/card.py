@@ -171,9 +171,12 @@ def update_card(existing: str, new: str) -> str:
     """Put our part of a card into another one.
 
     Args:
-        existing: A card. One without our two marks belongs to a person, and is returned as it is.
+        existing: A card. One without our two marks belongs to a person, and is returned as it is, unless it has
+            metadata only, such as the licence that the Hub asks for where a repository is made.
         new: A card with our part. What a person wrote into its metadata comes along.
     """
+    if REGEX_YAML_BLOCK.search(existing) and not has_our_part(existing) and not text_around(existing):
+        existing = f"{existing.rstrip()}\n\n{BEGIN}{END}\n"
     before, begin, rest = existing.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):

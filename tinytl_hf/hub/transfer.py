@@ -240,6 +240,10 @@ def _with_what_is_there(card: str, there: str) -> str:
     Where both have text around ours, that of this folder is taken: the Hub keeps the other in its history.
     """
     text, text_there = text_around(card), text_around(there)
+    if not text and text_there and not has_our_part(there):
+        logger.warning(
+            "README.md on the Hub stays as it is: it is not of this package; remove it there to get the card here"
+        )
     if text and text_there and not (text in text_there or text_there in text):
         logger.warning(
             "README.md on the Hub has text that the card here has not; it is replaced by that of the card here, and "
@@ -247,7 +251,8 @@ def _with_what_is_there(card: str, there: str) -> str:
         )
     if not text or text in text_there:
         return update_card(there, card)
-    return update_card(card, update_card(there, card)) if has_our_part(there) else card
+    merged = update_card(there, card)
+    return update_card(card, merged) if has_our_part(merged) else card
 
 
 def without_paths(config: AdapterConfig) -> AdapterConfig:

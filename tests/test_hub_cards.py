@@ -1,0 +1,37 @@
+"""What a push makes of the card that a repository has already."""
+
+import pytest
+from conftest import run_cli
+from huggingface_hub import ModelCard
+
+from tinytl_hf.hub.card import text_around
+
+
+@pytest.fixture
+def adapter(make_model, tmp_path):
+    make_model("FT-Last").save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def push_over(server, folder, card):
+    """Push to a repository that has this card; what is there then, and what the command said."""
+    server.add_repo("me/flowers", {"README.md": card.encode()})
+    done = run_cli("push", "--adapter", folder, "--repo", "me/flowers")
+    assert done.returncode == 0, done.stderr
+    return server.repos["me/flowers"].files()["README.md"].content.decode(), done.stderr
+
+
+@pytest.mark.parametrize("text_here", ["", "Written here."])
+def test_a_licence_that_was_chosen_where_the_repository_was_made_stays_in_the_card(text_here, server, adapter):
+    local = adapter / "README.md"
+    local.write_text(local.read_text() + text_here)
+    card, said = push_over(server, adapter, "---\nlicense: mit\n---\n")
+    data = ModelCard(card).data
+    assert data.license == "mit" and data.library_name == "tinytl-hf" and text_around(card) == text_here
+    assert 'from_pretrained("me/flowers")' in card and "README.md" not in said
+
+
+def test_a_card_of_mine_stays_and_the_push_says_so(server, adapter):
+    mine = "All mine."
+    card, said = push_over(server, adapter, mine)
+    assert card == mine and "README.md on the Hub stays as it is" in said
