@@ -152,3 +152,22 @@ def test_push_puts_it_on_the_hub_in_one_commit(exported, server):
     assert b'timm.create_model("hf-hub:me/flowers"' in repo.files()["README.md"].content
     run_cli("push", "--adapter", folder, "--repo", "me/flowers")
     assert len(repo.commits) == 2  # the second push had nothing to add
+
+
+def test_what_a_person_wrote_into_the_card_stays_here_and_on_the_hub(make_model, server, tmp_path):
+    folder = tmp_path / "repo"
+    card = folder / "README.md"
+    for label in ("one", "two"):
+        model = make_model("FT-Last", "resnet18", num_classes=None, label_names=[label, "b"])
+        model.export(folder, format="timm", check_images=1, overwrite=True)
+        done = run_cli("push", "--adapter", folder, "--repo", "me/flowers")
+        assert done.returncode == 0, done.stderr
+        there = server.repos["me/flowers"].files()["README.md"].content.decode()
+        assert f"2 classes ({label}, b)" in there and 'timm.create_model("hf-hub:me/flowers"' in there
+        if label == "one":
+            server.add_repo("me/flowers", {"README.md": f"{there}\nOf the garden.\n".encode()})
+    assert "Of the garden." in there
+    card.write_text(card.read_text().replace("license: apache-2.0", "license: mit") + "\nWritten here.\n")
+    model.export(folder, format="timm", check_images=1, overwrite=True)
+    text = card.read_text()
+    assert "license: mit" in text and "Written here." in text and text.count("fine-tuned with tinytl_hf") == 1

@@ -19,7 +19,7 @@ from tinytl_hf.deploy.check import compare, evaluation_images
 from tinytl_hf.deploy.exported import Deployed, check_output, require, write_folder
 from tinytl_hf.disk import check_ours
 from tinytl_hf.errors import TinyTLError, quoted
-from tinytl_hf.hub.card import LICENCE, escaped
+from tinytl_hf.hub.card import BEGIN, END, LICENCE, escaped, has_our_part, read_card, update_card
 from tinytl_hf.hub.transfer import TIMM_FILES
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.backbones import SAME_TENSORS
@@ -30,6 +30,7 @@ CARD = """---
 {metadata}
 ---
 
+{begin}
 # {name}, fine-tuned with tinytl_hf
 
 {method} on {backbone}: {count} classes ({labels}), {size} px.
@@ -41,6 +42,7 @@ model = timm.create_model("hf-hub:user/name", pretrained=True).eval()
 ```
 
 transformers loads it as well: `pipeline("image-classification", model="user/name")`.
+{end}
 """
 SHOWN_LABELS = 20
 # What files of an export hold: another folder can have files of these names, such as a project's own README.md.
@@ -71,6 +73,8 @@ def export_timm(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> s
         comparison = compare("timm", model, deployed, lambda inputs: loaded(torch.from_numpy(inputs)).numpy(), images)
         comparison.check()
         files = {file: (Path(folder) / file).read_bytes() for file in TIMM_FILES}
+    if (card := read_card(path)) and has_our_part(card):  # with what a person wrote around it
+        files[CARD_FILE] = update_card(card, files[CARD_FILE].decode()).encode()
     write_folder(path, files)
     size = len(files["model.safetensors"]) / 1e6
     return (
@@ -142,6 +146,8 @@ def _save(timm: Any, network: Any, model: TinyTLModel, folder: Path) -> None:
     backbone = model.config.backbone.name
     text = CARD.format(
         metadata=metadata.to_yaml(),
+        begin=BEGIN,
+        end=END,
         name=written["architecture"],
         method=model.config.method,
         backbone=backbone,

@@ -208,6 +208,8 @@ def _files_of_timm_model(api: HfApi, folder: Path, config: PushConfig) -> list[C
     card = read_card(folder) or ""
     for example in TIMM_EXAMPLES:
         card = card.replace(example.format(EXAMPLE_NAME), example.format(config.repo))
+    if (there := _card_there(api, config)) is not None:
+        card = _with_what_is_there(card, there)
     files = [CommitOperationAdd(name, folder / name) for name in TIMM_FILES if name != CARD_FILE]
     return [*files, CommitOperationAdd(CARD_FILE, card.encode())]
 
