@@ -111,6 +111,17 @@ def test_int8_weights_come_out_as_the_values_that_they_stand_for(method, merged)
         assert same_logits(network.eval().to(memory_format=torch.channels_last), model)
 
 
+def test_a_file_of_int8_weights_that_was_renamed_is_named_by_adapters_that_are_saved_of_it(
+    merged, tmp_path, monkeypatch
+):
+    model, path, _ = merged("TinyTL-B", frozen_weights="int8")
+    path.rename(tmp_path / "renamed.safetensors")
+    monkeypatch.chdir(tmp_path)
+    load_merged("renamed.safetensors").save_pretrained("again")
+    monkeypatch.chdir("/")
+    assert same_logits(TinyTLModel.from_pretrained(tmp_path / "again").eval(), model)
+
+
 def test_a_file_is_replaced_only_on_request_and_then_whole(merged, tmp_path, monkeypatch):
     _, path, _ = merged("FT-Last")
     path.write_bytes(b"mine")

@@ -35,6 +35,7 @@ from tinytl_hf.network.methods import METHODS
 from tinytl_hf.network.timm_nets import PREFIX, architecture
 
 ASKS_FOR_VERSION = "mnasnet"  # of torchvision: loads no state dict without the version that its own has beside it
+OWN_WEIGHTS = "holds_frozen_weights"  # in the metadata of a file of int8 weights, whose values are nowhere else
 
 
 def merge(config: MergeConfig) -> str:
@@ -52,7 +53,8 @@ def merge(config: MergeConfig) -> str:
     if os.path.lexists(path) and not config.overwrite:  # a link that leads nowhere, too
         raise TinyTLError(f"output={path}: exists; name another file, or replace it with --overwrite true")
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)
-    if model.config.backbone.frozen_weights == "int8":
+    is_int8 = model.config.backbone.frozen_weights == "int8"
+    if is_int8:
         dequantise(model.backbone)  # so that the file holds plain layers, with other frozen tensors than before
         found = sha256(frozen_tensors(model.backbone))
         # Nothing else holds these values: an adapter that is saved of them names this file.
@@ -62,6 +64,8 @@ def merge(config: MergeConfig) -> str:
     tensors = {name: tensor.contiguous() for name, tensor in model.backbone.state_dict().items()}
     shown = without_paths(model.config).to_json()
     metadata = {"format": "pt", "content": what, "load_with": how, "adapter_config": shown}
+    if is_int8:
+        metadata[OWN_WEIGHTS] = "true"
     with writing(f"output={path}", "name another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, save(tensors, metadata=metadata))
@@ -80,7 +84,8 @@ def load_merged(path: str | Path) -> TinyTLModel:
         raise TinyTLError(f"{path} is no file; name one that tinytl-hf merge wrote")
     try:
         with safe_open(path, "pt") as file:
-            values = json.loads((file.metadata() or {}).get("adapter_config", "null"))
+            metadata = file.metadata() or {}
+        values = json.loads(metadata.get("adapter_config", "null"))
         tensors = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise TinyTLError(f"{path} cannot be read as a safetensors file: {error}") from error
@@ -94,8 +99,8 @@ def load_merged(path: str | Path) -> TinyTLModel:
         _fill(model.backbone, tensors)
     except RuntimeError as error:
         raise TinyTLError(f"{path} does not fit the adapter_config in its metadata: {error}") from error
-    is_itself = saved.backbone.weights == path.name  # of int8 weights, whose values are nowhere else
-    record = replace(saved.backbone, weights=str(path)) if is_itself else saved.backbone
+    is_itself = OWN_WEIGHTS in metadata or saved.backbone.weights == path.name  # older files say only their name
+    record = replace(saved.backbone, weights=str(path.absolute())) if is_itself else saved.backbone
     model.config = replace(saved, backbone=record)
     return model
 
