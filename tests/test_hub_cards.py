@@ -1,9 +1,12 @@
-"""What a push makes of the card that a repository has already."""
+"""What a push makes of the card that a repository has already, and of that of an adapter that was loaded."""
+
+import shutil
 
 import pytest
 from conftest import run_cli
 from huggingface_hub import ModelCard
 
+from tinytl_hf import TinyTLModel
 from tinytl_hf.hub.card import text_around
 
 
@@ -35,3 +38,25 @@ def test_a_card_of_mine_stays_and_the_push_says_so(server, adapter):
     mine = "All mine."
     card, said = push_over(server, adapter, mine)
     assert card == mine and "README.md on the Hub stays as it is" in said
+
+
+def test_an_adapter_that_was_loaded_by_a_short_path_keeps_its_figures_from_another_folder(
+    server, adapter, make_model, monkeypatch
+):
+    make_model("FT-Last").save_pretrained(adapter, metrics={"accuracy": 0.4321})
+    monkeypatch.chdir(adapter.parent)
+    model = TinyTLModel.from_pretrained("adapter")
+    monkeypatch.chdir("/")
+    model.push_to_hub("me/flowers")
+    assert "0.4321" in server.repos["me/flowers"].files()["README.md"].content.decode()
+
+
+@pytest.mark.parametrize("damaged", ["adapter_config.json", "adapter_model.safetensors", ""])
+def test_an_adapter_whose_folder_was_changed_since_it_was_loaded_is_pushed_from_memory(damaged, server, adapter):
+    model = TinyTLModel.from_pretrained(adapter)
+    if damaged:
+        (adapter / damaged).write_text("{")
+    else:
+        shutil.rmtree(adapter)
+    model.push_to_hub("me/flowers")
+    assert TinyTLModel.from_pretrained("me/flowers").label_names == model.label_names

@@ -187,7 +187,7 @@ class TinyTLModel(nn.Module):
         source, weights = locate_weights(saved.backbone.name, source, **net) if needed else (source, "none")
         model = cls(replace(saved, backbone=replace(saved.backbone, weights=weights)), engine)
         load_tensors(model.backbone, tensors, source=str(folder))
-        model._weights_from, model.loaded_from = source, folder
+        model._weights_from, model.loaded_from = source, folder.absolute()  # found from another folder, too
         model.config = replace(model.config, backbone=replace(model.config.backbone, weights=recorded(saved, source)))
         return model
 

@@ -128,10 +128,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def holds(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> bool:
     """Whether a folder holds this very adapter, wherever the file of the backbone's weights lies."""
-    if not folder.is_dir() or _with_name_alone(read_config(folder)) != _with_name_alone(config):
+    try:
+        is_same = _with_name_alone(read_config(folder)) == _with_name_alone(config)
+        saved = read_tensors(folder)
+    except TinyTLError:  # it was taken away, or is damaged by now
         return False
-    saved = read_tensors(folder)
-    return saved.keys() == tensors.keys() and all(torch.equal(saved[name], tensors[name].cpu()) for name in tensors)
+    same_names = is_same and saved.keys() == tensors.keys()
+    return same_names and all(torch.equal(saved[name], tensors[name].cpu()) for name in tensors)
 
 
 def _with_name_alone(config: AdapterConfig) -> AdapterConfig:
