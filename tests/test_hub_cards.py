@@ -60,3 +60,14 @@ def test_an_adapter_whose_folder_was_changed_since_it_was_loaded_is_pushed_from_
         shutil.rmtree(adapter)
     model.push_to_hub("me/flowers")
     assert TinyTLModel.from_pretrained("me/flowers").label_names == model.label_names
+
+
+def test_a_link_that_leads_nowhere_is_not_replaced_by_a_pull(server, adapter, tmp_path):
+    TinyTLModel.from_pretrained(adapter).push_to_hub("me/flowers")
+    link = tmp_path / "mine" / "README.md"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "away")
+    done = run_cli("pull", "--repo", "me/flowers", "--output", link.parent)
+    assert done.returncode == 1 and "holds another README.md already" in done.stderr
+    assert link.is_symlink() and len(list(link.parent.iterdir())) == 1
+    assert run_cli("pull", "--repo", "me/flowers", "--output", link.parent, "--overwrite").returncode == 0

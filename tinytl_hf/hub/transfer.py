@@ -11,6 +11,7 @@ import filecmp
 import functools
 import inspect
 import logging
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -117,8 +118,7 @@ def pull(config: PullConfig) -> Path:
         source = _download(config.repo, config.revision, None)
     output = Path(config.output)
     files = [source / name for name in ADAPTER_FILES if (source / name).is_file()]
-    there = [file for file in files if (output / file.name).exists()]
-    others = [file.name for file in there if not filecmp.cmp(file, output / file.name, shallow=False)]
+    others = [file.name for file in files if _is_another(output / file.name, file)]
     if others and not config.overwrite:
         raise TinyTLError(
             f"output={output}: holds another {others[0]} already; name another folder, or replace what is there "
@@ -131,6 +131,11 @@ def pull(config: PullConfig) -> Path:
         for name in set(former) - {file.name for file in files}:  # of the adapter that was there
             (output / name).unlink(missing_ok=True)
     return output
+
+
+def _is_another(path: Path, file: Path) -> bool:
+    """Whether something else than ``file`` is at ``path``, be it a link that leads nowhere."""
+    return os.path.lexists(path) and not (path.is_file() and filecmp.cmp(file, path, shallow=False))
 
 
 def find_adapter(name: str | Path, revision: str | None = None, token: str | None = None, **options: Any) -> Path:
