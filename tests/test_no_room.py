@@ -1,4 +1,4 @@
-"""Files that belong together where the disk has room for some of them, or a person stops the program between them."""
+"""Places where nothing can be written, or not all of what belongs together, be it that a person stops it between."""
 
 import pytest
 import torch
@@ -65,3 +65,24 @@ def test_a_pte_file_and_its_description_are_replaced_together(tmp_path, full_aft
     with pytest.raises(TinyTLError, match=f"{path}: cannot be written"):
         write_with_description(path, b"two", {"labels": ["two"]})
     assert files_of(tmp_path) == before and described_by(path).name in before
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["eval", "--adapter", "adapter"], "output=/proc/figures.json"),
+        (["memory", "--methods", "[FT-Last]", "--backbone.weights", "none"], "plot=/proc/bars.png"),
+        (["fit", "--memory_mb", "64", "--backbone.weights", "none"], "output=/proc/fitted.yaml"),
+    ],
+)
+def test_a_file_that_cannot_be_written_ends_the_command_before_it_measures(
+    words, option, make_model, tmp_path, monkeypatch
+):
+    make_model("FT-Last").save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tinytl_hf.measure.accuracy.load_metrics", lambda names: pytest.fail("too late"))
+    monkeypatch.setattr("tinytl_hf.measure.memory.photo_size_of", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("tinytl_hf.train.fit.open_data", lambda *_: pytest.fail("too late"))
+    name, _, path = option.partition("=")
+    done = run_cli(*words, f"--{name}", path)
+    assert done.returncode == 1 and f"{option}: cannot be written" in done.stderr

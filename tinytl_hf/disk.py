@@ -66,6 +66,18 @@ def writing(what: object, fix: str) -> Iterator[None]:
         raise TinyTLError(f"{what}: cannot be written ({error}); {fix}") from error
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder of a file that will be written later, and try that a file can be written there.
+
+    Raises:
+        OSError: None can.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trial = path.parent / f".{path.name}.tmp"
+    trial.touch()
+    trial.unlink(missing_ok=True)  # another process of a launch tries the same
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under another name, bring it to the disk, and give it its name."""
     write_together({path: content})

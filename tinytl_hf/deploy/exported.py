@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tinytl_hf.adapter.build import build_network
 from tinytl_hf.config.export import ExportConfig
-from tinytl_hf.disk import check_ours, expanded, local_path, write_bytes, write_together, writing
+from tinytl_hf.disk import check_ours, check_writable, expanded, local_path, write_bytes, write_together, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.transfer import without_paths
 from tinytl_hf.lean.int8 import dequantise
@@ -125,10 +125,7 @@ def check_output(config: ExportConfig) -> Path:
     if config.format == "executorch":
         check_ours("output", described_by(path), '"adapter_config"')  # nobody named that file
     with writing(f"output={path}", ANOTHER):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trial = path.parent / f".{path.name}.tmp"
-        trial.touch()
-        trial.unlink()
+        check_writable(path)
     return path
 
 

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from tinytl_hf.device import device_name
-from tinytl_hf.disk import write_text, writing
+from tinytl_hf.disk import check_writable, write_text, writing
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.version import __version__
 
@@ -95,14 +95,14 @@ def save_results(
 
 
 def make_folder_of(key: str, path: Path) -> None:
-    """Make the folder of a file that will be written, before anything is measured.
+    """Make the folder of a file that will be written, and try to write there, before anything is measured.
 
     Args:
         key: The option that names the file.
         path: The file.
 
     Raises:
-        TinyTLError: It cannot be made.
+        TinyTLError: It cannot be made, or holds no new file.
     """
     with writing(f"{key}={path}", "name another file"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
