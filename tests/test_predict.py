@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 
@@ -209,3 +210,9 @@ def test_predict_and_preprocess_see_the_same_pixels(adapter, tmp_path):
     done = run_cli("predict", "--adapter", adapter, "--json", "--top_k", "4", tmp_path / "a.png")
     for label in json.loads(done.stdout)["labels"]:
         assert label["probability"] == pytest.approx(expected[LABELS.index(label["label"])].item(), rel=1e-6)
+
+
+def test_an_adapter_whose_folder_is_called_as_an_exported_file_is_one(adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "model.onnx")
+    done = run_cli("predict", "--adapter", folder, write_image(tmp_path / "a.png"))
+    assert done.returncode == 0 and "a.png: " in done.stdout, done.stderr

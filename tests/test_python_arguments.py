@@ -41,10 +41,14 @@ def test_an_empty_path_is_not_the_current_folder(name, make_model, adapter, monk
         ("hf-hub:user/name", "named as user/name"),
         ("nowhere", "nowhere is no adapter: .* as there is no such folder"),
         ("adapter/adapter_config.json", "as it is a file; name adapter$"),
+        ("photo.png", "as it is a file; name the folder of an adapter$"),
+        ("model.onnx", "which predict alone takes; name the adapter that it was exported from$"),
     ],
 )
 def test_what_leads_to_no_adapter_says_why(name, message, adapter, monkeypatch):
     monkeypatch.chdir(adapter.parent)
+    for file in ("photo.png", "model.onnx"):
+        (adapter.parent / file).touch()
     with pytest.raises(TinyTLError, match=message):
         TinyTLModel.from_pretrained(name)
 

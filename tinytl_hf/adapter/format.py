@@ -100,7 +100,12 @@ def read_config(folder: Path) -> AdapterConfig:
 def _why_not(folder: Path) -> str:
     if folder.is_dir():
         return ""
-    return f", as it is a file; name {folder.parent}" if folder.is_file() else ", as there is no such folder"
+    if not folder.is_file():
+        return ", as there is no such folder"
+    if folder.suffix == ".onnx":
+        return ", as it is an exported file, which predict alone takes; name the adapter that it was exported from"
+    is_in_one = (folder.parent / CONFIG_FILE).is_file()
+    return f", as it is a file; name {folder.parent if is_in_one else 'the folder of an adapter'}"
 
 
 def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

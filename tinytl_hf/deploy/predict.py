@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -50,7 +51,7 @@ def predict(config: PredictConfig, names: Iterable[str]) -> Iterator[dict[str, A
 
 
 def _load(config: PredictConfig) -> Classifier:
-    if not config.adapter.endswith(".onnx"):
+    if not config.adapter.endswith(".onnx") or os.path.isdir(config.adapter):  # an adapter can be called so
         from tinytl_hf.deploy.adapter_classifier import AdapterClassifier
 
         return AdapterClassifier(config.adapter, config.weights, config.revision)
