@@ -141,5 +141,6 @@ def test_a_folder_that_cannot_be_made_ends_a_run_before_it_starts(colour_folder,
     (tmp_path / "file").write_text("mine")
     done = run(small_run(colour_folder, tmp_path / "file" / "run", *OPTIONS), tmp_path / "log")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"output_dir={tmp_path / 'file' / 'run'}: cannot be written" in done.stderr.splitlines()[-1]
+    message = f"output_dir={tmp_path / 'file' / 'run'}: {tmp_path / 'file'} is a file; choose a folder"
+    assert message in done.stderr.splitlines()[-1]
     assert (tmp_path / "file").read_text() == "mine"

@@ -78,7 +78,7 @@ def test_memory_and_bench_say_that_a_batch_does_not_fit(monkeypatch):
     assert done.returncode == 1 and f"batch_size={10**12}: this machine has not enough memory" in done.stderr
     monkeypatch.setattr("tinytl_hf.measure.speed.get_context", lambda _: CONTEXT)
     done = run_cli("bench", *small, "--train_sizes", "[32]", "--batch_sizes", f"[{10**12}]")
-    assert f"32 px, batch {10**12}: this machine has not enough memory for it" in done.stdout
+    assert done.returncode == 1 and f"32 px, batch {10**12}: this machine has not enough memory for it" in done.stderr
 
 
 def test_memory_of_no_method_is_refused():

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from tinytl_hf.errors import TinyTLError
 
 AUXILIARY_HEADS = {"googlenet", "inception_v3"}
+USUAL_SIZE = 224  # of the images that networks for ImageNet are made for
 
 
 def names() -> list[str]:
@@ -80,8 +81,12 @@ def best_weights(name: str) -> str:
 
 
 def input_size(name: str) -> int:
-    """Side of the images that torchvision's best weights of a network were made for, in px."""
-    return int(torchvision.models.get_model_weights(name).DEFAULT.transforms.keywords["crop_size"])
+    """Side of the images that torchvision's best weights of a network were made for, in px; without any, the usual."""
+    try:
+        weights = torchvision.models.get_model_weights(name)
+    except ValueError:  # of a network that somebody has registered
+        return USUAL_SIZE
+    return int(weights.DEFAULT.transforms.keywords["crop_size"])
 
 
 def in_cache(name: str) -> list[str]:
