@@ -17,7 +17,7 @@ from hub_server import WRITER
 from huggingface_hub import ModelCard
 
 from tinytl_hf import TinyTLModel
-from tinytl_hf.measure import memory
+from tinytl_hf.measure import own_process
 
 ADAPTER_FILES = {
     *(".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"),
@@ -83,7 +83,7 @@ def test_everything_but_push_and_pull_works_with_no_network(server, colour_folde
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     # Where it is refused: in this process.
-    monkeypatch.setattr(memory, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(own_process, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
     adapter = tmp_path / "run" / "adapter"
     for command in (
         small_run(colour_folder, tmp_path / "run", "--method", "FT-Last", "--train.epochs", "1"),
