@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import resource
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -326,6 +327,7 @@ def _train_within(arguments, log, room):
     """Train in this process, which may take so many MB more than it has."""
     with open(log, "w") as file:
         os.dup2(file.fileno(), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # in place of what the test runner has there
     with open("/proc/self/statm") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + room * 1_000_000,) * 2)
