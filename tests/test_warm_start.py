@@ -146,6 +146,17 @@ def test_fit_tries_what_has_a_place_for_all_of_the_adapter_that_it_goes_on_from(
         make_families(config, FitConfig(methods=["FT-Last"]), 17, facts, budget)
 
 
+@pytest.mark.slow
+def test_a_budget_that_is_not_kept_is_told_so_and_no_method_that_loses_the_adapter(
+    saved, colour_folder, tmp_path, ready_processes
+):
+    folder, _ = saved("TinyTL-B", labels=("red", "blue"), train_size=32)
+    options = ["--method", "TinyTL-B", "--adapter.init", folder, "--memory.budget_mb", "1"]
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", *options))
+    assert done.returncode == 1 and "memory.budget_mb=1: a step with 1 image a pass takes" in done.stderr
+    assert "nothing that was tried fits" in done.stderr and "measured: FT-Last" not in done.stderr
+
+
 def test_images_that_the_first_adapter_was_trained_on_are_counted_among_those_of_the_evaluation(tmp_path):
     many = ["--data.max_train_samples", "1000", "--train.global_batch_size", "100"]
     assert digits_run(tmp_path / "first", *many).returncode == 0

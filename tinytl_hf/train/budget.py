@@ -21,6 +21,7 @@ from tinytl_hf.train.fit import facts_of, fitted_to_backbone, make_families
 from tinytl_hf.train.fresh_step import FreshStep, measure_step
 from tinytl_hf.train.plans import Plan, passes_of, sizes_to_try
 from tinytl_hf.train.search import BYTES, Budget, Family, Row, search
+from tinytl_hf.train.warm_start import has_place_for, trained_by
 
 logger = logging.getLogger(__name__)
 
@@ -132,11 +133,21 @@ def _what_differs(config: Config) -> str:
     return f"; the result differs from that of whole batches, as {' and '.join(reasons)}" if reasons else ""
 
 
+def _goes_on(config: Config) -> bool:
+    """Whether a run has a place for all of the adapter that it goes on from, if it goes on from one."""
+    init = config.adapter.init
+    return init is None or has_place_for(config, trained_by(init, config.backbone.name))
+
+
 def _what_would_fit(config: Config, opened: Opened, budget: Budget) -> str:
     """Another way to train, by the same method or the last layer alone, whose measured step keeps the budget."""
     command = f"`tinytl-hf fit --memory_mb {config.memory.budget_mb:g}` with this run's data"
+    fitted, blocks = fitted_to_backbone(FitConfig(), config)
+    whole = replace(config, trained_blocks="all")
     for method in dict.fromkeys([config.method, "FT-Last"]):
-        options, blocks = fitted_to_backbone(FitConfig(methods=[method]), config)  # type: ignore[list-item]
+        if not _goes_on(replace(whole, method=method)):
+            continue
+        options = replace(fitted, methods=[method])  # type: ignore[list-item]
         facts = {size: facts_of(opened, config, size) for size in sizes_to_try(options, config.data.train_size)}
         row = next(search(make_families(config, options, blocks, facts, budget), lambda _: 0.0), None)
         if row is not None:

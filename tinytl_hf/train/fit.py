@@ -26,7 +26,7 @@ from tinytl_hf.network.methods import possible_methods
 from tinytl_hf.train.fresh_step import TRAINING, FreshStep, measure_step, quick_processes
 from tinytl_hf.train.plans import Plan, families, sizes_to_try
 from tinytl_hf.train.search import Budget, DataFacts, Family, Row, search
-from tinytl_hf.train.warm_start import has_place_for
+from tinytl_hf.train.warm_start import has_place_for, trained_by
 
 logger = logging.getLogger(__name__)
 
@@ -156,9 +156,10 @@ def _that_go_on_from(init: str, config: Config, found: list[list[Plan]]) -> list
     Raises:
         TinyTLError: None has.
     """
+    tensors = trained_by(init, config.backbone.name)
     has_place = cache(
         lambda method, blocks, norm: has_place_for(
-            replace(config, method=method, trained_blocks=blocks, lite=replace(config.lite, norm=norm)), init
+            replace(config, method=method, trained_blocks=blocks, lite=replace(config.lite, norm=norm)), tensors
         )
     )
     kept = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,17 +66,21 @@ def warm_start(model: TinyTLModel, init: str, weights: str) -> None:
     model.config = replace(own, init=InitRecord(saved.method, saved.label_names, source, train_sha256))
 
 
-def has_place_for(config: Config, init: str) -> bool:
-    """Whether the method of a run, with its trained blocks and norms, has a place for all that an adapter trained.
+def trained_by(init: str, backbone: str) -> frozenset[str]:
+    """Names of the tensors that an adapter of a backbone holds.
 
     Raises:
-        TinyTLError: The adapter cannot be read, or is of another backbone.
+        TinyTLError: It cannot be read, or is of another backbone.
     """
-    tensors = read_tensors(_folder(init, config.backbone.name))
+    return frozenset(read_tensors(_folder(init, backbone)))
+
+
+def has_place_for(config: Config, tensors: Set[str]) -> bool:
+    """Whether the method of a run, with its trained blocks and norms, has a place for all that an adapter holds."""
     config = replace(config, backbone=replace(config.backbone, weights="none"))
     with NoRandomValues():
         model = TinyTLModel.from_config(config, ["0", "1"])
-    return tensors.keys() <= model.adapter_tensors().keys()
+    return tensors <= model.adapter_tensors().keys()
 
 
 def _folder(init: str, backbone: str) -> Path:
