@@ -61,7 +61,7 @@ def test_the_runs_of_the_defaults_are_those_that_are_told(name, monkeypatch):
     from defaults import plan
 
     runs = plan(name)
-    assert len(runs) == 3 * 4 + 4 * 3 - 1
+    assert len(runs) == 7 * 3 + 2 * 4 + 3 * 3
     for folder in (f"{name}/tf_efficientnet_lite0/TinyTL-B/seed0", f"{name}/mobilenet_v2/last6/seed2"):
         done = run_cli("train", *runs[folder], "--data.dataset", "path", "--print_config")
         assert done.returncode == 0, done.stderr
