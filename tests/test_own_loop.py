@@ -301,3 +301,10 @@ def test_a_whole_model_saved_by_pytorch_trains_on_in_another_process(method, bac
     model.load_adapter(tmp_path / "adapter", "saved")
     before, after = model.eval()(IMAGES), model.set_adapter("saved") or model(IMAGES)
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("frozen_weights", ["fp32", "int8"])
+def test_a_model_says_how_many_parameters_train(frozen_weights, capsys):
+    options = {"method": "TinyTL-B", "num_classes": 10, "weights": "none", "frozen_weights": frozen_weights}
+    TinyTLModel.from_backbone("mobilenet_v2", **options).print_trainable_parameters()
+    assert capsys.readouterr().out == "trainable params: 29,866 || all params: 2,236,682 || trainable%: 1.3353\n"

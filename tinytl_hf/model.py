@@ -180,8 +180,7 @@ class TinyTLModel(nn.Module):
     @classmethod
     def _with_tensors(cls, folder: Path, saved: AdapterConfig, source: str, engine: Engine, **net: Any) -> TinyTLModel:
         """The adapter in ``folder`` over the weights from ``source``, whose hash is still to be compared."""
-        tensors = read_tensors(folder)
-        check_fits(saved, tensors, str(folder))
+        check_fits(saved, tensors := read_tensors(folder), str(folder))
         # A method that trains everything needs nothing of the backbone but its shape.
         needed = saved.backbone.sha256 is not None
         source, weights = locate_weights(saved.backbone.name, source, **net) if needed else (source, "none")
@@ -225,9 +224,7 @@ class TinyTLModel(nn.Module):
         commit_message: str | None = None,
         token: str | None = None,
     ) -> str:
-        """Push the adapter, and nothing of the backbone, in one commit.
-
-        An adapter that is as it was loaded is pushed from its folder, with its card and figures.
+        """Push the adapter in one commit, and nothing of the backbone; as it was loaded, with its card and figures.
 
         Args:
             repo_id: Name on the Hub, as ``user/name``; the repository is made if there is none.
@@ -293,6 +290,10 @@ class TinyTLModel(nn.Module):
         """The parameters that train, in the backbone's order: what an optimizer should get."""
         return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
 
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, of all that the network has, in the words of PEFT's models."""
+        print(methods.trained_share(self.backbone))  # noqa: T201
+
     def parameter_groups(self, lr: float, weight_decay: float, **options: Any) -> list[dict[str, Any]]:
         """Optimizer groups with the method's learning rates; ``options`` as of :func:`methods.parameter_groups`."""
         return methods.parameter_groups(self.backbone, self._blocks, self.config.method, lr, weight_decay, **options)
@@ -322,8 +323,7 @@ class TinyTLModel(nn.Module):
         Raises:
             TinyTLError: No adapter there, a damaged one, one of another backbone, or a name that is taken.
         """
-        folder = find_adapter(path, revision, **download)
-        saved = read_config(folder)
+        saved = read_config(folder := find_adapter(path, revision, **download))
         self._adapters.check_new(name, saved, self.config, folder)
         source = source_of(weights, own=self._adapters.source(self._loaded(), own=saved.backbone.weights))
         new = self._with_tensors(folder, saved, source, self.engine, **download)
@@ -381,8 +381,7 @@ class TinyTLModel(nn.Module):
         """
         options, head = self.config.preprocessing, self._head.weight
         boxes = centre_boxes(sizes, options.crop_pct)
-        view = resample(pixels.to(head.device), sizes, boxes, options.eval_size, *options.normal)
-        return view.to(head.dtype)
+        return resample(pixels.to(head.device), sizes, boxes, options.eval_size, *options.normal).to(head.dtype)
 
     @property
     def _head(self) -> Head:

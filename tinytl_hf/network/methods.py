@@ -175,6 +175,13 @@ def trained_names(backbone: nn.Module) -> frozenset[str]:
     return names
 
 
+def trained_share(backbone: nn.Module) -> str:
+    """How many parameters train, of all that a backbone has, in the words of PEFT's models."""
+    trained = sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in backbone.parameters())
+    return f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
+
+
 def check_trained(backbone: nn.Module, method: str, whole: bool = True) -> None:
     """Raise if a parameter trains that the method does not train: an adapter has no place for it.
 
