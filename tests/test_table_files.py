@@ -164,3 +164,16 @@ def test_tables_of_other_columns_and_pointers_to_tables_are_named(tmp_path):
     (tmp_path / "train-1.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(TinyTLError, match=r"train-1.parquet: is not the file, but a pointer to it; git lfs pull"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize(("suffix", "damage"), [("parquet", b"junk"), ("csv", b""), ("csv", b'image,label\n"x')])
+def test_of_many_files_the_damaged_one_is_named(suffix, damage, tmp_path):
+    for number in range(3):
+        table = {"image": [str(tmp_path / "gone.png")] * 8, "label": AB * 4}
+        if suffix == "parquet":
+            pd.DataFrame(table).to_parquet(tmp_path / f"part-{number}.parquet")
+        else:
+            pd.DataFrame(table).to_csv(tmp_path / f"part-{number}.csv", index=False)
+    (tmp_path / f"part-1.{suffix}").write_bytes(damage)
+    with pytest.raises(TinyTLError, match=rf"{tmp_path}/part-1.{suffix}: cannot be loaded .*; mend it or take"):
+        opened(tmp_path)

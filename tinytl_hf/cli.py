@@ -153,6 +153,8 @@ def _with_config_first(argv: list[str]) -> list[str]:
             continue  # the parser says what is wrong
         except (ValueError, yaml.YAMLError) as error:
             raise ArgumentError(None, f"config={file}: cannot be read as YAML: {error}") from error
+        if values is None:
+            raise ArgumentError(None, f"config={file}: empty config file: it sets no option")
         _check_groups(values, Config, f"{file}: ")
     at = others.index(verb) + 1
     return [*others[:at], *(word for file in files for word in ("--config", file)), *others[at:]]
@@ -286,8 +288,6 @@ def _one_line(error: Exception, argv: list[str]) -> str:
     text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
     if text.startswith("adapter: Unable to load config"):
         return "adapter: train makes one; --adapter.init PATH_OR_NAME goes on from another"
-    if re.search(r"Unexpected config: ?(#|$)", text):
-        return "empty config file: it sets no option"
     return _with_fix(text)
 
 
