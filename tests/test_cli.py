@@ -125,6 +125,7 @@ def test_a_mistake_ends_with_one_line_that_names_it(arguments, message, tmp_path
         ("# nothing\n", "bad.yaml: empty config file"),
         ("seed: 1\ntrain: {lr: 1e-4}\nseed: 2", "seed is there twice, again in line 3; leave one of them"),
         ("train: {lr: 1e-4, lr: 1e-3}", "lr is there twice"),
+        ("train.lr: 1e-4\ntrain: {lr: 1e-3}", "bad.yaml: train.lr is there twice, with and without a dot; leave one"),
         ("output_dir: ${HOME}/x", "output_dir=${HOME}/x: ${HOME} is not expanded; write it out"),
         ("data: {dataset: $DATA/x}", "data.dataset=$DATA/x: $DATA is not expanded; write it out"),
     ],
