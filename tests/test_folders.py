@@ -343,6 +343,22 @@ def test_images_with_more_behind_their_suffix_are_counted(tmp_path, caplog):
     assert opened(tmp_path).found.left_out == {"with more behind .jpg": 4, ".dcm": 1}
 
 
+def test_images_that_are_not_here_yet_are_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    make(tmp_path, each("cat", "dog"))
+    for name in ("a.jpg.part", "b.png.crdownload", "c.png.", ".d.jpg.icloud", ".e.plist"):
+        (tmp_path / "cat" / name).write_bytes(b"")
+    left_out = opened(tmp_path).found.left_out
+    assert left_out == {"hidden": 1, "with more behind .jpg": 1, "with more behind .png": 2}
+    assert left_out.examples["hidden"] == "cat/.d.jpg.icloud"
+
+
+def test_what_was_deleted_is_no_class(tmp_path):
+    make(tmp_path, each("cat", "dog", "$RECYCLE.BIN/S-1-5", "#recycle", "cat/#recycle"))
+    data = opened(tmp_path)
+    assert data.train.label_names == ["cat", "dog"] and data.found.images["train"] == 2 * 4
+
+
 @pytest.mark.parametrize(
     ("folders", "hint"),
     [

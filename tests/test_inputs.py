@@ -49,6 +49,7 @@ def test_one_photo_gives_the_same_numbers_in_each_of_its_forms(model, pixels, tm
         (3, "int is no image"),
         ([None], "NoneType is no image"),
         (b"bytes", "bytes is no image"),
+        (Image.new("RGB", (0, 5)), "an image of 0 x 5 px has no pixels"),
         ({"path": "x.png"}, "dict is no image"),
         (np.zeros((3, 50, 60), np.uint8), "array [3, 50, 60] of uint8 is no image"),
         (np.zeros((0, 60, 3), np.uint8), "array [0, 60, 3] of uint8 is no image"),

@@ -56,6 +56,12 @@ def test_images_that_metadata_does_not_name_are_counted(tmp_path):
     assert found.images == {"train": 16} and found.left_out == {"not named by metadata.csv": 4}
 
 
+def test_an_address_in_metadata_is_shown_as_it_stands_there(tmp_path):
+    root = write_metadata(tmp_path, ["https://x.org/0.png", "1.png"], ["a", "b"], ["1.png"])
+    with pytest.raises(TinyTLError, match=r"metadata.csv: names https://x.org/0.png, and there is no such image"):
+        opened(root)
+
+
 def test_files_that_metadata_names_must_be_there_and_once(tmp_path):
     names = [f"{i}.png" for i in range(10)]
     root = write_metadata(tmp_path, names, ["a", "b"] * 5, names[:8])

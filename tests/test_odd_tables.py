@@ -145,6 +145,7 @@ def test_images_in_base64_are_called_so(start, options, tmp_path):
             {"image": {"0": "0.png"}, "label": {"0": "cat"}},
             r'one column after the other.*orient="records", lines=True',
         ),
+        ({"image": ["0.png", "1.png"], "label": ["cat", "dog"]}, "one column after the other"),
         ({"version": 1, "data": [{"image": "0.png"}] * 2}, "has its rows in data; write such a list into a file"),
     ],
 )

@@ -1,6 +1,8 @@
 """Data that can be read in a way nobody meant: what is trained on, or named as, something else without a word."""
 
 import os
+import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,9 +14,10 @@ from test_tables import opened, png
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.copies import count_shared
 from tinytl_hf.data.images import decode_pixels
 from tinytl_hf.data.listing import list_folder
-from tinytl_hf.data.sets import count_shared, open_data, with_label_names
+from tinytl_hf.data.sets import open_data, with_label_names
 from tinytl_hf.data.tables import load
 
 LABELS = ["cat", "dog"] * 4
@@ -161,6 +164,15 @@ def test_dark_images_of_16_bits_are_dark_in_every_format(tmp_path):
     assert int(decode_pixels({"bytes": None, "path": str(tmp_path / "b.png")}, 32).min()) == 255
 
 
+@pytest.mark.parametrize(("kind", "white"), [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1)])
+def test_a_tiff_whose_white_is_zero_is_not_read_as_its_negative(kind, white, tmp_path):
+    shown = np.arange(0, 256, 17).reshape(4, 4)
+    values = (shown * (white / 255)).astype(kind) if kind == np.uint8 else (white - shown * (white / 255)).astype(kind)
+    Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo={262: 0})  # Pillow turns 8 bits round itself
+    pixels = decode_pixels({"bytes": None, "path": str(tmp_path / "a.tif")}, 32)
+    assert (pixels == shown[..., None]).all()
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
@@ -248,3 +260,55 @@ def test_tables_in_the_folders_of_splits_are_named_by_a_pattern(tmp_path):
     with pytest.raises(TinyTLError, match=rf"name these files, '{tmp_path}/\*/\*.csv'"):
         opened(tmp_path)
     assert opened(tmp_path / "*" / "*.csv").found.images == {"train": 4, "test": 4}
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "table", "bytes"])
+def test_a_file_that_is_in_two_classes_is_named(kind, tmp_path, caplog):
+    folders(tmp_path / "i", ("cat", "dog"))
+    images = sorted((tmp_path / "i").rglob("*.png"))
+    rows = {"image": [str(path) for path in images], "label": [path.parent.name for path in images]}
+    first, name = images[0], tmp_path / "i"
+    if kind == "folder":
+        shutil.copy(first, tmp_path / "i" / "dog" / "copy.png")
+    elif kind == "link":
+        os.link(first, tmp_path / "i" / "dog" / "copy.png")
+    else:
+        rows = {"image": [*rows["image"], str(first)], "label": [*rows["label"], "dog"]}
+        if kind == "bytes":
+            rows["image"] = [Path(path).read_bytes() for path in rows["image"]]
+        name = tmp_path / "x.parquet"
+        pd.DataFrame(rows).to_parquet(name)
+    opened(name)
+    other = {"table": first, "bytes": "row 8 of split train"}.get(kind, tmp_path / "i" / "dog" / "copy.png")
+    first = "row 0 of split train" if kind == "bytes" else first
+    pairs = {f"{first} (cat) and {other} (dog)", f"{other} (dog) and {first} (cat)"}
+    assert any(f"1 file is in two classes, byte for byte: {pair}; one is wrong" in caplog.text for pair in pairs)
+
+
+def test_a_file_that_is_twice_in_its_class_is_not_in_two(tmp_path, caplog):
+    folders(tmp_path, ("cat", "dog"))
+    shutil.copy(tmp_path / "dog" / "1.png", tmp_path / "dog" / "copy.png")
+    opened(tmp_path)
+    assert "in two classes" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["cat", "dog", "nan"], "'nan': taken as a class; leave such images out if it says that they have no label"),
+        (["1", "N/A", "None"], "'N/A', 'None': taken as a class; leave such images out"),
+        ([0, 1, -1], "'-1': taken as a class; leave such images out"),
+        (["0.0", "1.0", "-1.0"], "'-1.0': taken as a class; leave such images out"),
+        (["cat", "dog", "cat|dog"], "'cat|dog': taken as a class of its own, beside those that it names"),
+        (["['cat']", "['dog']", "['cat', 'dog']"], "\"['cat', 'dog']\": taken as a class of its own"),
+    ],
+)
+def test_a_class_that_says_no_label_or_several_is_named(labels, said, tmp_path, caplog):
+    opened(table(tmp_path / "x.parquet", labels * 8), eval_fraction=0.2)
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize("labels", [[-1, 1], ["none", "some"], ["hot", "dog", "hot dog"], ["a, x", "b", "x"]])
+def test_names_that_only_look_odd_are_not_spoken_of(labels, tmp_path, caplog):
+    opened(table(tmp_path / "x.parquet", labels * 8), eval_fraction=0.2)
+    assert "taken as a class" not in caplog.text

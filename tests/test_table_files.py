@@ -164,3 +164,27 @@ def test_tables_of_other_columns_and_pointers_to_tables_are_named(tmp_path):
     (tmp_path / "train-1.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(TinyTLError, match=r"train-1.parquet: is not the file, but a pointer to it; git lfs pull"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize(("suffix", "damage"), [("parquet", b"junk"), ("csv", b""), ("csv", b'image,label\n"x')])
+def test_of_many_files_the_damaged_one_is_named(suffix, damage, tmp_path):
+    for number in range(3):
+        table = {"image": [str(tmp_path / "gone.png")] * 8, "label": AB * 4}
+        if suffix == "parquet":
+            pd.DataFrame(table).to_parquet(tmp_path / f"part-{number}.parquet")
+        else:
+            pd.DataFrame(table).to_csv(tmp_path / f"part-{number}.csv", index=False)
+    (tmp_path / f"part-1.{suffix}").write_bytes(damage)
+    with pytest.raises(TinyTLError, match=rf"{tmp_path}/part-1.{suffix}: cannot be loaded .*; mend it or take"):
+        opened(tmp_path)
+
+
+def test_a_file_that_a_pattern_adds_to_those_of_the_only_split_is_named(tmp_path, caplog):
+    for name in ("train.csv", "sample_submission.csv"):
+        write_image(tmp_path / f"{name}.png", size=(8, 8))
+        pd.DataFrame({"image": [f"{name}.png"] * 8, "label": AB * 4}).to_csv(tmp_path / name, index=False)
+    assert opened(tmp_path / "*.csv").found.images == {"train": 16}
+    assert "2 files are read as one split, though train.csv is called as a split is and sample_sub" in caplog.text
+    caplog.clear()
+    opened(tmp_path / "train.csv")
+    assert "read as one split" not in caplog.text

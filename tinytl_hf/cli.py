@@ -16,6 +16,8 @@ import select
 import sys
 import traceback
 import warnings
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -153,9 +155,23 @@ def _with_config_first(argv: list[str]) -> list[str]:
             continue  # the parser says what is wrong
         except (ValueError, yaml.YAMLError) as error:
             raise ArgumentError(None, f"config={file}: cannot be read as YAML: {error}") from error
+        if values is None:
+            raise ArgumentError(None, f"config={file}: empty config file: it sets no option")
+        twice = [name for name, count in Counter(_names(values)).items() if count > 1]
+        if twice:  # of which the parser would take the last
+            raise ArgumentError(None, f"config={file}: {twice[0]} is there twice, with and without a dot; leave one")
         _check_groups(values, Config, f"{file}: ")
     at = others.index(verb) + 1
     return [*others[:at], *(word for file in files for word in ("--config", file)), *others[at:]]
+
+
+def _names(values: Any, group: str = "") -> Iterator[str]:
+    """What options of a file are called, however they are nested."""
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, dict):
+            yield from _names(value, f"{group}{key}.")
+        else:
+            yield f"{group}{key}"
 
 
 def _check_groups(values: Any, kind: Any, where: str) -> None:
@@ -286,8 +302,6 @@ def _one_line(error: Exception, argv: list[str]) -> str:
     text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
     if text.startswith("adapter: Unable to load config"):
         return "adapter: train makes one; --adapter.init PATH_OR_NAME goes on from another"
-    if re.search(r"Unexpected config: ?(#|$)", text):
-        return "empty config file: it sets no option"
     return _with_fix(text)
 
 

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.found import SHOWN, named
 from tinytl_hf.data.images import UnreadableImageError, decoded_photo_size, decoded_size
-from tinytl_hf.data.sets import READ_AT_ONCE, Split, sample_rows
+from tinytl_hf.data.sets import sample_rows
 from tinytl_hf.data.shared import can_share, decode_in_shares
+from tinytl_hf.data.split import READ_AT_ONCE, Split
 from tinytl_hf.data.tensors import decode, pad_images
 from tinytl_hf.errors import TinyTLError
 

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import unicodedata
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,15 +52,6 @@ def class_order(names: Collection[str]) -> list[str]:
     if all(name.removeprefix("-").isdecimal() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
-
-
-def alike(names: Collection[str]) -> list[list[str]]:
-    """Names of classes that differ in capitals, spaces or zeros in front alone."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        words = unicodedata.normalize("NFKC", name).casefold().split()
-        groups[" ".join(word.lstrip("0") if word.isdecimal() else word for word in words)].append(name)
-    return [group for group in groups.values() if len(group) > 1]
 
 
 def as_label(text: str) -> str:

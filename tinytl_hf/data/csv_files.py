@@ -13,7 +13,7 @@ import pandas as pd
 
 from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.images import IMAGE_SUFFIXES
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,10 @@ def read_csv(place: str | Path) -> pd.DataFrame:
             _check_names_differ(place, table, separator, before)
     except UnicodeDecodeError as error:
         raise TinyTLError(f"{place}: is not in UTF-8 ({error}); save it as CSV in UTF-8") from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise TinyTLError(
+            f"{place}: cannot be loaded ({type(error).__name__}: {first_line(error)}); mend it or take it away"
+        ) from error
     except pd.errors.ParserWarning as error:
         raise TinyTLError(
             f"{place}: has rows with more values than its first line has names; put quotes around values with commas "

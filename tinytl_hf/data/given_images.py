@@ -76,6 +76,8 @@ def _decoded(image: Any, input_size: int) -> Tensor:
         image = _from_array(image)
     if not isinstance(image, Image.Image):
         raise TinyTLError(f"{type(image).__name__} is no image: {TAKEN}")
+    if 0 in image.size:
+        raise TinyTLError(f"an image of {image.width} x {image.height} px has no pixels: {TAKEN}")
     try:
         return to_rgb(image, input_size)
     except (OSError, ValueError, SyntaxError) as error:  # a file that PIL opened without reading all of it

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 REDUCE_ABOVE = 2
 MAX_ASPECT = 4  # longer images are cropped to it at their centre: a batch takes the size of its largest image
 LFS = b"version https://git-lfs"  # what a pointer of Git LFS starts with, which a clone may have in place of a file
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF, and a value of it
 TURNED = {5, 6, 7, 8}  # EXIF's orientations that swap width and height
 
 Image.init()
@@ -125,10 +126,10 @@ def to_pixels(image: Image.Image, input_size: int) -> np.ndarray:
     Raises:
         UnreadableImageError: Its values go beyond those ranges.
     """
-    is_netpbm = image.format == "PPM"
+    is_netpbm, is_inverted = image.format == "PPM", _is_inverted(image)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image, is_netpbm)
+        image = _eight_bits(image, is_netpbm, is_inverted)
     image = _limit_aspect(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -174,7 +175,12 @@ def _limit_aspect(image: Image.Image) -> Image.Image:
     return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
 
 
-def _eight_bits(image: Image.Image, is_netpbm: bool) -> Image.Image:
+def _is_inverted(image: Image.Image) -> bool:
+    """Whether 0 is white, as scanners write TIFF: Pillow inverts such images of up to 8 bits alone."""
+    return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
+
+
+def _eight_bits(image: Image.Image, is_netpbm: bool, is_inverted: bool) -> Image.Image:
     """The same with 8 bits; Pillow scales what Netpbm files hold to 65,535 as their white."""
     values = np.asarray(image).astype(np.float64)
     low, high = float(values.min()), float(values.max())
@@ -194,7 +200,8 @@ def _eight_bits(image: Image.Image, is_netpbm: bool) -> Image.Image:
             _note_few_bits()
     else:
         white = 255.0
-    reduced = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+    shown = white - values if is_inverted else values
+    reduced = Image.fromarray((shown * (255 / white)).round().astype(np.uint8))
     if isinstance(transparent := image.info.get("transparency"), int):  # the grey that is to be seen through
         reduced.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     return reduced

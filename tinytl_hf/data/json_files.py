@@ -36,12 +36,16 @@ def _layout(content: dict[str, Any]) -> str | None:
         return f"is a file of COCO, of boxes or captions; a class for each image is needed, so {ROWS}"
     if content and all(suffix_of(name) in IMAGE_SUFFIXES for name in content):
         return f"has images as names and not in rows; {ROWS}"
-    if content and all(isinstance(values, dict) and values for values in content.values()):
+    if content and all(_is_column(values) for values in content.values()):
         fix = 'to_json(path, orient="records", lines=True)'
         return f"has one column after the other, as pandas writes them; write rows, with {fix}"
     lists = [name for name, values in content.items() if _is_rows(values)]
     fix = "write such a list into a file of its own, as [{...}, ...]"
     return f"has its rows in {named(lists)}; {fix}" if lists else None
+
+
+def _is_column(values: Any) -> bool:
+    return bool(values) and isinstance(values, (dict, list)) and not _is_rows(values)
 
 
 def _is_rows(values: Any) -> bool:

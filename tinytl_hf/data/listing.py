@@ -23,9 +23,10 @@ OURS = (
     (("adapter_config.json", "adapter_model.safetensors"), "format_version"),
     (("compare.json", "compare.csv", "compare.md"), '"method"'),
 )
-# What downloads make of an image's suffix: .jpg?w=300, .jpg_large, .jpg.1, .jpg~
-MORE_BEHIND = re.compile(r"(\.[a-z0-9]+)(?:[^a-z0-9.][^.]*|\.\d+)$")
-NEVER = {".git", "__MACOSX", "@eaDir"}  # not even counted
+# What downloads and other programs make of an image's suffix: .jpg?w=300, .jpg_large, .jpg.1, .jpg~, .jpg.part
+MORE_BEHIND = re.compile(r"(\.[a-z0-9]+)(?:[^a-z0-9.][^.]*|\.(\d*|part(ial)?|(cr)?download|tmp|bak|old|orig))$")
+NOT_HERE = ".icloud"  # macOS has .1.jpg.icloud in place of a 1.jpg that lies in the cloud alone
+NEVER = {".git", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"}  # not even counted
 
 
 @dataclass
@@ -187,7 +188,7 @@ def _add(listing: Listing, path: str, entry: os.DirEntry[str]) -> None:
     suffix = suffix_of(entry.name)
     is_image = suffix in IMAGE_SUFFIXES
     if _is_hidden(path):
-        if is_image:
+        if is_image or suffix == NOT_HERE:
             listing.left_out.add("hidden", path)
     elif suffix in UNREAD_SUFFIXES:
         fix = "; pip install pillow-heif reads them" if suffix in HEIF_SUFFIXES else ""

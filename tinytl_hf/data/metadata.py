@@ -105,6 +105,8 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
 def _below_root(root: Path, prefix: str, name: str) -> str:
     """The path relative to the data set's folder of an image that a file in the folder ``prefix`` names."""
     name = name.removeprefix("file://")
+    if "://" in name:  # an address, which is shown as it stands there
+        return name
     if os.path.isabs(name):
         folder, file = os.path.split(name)
         path = os.path.relpath(os.path.join(os.path.realpath(folder), file), root)

@@ -4,70 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
-import datasets
 import numpy as np
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.columns import NoLabelsError, alike, as_label, byte_sizes, class_order, image_rows, label_values
+from tinytl_hf.data.columns import NoLabelsError, as_label, byte_sizes, class_order, image_rows, label_values
+from tinytl_hf.data.copies import about_copies
 from tinytl_hf.data.find import Source
 from tinytl_hf.data.found import Found, named
 from tinytl_hf.data.holding_out import hold_out
+from tinytl_hf.data.odd_classes import about_names
 from tinytl_hf.data.roles import HOLDOUT, find_split, in_order
+from tinytl_hf.data.split import READ_WHOLE, Split, contents
 from tinytl_hf.data.tables import Tables, load
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
-
-READ_WHOLE = 256_000_000  # bytes of images, which a disk reads and a core hashes in a second or so
-READ_AT_ONCE = 256  # images
-
-
-@dataclass(frozen=True)
-class Split:
-    """Encoded images and their class numbers.
-
-    Attributes:
-        name: The split's name, for messages.
-        rows: The images, undecoded, in the column ``image``.
-        labels: Class number of each image.
-        label_names: Names of the classes.
-        image_column: The column that the images are from.
-        label_column: The column that the labels are from.
-        numbers: Number of each image's row in the split as the data set has it.
-        held_out: Whether it is the part of that split which is held out of training.
-    """
-
-    name: str
-    rows: datasets.Dataset
-    labels: np.ndarray
-    label_names: list[str]
-    image_column: str
-    label_column: str
-    numbers: np.ndarray
-    held_out: bool = False
-
-    @property
-    def title(self) -> str:
-        """What to write in ``data.eval_split`` to get this split."""
-        return HOLDOUT if self.held_out else self.name
-
-    def select(self, index: np.ndarray) -> Split:
-        """The images at ``index``."""
-        return replace(self, rows=self.rows.select(index), labels=self.labels[index], numbers=self.numbers[index])
-
-    def images(self, index: np.ndarray) -> Iterator[dict[str, Any] | None]:
-        """The undecoded images at ``index``, of which a few are in memory at a time."""
-        for start in range(0, len(index), READ_AT_ONCE):
-            yield from self.rows[index[start : start + READ_AT_ONCE]]["image"]
-
-    def occurring(self) -> list[str]:
-        """Names of the classes that have an image."""
-        return [self.label_names[number] for number in np.unique(self.labels)]
 
 
 class Opened(NamedTuple):
@@ -99,20 +54,11 @@ def open_data(config: DataConfig) -> Opened:
         TinyTLError: The data set cannot be found or read, or its columns, splits or labels do not fit.
     """
     opened = _open_data(load(config), config)
-    for line in (*opened.warnings, *_about_copies(opened)):
+    evaluated = [split for split in (opened.evaluation, opened.test) if split is not None]
+    for line in (*opened.warnings, *about_copies(opened.train, evaluated)):
         logger.warning("%s", line)
     logger.info("%s", opened.found)
     return opened
-
-
-def _about_copies(opened: Opened) -> list[str]:
-    """What to say of images to evaluate on that are trained on under other names."""
-    return [
-        f"{count:,} of the {len(split.labels):,} images of {split.title} are trained on as well: the same files, byte "
-        "for byte"
-        for split in (opened.evaluation, opened.test)
-        if split is not None and (count := count_shared(split, opened.train))
-    ]
 
 
 def _open_data(tables: Tables, config: DataConfig) -> Opened:
@@ -134,11 +80,7 @@ def _open_data(tables: Tables, config: DataConfig) -> Opened:
     trained = set(train.occurring())
     untrained = [name for name in train.label_names if name not in trained]
     warnings += _about(untrained, "no training images, so no right answer can be learnt")
-    warnings += [
-        f"{named([repr(name) for name in names])} are classes of their own, though only capitals, spaces or zeros "
-        "tell them apart; if they are one, give them one name"
-        for names in alike(train.label_names)
-    ]
+    warnings += about_names(train.label_names)
     evaluation, test = evaluated[0], evaluated[1] if len(evaluated) > 1 else None
     found = Found(
         classes=train.label_names,
@@ -277,22 +219,6 @@ def find_training_split(config: DataConfig, train_sha256: str | None) -> Split |
     return train if train_sha256 is None or has_hash(train, train_sha256) else None
 
 
-def count_shared(one: Split, other: Split) -> int:
-    """How many images of a part of a data set are in another: the same rows, or the same files byte for byte.
-
-    Files are compared where those of one size are no more than :data:`READ_WHOLE` bytes.
-    """
-    same = one.name == other.name
-    shared = np.isin(one.numbers, other.numbers) if same else np.zeros(len(one.labels), dtype=bool)
-    sizes, others = byte_sizes(one.rows), byte_sizes(other.rows)
-    ours = np.flatnonzero(np.isin(sizes, others) & (sizes > 0) & ~shared)
-    theirs = np.flatnonzero(np.isin(others, sizes[ours]))
-    if sizes[ours].sum() + others[theirs].sum() <= READ_WHOLE:
-        known = {hashlib.sha256(content).digest() for content in _contents(other, theirs)}
-        shared[ours] = [hashlib.sha256(content).digest() in known for content in _contents(one, ours)]
-    return int(shared.sum())
-
-
 def with_label_names(split: Split, label_names: Sequence[str]) -> Split:
     """Number the classes of ``split`` as in ``label_names``.
 
@@ -336,20 +262,9 @@ def has_hash(split: Split, recorded: str) -> bool:
 def _hash(split: Split, rows: np.ndarray, sizes: bytes) -> str:
     digest = hashlib.sha256("\0".join(split.label_names).encode())
     digest.update(split.labels.tobytes() + sizes)
-    for content in _contents(split, rows):
+    for content in contents(split, rows):
         digest.update(content)
     return digest.hexdigest()
-
-
-def _contents(split: Split, rows: np.ndarray) -> Iterator[bytes]:
-    """The image files of some rows; nothing for one that is not there."""
-    for image in split.images(rows):
-        if image is not None and image["bytes"] is not None:
-            yield image["bytes"]
-        elif image is not None and Path(image["path"]).is_file():
-            yield Path(image["path"]).read_bytes()
-        else:
-            yield b""
 
 
 def _labelled(tables: Tables, name: str, config: DataConfig) -> Split:

@@ -20,7 +20,7 @@ from tinytl_hf.data.find import TABLES, suffix_of
 from tinytl_hf.data.found import named
 from tinytl_hf.data.images import LFS
 from tinytl_hf.data.json_files import check_holds_rows
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, first_line
 
 
 def load_tables(files: dict[str, list[str]], base: Path) -> datasets.DatasetDict:
@@ -79,7 +79,7 @@ def _load(files: list[str], kind: str) -> datasets.Dataset:
     if kind == "csv":
         return datasets.concatenate_datasets([_csv(file) for file in files])
     if kind == "parquet":  # of which the library datasets reads none without rows; Spark writes such for empty parts
-        empty = [file for file in files if pyarrow.parquet.read_metadata(file).num_rows == 0]
+        empty = [file for file in files if _count_rows(file) == 0]
         if len(empty) == len(files):
             return datasets.Dataset(pyarrow.parquet.read_table(files[0]))
         files = [file for file in files if file not in empty]
@@ -90,6 +90,14 @@ def _load(files: list[str], kind: str) -> datasets.Dataset:
     seen = [(path, state.st_size, state.st_ctime_ns) for path, state in zip(files, states, strict=True)]
     name = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
     return datasets.load_dataset(kind, name, data_files={"train": [glob.escape(file) for file in files]})["train"]
+
+
+def _count_rows(file: str) -> int:
+    """Rows of a parquet file; of many files, the one that is damaged is named."""
+    try:
+        return pyarrow.parquet.read_metadata(file).num_rows
+    except pyarrow.ArrowException as error:
+        raise TinyTLError(f"{file}: cannot be loaded ({first_line(error)}); mend it or take it away") from error
 
 
 def _csv(place: str) -> datasets.Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,8 @@ from tinytl_hf.data.split_column import by_split_column
 from tinytl_hf.data.table_files import load_tables, table_at
 from tinytl_hf.data.tables_beside import NAMING_IMAGES, check_tables_beside, to_name
 from tinytl_hf.errors import TinyTLError
+
+logger = logging.getLogger(__name__)
 
 TEXTS = (".csv", ".tsv", ".json", ".jsonl")  # tables that hold no images themselves
 
@@ -234,6 +237,12 @@ def _load_files(source: Source, config: DataConfig) -> Tables:
     names = [os.path.relpath(file, listing.root) for file in files]
     groups = group_by_split(names)
     if len(groups.keys() - {None}) < 2:
+        if len(groups) == 2:
+            logger.warning(
+                "%s files are read as one split, though %s is called as a split is and %s is not; name those alone "
+                "that belong together",
+                *(f"{len(names):,}", next(group[0] for split, group in groups.items() if split), groups[None][0]),
+            )
         groups = {"train": names}
     splits = load_tables(_whole_paths(groups, listing, names), listing.root)
     return Tables(source, splits, listing.root, listing.left_out)

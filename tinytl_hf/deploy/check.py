@@ -21,6 +21,7 @@ from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data import sets
 from tinytl_hf.data.batches import make_loader, read_images
 from tinytl_hf.data.find import is_same_place, is_there
+from tinytl_hf.data.split import Split
 from tinytl_hf.deploy.exported import Deployed
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
@@ -200,7 +201,7 @@ class _Views:
             yield self.model.normalise(batch["pixels"], batch["sizes"]).contiguous()
 
 
-def _views(model: TinyTLModel, split: sets.Split, data: DataConfig) -> RealImages:
+def _views(model: TinyTLModel, split: Split, data: DataConfig) -> RealImages:
     images = read_images(split, data, model.config.preprocessing.eval_size)
     batches = _Views(model, make_loader(images, data, batch_size=BATCH_SIZE))
     return RealImages(f"{split.title} of {data.dataset}", len(images), batches, images.split.labels)

@@ -20,8 +20,9 @@ from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.verbs import EvalConfig
 from tinytl_hf.data import sets
 from tinytl_hf.data.batches import make_loader, read_images
+from tinytl_hf.data.copies import count_shared
 from tinytl_hf.data.find import find, is_same_place, is_there
-from tinytl_hf.data.sets import Split
+from tinytl_hf.data.split import Split
 from tinytl_hf.device import alone_in_process, check_divides, forward_in_parts, make_accelerator, seconds_since
 from tinytl_hf.disk import check_ours
 from tinytl_hf.errors import TinyTLError
@@ -65,7 +66,7 @@ def _evaluate(config: EvalConfig, data_config: DataConfig, given: Collection[str
     images = read_images(split, data_config, model.config.preprocessing.eval_size)
     digest = sets.sha256(split)
     if train is not None:
-        trained_on: int | None = sets.count_shared(images.split, train)
+        trained_on: int | None = count_shared(images.split, train)
     else:
         trained_on = _trained_on(split, digest, model.config.data, len(images))
     if trained_on == 0 and _went_on_from_other_images(model.config):

@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tinytl_hf.config.run import Config, flat, with_new_names
-from tinytl_hf.data.sets import Split, has_hash
+from tinytl_hf.data.sets import has_hash
+from tinytl_hf.data.split import Split
 from tinytl_hf.disk import expanded, sync
 from tinytl_hf.errors import TinyTLError, first_line
 from tinytl_hf.model import TinyTLModel

@@ -14,7 +14,9 @@ from tinytl_hf.adapter.format import read_config, read_tensors
 from tinytl_hf.adapter.record import AdapterConfig, InitRecord
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.run import Config
-from tinytl_hf.data.sets import Split, count_shared, find_training_split
+from tinytl_hf.data.copies import count_shared
+from tinytl_hf.data.sets import find_training_split
+from tinytl_hf.data.split import Split
 from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.transfer import find_adapter

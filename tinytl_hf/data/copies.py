@@ -1,0 +1,66 @@
+"""Images that are the same file byte for byte, under other names or in another class."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from tinytl_hf.data.columns import byte_sizes
+from tinytl_hf.data.split import READ_WHOLE, Split, contents
+
+
+def about_copies(train: Split, evaluated: Sequence[Split]) -> list[str]:
+    """What to say of images to evaluate on that are trained on under other names, and of images in two classes."""
+    lines = [
+        f"{count:,} of the {len(split.labels):,} images of {split.title} are trained on as well: the same files, byte "
+        "for byte"
+        for split in evaluated
+        if (count := count_shared(split, train))
+    ]
+    if pairs := _in_two_classes([train, *evaluated]):
+        files = "file is" if len(pairs) == 1 else "files are"
+        lines.append(f"{len(pairs):,} {files} in two classes, byte for byte: {' and '.join(pairs[0])}; one is wrong")
+    return lines
+
+
+def _in_two_classes(splits: Sequence[Split]) -> list[tuple[str, str]]:
+    """Pairs of images that are one file and have two labels; looked for as in :func:`count_shared`."""
+    sizes = [byte_sizes(split.rows) for split in splits]
+    distinct, counts = np.unique(np.concatenate(sizes), return_counts=True)
+    several = distinct[(counts > 1) & (distinct > 0)]
+    places = [np.flatnonzero(np.isin(each, several)) for each in sizes]
+    if sum(each[place].sum() for each, place in zip(sizes, places, strict=True)) > READ_WHOLE:
+        return []
+    first: dict[bytes, tuple[Split, int]] = {}
+    pairs: dict[bytes, tuple[str, str]] = {}
+    for split, place in zip(splits, places, strict=True):
+        for number, content in zip(place.tolist(), contents(split, place), strict=True):
+            digest = hashlib.sha256(content).digest()
+            other, at = first.setdefault(digest, (split, number))
+            if other.labels[at] != split.labels[number]:
+                pairs.setdefault(digest, (_labelled(other, at), _labelled(split, number)))
+    return list(pairs.values())
+
+
+def _labelled(split: Split, number: int) -> str:
+    image = split.rows[number]["image"]
+    name = image["path"] if image["bytes"] is None else f"row {split.numbers[number]} of split {split.name}"
+    return f"{name} ({split.label_names[split.labels[number]]})"
+
+
+def count_shared(one: Split, other: Split) -> int:
+    """How many images of a part of a data set are in another: the same rows, or the same files byte for byte.
+
+    Files are compared where those of one size are no more than :data:`READ_WHOLE` bytes.
+    """
+    same = one.name == other.name
+    shared = np.isin(one.numbers, other.numbers) if same else np.zeros(len(one.labels), dtype=bool)
+    sizes, others = byte_sizes(one.rows), byte_sizes(other.rows)
+    ours = np.flatnonzero(np.isin(sizes, others) & (sizes > 0) & ~shared)
+    theirs = np.flatnonzero(np.isin(others, sizes[ours]))
+    if sizes[ours].sum() + others[theirs].sum() <= READ_WHOLE:
+        known = {hashlib.sha256(content).digest() for content in contents(other, theirs)}
+        shared[ours] = [hashlib.sha256(content).digest() in known for content in contents(one, ours)]
+    return int(shared.sum())
