@@ -16,6 +16,7 @@ import select
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_dumper, s
 from tinytl_hf.commands import PROG, VERBS, is_main_process
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.hub import HubConfig
+from tinytl_hf.config.numbers import check_numbers
 from tinytl_hf.config.run import RENAMED, Config, MemoryConfig, flat
 from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.config.yaml12 import dump_yaml, load_yaml
@@ -35,7 +37,13 @@ from tinytl_hf.version import __version__
 VARIABLE = re.compile(r"^\$\w+|\$\{\w+\}")
 
 # What to say where jsonargparse says which type it expected.
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text (in a file, in quotes)",
+    "NoneType": "null",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -106,6 +114,7 @@ def execute(argv: list[str]) -> None:
     set_loader("yaml", _load, (yaml.YAMLError,))
     set_dumper("yaml", dump_yaml)
     argv = _with_config_first(argv)
+    _check_numbers(argv)
     parser = make_parser(_verb(argv), _adapter_defaults(argv))
     try:
         parsed = parser.parse_args(argv)
@@ -154,6 +163,8 @@ def _with_config_first(argv: list[str]) -> list[str]:
         except (ValueError, yaml.YAMLError) as error:
             raise ArgumentError(None, f"config={file}: cannot be read as YAML: {error}") from error
         _check_groups(values, Config, f"{file}: ")
+        for options in VERBS[verb].options:
+            check_numbers(values, options, folder=Path(file).parent)
     at = others.index(verb) + 1
     return [*others[:at], *(word for file in files for word in ("--config", file)), *others[at:]]
 
@@ -169,6 +180,27 @@ def _check_groups(values: Any, kind: Any, where: str) -> None:
                 "below it, or leave it out"
             )
         _check_groups(given, group.default_factory, f"{where}{group.name}.")
+
+
+def _check_numbers(argv: list[str]) -> None:
+    """Raise if a number is written so that the parser would take it for another, as 1:30 for 90."""
+    verb = VERBS.get(_verb(argv) or "")
+    if verb is None:
+        return
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, text = word.partition("=")
+        values: Any = text if equals else following
+        if not name.startswith("--"):
+            continue
+        with suppress(yaml.YAMLError):  # the parser says what is wrong
+            read = load_yaml(values)
+            values = read if isinstance(read, (list, dict)) else values
+        for part in reversed(name[2:].rstrip("+").split(".")):
+            values = {part: values}
+        for options in verb.options:
+            check_numbers(values, options)
+        if verb.has_data_options:
+            check_numbers(values.get("data"), DataConfig, "data")
 
 
 def _verb(argv: list[str]) -> str | None:
@@ -297,15 +329,17 @@ def _with_fix(text: str) -> str:
     value = re.split(r"(?:Got|Given) value: ", text)[-1]
     if not colon or value == text:
         return text
-    if "NoneType" in text and value.lower() == "none":
+    expected = re.split(r" Errors: |\.? (?:Got|Given) value: ", text)[0]  # the library cuts the value out of the rest
+    if "NoneType" in expected and value.lower() == "none":
         return f"{key}={value}: use null"
     if "Expected a tuple" in text:
         example = flat(Config().to_dict()).get(key)
         return f"{key}={value}: use {len(example)} values in brackets, such as '{example}'" if example else text
-    if "Expected a list" in text and not value.startswith("["):
-        return f"{key}={value}: use values in brackets, as '[{value}]'"
-    names = re.findall(r"'(.*?)'", " ".join(re.findall(r"Expected a Literal\[(.*?)\]", text)))
-    kinds = [KINDS[kind] for kind in re.findall(r"Expected a (\w+)", text) if kind in KINDS]
+    if re.search("Expected (a )?list", text) and not value.startswith("["):
+        example = "" if value.lower() in ("none", "null") else f", as '[{value}]'"
+        return f"{key}={value}: use values in brackets{example}"
+    names = re.findall(r"'(.*?)'", " ".join(re.findall(r"Literal\[(.*?)\]", expected)))
+    kinds = [KINDS[kind] for kind in re.findall(r"\w+", re.sub(r"Literal\[.*?\]", "", expected)) if kind in KINDS]
     wanted = [f"one of {', '.join(names)}" if len(names) > 1 else "".join(names), *kinds]
     if not any(wanted):
         return text
