@@ -102,3 +102,27 @@ def test_a_number_for_a_text_in_a_file_is_to_be_quoted(tmp_path):
     (tmp_path / "run.yaml").write_text("data: {label_column: 2024}")
     done = run_cli("train", "--config", tmp_path / "run.yaml")
     assert "data.label_column=2024: use a text (in a file, in quotes) or null" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("verb", "text", "told"),
+    [
+        ("eval", "backbone.weights=x: no such file", "weights=x: no such file"),
+        (
+            "predict",
+            "or name it with --backbone.weights x/backbone.weights",
+            "or name it with --weights x/backbone.weights",
+        ),
+        ("eval", "train.mixed_precision=fp16: use bf16", "mixed_precision=fp16: use bf16"),
+        ("train", "backbone.weights=x: no such file", "backbone.weights=x: no such file"),
+        ("export", "train it with --lite.norm group", "train it with --lite.norm group"),
+    ],
+)
+def test_a_mistake_is_told_by_the_name_that_the_verb_has_for_the_option(verb, text, told):
+    assert cli._one_line(TinyTLError(text), [verb]) == told
+
+
+def test_weights_that_are_not_there_are_told_by_the_options_own_name(tmp_path, make_model):
+    make_model("FT-Last").save_pretrained(tmp_path)
+    done = run_cli("predict", "--adapter", tmp_path, "--weights", "nosuch", "x.png")
+    assert done.stderr.startswith("tinytl-hf: error: weights=nosuch: use imagenet")

@@ -308,7 +308,7 @@ def _one_line(error: Exception, argv: list[str]) -> str:
     if text.startswith("Caught TinyTLError in DataLoader"):  # torch wraps what a worker process raises
         text = text.rpartition("TinyTLError: ")[2]
     if isinstance(error, TinyTLError):
-        return text
+        return _with_own_names(text, _verb(argv))
     if not isinstance(error, ArgumentError):
         return f"{type(error).__name__}: {text} (unexpected: --debug shows where)"
     unknown = re.search(r"does not accept option '([^']+)'|unrecognized arguments: -*([\w.]+)", text)
@@ -321,6 +321,17 @@ def _one_line(error: Exception, argv: list[str]) -> str:
     if re.search(r"Unexpected config: ?(#|$)", text):
         return "empty config file: it sets no option"
     return _with_fix(text)
+
+
+def _with_own_names(text: str, verb: str | None) -> str:
+    """A message that calls options as the verb does: ``weights`` what a run has as ``backbone.weights``."""
+    own, of_run = [] if verb is None else _options(verb), flat(Config().to_dict())
+
+    def own_name(found: re.Match[str]) -> str:
+        name, last = found[0], found[0].rpartition(".")[2]
+        return last if name in of_run and name not in own and last in own else name
+
+    return re.sub(r"(?<![\w./])(backbone|train|adapter)\.\w+", own_name, text)
 
 
 def _with_fix(text: str) -> str:

@@ -98,8 +98,8 @@ def measure_rows(config: Config, options: MemoryTableConfig, photo_size: tuple[i
             all methods does.
     """
     name, network = backbone_of(config)
-    check_size(name, "train_size", config.data.train_size)
-    check_takes(name, network, "train_size", config.data.train_size)
+    check_size(name, "data.train_size", config.data.train_size)
+    check_takes(name, network, "data.train_size", config.data.train_size)
     left_out: dict[str, TinyTLError] = {}
     methods = list(METHODS if options.methods is None else options.methods)
     for method in methods:
