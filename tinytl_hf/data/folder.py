@@ -18,7 +18,7 @@ from tinytl_hf.data.almost_splits import check_almost_splits, say_odd_names
 from tinytl_hf.data.columns import as_label, class_order
 from tinytl_hf.data.found import named
 from tinytl_hf.data.listing import Listing
-from tinytl_hf.data.masks import check_no_masks, say_masks
+from tinytl_hf.data.masks import check_no_masks, say_masks, say_pairs
 from tinytl_hf.data.roles import asked_splits, chosen_splits, role_of
 from tinytl_hf.errors import TinyTLError
 
@@ -86,6 +86,8 @@ def class_folders(listing: Listing, config: DataConfig) -> datasets.DatasetDict:
                 listing.left_out.add("in no class folder", folder.direct[0], len(folder.direct))
             found[name] = dict(folder.below)
             check_no_masks(listing.root, found[name])
+    for classes in found.values():
+        say_pairs(classes)
     say_masks(path for classes in found.values() for paths in classes.values() for path in paths)
     _say_depths(found, depth + (1 if splits is None else 2))
     return _tables(listing.root, found)
