@@ -185,10 +185,12 @@ def _unwrapped(tops: Tops, chosen: set[str]) -> tuple[Tops, int]:
 
 def _two_readings(root: Path, tops: Tops, split: str, other: str) -> TinyTLError:
     inside = named(list(tops[split].below))
+    same = tops[split].below.keys() & tops[other].below.keys()
+    third = f"; if {other}/ is a split as well, name it with --data.eval_split {other}" if same else ""
     return TinyTLError(
         f"data.dataset={root}: {split}/ can be a split with the classes {inside} ({tops[split].example}), or a class "
         f"beside {other} ({tops[other].example}); name {root / split} for the first, and for the second put all "
-        f"images right into {split}/"
+        f"images right into {split}/{third}"
     )
 
 
