@@ -4,8 +4,10 @@ import io
 import os
 import subprocess
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from functools import cache
+from functools import cache, partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +18,7 @@ if os.environ.get("TINYTL_TEST_GPU") != "1":
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -249,3 +252,24 @@ def small_run(dataset, output, *options):
         *("--data.train_size", "32", "--data.crop_scale", "[0.5, 1.0]", "--train.global_batch_size", "8"),
         *("--train.epochs", "2", "--train.threads", "1", "--memory.report", "false", *options),
     ]
+
+
+@pytest.fixture
+def file_server(monkeypatch):
+    """Serves folders over HTTP on this machine."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    running = []
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    def serve(folder):
+        running.append(ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)))
+        Thread(target=running[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{running[-1].server_port}"
+
+    yield serve
+    for each in running:
+        each.shutdown()
+        each.server_close()

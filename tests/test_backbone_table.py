@@ -33,6 +33,13 @@ def test_a_network_that_is_refused_says_why():
     assert describe("timm/levit_128s").refused.startswith("its classifier is a tuple")
 
 
+def test_what_is_no_classifier_ends_no_list():
+    timm = pytest.importorskip("timm")
+    if not timm.is_model("deepseek_vit_412m_enc"):
+        pytest.skip("this timm has no such encoder")
+    assert describe("timm/deepseek_vit_412m_enc").refused.startswith("is no classifier")
+
+
 def test_a_network_whose_blocks_are_too_odd_for_lite_residuals_says_what_to_use():
     pytest.importorskip("timm")
     row = describe("timm/efficientnet_b1_pruned")

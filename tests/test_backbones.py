@@ -196,7 +196,7 @@ def test_a_size_to_start_from_that_a_network_does_not_take_is_named(small_alexne
 def test_a_network_that_tried_a_size_is_as_it_was(make_model):
     model = make_model("FT-Full", "mnasnet0_5", train_size=32).train()
     before = state_of(model)
-    check_takes("mnasnet0_5", model.backbone, "eval_size", 71)
+    check_takes("mnasnet0_5", model.backbone, "data.eval_size", 71)
     assert model.backbone.training and all(
         torch.equal(before[key], value) for key, value in model.state_dict().items()
     )

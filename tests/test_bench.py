@@ -4,8 +4,12 @@ import pytest
 import torch
 from conftest import run_cli
 
+from tinytl_hf import TinyTLError
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.network import BackboneConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.train import TrainConfig
+from tinytl_hf.config.verbs import BenchConfig
 from tinytl_hf.measure import speed
 from tinytl_hf.measure.convolutions import Convolutions
 from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
@@ -39,6 +43,28 @@ def test_no_empty_table_is_printed_where_nothing_can_be_timed(monkeypatch):
     monkeypatch.setattr(speed, "in_own_process", None)
     done = run_cli("bench", *options, "--backbone.name", "mobilnet_v2")
     assert done.returncode == 1 and "error: backbone.name=mobilnet_v2: torchvision has no such" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"), [(16, "mobilenet_v2 reduces an image 32 times; use 32 or more"), (4000, "use 2048 or less")]
+)
+def test_a_size_that_cannot_be_timed_is_told_by_the_option_that_has_it(size, reason):
+    with pytest.raises(TinyTLError, match=f"at {size} px, batch 1: train_sizes={size}: {reason}"):
+        list(
+            speed.bench_rows(
+                Config(backbone=BackboneConfig(weights="none")), BenchConfig(train_sizes=[size], batch_sizes=[1])
+            )
+        )
+
+
+def test_a_size_that_images_grow_from_does_not_matter_to_a_step(monkeypatch):
+    seen = []
+    monkeypatch.setattr(speed, "_steps", lambda config, _: seen.append(config.data) or {})
+    monkeypatch.setattr(speed, "Convolutions", lambda _: None)
+    monkeypatch.setattr(speed, "_speeds", lambda *_: {})
+    monkeypatch.setattr(speed, "device_of_figures", lambda: torch.device("cuda"))
+    row = speed._time_in_turns(Config(data=DataConfig(start_size=128)), 96, 1, 1)
+    assert row.refused is None and (seen[0].train_size, seen[0].start_size) == (96, None)
 
 
 def test_bench_gives_the_speed_of_lean_as_a_multiple_of_both_stock_ones_and_as_a_share_of_the_convolutions():

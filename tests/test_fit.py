@@ -16,7 +16,7 @@ from PIL import Image
 from started_runs import CONTEXT, delta, run
 
 from tinytl_hf.config.fit import FitConfig
-from tinytl_hf.config.network import BackboneConfig
+from tinytl_hf.config.network import BackboneConfig, LiteConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.data.images import decode_pixels, decoded_size
@@ -81,6 +81,8 @@ def test_a_budget_that_nothing_fits_ends_with_the_least_that_works(colour_folder
         (["--memory_mb", "8", "--output", "fitted.txt"], "output=fitted.txt: name a .yaml file"),
         (["--memory_mb", "8", "--backbone.name", "nothing"], "backbone.name=nothing"),
         (["--memory_mb", "8", "--train_sizes", "[]"], "train_sizes=[]: use sizes"),
+        (["--memory_mb", "8", "--train_sizes", "[96, 16]"], " train_sizes=16: mobilenet_v2 reduces an image 32"),
+        (["--memory_mb", "8", "--train_sizes", "[96, 4000]"], " train_sizes=4000: use 2048 or less"),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_measured(options, message, colour_folder, monkeypatch):
@@ -118,6 +120,20 @@ def test_methods_about_blocks_are_left_out_for_a_backbone_without_them(caplog):
     assert "shufflenet_v2_x0_5 has no residual blocks of a kind that is known here: TinyTL-L+B, FT-Lay" in caplog.text
     with pytest.raises(TinyTLError, match="add FT-Last or TinyTL-B"):
         make_families(config, replace(options, methods=["FT-Layerwise"]), 0, {}, Budget(64e6, None, None, 0))
+
+
+def test_blocks_too_odd_for_lite_residuals_are_left_out_with_the_reason(caplog):
+    pytest.importorskip("timm")
+    caplog.set_level(logging.INFO)
+    config = Config(backbone=BackboneConfig("timm/efficientnet_b1_pruned", "none"))
+    options = FitConfig(methods=["TinyTL-L+B", "FT-Last"], train_sizes=[64])
+    tried = make_families(config, options, 23, {}, Budget(64e6, None, None, 0))
+    ways = [(family.plans[0].method, family.plans[0].trained_blocks) for family in tried]
+    assert ways == [("TinyTL-L+B", 4), ("FT-Last", "all")]
+    assert "methods: TinyTL-L+B of all blocks is left out: lite.groups=2: must divide the 35 input" in caplog.text
+    config = replace(config, trained_blocks=23, lite=LiteConfig(groups=7))
+    with pytest.raises(TinyTLError, match=r"^lite\.groups=7: must divide"):
+        make_families(config, replace(options, methods=["TinyTL-L+B"]), 23, {}, Budget(64e6, None, None, 0))
 
 
 # A made-up network, whose steps need no process: what they take has a part that does not grow with the pixels, which

@@ -74,6 +74,52 @@ def test_masks_beside_their_images_are_said(tmp_path, caplog):
     assert "3 images are called as masks of others are (cat/0_mask" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("HR", "LR"),
+        ("DIV2K_train_HR", "DIV2K_train_LR_x4"),
+        ("rgb", "depth"),
+        ("images", "depth"),
+        ("noisy", "clean"),
+        ("visible", "thermal"),
+        ("frames", "frames_gt"),
+        ("benign", "benign mask"),
+    ],
+)
+@pytest.mark.parametrize("splits", [("",), ("train/", "test/")])
+def test_pictures_of_the_same_things_are_said_to_be_taken_as_classes(names, splits, tmp_path, caplog):
+    for split in splits:
+        make(tmp_path, [f"{split}{name}/{number}.png" for name in names for number in (3, 7, 20)])
+    assert opened(tmp_path, eval_fraction=0.4).train.label_names == sorted(names)
+    one, other = sorted(names)
+    said = [line for line in caplog.messages if "of the same names (3 of 3), and are taken as two classes" in line]
+    assert len(said) == len(splits) and said[0].startswith((f"{one}/ and {other}/ hold", f"{other}/ and {one}/ hold"))
+
+
+def test_flat_splits_beside_their_annotations_are_said_to_be_pairs(tmp_path, caplog):
+    make(
+        tmp_path, [f"{name}{more}/{n}{name}.png" for name in ("train", "val") for more in ("", "annot") for n in "abc"]
+    )
+    assert opened(tmp_path, eval_fraction=0.4).found.classes == ["train", "trainannot", "val", "valannot"]
+    said = [line for line in caplog.messages if "hold files of the same names (3 of 3)" in line]
+    assert [line.split(" hold")[0] for line in said] == ["train/ and trainannot/", "val/ and valannot/"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("cat", "dog"), ("mask", "no_mask"), ("with_mask", "without_mask"), ("images", "photos"), ("rgb", "sepia")],
+)
+def test_classes_whose_images_are_numbered_alike_are_no_pairs(names, tmp_path, caplog):
+    make(tmp_path, [f"{name}/{number}.png" for name in names for number in range(4)])
+    assert opened(tmp_path).train.label_names == sorted(names) and "same names" not in caplog.text
+
+
+def test_depths_and_images_of_other_names_are_no_pairs(tmp_path, caplog):
+    make(tmp_path, [f"rgb/{number}.png" for number in range(10)] + [f"depth/{number}.png" for number in range(2, 12)])
+    assert opened(tmp_path).train.label_names == ["depth", "rgb"] and "same names" not in caplog.text
+
+
 def test_classes_that_hold_the_same_folders_are_said(tmp_path, caplog):
     make(tmp_path, each("color/apple", "color/grape", "gray/apple", "gray/grape"))
     assert opened(tmp_path).found.classes == ["color", "gray"]

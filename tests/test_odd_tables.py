@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 
 import datasets
 import pandas as pd
@@ -10,6 +11,8 @@ from conftest import write_image
 from test_tables import opened, png
 
 from tinytl_hf import TinyTLError
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.tables import load
 
 LABELS = ["cat", "dog"] * 4
 
@@ -149,10 +152,23 @@ def test_images_in_base64_are_called_so(start, options, tmp_path):
         ({"version": 1, "data": [{"image": "0.png"}] * 2}, "has its rows in data; write such a list into a file"),
     ],
 )
-def test_json_files_that_hold_no_rows_are_called_what_they_are(content, message, tmp_path):
+@pytest.mark.parametrize("query", ["", "?download=true"])
+def test_json_files_that_hold_no_rows_are_called_what_they_are(content, message, query, file_server, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(content, indent=1))
     with pytest.raises(TinyTLError, match=f"{tmp_path}/x.json: .*{message}"):
         opened(tmp_path / "x.json")
+    url = f"{file_server(tmp_path)}/x.json{query}"
+    with pytest.raises(TinyTLError, match=f"{re.escape(url)}: .*{message}"):
+        opened(url)
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_json_at_a_url_is_read_as_it_is_now(lines, file_server, tmp_path):
+    url = f"{file_server(tmp_path)}/x.json"
+    for labels in (LABELS, ["emu", "fox"] * 4):
+        rows = pd.DataFrame({"image": "https://x.org/0.png", "label": labels})
+        rows.to_json(tmp_path / "x.json", orient="records", lines=lines)
+        assert load(DataConfig(dataset=url)).splits["train"]["label"][:] == labels
 
 
 @pytest.mark.parametrize("lines", [True, False])

@@ -154,6 +154,23 @@ def test_a_csv_file_stays_where_the_adapter_is_not_found(adapter, tmp_path):
     assert file.read_text() == before and before.count("a.png") == 1
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 9])
+def test_the_columns_of_a_csv_file_are_those_that_its_help_tells(top_k, adapter, tmp_path):
+    help_text = " ".join(run_cli("predict", "--help").stdout.split())
+    assert (
+        "image, label and probability of the likeliest, label_2 and probability_2 and so on up to top_k" in help_text
+    )
+    image, file = write_image(tmp_path / "a.png"), tmp_path / "out.csv"
+    assert run_cli("predict", "--adapter", adapter, "--csv", file, "--top_k", str(top_k), image).returncode == 0
+    with file.open(encoding="utf-8", newline="") as lines:
+        (row,) = csv.DictReader(lines)
+    further = [f"{name}_{number}" for number in range(2, top_k + 1) for name in ("label", "probability")]
+    assert list(row) == ["image", "label", "probability", *further, "error"]
+    labels = [value for name, value in row.items() if name.startswith("label")]
+    known = min(top_k, len(LABELS))
+    assert len(set(labels[:known]) & set(LABELS)) == known and set(labels[known:]) <= {""}
+
+
 def test_a_csv_file_has_a_line_for_each_image_and_replaces_only_its_like(adapter, tmp_path):
     write_image(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no image")

@@ -1,7 +1,9 @@
 """What callers hand to the Python API by mistake: one clear error, and nothing of theirs is lost."""
 
+import importlib
 import json
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,6 +16,23 @@ from tinytl_hf import TinyTLError, TinyTLModel
 def adapter(make_model, tmp_path):
     make_model("FT-Last").save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("method", "argument"),
+    [
+        ("from_backbone", "weights"),
+        ("from_pretrained", "pretrained_model_name_or_path"),
+        ("from_pretrained", "weights"),
+        ("save_pretrained", "save_directory"),
+        ("load_adapter", "path"),
+        ("load_adapter", "weights"),
+        ("export", "output"),
+    ],
+)
+def test_what_can_be_a_path_is_typed_as_one(method, argument):
+    kind = get_type_hints(getattr(TinyTLModel, method), vars(importlib.import_module("tinytl_hf.model")))[argument]
+    assert {str, Path} <= set(get_args(kind))
 
 
 @pytest.mark.parametrize("name", [5, None, b"adapter", ["adapter"], True])

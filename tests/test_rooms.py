@@ -24,6 +24,7 @@ ORDER = (
     ("deploy",),
     ("train",),
     ("commands",),
+    ("explained",),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

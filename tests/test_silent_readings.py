@@ -243,6 +243,39 @@ def test_a_column_of_splits_may_have_another_name(name, values, tmp_path, caplog
     assert list(opened(file).found.images) == ["train"]  # which is no column of splits
 
 
+USAGE = ["Training"] * 4 + ["PublicTest"] * 2 + ["PrivateTest"] * 2
+
+
+def test_splits_of_other_names_are_those_that_the_options_name_in_columns_as_in_folders(tmp_path, caplog):
+    for number in range(8):
+        write_image(tmp_path / "folders" / USAGE[number] / LABELS[number] / f"{number}.png", size=(8, 8), seed=number)
+    usage, split = (table(tmp_path / f"{name}.parquet", **{name: USAGE}) for name in ("Usage", "split"))
+    assert opened(usage).found.images == {"train": 8}
+    assert "column Usage is not used (PrivateTest, PublicTest, Training): if it says" in caplog.text
+    assert "name its values with --data.train_split and --data.eval_split, or write train" in caplog.text
+    for place, told in (
+        (
+            split,
+            "some rows train and others PrivateTest, PublicTest, which is no split's name; .* or --data.eval_split",
+        ),
+        (tmp_path / "folders", "if PrivateTest/ is a split as well, name it with --data.eval_split PrivateTest"),
+    ):
+        with pytest.raises(TinyTLError, match=told):
+            opened(place)
+    for place in (usage, split, tmp_path / "folders"):
+        found = opened(place, eval_split="PublicTest").found
+        assert (found.train, found.evaluation) == (("train", 4), ("PublicTest", 2)), place
+
+
+def test_a_split_of_training_and_validation_is_one_where_it_is_named(tmp_path):
+    values = ["trainval"] * 6 + ["test"] * 2
+    with pytest.raises(TinyTLError, match="calls some rows test and others trainval, which is no split's name"):
+        opened(table(tmp_path / "a.parquet", split=values))
+    for name in ("split", "set"):
+        found = opened(table(tmp_path / f"{name}.parquet", **{name: values}), train_split="trainval").found
+        assert (found.train, found.evaluation) == (("trainval", 6), ("test", 2))
+
+
 def test_a_column_split_of_other_values_is_said(tmp_path, caplog):
     folders(tmp_path / "i", ("a", "a"))
     rows = [f"i/a/{number}.png,{LABELS[number]},{number // 4}" for number in range(8)]

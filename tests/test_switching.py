@@ -194,7 +194,7 @@ def test_an_adapter_of_another_backbone_is_refused(folders, make_model, tmp_path
     with pytest.raises(TinyTLError, match=r"not trained on .*in memory \(from none\): sha256 of its frozen"):
         model.load_adapter(tmp_path / "other", "b")
     with pytest.raises(TinyTLError, match=r"in memory \(from none\): features.0.0.weight differs"):
-        model.load_adapter(tmp_path / "other", "b", weights=str(tmp_path / "other.pth"))
+        model.load_adapter(tmp_path / "other", "b", weights=tmp_path / "other.pth")
     assert model.adapter_names == ["default"]
 
 

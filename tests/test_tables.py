@@ -1,13 +1,10 @@
 """Tables of images and labels: every source of the same images gives the same rows, and what is no table is named."""
 
-import functools
 import io
 import json
 import shutil
 import tarfile
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import datasets
 import numpy as np
@@ -99,30 +96,9 @@ def as_hub_layout(photos, root, _):
     return root
 
 
-def as_url(photos, root, server):
-    as_parquet(photos, root, server)
-    return f"{server(root)}/table.parquet"
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """Serves folders over HTTP on this machine."""
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    running = []
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *arguments):
-            pass
-
-    def serve(folder):
-        running.append(ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)))
-        Thread(target=running[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{running[-1].server_port}"
-
-    yield serve
-    for each in running:
-        each.shutdown()
-        each.server_close()
+def as_url(photos, root, file_server):
+    as_parquet(photos, root, file_server)
+    return f"{file_server(root)}/table.parquet"
 
 
 SOURCES = [as_folder, as_metadata, as_parquet, as_csv, as_json, as_saved, as_hub_layout, as_url]
@@ -135,9 +111,9 @@ def content(split):
 
 
 @pytest.mark.parametrize("write", SOURCES)
-def test_every_source_gives_the_same_rows_for_the_same_images(write, photos, tmp_path, server):
+def test_every_source_gives_the_same_rows_for_the_same_images(write, photos, tmp_path, file_server):
     expected = opened(photos)
-    found = opened(write(photos, tmp_path, server))
+    found = opened(write(photos, tmp_path, file_server))
     assert found.train.label_names == list(CLASSES) and found.found.images == {"train": 18}
     for ours, theirs in zip(found[:2], expected[:2], strict=True):
         assert content(ours) == content(theirs) and sha256(ours) == sha256(theirs)
@@ -358,8 +334,8 @@ def test_the_sets_of_the_hub_that_are_here_open_as_before(shared_data):
     assert (len(train.labels), len(test.labels), train.label_names[3]) == (50_000, 10_000, "cat")
 
 
-def test_a_table_at_a_url_that_has_changed_is_read_again(tmp_path, server):
-    url = f"{server(tmp_path)}/table.parquet"
+def test_a_table_at_a_url_that_has_changed_is_read_again(tmp_path, file_server):
+    url = f"{file_server(tmp_path)}/table.parquet"
     for names in (["cat", "dog"], ["apple", "pear"]):
         pd.DataFrame({"image": [png(i) for i in range(8)], "label": names * 4}).to_parquet(tmp_path / "table.parquet")
         assert opened(url).train.label_names == names

@@ -7,7 +7,6 @@ the command line wins. A mistake ends with one line; ``--debug`` shows where it 
 from __future__ import annotations
 
 import argparse
-import difflib
 import io
 import logging
 import os
@@ -18,6 +17,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,16 +28,15 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_dumper, s
 from tinytl_hf.commands import PROG, VERBS, is_main_process
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.hub import HubConfig
-from tinytl_hf.config.run import RENAMED, Config, MemoryConfig, flat
+from tinytl_hf.config.numbers import check_numbers
+from tinytl_hf.config.run import Config, MemoryConfig
 from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.config.yaml12 import dump_yaml, load_yaml
-from tinytl_hf.errors import Interrupted, TinyTLError, one_line
+from tinytl_hf.errors import Interrupted, TinyTLError
+from tinytl_hf.explained import explained
 from tinytl_hf.version import __version__
 
 VARIABLE = re.compile(r"^\$\w+|\$\{\w+\}")
-
-# What to say where jsonargparse says which type it expected.
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,7 +76,7 @@ def _main(argv: list[str]) -> None:
             raise
         if debug:
             traceback.print_exc()
-        _end(f"error: {_one_line(error, argv)}", 2 if isinstance(error, ArgumentError) else 1)
+        _end(f"error: {explained(error, _verb(argv))}", 2 if isinstance(error, ArgumentError) else 1)
 
 
 def _output_is_closed() -> bool:
@@ -108,6 +107,7 @@ def execute(argv: list[str]) -> None:
     set_loader("yaml", _load, (yaml.YAMLError,))
     set_dumper("yaml", dump_yaml)
     argv = _with_config_first(argv)
+    _check_numbers(argv)
     parser = make_parser(_verb(argv), _adapter_defaults(argv))
     try:
         parsed = parser.parse_args(argv)
@@ -161,6 +161,8 @@ def _with_config_first(argv: list[str]) -> list[str]:
         if twice:  # of which the parser would take the last
             raise ArgumentError(None, f"config={file}: {twice[0]} is there twice, with and without a dot; leave one")
         _check_groups(values, Config, f"{file}: ")
+        for options in VERBS[verb].options:
+            check_numbers(values, options, folder=Path(file).parent)
     at = others.index(verb) + 1
     return [*others[:at], *(word for file in files for word in ("--config", file)), *others[at:]]
 
@@ -185,6 +187,27 @@ def _check_groups(values: Any, kind: Any, where: str) -> None:
                 "below it, or leave it out"
             )
         _check_groups(given, group.default_factory, f"{where}{group.name}.")
+
+
+def _check_numbers(argv: list[str]) -> None:
+    """Raise if a number is written so that the parser would take it for another, as 1:30 for 90."""
+    verb = VERBS.get(_verb(argv) or "")
+    if verb is None:
+        return
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, text = word.partition("=")
+        values: Any = text if equals else following
+        if not name.startswith("--"):
+            continue
+        with suppress(yaml.YAMLError):  # the parser says what is wrong
+            read = load_yaml(values)
+            values = read if isinstance(read, (list, dict)) else values
+        for part in reversed(name[2:].rstrip("+").split(".")):
+            values = {part: values}
+        for options in verb.options:
+            check_numbers(values, options)
+        if verb.has_data_options:
+            check_numbers(values.get("data"), DataConfig, "data")
 
 
 def _verb(argv: list[str]) -> str | None:
@@ -284,70 +307,6 @@ def _with_values(argv: list[str]) -> list[str]:
         if argument in flags and following.lower() not in {"true", "false"}:
             result.append("true")
     return result
-
-
-def _one_line(error: Exception, argv: list[str]) -> str:
-    """What went wrong with the words of ``argv`` and how to mend it, without the library's own layout."""
-    text = one_line(error)
-    if text.startswith("Caught TinyTLError in DataLoader"):  # torch wraps what a worker process raises
-        text = text.rpartition("TinyTLError: ")[2]
-    if isinstance(error, TinyTLError):
-        return text
-    if not isinstance(error, ArgumentError):
-        return f"{type(error).__name__}: {text} (unexpected: --debug shows where)"
-    unknown = re.search(r"does not accept option '([^']+)'|unrecognized arguments: -*([\w.]+)", text)
-    if unknown:
-        return _no_such_option(unknown[1] or unknown[2], _verb(argv))
-    text = re.sub(r"<class '([^']+)'>", r"\1", text).replace("typing.", "")
-    text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
-    if text.startswith("adapter: Unable to load config"):
-        return "adapter: train makes one; --adapter.init PATH_OR_NAME goes on from another"
-    return _with_fix(text)
-
-
-def _with_fix(text: str) -> str:
-    """What is wrong with an option's value, with a value of the right form where that is not plain to see."""
-    key, colon, _ = text.partition(": ")
-    value = re.split(r"(?:Got|Given) value: ", text)[-1]
-    if not colon or value == text:
-        return text
-    if "NoneType" in text and value.lower() == "none":
-        return f"{key}={value}: use null"
-    if "Expected a tuple" in text:
-        example = flat(Config().to_dict()).get(key)
-        return f"{key}={value}: use {len(example)} values in brackets, such as '{example}'" if example else text
-    if "Expected a list" in text and not value.startswith("["):
-        return f"{key}={value}: use values in brackets, as '[{value}]'"
-    names = re.findall(r"'(.*?)'", " ".join(re.findall(r"Expected a Literal\[(.*?)\]", text)))
-    kinds = [KINDS[kind] for kind in re.findall(r"Expected a (\w+)", text) if kind in KINDS]
-    wanted = [f"one of {', '.join(names)}" if len(names) > 1 else "".join(names), *kinds]
-    if not any(wanted):
-        return text
-    near = difflib.get_close_matches(value.lower(), [name.lower() for name in names], n=1)
-    meant = next((f"; did you mean {name}?" for name in names if name.lower() in near), "")
-    return f"{key}={value}: use {' or '.join(word for word in wanted if word)}{meant}"
-
-
-def _no_such_option(key: str, verb: str | None) -> str:
-    if key in RENAMED:
-        return f"{key}: this option is called {RENAMED[key]} now"
-    options = {name: _options(name) for name in VERBS}
-    own = options[verb] if verb is not None else [name for names in options.values() for name in names]
-    last = key.rpartition(".")[2]
-    near = [last] if last in own else difflib.get_close_matches(key, own, n=1)
-    owners = [name for name, names in options.items() if key in names]
-    if owners:
-        has = f"{', '.join(owners)} {'have' if len(owners) > 1 else 'has'}"
-        return f"{key}: this verb has no such option ({has}){f'; it has {last}' if last in own else ''}"
-    return f"{key}: no such option{f'; did you mean {near[0]}?' if near else '; see --help'}"
-
-
-def _options(name: str) -> list[str]:
-    """What a verb's options are called."""
-    verb = VERBS[name]
-    names = [field.name for kind in verb.options if kind is not Config for field in fields(kind)]
-    names += [*flat(Config().to_dict())] if Config in verb.options else []
-    return names + [f"data.{field.name}" for field in fields(DataConfig)] if verb.has_data_options else names
 
 
 def _end(message: str, code: int) -> NoReturn:

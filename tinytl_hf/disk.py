@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tinytl_hf.errors import TinyTLError
 
+StrPath = str | Path  # what callers hand over as a path, or as a name that can be one
+
 
 def local_path(name: str | Path) -> Path:
     """The path that a name stands for: absolute, with ``~`` for the user's home and without ``.``, ``..`` and links.

@@ -26,6 +26,7 @@ from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import centre_boxes, resample
 from tinytl_hf.data.given_images import check_normalised, pixels_of
 from tinytl_hf.data.tensors import pad_images
+from tinytl_hf.disk import StrPath
 from tinytl_hf.hub.card import read_card, render_card
 from tinytl_hf.hub.transfer import find_adapter, push
 from tinytl_hf.lean.convert import convert
@@ -97,7 +98,7 @@ class TinyTLModel(nn.Module):
         method: str = "TinyTL-L+B",
         num_classes: int | None = None,
         label_names: Iterable[object] | None = None,
-        weights: str | Path = "imagenet",
+        weights: StrPath = "imagenet",
         frozen_weights: Literal["fp32", "int8"] = "fp32",
         train_size: int = 224,
         eval_size: int | None = None,
@@ -142,9 +143,9 @@ class TinyTLModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: StrPath,
         *,
-        weights: str | Path | None = None,
+        weights: StrPath | None = None,
         lean: bool = Engine.lean,
         backend: BackendName = Engine.backend,
         slice_mb: float | None = None,
@@ -192,7 +193,7 @@ class TinyTLModel(nn.Module):
 
     def save_pretrained(
         self,
-        save_directory: str | Path,
+        save_directory: StrPath,
         *,
         dtype: Literal["fp32", "fp16"] | None = None,
         data: DataRecord | None = None,
@@ -249,7 +250,7 @@ class TinyTLModel(nn.Module):
             shutil.rmtree(folder)
         return url
 
-    def export(self, output: str | Path, *, format: str, **options: Any) -> str:
+    def export(self, output: StrPath, *, format: str, **options: Any) -> str:
         """Write it for another runtime; the options are those of :func:`tinytl_hf.deploy.export.export_as`."""
         return import_module("tinytl_hf.deploy.export").export_as(self, output, format, **options)  # a room above
 
@@ -309,7 +310,7 @@ class TinyTLModel(nn.Module):
         return self._adapters.names
 
     def load_adapter(
-        self, path: str | Path, name: str, *, weights: str | None = None, revision: str | None = None, **download: Any
+        self, path: StrPath, name: str, *, weights: StrPath | None = None, revision: str | None = None, **download: Any
     ) -> None:
         """Load another adapter, of any method, labels and image size, beside the active one, over the same weights.
 

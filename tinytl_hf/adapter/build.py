@@ -131,17 +131,34 @@ def build_network(
         TinyTLError: A name, source or size that does not fit.
     """
     name, sizes = config.backbone.name, config.preprocessing
-    check_size(name, "train_size", sizes.train_size)
-    check_size(name, "eval_size", sizes.eval_size)
+    check_size(name, "data.train_size", sizes.train_size)
+    check_size(name, "data.eval_size", sizes.eval_size)
     backbone = create_backbone(name, weights, len(config.label_names), config.head.dropout)
     methods.parameter_roles(backbone)  # raises where neither another method nor another size would help
     if not next(backbone.parameters()).is_meta:  # what is built without values is built once more, with them
         for key in ("train_size", "eval_size"):
-            check_takes(name, backbone, key, getattr(sizes, key))
+            check_takes(name, backbone, f"data.{key}", getattr(sizes, key))
     blocks = convert_blocks(backbone, gradient_checkpointing)
     methods.apply_method(backbone, blocks, config.method, sizes.train_size, config.lite, config.trained_blocks)
     remember_complete(backbone)
     return backbone, blocks
+
+
+def network_without_values(name: str, weights: str) -> tuple[str, nn.Module]:
+    """A backbone's whole name, and the backbone on the meta device.
+
+    Args:
+        name: The backbone.
+        weights: Source of its weights, which must be there and are not read.
+
+    Raises:
+        TinyTLError: There is none of that name, its weights cannot be had, or no method can train it.
+    """
+    found = find_backbone(name, weights)
+    with torch.device("meta"):
+        backbone = create_backbone(found.name, "none", 2)
+    methods.parameter_roles(backbone)
+    return found.name, backbone
 
 
 def check_fits(config: AdapterConfig, tensors: Mapping[str, Tensor], source: str) -> None:

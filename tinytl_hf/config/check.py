@@ -31,7 +31,7 @@ def check_types(config: object, prefix: str = "") -> None:
         value = getattr(config, name)
         named = ", ".join("null" if choice is None else str(choice) for choice in _choices(kind))
         shown = "null" if value is None else value
-        check(_is(value, kind), f"{prefix}{name}", shown, f"use one of {named}" if named else f"use {_in_words(kind)}")
+        check(_is(value, kind), f"{prefix}{name}", shown, f"use one of {named}" if named else f"use {in_words(kind)}")
 
 
 def whole_number(key: str, value: object) -> int:
@@ -72,10 +72,17 @@ def _is(value: object, kind: Any) -> bool:
     return isinstance(value, (str, PathLike) if kind is str else kind)
 
 
-def _in_words(kind: Any) -> str:
+def leaves(kind: Any) -> set[Any]:
+    """The types that a type is put together of, as int and None of a list of numbers or null."""
+    parts = () if get_origin(kind) is Literal else get_args(kind)
+    return {leaf for part in parts for leaf in leaves(part)} or {kind}
+
+
+def in_words(kind: Any) -> str:
+    """What is of a type, as ``a whole number or null``."""
     if _is_union(kind) or get_origin(kind) is Literal:
         parts = get_args(kind)
-        return " or ".join(_in_words(part) if _is_union(kind) else str(part) for part in parts)
+        return " or ".join(in_words(part) if _is_union(kind) else str(part) for part in parts)
     if get_origin(kind) in (list, tuple):
         return f"a list of {f'{len(get_args(kind))} ' if get_origin(kind) is tuple else ''}values"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a name or a path"}

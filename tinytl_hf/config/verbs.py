@@ -55,7 +55,8 @@ class PredictConfig:
     json: bool = False
     """Print a JSON object for each image instead of a table."""
     csv: str | None = None
-    """CSV file that gets a line for each image as well."""
+    """CSV file that gets a line for each image as well: image, label and probability of the likeliest, label_2 and
+    probability_2 and so on up to top_k (empty where there are fewer classes), and error if it could not be read."""
     max_megapixels: int | None = None
     """Read images of up to this many megapixels; null: what Pillow takes for safe, 178."""
     mirror: bool = False

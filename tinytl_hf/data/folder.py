@@ -18,7 +18,7 @@ from tinytl_hf.data.almost_splits import check_almost_splits, say_odd_names
 from tinytl_hf.data.columns import as_label, class_order
 from tinytl_hf.data.found import named
 from tinytl_hf.data.listing import Listing
-from tinytl_hf.data.masks import check_no_masks, say_masks
+from tinytl_hf.data.masks import check_no_masks, say_masks, say_pairs
 from tinytl_hf.data.roles import asked_splits, chosen_splits, role_of
 from tinytl_hf.errors import TinyTLError
 
@@ -86,6 +86,8 @@ def class_folders(listing: Listing, config: DataConfig) -> datasets.DatasetDict:
                 listing.left_out.add("in no class folder", folder.direct[0], len(folder.direct))
             found[name] = dict(folder.below)
             check_no_masks(listing.root, found[name])
+    for classes in found.values():
+        say_pairs(classes)
     say_masks(path for classes in found.values() for paths in classes.values() for path in paths)
     _say_depths(found, depth + (1 if splits is None else 2))
     return _tables(listing.root, found)
@@ -183,10 +185,12 @@ def _unwrapped(tops: Tops, chosen: set[str]) -> tuple[Tops, int]:
 
 def _two_readings(root: Path, tops: Tops, split: str, other: str) -> TinyTLError:
     inside = named(list(tops[split].below))
+    same = tops[split].below.keys() & tops[other].below.keys()
+    third = f"; if {other}/ is a split as well, name it with --data.eval_split {other}" if same else ""
     return TinyTLError(
         f"data.dataset={root}: {split}/ can be a split with the classes {inside} ({tops[split].example}), or a class "
         f"beside {other} ({tops[other].example}); name {root / split} for the first, and for the second put all "
-        f"images right into {split}/"
+        f"images right into {split}/{third}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import urlparse
 
 from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.found import named
@@ -14,9 +15,14 @@ ROWS = "write a .csv file with columns file_name,label and a row for each image"
 LOOKED_AT = 1000  # characters
 
 
-def check_holds_rows(file: str) -> None:
-    """Raise if a ``.json`` file is one object that is no row, which would be read as one row of many columns."""
-    if suffix_of(file) != ".json":
+def check_holds_rows(file: str, url: str | None = None) -> None:
+    """Raise if a ``.json`` file is one object that is no row, which would be read as one row of many columns.
+
+    Args:
+        file: Its path.
+        url: Where it was downloaded from, which has its name then.
+    """
+    if suffix_of(file if url is None else urlparse(url).path) != ".json":
         return
     with open(file, encoding="utf-8-sig", errors="replace") as text:
         if not text.read(LOOKED_AT).lstrip().startswith("{"):  # a list of rows, which can be long
@@ -27,7 +33,7 @@ def check_holds_rows(file: str) -> None:
         except ValueError:  # a row in each line, or damaged, as reading it will say
             return
     if what := _layout(content):
-        raise TinyTLError(f"{file}: {what}")
+        raise TinyTLError(f"{url or file}: {what}")
 
 
 def _layout(content: dict[str, Any]) -> str | None:

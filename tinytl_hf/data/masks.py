@@ -1,16 +1,19 @@
-"""Masks or boxes beside the images that they belong to: these are no images of a class, and their folder is none."""
+"""Masks, boxes or other pictures beside the images that they belong to: their folder is no class."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from itertools import combinations
 from pathlib import Path
 
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
+
+NEARLY_ALL = 0.9  # of the files of the larger folder
 
 IMAGES = re.compile(r"(jpe?g)?im(age|g)s?|photos?|inputs?|rgb|originals?", re.I)
 OF_IMAGES = re.compile(
@@ -18,6 +21,14 @@ OF_IMAGES = re.compile(
     r"trimaps?|segmentation(class|object))(png)?",
     re.I,
 )
+# What restoration, depth or several cameras have beside an image, and what they may call the image.
+OTHER_PICTURES = re.compile(
+    r"(.*[-_ ])?(hr|lr|hq|lq|depth|disparity|normals|thermal|infrared|nir|edges|noisy|blur(red|ry)?|hazy?)"
+    r"([-_ ]?x\d)?",
+    re.I,
+)
+THEIR_IMAGES = re.compile(r"(.*[-_ ])?(gt|rgb|colou?rs?|clean|clear|sharp|visible)", re.I)
+BEHIND_A_NAME = re.compile(r"[-_ ]?(masks?|labels?|annot(ation)?s?|gts?|seg(mentation)?s?)$", re.I)  # trainannot
 OF_AN_IMAGE = re.compile(r"[-_ ](mask|seg|segmentation|gt|label|annotation)([-_ ]?\d+)?$", re.I)
 
 
@@ -43,6 +54,32 @@ def check_no_masks(root: Path, classes: Mapping[str, list[str]]) -> None:
                 "boxes of its images have, and these are no classes; put the images of each class into a folder of "
                 "its name, or write a metadata.csv with columns file_name and label, and name the folder of that"
             )
+
+
+def say_pairs(classes: Mapping[str, list[str]]) -> None:
+    """Say if two class folders hold the same names and are called as pictures of the same things are (``HR``, ``LR``).
+
+    The same names alone say nothing: many number the images of each class from 1 on.
+    """
+    for one, other in sorted(_called_pairs(classes)):
+        ours, theirs = set(_stems(classes[one])), set(_stems(classes[other]))
+        shared, most = ours & theirs, max(len(ours), len(theirs))
+        if len(shared) > 1 and len(shared) >= NEARLY_ALL * most:
+            logger.warning(
+                "%s/ and %s/ hold files of the same names (%s of %s), and are taken as two classes; if they show the "
+                "same things, as images and their masks or depths do, they are none",
+                *(one, other, f"{len(shared):,}", f"{most:,}"),
+            )
+
+
+def _called_pairs(folders: Collection[str]) -> set[tuple[str, str]]:
+    """Folders of which, by their names, one has other pictures, or masks, of what is in the other."""
+    others = [name for name in folders if OTHER_PICTURES.fullmatch(name)]
+    images = [name for name in folders if IMAGES.fullmatch(name) or THEIR_IMAGES.fullmatch(name)]
+    of_both = ((image, other) for image in images for other in others)
+    masks = ((before, name) for name in folders if (before := BEHIND_A_NAME.sub("", name)) != name)
+    found = [*combinations(others, 2), *of_both, *(pair for pair in masks if pair[0] in folders)]
+    return {(min(pair), max(pair)) for pair in found}
 
 
 def say_masks(paths: Iterable[str]) -> None:

@@ -39,7 +39,7 @@ def by_split_column(splits: datasets.DatasetDict, config: DataConfig) -> dataset
     ((name, table),) = splits.items()
     column = columns[name]
     if column is None:
-        _say_numbers(table, config)
+        _say_not_used(table, config)
         return splits
     roles = _roles(table, column, chosen_splits(config))
     found = sorted(set(roles.values()) - {""})
@@ -68,8 +68,10 @@ def by_split_column(splits: datasets.DatasetDict, config: DataConfig) -> dataset
 def _column_of(table: datasets.Dataset, config: DataConfig) -> str | None:
     """The column called ``split``, in letters of any size, if it holds texts and is for nothing else.
 
-    One of another name that people use is it where it calls each row a split, and not all the same.
+    One of another name that people use is it where it calls each row a split, and not all the same, or has a split
+    that the options name.
     """
+    chosen = chosen_splits(config)
     taken = (config.image_column, config.label_column)
     texts = {
         name.lower(): name
@@ -79,14 +81,15 @@ def _column_of(table: datasets.Dataset, config: DataConfig) -> str | None:
     if SPLIT in texts:
         return texts[SPLIT]
     for column in (texts[name] for name in OTHER_NAMES if name in texts):
-        roles = set(_roles(table, column, set()).values())
-        if len(roles) > 1 and "" not in roles:
+        roles = set(_roles(table, column, chosen).values())
+        if len(roles) > 1 and ("" not in roles or chosen & roles):
             return column
     return None
 
 
-def _say_numbers(table: datasets.Dataset, config: DataConfig) -> None:
-    """Say if a column that is called as those of splits are is not used: nobody else knows what its numbers mean."""
+def _say_not_used(table: datasets.Dataset, config: DataConfig) -> None:
+    """Say if a column that is called as those of splits are is not used: nobody else knows what its values mean."""
+    by_name = "name its values with --data.train_split and --data.eval_split, or "
     for column, feature in table.features.items():
         called_so = column.lower() in (SPLIT, *OTHER_NAMES) or OF_PARTS.fullmatch(column)
         if not called_so or column in (config.image_column, config.label_column):
@@ -96,9 +99,9 @@ def _say_numbers(table: datasets.Dataset, config: DataConfig) -> None:
         values = sorted({str(value) for value in table[column][:]})
         if 1 < len(values) <= MOST_PARTS:
             logger.warning(
-                "column %s is not used (%s): if it says which rows are for training and which for tests, write train, "
-                "validation and test into a column split",
-                *(column, named(values)),
+                "column %s is not used (%s): if it says which rows are for training and which for tests, %swrite "
+                "train, validation and test into a column split",
+                *(column, named(values), by_name if "string" in feature.dtype else ""),
             )
 
 

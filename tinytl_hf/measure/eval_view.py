@@ -24,7 +24,7 @@ def with_view(model: TinyTLModel, data: DataConfig) -> AdapterConfig:
             "in use with --data.eval_size"
         )
     eval_size = data.eval_size or trained.train_size
-    check_size(config.backbone.name, "eval_size", eval_size)
-    check_takes(config.backbone.name, model.backbone, "eval_size", eval_size)
+    check_size(config.backbone.name, "data.eval_size", eval_size)
+    check_takes(config.backbone.name, model.backbone, "data.eval_size", eval_size)
     crop_pct = data.crop_pct or trained.crop_pct
     return replace(config, preprocessing=replace(trained, eval_size=eval_size, crop_pct=crop_pct))

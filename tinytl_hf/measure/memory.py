@@ -16,8 +16,9 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tinytl_hf.adapter.build import network_without_values
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import MemoryTableConfig
 from tinytl_hf.cuda_graph import describe_passes
@@ -32,8 +33,8 @@ from tinytl_hf.measure.own_process import in_own_process
 from tinytl_hf.measure.paper_rule import paper_rule
 from tinytl_hf.measure.peak import Peak, measure_peak, measure_speed, process_high_water
 from tinytl_hf.model import TinyTLModel
-from tinytl_hf.network.backbones import check_size, check_takes, create_backbone, find_backbone
-from tinytl_hf.network.methods import METHODS, parameter_roles
+from tinytl_hf.network.backbones import check_size, check_takes
+from tinytl_hf.network.methods import METHODS
 from tinytl_hf.reports.table import aligned
 
 logger = logging.getLogger(__name__)
@@ -97,9 +98,9 @@ def measure_rows(config: Config, options: MemoryTableConfig, photo_size: tuple[i
         TinyTLError: One of the methods that are named does not fit the options, or this machine's memory; or none of
             all methods does.
     """
-    name, network = backbone_of(config)
-    check_size(name, "train_size", config.data.train_size)
-    check_takes(name, network, "train_size", config.data.train_size)
+    name, network = network_without_values(config.backbone.name, config.backbone.weights)
+    check_size(name, "data.train_size", config.data.train_size)
+    check_takes(name, network, "data.train_size", config.data.train_size)
     left_out: dict[str, TinyTLError] = {}
     methods = list(METHODS if options.methods is None else options.methods)
     for method in methods:
@@ -163,19 +164,6 @@ def build(config: Config, method: str, num_classes: int, lean: bool) -> TinyTLMo
     model = TinyTLModel.from_config(config, [str(label) for label in range(num_classes)])
     on_cpu = device_of_figures().type == "cpu"
     return make_accelerator(config.train.mixed_precision, config.train.threads, cpu=on_cpu).prepare(model)
-
-
-def backbone_of(config: Config) -> tuple[str, nn.Module]:
-    """A run's backbone by its whole name, and built without values.
-
-    Raises:
-        TinyTLError: There is none of its name, its weights cannot be had, or no method can train it.
-    """
-    found = find_backbone(config.backbone.name, config.backbone.weights)
-    with torch.device("meta"):
-        network = create_backbone(found.name, "none", 2)
-    parameter_roles(network)
-    return found.name, network
 
 
 def conditions(config: Config, **sizes: int | str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from itertools import product
 from multiprocessing import get_context
 from typing import Any
 
+from tinytl_hf.adapter.build import network_without_values
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.verbs import BenchConfig
 from tinytl_hf.data.images import decoded_photo_size
@@ -24,9 +25,10 @@ from tinytl_hf.device import device_of_figures
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.convolutions import Convolutions
 from tinytl_hf.measure.measured_step import MeasuredStep, random_batch
-from tinytl_hf.measure.memory import backbone_of, build
+from tinytl_hf.measure.memory import build
 from tinytl_hf.measure.own_process import in_own_process
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.network.backbones import check_size, check_takes
 from tinytl_hf.reports.table import aligned
 
 FULL = "FT-Full stock"
@@ -55,12 +57,16 @@ def bench_rows(config: Config, options: BenchConfig) -> Iterator[BenchRow]:
     Raises:
         TinyTLError: The backbone or, with the reason of the last pair, none of the pairs can be timed.
     """
-    backbone_of(config)
+    name, network = network_without_values(config.backbone.name, config.backbone.weights)
     pairs = list(product(options.train_sizes, options.batch_sizes))
     refused = 0
     for train_size, batch_size in pairs:
         try:
+            check_size(name, "train_sizes", train_size)
+            check_takes(name, network, "train_sizes", train_size)
             row = in_own_process(get_context("spawn"), _time_in_turns, config, train_size, batch_size, options.repeats)
+        except TinyTLError as error:
+            row = BenchRow(train_size, batch_size, {}, str(error))
         except MemoryError:
             row = BenchRow(train_size, batch_size, {}, "this machine has not enough memory for it")
         refused += row.refused is not None
@@ -71,7 +77,8 @@ def bench_rows(config: Config, options: BenchConfig) -> Iterator[BenchRow]:
 
 def _time_in_turns(config: Config, train_size: int, batch_size: int, repeats: int) -> BenchRow:
     try:
-        steps = _steps(replace(config, data=replace(config.data, train_size=train_size)), batch_size)
+        data = replace(config.data, train_size=train_size, start_size=None)
+        steps = _steps(replace(config, data=data), batch_size)
     except TinyTLError as error:
         return BenchRow(train_size, batch_size, {}, str(error))
     speeds = _speeds(steps, repeats)

@@ -184,17 +184,24 @@ def same_network(one: str, other: str) -> bool:
     return timm_nets.architecture(one) == timm_nets.architecture(other)
 
 
-def check_size(name: str, key: str, size: int) -> None:
-    """Raise unless images of ``size`` px leave at least one pixel of the last map, and are not too large."""
+def check_size(name: str, option: str, size: int) -> None:
+    """Raise unless images of ``size`` px leave at least one pixel of the last map, and are not too large.
+
+    Args:
+        name: The network's name.
+        option: The option that has the size.
+        size: Side of the images in px.
+
+    Raises:
+        TinyTLError: They do not, or are.
+    """
     if size < TOTAL_STRIDE:
-        raise TinyTLError(
-            f"data.{key}={size}: {name} reduces an image {TOTAL_STRIDE} times; use {TOTAL_STRIDE} or more"
-        )
+        raise TinyTLError(f"{option}={size}: {name} reduces an image {TOTAL_STRIDE} times; use {TOTAL_STRIDE} or more")
     if size > MAX_IMAGE_SIZE:
-        raise TinyTLError(f"data.{key}={size}: use {MAX_IMAGE_SIZE} or less")
+        raise TinyTLError(f"{option}={size}: use {MAX_IMAGE_SIZE} or less")
 
 
-def check_takes(name: str, backbone: nn.Module, key: str, size: int) -> None:
+def check_takes(name: str, backbone: nn.Module, option: str, size: int) -> None:
     """Raise unless an image of ``size`` px runs through a network, whatever is in place of its head.
 
     Some networks want larger images than their stride, or multiples of it, or those of one size.
@@ -202,7 +209,7 @@ def check_takes(name: str, backbone: nn.Module, key: str, size: int) -> None:
     Args:
         name: Its name, of which one that ran is remembered, with the size.
         backbone: The network; it stays as it was.
-        key: What the size is called among the options of data.
+        option: The option that has the size.
         size: Side of the images in px.
 
     Raises:
@@ -212,7 +219,7 @@ def check_takes(name: str, backbone: nn.Module, key: str, size: int) -> None:
         end = input_size(name)
         steps = range(TOTAL_STRIDE * (size // TOTAL_STRIDE + 1), end, TOTAL_STRIDE)
         works = next((step for step in steps if takes(name, backbone, step)), end)
-        raise TinyTLError(f"data.{key}={size}: {name} takes no images of that size; use {works}")
+        raise TinyTLError(f"{option}={size}: {name} takes no images of that size; use {works}")
 
 
 def input_size(name: str) -> int:

@@ -95,7 +95,12 @@ def head_name(name: str, backbone: Any) -> str:
     Raises:
         TinyTLError: It is something else, which we cannot replace.
     """
-    head = backbone.get_classifier()
+    try:
+        head = backbone.get_classifier()
+    except AttributeError as error:  # an encoder, of those that timm has besides classifiers
+        raise TinyTLError(
+            f"backbone.name={name}: is no classifier; `tinytl-hf backbones` lists what can be trained"
+        ) from error
     found = [path for path, module in backbone.named_modules() if module is head]
     linear = type(head) is nn.Linear or class_name(type(head)) == "timm.layers.linear.Linear"
     pointwise = type(head) is nn.Conv2d and head.kernel_size == (1, 1) and head.groups == 1

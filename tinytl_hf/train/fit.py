@@ -8,6 +8,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
+from tinytl_hf.adapter.build import network_without_values
 from tinytl_hf.config.fit import FitConfig
 from tinytl_hf.config.recipe import epochs_for
 from tinytl_hf.config.run import Config
@@ -17,12 +18,12 @@ from tinytl_hf.device import device_of_figures, has_bf16, memory_limit
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.data_memory import data_memory
-from tinytl_hf.measure.memory import MB, backbone_of
+from tinytl_hf.measure.memory import MB
 from tinytl_hf.measure.peak import process_high_water
 from tinytl_hf.measure.results import make_folder_of
-from tinytl_hf.network.backbones import takes
+from tinytl_hf.network.backbones import check_size, check_takes, takes
 from tinytl_hf.network.blocks import convert_blocks
-from tinytl_hf.network.methods import possible_methods
+from tinytl_hf.network.methods import METHODS, possible_methods
 from tinytl_hf.train.fresh_step import TRAINING, FreshStep, measure_step, quick_processes
 from tinytl_hf.train.plans import Plan, families, sizes_to_try
 from tinytl_hf.train.search import Budget, DataFacts, Family, Row, search
@@ -139,7 +140,7 @@ def make_families(
         logger.info(
             "methods: left out, as %s has no residual blocks of a kind that is known here: %s", backbone, named
         )
-    found = list(families(config, options, blocks, has_bf16(device_of_figures())))
+    found = _that_can_be_built(config, list(families(config, options, blocks, has_bf16(device_of_figures()))))
     if config.adapter.init is not None:
         found = _that_go_on_from(config.adapter.init, config, found)
     tried = [Family(plans, facts, budget, config.train.global_batch_size, take) for plans in found if plans]
@@ -148,6 +149,28 @@ def make_families(
             f"methods={options.methods}: {config.backbone.name} has no residual blocks; add FT-Last or TinyTL-B"
         )
     return tried
+
+
+def _that_can_be_built(config: Config, found: list[list[Plan]]) -> list[list[Plan]]:
+    """Those of the plans whose lite residuals fit the widths of the blocks; says of the others why they do not.
+
+    Raises:
+        TinyTLError: None does.
+    """
+    kept, refused = [], None
+    for plans in found:
+        try:
+            if plans and METHODS[plans[0].method].lite_residual:
+                has_place_for(plans[0].of(config), frozenset())
+        except TinyTLError as error:
+            refused = error
+            blocks = plans[0].trained_blocks
+            logger.info("methods: %s of %s blocks is left out: %s", plans[0].method, blocks, error)
+        else:
+            kept.append(plans)
+    if refused is not None and not any(kept):
+        raise refused
+    return kept
 
 
 def _that_go_on_from(init: str, config: Config, found: list[list[Plan]]) -> list[list[Plan]]:
@@ -193,9 +216,13 @@ def fitted_to_backbone(options: FitConfig, config: Config) -> tuple[FitConfig, i
     """The options with the sizes to try that a run's backbone takes, where they name none; and its residual blocks.
 
     Raises:
-        TinyTLError: As of :func:`~tinytl_hf.measure.memory.backbone_of`.
+        TinyTLError: The backbone does not take a size that they name, or as of
+            :func:`~tinytl_hf.adapter.build.network_without_values`.
     """
-    name, network = backbone_of(config)
+    name, network = network_without_values(config.backbone.name, config.backbone.weights)
+    for size in options.train_sizes or []:
+        check_size(name, "train_sizes", size)
+        check_takes(name, network, "train_sizes", size)
     if options.train_sizes is None:
         largest = config.data.train_size
         sizes = sizes_to_try(options, largest)

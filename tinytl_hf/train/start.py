@@ -160,7 +160,7 @@ def make_model(config: Config, label_names: list[str], resume_from: Path | None)
     """The model to train; with ``adapter.init``, and no checkpoint to go on from, with what that adapter has."""
     model = TinyTLModel.from_config(config, label_names)
     if config.data.start_size is not None:
-        check_takes(model.config.backbone.name, model.backbone, "start_size", config.data.start_size)
+        check_takes(model.config.backbone.name, model.backbone, "data.start_size", config.data.start_size)
     if config.adapter.init is not None and resume_from is None:
         check_keeps_init(config)
         warm_start(model, config.adapter.init, config.backbone.weights)

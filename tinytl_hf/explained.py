@@ -1,0 +1,100 @@
+"""Errors of a command on one line, in the names of its own options: what is wrong, with which value, and the fix."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import fields
+
+from jsonargparse import ArgumentError
+
+from tinytl_hf.commands import VERBS
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.run import RENAMED, Config, flat
+from tinytl_hf.errors import TinyTLError, one_line
+
+# What to say where jsonargparse says which type it expected.
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text (in a file, in quotes)",
+    "NoneType": "null",
+}
+
+
+def explained(error: Exception, verb: str | None) -> str:
+    """What went wrong with a command of this verb and how to mend it, without the library's own layout."""
+    text = one_line(error)
+    if text.startswith("Caught TinyTLError in DataLoader"):  # torch wraps what a worker process raises
+        text = text.rpartition("TinyTLError: ")[2]
+    if isinstance(error, TinyTLError):
+        return _with_own_names(text, verb)
+    if not isinstance(error, ArgumentError):
+        return f"{type(error).__name__}: {text} (unexpected: --debug shows where)"
+    unknown = re.search(r"does not accept option '([^']+)'|unrecognized arguments: -*([\w.]+)", text)
+    if unknown:
+        return _no_such_option(unknown[1] or unknown[2], verb)
+    text = re.sub(r"<class '([^']+)'>", r"\1", text).replace("typing.", "")
+    text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
+    if text.startswith("adapter: Unable to load config"):
+        return "adapter: train makes one; --adapter.init PATH_OR_NAME goes on from another"
+    return _with_fix(text)
+
+
+def _with_own_names(text: str, verb: str | None) -> str:
+    """A message that calls options as the verb does: ``weights`` what a run has as ``backbone.weights``."""
+    own, of_run = [] if verb is None else _options(verb), flat(Config().to_dict())
+
+    def own_name(found: re.Match[str]) -> str:
+        name, last = found[0], found[0].rpartition(".")[2]
+        return last if name in of_run and name not in own and last in own else name
+
+    return re.sub(r"(?<![\w./])(backbone|train|adapter)\.\w+", own_name, text)
+
+
+def _with_fix(text: str) -> str:
+    """What is wrong with an option's value, with a value of the right form where that is not plain to see."""
+    key, colon, _ = text.partition(": ")
+    value = re.split(r"(?:Got|Given) value: ", text)[-1]
+    if not colon or value == text:
+        return text
+    expected = re.split(r" Errors: |\.? (?:Got|Given) value: ", text)[0]  # the library cuts the value out of the rest
+    if "NoneType" in expected and value.lower() == "none":
+        return f"{key}={value}: use null"
+    if "Expected a tuple" in text:
+        example = flat(Config().to_dict()).get(key)
+        return f"{key}={value}: use {len(example)} values in brackets, such as '{example}'" if example else text
+    if re.search("Expected (a )?list", text) and not value.startswith("["):
+        example = "" if value.lower() in ("none", "null") else f", as '[{value}]'"
+        return f"{key}={value}: use values in brackets{example}"
+    names = re.findall(r"'(.*?)'", " ".join(re.findall(r"Literal\[(.*?)\]", expected)))
+    kinds = [KINDS[kind] for kind in re.findall(r"\w+", re.sub(r"Literal\[.*?\]", "", expected)) if kind in KINDS]
+    wanted = [f"one of {', '.join(names)}" if len(names) > 1 else "".join(names), *kinds]
+    if not any(wanted):
+        return text
+    near = difflib.get_close_matches(value.lower(), [name.lower() for name in names], n=1)
+    meant = next((f"; did you mean {name}?" for name in names if name.lower() in near), "")
+    return f"{key}={value}: use {' or '.join(word for word in wanted if word)}{meant}"
+
+
+def _no_such_option(key: str, verb: str | None) -> str:
+    if key in RENAMED:
+        return f"{key}: this option is called {RENAMED[key]} now"
+    options = {name: _options(name) for name in VERBS}
+    own = options[verb] if verb is not None else [name for names in options.values() for name in names]
+    last = key.rpartition(".")[2]
+    near = [last] if last in own else difflib.get_close_matches(key, own, n=1)
+    owners = [name for name, names in options.items() if key in names]
+    if owners:
+        has = f"{', '.join(owners)} {'have' if len(owners) > 1 else 'has'}"
+        return f"{key}: this verb has no such option ({has}){f'; it has {last}' if last in own else ''}"
+    return f"{key}: no such option{f'; did you mean {near[0]}?' if near else '; see --help'}"
+
+
+def _options(name: str) -> list[str]:
+    """What a verb's options are called."""
+    verb = VERBS[name]
+    names = [field.name for kind in verb.options if kind is not Config for field in fields(kind)]
+    names += [*flat(Config().to_dict())] if Config in verb.options else []
+    return names + [f"data.{field.name}" for field in fields(DataConfig)] if verb.has_data_options else names
