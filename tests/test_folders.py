@@ -235,11 +235,22 @@ def test_a_class_of_one_image_is_trained_on_and_named(tmp_path, caplog):
     assert "rare has a single image, which is trained on and not evaluated" in caplog.text
 
 
-def test_a_share_that_is_too_small_is_named_with_one_that_does(tmp_path):
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_of_a_few_images_for_each_class_one_is_held_out(count, tmp_path, caplog):
+    make(tmp_path, [*each(*"abcdefgh", count=count), "rare/0.png"])
+    data = opened(tmp_path, eval_fraction=0.1)
+    assert np.bincount(data.train.labels).tolist() == [count - 1] * 8 + [1]
+    assert np.bincount(data.evaluation.labels).tolist() == [1] * 8
+    assert f"one of each is held out, 8 of {8 * count + 1} images" in caplog.text or count == 9
+    again, other = (opened(tmp_path, eval_fraction=0.1, split_seed=seed).evaluation.numbers for seed in (0, 1))
+    assert np.array_equal(again, data.evaluation.numbers) and not np.array_equal(other, again)
+
+
+def test_a_share_that_leaves_too_few_to_train_on_is_named_with_one_that_does(tmp_path):
     make(tmp_path, each(*"abcdefgh", count=3))
-    with pytest.raises(TinyTLError, match=r"use a share from 0.334 to 0.666"):
-        opened(tmp_path, eval_fraction=0.1)
-    assert len(opened(tmp_path, eval_fraction=0.334).evaluation.labels) >= 8
+    with pytest.raises(TinyTLError, match=r"data.eval_fraction=0.7: leaves fewer of 24 images .* use 0.666 or less"):
+        opened(tmp_path, eval_fraction=0.7)
+    assert np.bincount(opened(tmp_path, eval_fraction=0.666).train.labels).tolist() == [1] * 8
 
 
 def test_a_class_that_only_the_test_images_have_is_named(tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import numpy as np
@@ -10,11 +11,14 @@ from sklearn.model_selection import train_test_split
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.errors import TinyTLError
 
+logger = logging.getLogger(__name__)
+
 
 def hold_out(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
     """Split images in two, with the same share of each class in both.
 
-    A class with a single image stays whole in the first part.
+    Where the share is less than an image for each class, as with five photos a class, it is one of each. A class with
+    a single image stays whole in the first part.
 
     Args:
         labels: ``[N]`` class numbers.
@@ -24,32 +28,33 @@ def hold_out(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.nda
         Positions of the images that are trained on, and of those that are held out, both in order.
 
     Raises:
-        TinyTLError: There are too few images for the share.
+        TinyTLError: The share leaves too few images to train on, or each image has a class of its own.
     """
     counts = np.bincount(labels)
-    alone = np.flatnonzero(counts[labels] == 1)
     rest = np.flatnonzero(counts[labels] > 1)
     if not len(rest):
         raise TinyTLError(
             f"cannot hold out a part of {len(labels)} images, as each has a class of its own; use more images of each "
             "class, or name the column of the classes with --data.label_column"
         )
-    try:
-        kept, held_out = train_test_split(
-            rest, test_size=config.eval_fraction, random_state=config.split_seed, stratify=labels[rest]
-        )
-    except ValueError as error:
+    wanted, classes = math.ceil(config.eval_fraction * len(rest)), int((counts > 1).sum())
+    if wanted > len(rest) - classes:
         raise TinyTLError(
-            f"data.eval_fraction={config.eval_fraction}: cannot hold out a part of {len(labels)} images with every "
-            f"class in both parts ({error}); {_fix(len(rest), int((counts > 1).sum()))}"
-        ) from error
-    return np.sort(np.concatenate([alone, kept])), np.sort(held_out)
+            f"data.eval_fraction={config.eval_fraction}: leaves fewer of {len(labels)} images to train on than one of "
+            f"each class; use {math.floor(1000 * (len(rest) - classes) / len(rest)) / 1000:g} or less"
+        )
+    if wanted >= classes:
+        held_out = train_test_split(rest, test_size=wanted, random_state=config.split_seed, stratify=labels[rest])[1]
+    else:
+        held_out = _one_of_each(rest, labels, config.split_seed)
+        logger.warning(
+            "data.eval_fraction=%s: less than one image of each class, so one of each is held out, %s of %s images",
+            *(config.eval_fraction, f"{len(held_out):,}", f"{len(labels):,}"),
+        )
+    return np.setdiff1d(np.arange(len(labels)), held_out), np.sort(held_out)
 
 
-def _fix(images: int, classes: int) -> str:
-    """What share would do: both parts need an image of each class."""
-    if images < 2 * classes or images == 0:
-        return "use more images"
-    low = math.ceil(1000 * classes / images) / 1000
-    high = math.floor(1000 * (images - classes) / images) / 1000
-    return f"use a share from {low:g} to {high:g}, or more images" if low <= high else "use more images"
+def _one_of_each(images: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    """An image of each class, at random."""
+    shuffled = np.random.default_rng(seed).permutation(images)
+    return shuffled[np.unique(labels[shuffled], return_index=True)[1]]

@@ -372,7 +372,7 @@ def _eval_data_in_words(data: DataRecord, count: int) -> str:
     asked = data.max_eval_samples
     subset = f", a random {asked:,} images of it" if asked and count in (0, asked) else ""
     if data.eval_split in (None, HOLDOUT):
-        part = f"{data.eval_fraction:.0%} of that, held out"
+        part = f"{data.eval_fraction:.0%} of that, or an image of each class, held out"
         split = part if data.eval_split else f"its test or validation split (without one, {part})"
     else:
         split = f"split {_code(data.eval_split)}"
