@@ -1,5 +1,6 @@
 """The model card: what it says, what the Hub accepts, and what it leaves alone."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -218,16 +219,19 @@ def test_the_example_runs_in_evaluation_mode_without_gradients(make_model, tmp_p
 
 
 @pytest.mark.slow
-def test_a_wheel_carries_the_template(tmp_path):
+def test_a_wheel_is_made_without_a_c_compiler_and_carries_the_templates(tmp_path):
     for name in ("tinytl_hf", "pyproject.toml", "README.md", "LICENSE"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", "dist", "."], check=True, cwd=tmp_path
-    )
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", "dist", "."]
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "CC": "false"})  # a compiler that fails
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read("tinytl_hf/hub/card_template.md") == TEMPLATE.read_bytes()
+        names = archive.namelist()
+    for name in ("py.typed", "reports/report_template.html", "lean/native/chain.h"):
+        assert f"tinytl_hf/{name}" in names
+    assert not [name for name in names if name.endswith(".so")]
 
 
 def settings(train=None, images=24, **options):

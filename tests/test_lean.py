@@ -260,7 +260,7 @@ def backbones_for_bf16():
         yield pytest.param(backbone, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("backbone", backbones_for_bf16())
+@pytest.mark.parametrize("backbone", list(backbones_for_bf16()))
 def test_images_in_bf16_give_the_gradients_that_they_give_stock(backbone, make_model):
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

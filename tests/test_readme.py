@@ -78,7 +78,7 @@ def home(trained, server, monkeypatch, ready_processes):
 
 
 def those_that_go_on():
-    """The other commands; the fast tests have the export in test_deploy_readme.py, of a smaller network."""
+    """The other commands; the fast tests have the export in test_onnx.py, of a smaller network."""
     for command in COMMANDS:
         if command not in TRAINED_FIRST:
             exports = "--format onnx" in command
