@@ -46,6 +46,7 @@ def _fork(path, arguments, descriptors, spawn=util.spawnv_passfds):
             with suppress(OSError):  # that of the list itself
                 os.fstat(descriptor)
                 os.dup2(nowhere, descriptor)
+        importlib.reload(forkserver)  # whoever starts the server holds its lock: in the copy nobody would release it
         exec(code)
     finally:
         os._exit(1)

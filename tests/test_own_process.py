@@ -71,6 +71,20 @@ def test_memory_that_is_not_there_is_one_kind_of_error(function):
         in_own_process(CONTEXT, function)
 
 
+def measure_in_a_further_process():
+    assert in_own_process(CONTEXT, os.getpid) not in (os.getpid(), os.getppid())
+
+
+def test_a_process_of_the_tests_can_measure_in_a_further_one():
+    process = CONTEXT.Process(target=measure_in_a_further_process)
+    process.start()
+    process.join(60)
+    try:
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+
+
 def test_memory_and_bench_say_that_a_batch_does_not_fit(monkeypatch):
     monkeypatch.setattr(memory, "get_context", lambda _: CONTEXT)
     small = ["--backbone.weights", "none", "--data.train_size", "32"]
