@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import small_run
+from shared import small_run
 from started_runs import ADAPTERS, Run, checkpoints, run
 
 from tinytl_hf.train.checkpoint import find_damage

@@ -6,7 +6,7 @@ import json
 import datasets
 import pandas as pd
 import pytest
-from conftest import write_image
+from shared import write_image
 from test_tables import opened, png
 
 from tinytl_hf import TinyTLError

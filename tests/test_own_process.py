@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import run_cli
+from shared import run_cli
 from started_runs import CONTEXT
 
 from tinytl_hf.measure import memory

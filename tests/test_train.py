@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import run_cli, small_run
 from safetensors.torch import load_file
+from shared import run_cli, small_run
 from started_runs import HANG, Run, checkpoints, delta, metrics, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
