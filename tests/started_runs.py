@@ -46,7 +46,10 @@ def _fork(path, arguments, descriptors, spawn=util.spawnv_passfds):
             with suppress(OSError):  # that of the list itself
                 os.fstat(descriptor)
                 os.dup2(nowhere, descriptor)
-        importlib.reload(forkserver)  # whoever starts the server holds its lock: in the copy nobody would release it
+        # What runs here may start a server of its own: a fresh interpreter, as in a command. The lock that the process
+        # above holds while it starts this one would be held for ever in the copy.
+        util.spawnv_passfds = spawn
+        importlib.reload(forkserver)
         exec(code)
     finally:
         os._exit(1)
