@@ -1,6 +1,5 @@
 """What tests share: fixtures, settings of this process, the command line in it, small data."""
 
-import copy
 import gc
 import io
 import os
@@ -13,6 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import yaml
 
 # Where there is no GPU, Triton's kernels run in its interpreter: it is to be chosen before Triton is imported.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
@@ -26,9 +26,12 @@ from started_runs import CONTEXT, start_server
 from torch.overrides import _get_current_function_mode
 
 from tinytl_hf import TinyTLModel, cli
+from tinytl_hf.adapter import build as adapter_build
+from tinytl_hf.data import tables
 from tinytl_hf.lean.native_library import instruction_sets
 from tinytl_hf.measure import memory, speed
 from tinytl_hf.network import torchvision_nets
+from tinytl_hf.network.no_values import NoRandomValues
 from tinytl_hf.train import budget, fit
 
 # No test ends with the power: what is written need not be on the disk, which takes longer than to train.
@@ -46,20 +49,75 @@ def make_parser(verb, defaults=None):
 
 
 cli.make_parser = make_parser
+
+
+def copy_of(module):
+    """Copy a network that nothing was done with and that has each module once; deepcopy takes four times as long."""
+    copied = object.__new__(type(module))
+    for name, value in vars(module).items():
+        if isinstance(value, (dict, list, set)):
+            value = value.copy()
+        if isinstance(value, dict):
+            value.update((key, _copy_of_part(part)) for key, part in value.items())
+        vars(copied)[name] = value
+    return copied
+
+
+def _copy_of_part(part):
+    if isinstance(part, torch.nn.Module):
+        return copy_of(part)
+    if isinstance(part, torch.nn.Parameter):
+        return torch.nn.Parameter(part.detach().clone())
+    return part.clone() if isinstance(part, torch.Tensor) else part
+
+
 NETWORKS = {}
+OFTEN = ("mobilenet_v2", "mobilenet_v3_small", "mnasnet1_0", "resnet18")
 
 
 def build(name, built=torchvision_nets.build):
     """A network of torchvision, drawn once for each state of the generator: a copy takes a fraction of that."""
-    if name not in ("mobilenet_v2", "mobilenet_v3_small", "mnasnet1_0", "resnet18") or _get_current_function_mode():
+    if name not in OFTEN or _get_current_function_mode():
         return built(name)  # on no device, or without values
     key = name, torch.get_default_dtype(), torch.get_rng_state().numpy().tobytes()
     if key not in NETWORKS and len(NETWORKS) < 12:  # nearly all start from the same state
         NETWORKS[key] = built(name)
-    return copy.deepcopy(NETWORKS[key]) if key in NETWORKS else built(name)
+    return copy_of(NETWORKS[key]) if key in NETWORKS else built(name)
 
 
 torchvision_nets.build = build
+WITHOUT_VALUES = {}
+
+
+def build_network(config, weights, *options, built=adapter_build.build_network):
+    """What an adapter is compared with before it is loaded, a network without values: one for all of a kind."""
+    if config.backbone.name not in OFTEN or not isinstance(_get_current_function_mode(), NoRandomValues):
+        return built(config, weights, *options)  # where it is filled, as for a merged file
+    kind = config.backbone.name, config.method, config.preprocessing, len(config.label_names), config.trained_blocks
+    key = repr((*kind, config.lite, config.head, torch.get_default_dtype()))
+    if key not in WITHOUT_VALUES and len(WITHOUT_VALUES) < 50:
+        WITHOUT_VALUES[key] = built(config, weights, *options)
+    return WITHOUT_VALUES[key] if key in WITHOUT_VALUES else built(config, weights, *options)
+
+
+adapter_build.build_network = build_network
+VALUES = {}
+
+
+def load_yaml(text, read=cli.load_yaml):
+    """The value of an option, read once: most are those of other tests, too."""
+    if text not in VALUES:
+        value = read(text)
+        if isinstance(value, (list, dict)) or len(text) > 40:
+            return value
+        VALUES[text] = value
+    return VALUES[text]
+
+
+cli.load_yaml = load_yaml
+tables._digits = cache(tables._digits)  # 1,797 images are encoded for it
+# Cards are read by libyaml where it is there, which takes a tenth of the time.
+yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("FT-Last", "TinyTL-B", "TinyTL-L", "TinyTL-L+B", "FT-Norm+Last", "FT-Full", "FT-Layerwise")
@@ -79,6 +137,10 @@ BACKBONES = (
 def forks():
     gc.collect()
     gc.freeze()  # a search for garbage leaves out what was imported, which is most of what there is
+    cli.make_parser("train")  # forks have it then
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        torchvision_nets.build("mobilenet_v2")
     start_server()
 
 
