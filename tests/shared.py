@@ -137,7 +137,7 @@ BACKBONES = (
 def forks():
     gc.collect()
     gc.freeze()  # a search for garbage leaves out what was imported, which is most of what there is
-    cli.make_parser("train")  # forks have it then
+    run_cli("train", "--help")  # makes the parser, which forks have then, as the network
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         torchvision_nets.build("mobilenet_v2")
