@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from multiprocessing import forkserver, util
 from unittest.mock import patch
 
@@ -46,6 +46,10 @@ def _fork(path, arguments, descriptors, spawn=util.spawnv_passfds):
             with suppress(OSError):  # that of the list itself
                 os.fstat(descriptor)
                 os.dup2(nowhere, descriptor)
+        # What runs here may start a server of its own: a fresh interpreter, as in a command. The lock that the process
+        # above holds while it starts this one would be held for ever in the copy.
+        util.spawnv_passfds = spawn
+        importlib.reload(forkserver)
         exec(code)
     finally:
         os._exit(1)
@@ -85,9 +89,10 @@ class Run:
         kill: ``(module, function, n)``: the last process kills itself at the n-th call of that function.
         environment: Further environment variables.
         limit: Bytes that a file can grow to.
+        pictures: Whether it draws them, which takes as long as all the rest of a small run.
     """
 
-    def __init__(self, arguments, log, processes=1, kill=None, environment=None, limit=None):
+    def __init__(self, arguments, log, processes=1, kill=None, environment=None, limit=None, pictures=False):
         arguments = [str(argument) for argument in arguments]
         shared = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", **(environment or {})}
         port = free_port()
@@ -97,7 +102,7 @@ class Run:
             own = {**shared, **as_launched(rank, processes, port)} if processes > 1 else shared
             own = {key: str(value) for key, value in own.items()}
             last = rank == processes - 1
-            options = (arguments, own, f"{log}.{rank}" if rank else str(log), kill if last else None, limit)
+            options = (arguments, own, f"{log}.{rank}" if rank else str(log), kill if last else None, limit, pictures)
             self.workers.append(CONTEXT.Process(target=_run, args=options))
             self.workers[-1].start()
 
@@ -128,7 +133,7 @@ def run(*arguments, **options):
     return Run(*arguments, **options).wait()
 
 
-def _run(arguments, environment, log, kill, limit):
+def _run(arguments, environment, log, kill, limit, pictures):
     os.environ.update(environment)
     torch.set_num_threads(1)
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -143,7 +148,8 @@ def _run(arguments, environment, log, kill, limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     from tinytl_hf.cli import main
 
-    main(arguments)
+    with nullcontext() if pictures else patch("tinytl_hf.train.loop.draw_pictures"):
+        main(arguments)
 
 
 def _kill_at(module, name, number):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import slow
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from shared import slow
 from started_runs import CONTEXT, HANG
 from test_methods import train_steps
 

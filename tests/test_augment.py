@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import slow
+from shared import slow
 from torchvision.transforms.v2 import functional as TF
 
 from tinytl_hf.adapter.record import Preprocessing

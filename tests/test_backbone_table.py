@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import run_cli
 from safetensors.torch import save
+from shared import run_cli
 
 from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.config.verbs import BackbonesConfig

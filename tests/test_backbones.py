@@ -4,8 +4,8 @@ import sys
 import pytest
 import torch
 import torchvision
-from conftest import BACKBONES, run_cli, small_run, state_of
 from safetensors.torch import save_file
+from shared import BACKBONES, run_cli, small_run, state_of
 from torch import nn
 
 from tinytl_hf import TinyTLError, TinyTLModel

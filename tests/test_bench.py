@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import run_cli
+from shared import run_cli
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.config.data import DataConfig

@@ -10,9 +10,9 @@ import zipfile
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, write_image
 from hub_server import yaml_errors
 from huggingface_hub import ModelCard
+from shared import ROOT, write_image
 
 from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, DataRecord, Preprocessing
 from tinytl_hf.config.data import DataConfig

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import small_run
+from shared import small_run
 from started_runs import ADAPTERS, Run, checkpoints, run
 
 from tinytl_hf.train.checkpoint import find_damage
@@ -45,10 +45,10 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_adapters(straight, co
     while len(places) < KILLS:
         if len(places) % 2:
             place = chance.choice(IN_A_SAVE)
-            done = run(arguments, tmp_path / "log", kill=(*place, chance.randint(1, 12)))
+            done = run(arguments, tmp_path / "log", pictures=True, kill=(*place, chance.randint(1, 12)))
         else:
             place = "a moment"
-            started = Run(arguments, tmp_path / "log")
+            started = Run(arguments, tmp_path / "log", pictures=True)
             time.sleep(chance.uniform(0.5, 4))
             started.kill()
             done = started.wait()
@@ -58,7 +58,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_adapters(straight, co
             continue
         assert done.returncode == -signal.SIGKILL, done.stderr
         places.append(place)
-    done = run(arguments, tmp_path / "log")
+    done = run(arguments, tmp_path / "log", pictures=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert adapters(tmp_path / "run") == adapters(straight)
     in_saves = sum(place != "a moment" for place in places)
@@ -81,19 +81,19 @@ def two_epochs(colour_folder, tmp_path_factory):
 def check_refused_write(data, folder, tmp_path, straight, spoil=lambda: None, mend=lambda: None, growth=None):
     """Spoil writing after the first epoch: one line, the last checkpoint stays, and the run can go on to its end."""
     arguments = small_run(data, folder, *COARSE, "--train.epochs")
-    done = run([*arguments, 1], tmp_path / "log")
+    done = run([*arguments, 1], tmp_path / "log", pictures=True)
     assert done.returncode == 0, done.stderr
     before = {path: path.stat().st_mtime for path in checkpoints(folder)}
     limit = growth and int(growth * (checkpoints(folder)[-1] / "delta.safetensors").stat().st_size)
     spoil()
-    done = run([*arguments, 2], tmp_path / "spoilt.log", limit=limit)
+    done = run([*arguments, 2], tmp_path / "spoilt.log", pictures=True, limit=limit)
     mend()
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("tinytl-hf: error: ")]
     assert f"output_dir={folder}" in error and "cannot be written" in error and "unexpected" not in error
     assert {path: path.stat().st_mtime for path in checkpoints(folder)} == before
     assert [find_damage(path) for path in before] == [None, None]
-    done = run([*arguments, 2], tmp_path / "mended.log")
+    done = run([*arguments, 2], tmp_path / "mended.log", pictures=True)
     assert done.returncode == 0, done.stderr
     assert adapters(folder) == straight
 

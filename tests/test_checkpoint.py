@@ -8,8 +8,8 @@ import tracemalloc
 
 import pytest
 import torch
-from conftest import run_cli, small_run
 from safetensors.torch import load_file
+from shared import run_cli, small_run
 from started_runs import checkpoints, delta, metrics, run
 
 from tinytl_hf.adapter.format import read_tensors

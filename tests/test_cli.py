@@ -3,8 +3,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import run_cli, small_run, write_image
 from PIL import Image
+from shared import run_cli, small_run, write_image
 
 from tinytl_hf import TinyTLModel
 from tinytl_hf.config.yaml12 import load_yaml

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT, run_cli
+from shared import ROOT, run_cli
 
 
 def test_tuning_takes_the_best_learning_rate_of_finished_runs_and_trains_none_of_them_again(tmp_path, monkeypatch):

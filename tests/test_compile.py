@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import NATIVE, slow
+from shared import NATIVE, slow
 from test_lean import kept_bytes, whole_model
 from torch import nn
 from torch._dynamo.utils import counters

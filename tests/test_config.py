@@ -3,7 +3,7 @@ from typing import get_args
 
 import pytest
 import yaml
-from conftest import ROOT
+from shared import ROOT
 
 from tinytl_hf import TinyTLError, cli
 from tinytl_hf.config.data import DataConfig

@@ -1,7 +1,7 @@
 """CSV files, metadata and the names of classes as people and their programs write them."""
 
 import pytest
-from conftest import write_image
+from shared import write_image
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.config.data import DataConfig

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import run_cli, small_run
+from shared import run_cli, small_run
 from torch import nn
 
 from tinytl_hf.config.run import Config, MemoryConfig

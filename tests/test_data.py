@@ -7,8 +7,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import write_image
 from PIL import Image
+from shared import write_image
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.config.data import DataConfig

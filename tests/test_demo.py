@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_cli
+from shared import ROOT, run_cli
 from started_runs import HANG
 
 from tinytl_hf.deploy import quickstart

@@ -5,7 +5,7 @@ import shlex
 import shutil
 
 import pytest
-from conftest import ROOT, run_cli, small_run
+from shared import ROOT, run_cli, small_run
 
 PAGE = (ROOT / "tinytl_hf" / "deploy" / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import NATIVE
+from shared import NATIVE
 from torch import nn
 
 from tinytl_hf.device import CPU_PIXELS, forward_in_parts

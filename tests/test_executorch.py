@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import run_cli, write_image
 from safetensors.torch import load_file
+from shared import run_cli, write_image
 from torch.export.experimental import _export_forward_backward
 
 from tinytl_hf import TinyTLError, TinyTLModel

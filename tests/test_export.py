@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import slow
+from shared import slow
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

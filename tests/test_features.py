@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import BACKBONES, run_cli, slow, small_run
 from safetensors.torch import load_file
+from shared import BACKBONES, run_cli, slow, small_run
 from started_runs import metrics
 
 from tinytl_hf import TinyTLModel

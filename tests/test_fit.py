@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, run_cli, small_run, write_image
 from PIL import Image
+from shared import ROOT, run_cli, small_run, write_image
 from started_runs import CONTEXT, delta, run
 
 from tinytl_hf.config.fit import FitConfig

@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import run_cli, slow, small_run, write_image
 from PIL import Image
+from shared import run_cli, slow, small_run, write_image
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.config.data import DataConfig

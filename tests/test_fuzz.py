@@ -11,8 +11,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_cli
 from hypothesis import strategies as st
+from shared import ROOT, run_cli
 from watch import fuzz
 
 from tinytl_hf import TinyTLError, TinyTLModel

@@ -9,9 +9,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import run_cli
 from hypothesis import strategies as st
 from PIL import Image
+from shared import run_cli
 from test_fuzz import LONG, end_named, flipped
 from watch import fuzz
 

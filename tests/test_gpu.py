@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from conftest import BACKBONES, METHODS, run_cli, small_run
+from shared import BACKBONES, METHODS, run_cli, small_run
 from test_lean import gradients, whole_model
 
 from tinytl_hf import TinyTLModel

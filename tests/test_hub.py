@@ -12,11 +12,11 @@ import httpx2
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_cli, slow
 from hub_server import READER, WRITER, HubServer
 from huggingface_hub import HfApi, ModelCard, constants, get_session, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 from safetensors.torch import load_file, save_file
+from shared import ROOT, run_cli, slow
 
 from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.adapter.record import FORMAT_VERSION

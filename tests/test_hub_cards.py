@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-from conftest import run_cli
 from huggingface_hub import ModelCard
+from shared import run_cli
 
 from tinytl_hf import TinyTLModel
 from tinytl_hf.hub.card import text_around

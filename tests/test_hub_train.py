@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, run_cli, small_run
 from hub_server import WRITER
 from huggingface_hub import ModelCard
+from shared import ROOT, run_cli, small_run
 
 from tinytl_hf import TinyTLModel
 from tinytl_hf.measure import own_process

@@ -5,8 +5,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import write_image
 from PIL import Image
+from shared import write_image
 
 from tinytl_hf import TinyTLError
 

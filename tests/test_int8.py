@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import run_cli, slow, small_run
 from safetensors.torch import load_file
+from shared import run_cli, slow, small_run
 from torch import nn
 
 from tinytl_hf import TinyTLModel

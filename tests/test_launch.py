@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import METHODS, ROOT, small_run, write_image
+from shared import METHODS, ROOT, small_run, write_image
 from started_runs import CONTEXT, HANG, as_launched, delta, free_port, metrics, run
 
 from tinytl_hf.network.methods import METHODS as TABLE

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_cli, small_run
+from shared import run_cli, small_run
 from started_runs import metrics
 
 from tinytl_hf import TinyTLError, device

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BACKBONES, METHODS, slow
+from shared import BACKBONES, METHODS, slow
 from torch import nn
 from torch.autograd import gradcheck
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import assert_left_as_found, state_of
+from shared import assert_left_as_found, state_of
 from torch import nn
 
 from tinytl_hf.config.network import HeadConfig

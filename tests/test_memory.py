@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_left_as_found, run_cli, small_run, state_of
 from PIL import Image
 from safetensors.torch import load_file
+from shared import assert_left_as_found, run_cli, small_run, state_of
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.network import LiteConfig

@@ -2,7 +2,7 @@
 
 import json
 
-from conftest import run_cli, small_run
+from shared import run_cli, small_run
 
 from tinytl_hf.train import finish
 

@@ -4,9 +4,9 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
-from conftest import run_cli, slow
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shared import run_cli, slow
 from test_methods import train_steps
 
 import tinytl_hf

@@ -5,7 +5,7 @@ import unicodedata
 
 import pandas as pd
 import pytest
-from conftest import write_image
+from shared import write_image
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.config.data import DataConfig

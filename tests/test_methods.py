@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import BACKBONES, METHODS, slow
+from shared import BACKBONES, METHODS, slow
 from torch import nn
 
 from tinytl_hf import TinyTLError

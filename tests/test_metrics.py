@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_cli, small_run
+from shared import ROOT, run_cli, small_run
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, top_k_accuracy_score
 
 from tinytl_hf import TinyTLError

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import slow
+from shared import slow
 from torch import nn
 
 from tinytl_hf import TinyTLModel

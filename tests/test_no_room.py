@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import run_cli
+from shared import run_cli
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.deploy.exported import described_by, write_with_description

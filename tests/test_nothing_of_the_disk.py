@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, run_cli, small_run
 from safetensors.torch import save_file
+from shared import ROOT, run_cli, small_run
 
 from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.network import torchvision_nets

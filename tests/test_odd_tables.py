@@ -7,7 +7,7 @@ import re
 import datasets
 import pandas as pd
 import pytest
-from conftest import write_image
+from shared import write_image
 from test_tables import opened, png
 
 from tinytl_hf import TinyTLError

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import slow
+from shared import slow
 from torch import nn
 from torch.func import functional_call
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_cli, slow, write_image
 from PIL import Image
+from shared import ROOT, run_cli, slow, write_image
 from test_methods import train_steps
 from torch import nn
 

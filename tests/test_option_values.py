@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from conftest import run_cli
+from shared import run_cli
 
 from tinytl_hf import TinyTLError, cli
 from tinytl_hf.commands import VERBS

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import slow
+from shared import slow
 from started_runs import CONTEXT, HANG
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize

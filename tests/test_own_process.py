@@ -3,11 +3,12 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 
 import pytest
 import torch
-from conftest import run_cli
+from shared import run_cli
 from started_runs import CONTEXT
 
 from tinytl_hf.measure import memory
@@ -69,6 +70,23 @@ def end_at_once():
 def test_memory_that_is_not_there_is_one_kind_of_error(function):
     with pytest.raises(MemoryError):
         in_own_process(CONTEXT, function)
+
+
+def start_a_further_one():
+    process = CONTEXT.Process(target=exec, args=("import sys; sys.exit('torch' in sys.modules)",))
+    process.start()
+    process.join()
+    sys.exit(process.exitcode)
+
+
+def test_a_process_of_the_tests_starts_further_ones_as_a_command_does():
+    process = CONTEXT.Process(target=start_a_further_one)
+    process.start()
+    process.join(60)
+    try:
+        assert process.exitcode == 0
+    finally:
+        process.kill()
 
 
 def test_memory_and_bench_say_that_a_batch_does_not_fit(monkeypatch):

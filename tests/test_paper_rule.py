@@ -1,5 +1,5 @@
 import pytest
-from conftest import METHODS, assert_left_as_found, state_of
+from shared import METHODS, assert_left_as_found, state_of
 from torch import nn
 from torchvision.models._api import BUILTIN_MODELS
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_cli, small_run, write_image
 from safetensors.torch import load_file
+from shared import ROOT, run_cli, small_run, write_image
 
 from tinytl_hf import TinyTLModel
 from tinytl_hf.adapter.format import read_config

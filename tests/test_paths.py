@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import run_cli, small_run
+from shared import run_cli, small_run
 
 from tinytl_hf import TinyTLError, TinyTLModel, load_merged
 from tinytl_hf.config.hub import PullConfig, PushConfig

@@ -6,11 +6,11 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import slow
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from PIL import Image
+from shared import slow
 
 from tinytl_hf.reports import plots
 from tinytl_hf.reports.fonts import families_for

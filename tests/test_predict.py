@@ -10,8 +10,8 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
-from conftest import run_cli, write_image
 from PIL import Image
+from shared import run_cli, write_image
 
 from tinytl_hf import TinyTLModel, cli
 from tinytl_hf.data import images

@@ -5,7 +5,7 @@ rounding, in fp32 on the fastest there is within it.
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import slow
+from shared import slow
 from started_runs import CONTEXT, HANG, free_port
 from torch import nn
 

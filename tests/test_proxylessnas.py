@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import METHODS, slow
+from shared import METHODS, slow
 from torch import nn
 
 from tinytl_hf import TinyTLError, TinyTLModel, load_merged

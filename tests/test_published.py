@@ -5,8 +5,8 @@ import re
 
 import pytest
 import yaml
-from conftest import ROOT
 from huggingface_hub import ModelCard
+from shared import ROOT
 
 from tinytl_hf.network.methods import METHODS
 from tinytl_hf.reports.finished_run import read_run

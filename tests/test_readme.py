@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import METHODS, ROOT, run_cli
+from shared import METHODS, ROOT, run_cli
 from test_launch import launcher
 
 from tinytl_hf.measure.paper_rule import paper_rule

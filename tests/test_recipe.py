@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import yaml
-from conftest import METHODS, run_cli, small_run
+from shared import METHODS, run_cli, small_run
 from started_runs import metrics
 
 from tinytl_hf.config.data import DataConfig

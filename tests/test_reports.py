@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import yaml
-from conftest import run_cli, small_run
 from PIL import Image
+from shared import run_cli, small_run
 
 from tinytl_hf.reports.compare import _pictures
 

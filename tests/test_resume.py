@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from conftest import METHODS, slow, small_run
+from shared import METHODS, slow, small_run
 from started_runs import differences, metrics, run, state
 
 OPTIONS = ["--train.global_batch_size", "8", "--head.dropout", "0.2", "--train.checkpoint_every", "2"]

@@ -34,8 +34,9 @@ LONGEST_FILE = 400
 def imports(path):
     """The package's modules that a file imports, anywhere in it, but for what is there for type checkers alone."""
     tree = ast.parse(path.read_text())
-    for_types = {n for node in ast.walk(tree) if _is_type_checking(node) for n in ast.walk(node)}
-    for node in ast.walk(tree):
+    nodes = list(ast.walk(tree))
+    for_types = {n for node in nodes if _is_type_checking(node) for n in ast.walk(node)}
+    for node in nodes:
         if node in for_types:
             continue
         if isinstance(node, ast.Import):

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import run_cli, slow, small_run
 from safetensors.torch import load_file
+from shared import run_cli, slow, small_run
 from started_runs import as_launched, checkpoints, free_port, metrics
 
 from tinytl_hf.config.run import Config

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import run_cli, small_run, write_image
+from shared import run_cli, small_run, write_image
 
 from tinytl_hf import TinyTLModel
 

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import run_cli, slow
 from hub_server import yaml_errors
+from shared import run_cli, slow
 
 from tinytl_hf import TinyTLError, TinyTLModel, load_merged
 from tinytl_hf.adapter.record import DataRecord

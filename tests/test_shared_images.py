@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from conftest import write_image
+from shared import write_image
 from started_runs import CONTEXT, free_port
 
 from tinytl_hf.config.data import DataConfig

@@ -8,8 +8,8 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run_cli, write_image
 from PIL import Image
+from shared import run_cli, write_image
 from test_tables import opened, png
 
 from tinytl_hf import TinyTLError

@@ -5,7 +5,7 @@ import shutil
 
 import datasets
 import pytest
-from conftest import run_cli, small_run, write_image
+from shared import run_cli, small_run, write_image
 from test_tables import opened, png, saved
 
 from tinytl_hf import TinyTLError

@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 import torchvision
-from conftest import write_image
 from PIL import Image
+from shared import write_image
 from test_methods import train_steps
 
 from tinytl_hf import TinyTLError, TinyTLModel

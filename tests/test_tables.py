@@ -10,8 +10,8 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run_cli, small_run, write_image
 from PIL import Image
+from shared import run_cli, small_run, write_image
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.config.data import DataConfig

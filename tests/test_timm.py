@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import NATIVE, run_cli, slow, write_image
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from shared import NATIVE, run_cli, slow, write_image
 from torch import nn
 from torch.nn import functional as F
 

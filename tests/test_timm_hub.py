@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_cli
 from hub_server import READER, File
 from safetensors.torch import save, save_file
+from shared import ROOT, run_cli
 from test_timm import error_of
 
 from tinytl_hf import TinyTLError, TinyTLModel

@@ -7,8 +7,8 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from conftest import run_cli
 from PIL import Image
+from shared import run_cli
 from test_methods import train_steps
 
 from tinytl_hf import TinyTLError

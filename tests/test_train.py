@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import run_cli, small_run
 from safetensors.torch import load_file
+from shared import run_cli, small_run
 from started_runs import HANG, Run, checkpoints, delta, metrics, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -214,7 +214,7 @@ def test_steps_that_fp16_leaves_out_are_counted(colour_folder, tmp_path):
 def test_tokens_are_nowhere_in_a_runs_folder_or_log(colour_folder, tmp_path):
     secrets = {name: f"secret_{name}_0123456789" for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")}
     arguments = small_run(colour_folder, tmp_path / "run", "--method", "FT-Last", "--tracker", "tensorboard")
-    done = run(arguments, tmp_path / "log", environment=secrets)
+    done = run(arguments, tmp_path / "log", environment=secrets, pictures=True)
     assert done.returncode == 0, done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 12  # config, metrics, figures, adapters, cards, checkpoints, the tracker's log, ours

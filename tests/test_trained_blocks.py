@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_cli, slow, small_run
+from shared import run_cli, slow, small_run
 from started_runs import metrics
 
 from tinytl_hf import TinyTLModel

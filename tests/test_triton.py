@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import slow
+from shared import slow
 from test_lean import CONVOLUTIONS, gradients, norm, stock, whole_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import slow
+from shared import slow
 from torch import nn
 
 from tinytl_hf import TinyTLError, TinyTLModel

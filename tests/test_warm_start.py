@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import run_cli, slow, small_run
+from shared import run_cli, slow, small_run
 
 from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.config.data import DataConfig
