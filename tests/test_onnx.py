@@ -227,7 +227,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(save, tmp_path, monkeypatc
     assert "there.onnx: exists; name another" in failed(adapter, tmp_path / "there.onnx")
     model.config = replace(model.config, backbone=replace(model.config.backbone, weights="lost.pth"))
     model.save_pretrained(adapter)
-    assert "backbone.weights=lost.pth: no such file" in failed(adapter, output)
+    assert "weights=lost.pth: no such file" in failed(adapter, output)
     assert not output.exists() and list(tmp_path.rglob("*.tmp")) == []
     assert (tmp_path / "there.onnx").read_text() == (tmp_path / "file").read_text() == "mine"
 
