@@ -16,7 +16,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -131,8 +131,7 @@ def _with_config_first(argv: list[str]) -> list[str]:
     """The words with each ``--config FILE`` right after the verb, as what is on the command line wins.
 
     Raises:
-        ArgumentError: Such a file is no YAML.
-        TinyTLError: A group of options in it is no group.
+        ArgumentError, TinyTLError: As of :func:`_check_file`.
     """
     verb = _verb(argv)
     if verb is None or Config not in VERBS[verb].options:
@@ -149,22 +148,36 @@ def _with_config_first(argv: list[str]) -> list[str]:
         else:
             others.append(word)
     for file in files:
-        try:
-            values = load_yaml(Path(file).read_text(encoding="utf-8-sig"))
-        except OSError:
-            continue  # the parser says what is wrong
-        except (ValueError, yaml.YAMLError) as error:
-            raise ArgumentError(None, f"config={file}: cannot be read as YAML: {error}") from error
-        if values is None:
-            raise ArgumentError(None, f"config={file}: empty config file: it sets no option")
-        twice = [name for name, count in Counter(_names(values)).items() if count > 1]
-        if twice:  # of which the parser would take the last
-            raise ArgumentError(None, f"config={file}: {twice[0]} is there twice, with and without a dot; leave one")
-        _check_groups(values, Config, f"{file}: ")
-        for options in VERBS[verb].options:
-            check_numbers(values, options, folder=Path(file).parent)
+        _check_file(file, VERBS[verb].options)
     at = others.index(verb) + 1
     return [*others[:at], *(word for file in files for word in ("--config", file)), *others[at:]]
+
+
+def _check_file(file: str, kinds: Sequence[type]) -> None:
+    """Raise if a config file says what the parser would misunderstand.
+
+    Args:
+        file: Its path; of one that cannot be opened the parser says what is wrong.
+        kinds: The dataclasses of the verb's options.
+
+    Raises:
+        ArgumentError: It is no YAML, is empty or sets an option twice.
+        TinyTLError: A group of options in it is no group, or a number is written as YAML 1.1 has them.
+    """
+    try:
+        values = load_yaml(Path(file).read_text(encoding="utf-8-sig"))
+    except OSError:
+        return
+    except (ValueError, yaml.YAMLError) as error:
+        raise ArgumentError(None, f"config={file}: cannot be read as YAML: {error}") from error
+    if values is None:
+        raise ArgumentError(None, f"config={file}: empty config file: it sets no option")
+    twice = [name for name, count in Counter(_names(values)).items() if count > 1]
+    if twice:  # of which the parser would take the last
+        raise ArgumentError(None, f"config={file}: {twice[0]} is there twice, with and without a dot; leave one")
+    _check_groups(values, Config, f"{file}: ")
+    for kind in kinds:
+        check_numbers(values, kind, folder=Path(file).parent)
 
 
 def _names(values: Any, group: str = "") -> Iterator[str]:
