@@ -95,7 +95,7 @@ def make_accelerator(
     _check_device(accelerator.device)
     set_threads(threads)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise TinyTLError("train.mixed_precision=fp16: a CPU would train in fp32; use bf16 or no")
+        raise TinyTLError("train.mixed_precision=fp16: a CPU would compute in fp32; use bf16 or no")
     return accelerator
 
 
