@@ -259,6 +259,28 @@ def test_a_class_that_only_the_test_images_have_is_named(tmp_path, caplog):
     assert train.label_names == ["cat", "dog", "emu"] and "emu has no training images" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("files", "options", "split"),
+    [
+        ([*each("cat", count=40), *each("emu", count=2)], {"eval_fraction": 0.1}, "holdout"),
+        (each("train/cat", "train/dog", "train/emu", "test/cat", "test/dog"), {}, "test"),
+        (each("train/emu", "train/cat", "val/cat", "val/emu", "test/cat", count=2), {}, "test"),
+    ],
+)
+def test_a_class_that_is_trained_on_and_not_evaluated_is_named(files, options, split, tmp_path, caplog):
+    make(tmp_path, files)
+    opened(tmp_path, **options)
+    assert f"emu has images to train on and none in {split}, which" in caplog.text
+
+
+def test_a_subset_that_lacks_classes_names_them(tmp_path, caplog):
+    make(tmp_path, each("train/cat", "train/dog", "test/cat", "test/dog", count=9))
+    opened(tmp_path)
+    assert "images to train on and none in" not in caplog.text
+    opened(tmp_path, max_eval_samples=1)
+    assert "images to train on and none in test, which" in caplog.text
+
+
 def test_one_class_can_be_evaluated_on(tmp_path):
     make(tmp_path, each("cat/old", "cat/new"))
     split = open_eval_split(DataConfig(dataset=str(tmp_path)), whole=True)

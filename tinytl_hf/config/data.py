@@ -33,8 +33,8 @@ class DataConfig:
     held out of the train split, and with both validation and test the latter is evaluated on once, at the end;
     holdout: always that part."""
     eval_fraction: float = 0.1
-    """Share of the train split that is held out (stratified by label) where no other split is used; at least an image
-    of each class that has two."""
+    """Share of the train split that is held out (stratified by label) where no other split is used, or an image of
+    each class where that is more."""
     split_seed: int = 0
     """Seed of the held-out part and of the subsets, apart from the run's seed so that runs can be compared."""
     max_train_samples: int | None = None

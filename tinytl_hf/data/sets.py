@@ -64,7 +64,8 @@ def open_data(config: DataConfig) -> Opened:
 def _open_data(tables: Tables, config: DataConfig) -> Opened:
     train = _train_split(tables, config)
     train, *evaluated = _with_all_names([train, *_eval_splits(tables, train, config)])
-    warnings = []
+    warnings: list[str] = []
+    alone: list[str] = []
     if not evaluated:
         if HOLDOUT in tables.splits:
             raise TinyTLError(
@@ -80,6 +81,10 @@ def _open_data(tables: Tables, config: DataConfig) -> Opened:
     trained = set(train.occurring())
     untrained = [name for name in train.label_names if name not in trained]
     warnings += _about(untrained, "no training images, so no right answer can be learnt")
+    for split in evaluated:
+        seen = {*split.occurring(), *alone}
+        unseen = [name for name in train.label_names if name in trained and name not in seen]
+        warnings += _about(unseen, f"images to train on and none in {split.title}, which says nothing of such a class")
     warnings += about_names(train.label_names)
     evaluation, test = evaluated[0], evaluated[1] if len(evaluated) > 1 else None
     found = Found(
