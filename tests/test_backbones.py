@@ -12,7 +12,14 @@ from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.measure.eval_view import with_view
 from tinytl_hf.network import backbones, torchvision_nets
-from tinytl_hf.network.backbones import check_takes, create_backbone, sha256
+from tinytl_hf.network.backbones import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    check_takes,
+    create_backbone,
+    find_backbone,
+    sha256,
+)
 from tinytl_hf.network.blocks import TinyTLBlock
 
 WHEEL_SHA256 = "d0a97ec32587ffbe53bf2c9f71890c723b2e5d246d25339f80dd010d0115a98f"
@@ -97,6 +104,21 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 def test_a_source_that_is_none_says_what_can_be_used(weights, message):
     with pytest.raises(TinyTLError, match=message):
         create_backbone("mobilenet_v2", weights, num_classes=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "mean", "std"),
+    [
+        ("mobilenet_v2", "imagenet", IMAGENET_MEAN, IMAGENET_STD),
+        ("efficientnet_v2_l", "imagenet", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ("efficientnet_v2_l", "some.pth", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ("vgg16", "IMAGENET1K_FEATURES", (0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255)),
+        ("vgg16", "none", IMAGENET_MEAN, IMAGENET_STD),
+    ],
+)
+def test_images_are_normalised_as_torchvisions_weights_want_it(name, weights, mean, std):
+    found = find_backbone(name, weights)
+    assert found.mean == mean and found.std == pytest.approx(std)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -132,6 +132,15 @@ def test_gradients_that_differ_by_more_than_rounding_are_refused(make_step):
         largest_difference({one: ours[one]}, ours)
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_gradients_that_are_no_numbers_are_refused_wherever_they_are(place):
+    ours = {"first": torch.ones(3), "second": torch.ones(2)}
+    name = list(ours)[place]
+    check = GradientCheck(2, largest_difference({**ours, name: ours[name] * float("nan")}, ours), 2e-6, single=None)
+    with pytest.raises(TinyTLError, match="gradients differ by nan"):
+        check.check()
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [

@@ -1,9 +1,13 @@
+import copy
+
 import pytest
 from shared import METHODS, assert_left_as_found, state_of
 from torch import nn
 from torchvision.models._api import BUILTIN_MODELS
+from torchvision.models.convnext import LayerNorm2d
 
 from tinytl_hf.measure.paper_rule import paper_rule
+from tinytl_hf.network.backbones import SAME_TENSORS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,6 +70,41 @@ def test_paper_rule_of_two_convolutions_by_hand(method, kept_and_run, trained, m
     # 182 parameters: 4 * 3 * 9 and 4 * 8 weights, 2 * 4 and 2 * 8 of the norms, 8 * 2 + 2 of the head.
     model = make_model(method, two_convolutions, num_classes=2, train_size=32)
     assert paper_rule(model, 5) == 5 * kept_and_run + 4 * trained + (182 - trained)  # frozen ones in 8 bits
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "efficientnet_b0", "mobilenet_v2", "resnet18"])
+def test_paper_rule_of_a_network_is_the_same_in_both_libraries(name, make_model):
+    pytest.importorskip("timm", reason="the extra timm is not installed")
+    twin = SAME_TENSORS.get(name, f"timm/{name}")
+    ours, theirs = (paper_rule(make_model("TinyTL-B", each, num_classes=10), 8) for each in (name, twin))
+    assert theirs == pytest.approx(ours, rel=0.01)  # ConvNeXt's last norm is a part of the head in one of them
+
+
+class Normed(nn.Module):
+    """Four maps through a norm between convolutions of one pixel."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 4, 1, bias=False))
+        self.classifier = nn.Linear(4, 1000)
+
+    def forward(self, x):
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("norm", "is_kept"), [(nn.BatchNorm2d(4), 0), (nn.GroupNorm(2, 4), 1), (LayerNorm2d(4), 1)])
+def test_a_frozen_norm_with_statistics_of_its_own_keeps_its_input_by_the_papers_rule(
+    norm, is_kept, make_model, monkeypatch
+):
+    def make(weights=None):
+        return Normed(copy.deepcopy(norm))
+
+    make.__module__ = "torchvision.models.normed"
+    monkeypatch.setitem(BUILTIN_MODELS, "normed", make)
+    model = make_model("TinyTL-B", "normed", num_classes=2, train_size=32)
+    weights = sum(p.numel() * (4 if p.requires_grad else 1) for p in model.parameters())
+    run = 4 * PIXELS * (4 + 4)  # the second convolution's input and output
+    assert paper_rule(model, 5) == 5 * (run + is_kept * 4 * PIXELS * 4) + weights
 
 
 def test_paper_rule_does_not_depend_on_the_engine_and_leaves_the_model_alone(make_model):

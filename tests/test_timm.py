@@ -43,6 +43,7 @@ def test_without_timm_the_extra_is_named(monkeypatch):
     [
         ("timm/mobilenetv5_conv_small", "did you mean timm/mobilenetv4_conv_small"),
         ("timm/mobilenetv2_100.v9_in1k", "its tags are ra_in1k"),
+        ("timm/regnetz_005.v9_in1k", "it has none at all; use timm/regnetz_005"),
         ("timm/levit_128s", "its classifier is a tuple"),
         ("timm/test_vit", "belongs to a VisionTransformer"),
         ("local-dir:/nowhere", "config.json cannot be read"),
@@ -55,6 +56,21 @@ def test_a_network_that_cannot_train_is_refused_by_name(name, message):
             TinyTLModel.from_backbone(name, method="TinyTL-B", num_classes=2, weights="none", train_size=160)
     else:
         assert message in error_of(name)
+
+
+@pytest.mark.parametrize("prefix", ["timm/", ""])
+def test_an_old_name_of_timm_gets_the_preprocessing_of_its_weights(prefix, caplog):
+    caplog.set_level("INFO", "tinytl_hf")
+    found = find_backbone(f"{prefix}tf_efficientnetv2_s_in21ft1k", "none")
+    assert found.name == "timm/tf_efficientnetv2_s.in21k_ft_in1k" and found.mean == (0.5, 0.5, 0.5)
+    assert "timm calls it timm/tf_efficientnetv2_s.in21k_ft_in1k today" in caplog.text
+    assert "`hf download timm/tf_efficientnetv2_s.in21k_ft_in1k" in error_of(found.name, "imagenet")
+
+
+def test_a_network_of_timm_without_weights_says_so():
+    assert find_backbone("timm/regnetz_005", "none").name == "timm/regnetz_005"
+    message = "the Hub has no weights of timm/regnetz_005; name a file, or use none"
+    assert message in error_of("timm/regnetz_005", "imagenet")
 
 
 def test_a_network_that_no_method_trains_is_not_sent_to_another_method_or_size():

@@ -56,6 +56,16 @@ def test_timm_loads_the_folder_with_equal_logits(method, backbone, theirs, expor
     assert "same label for 4 of 4" in text and f"timm's {theirs}" in text
 
 
+def test_a_photo_is_cropped_as_here_where_the_weights_of_timm_were_evaluated_otherwise(exported):
+    assert timm.get_pretrained_cfg("tf_efficientnetv2_b3").crop_mode == "squash"
+    _, folder, _ = exported("FT-Last", "timm/tf_efficientnetv2_b3")
+    cfg = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}", pretrained=True))
+    photo = np.zeros((90, 180, 3), np.uint8)
+    photo[:, 45:135] = 255  # white but for what a centre crop leaves out
+    view = timm.data.create_transform(**{**cfg, "mean": (0, 0, 0), "std": (1, 1, 1)})(Image.fromarray(photo))
+    assert cfg["crop_mode"] == "center" and view.mean() > 0.99
+
+
 def test_the_pipeline_of_transformers_gives_the_same_probabilities(exported):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     model, folder, _ = exported("TinyTL-B", "timm/test_efficientnet")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -130,4 +131,5 @@ def largest_difference(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> fl
     scale = max(float(gradient.norm()) for gradient in ours.values())
     # One that is zero but for rounding is compared with the largest.
     floors = {name: max(float(gradient.norm()), 1e-3 * scale) for name, gradient in ours.items()}
-    return max(float((theirs[name] - gradient).norm()) / floors[name] for name, gradient in ours.items())
+    differences = [float((theirs[name] - gradient).norm()) / floors[name] for name, gradient in ours.items()]
+    return float(np.max(differences))  # where Python's max forgets what is not a number

@@ -132,7 +132,7 @@ def _save(timm: Any, network: Any, model: TinyTLModel, folder: Path) -> None:
     about = {"label_names": labels, "pretrained_cfg": {"license": licence}}
     size = (3, options.eval_size, options.eval_size)
     view = {"input_size": size, "crop_pct": options.crop_pct, "interpolation": options.interpolation}
-    view |= {"mean": options.mean, "std": options.std}
+    view |= {"mean": options.mean, "std": options.std, "crop_mode": "center"}  # the network's own can be another
     network.pretrained_cfg = {
         key: value for key, value in network.pretrained_cfg.items() if not key.startswith(("test_", "tag", "origin"))
     }

@@ -9,11 +9,15 @@ from torch.utils.hooks import RemovableHandle
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.blocks import TinyTLBlock
 from tinytl_hf.network.head import Head
+from tinytl_hf.network.kinds import class_name
 from tinytl_hf.network.lite_residual import LiteResidual
+from tinytl_hf.network.methods import NORMS_OF_TIMM
 
 FLOAT_BYTES = 4
-MASKED = (nn.ReLU, nn.ReLU6)
-SMOOTH = (nn.Hardswish, nn.SiLU, nn.GELU, nn.Hardsigmoid, nn.Sigmoid, nn.LayerNorm)  # need their input whatever trains
+MASKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU)
+# Activations and norms that need their input whatever trains, with those of timm that are none of PyTorch's.
+SMOOTH = (nn.Hardswish, nn.SiLU, nn.GELU, nn.Hardsigmoid, nn.Sigmoid, nn.Mish, nn.LayerNorm, nn.GroupNorm)
+ACTIVATIONS_OF_TIMM = "timm.layers.activations."
 
 
 def paper_rule(model: TinyTLModel, batch_size: int, frozen_bits: int = 8) -> float:
@@ -21,10 +25,10 @@ def paper_rule(model: TinyTLModel, batch_size: int, frozen_bits: int = 8) -> flo
 
     One image at the model's resolution walks through the stock network. A convolution, linear layer or norm keeps
     its fp32 input if its own weight trains; if anything but the head trains, a ReLU keeps one bit a value and a
-    smooth activation or a layer norm its fp32 input, but for those before the first trained block. While a layer runs
-    it takes its input and, if it is a convolution or linear layer, its output too (one group's share of it); a block
-    that adds its input back holds that as well. The highest sum, times ``batch_size``, and the parameters make up the
-    figure.
+    smooth activation or a norm with statistics of its own (a layer norm, say) its fp32 input, but for those before the
+    first trained block. While a layer runs it takes its input and, if it is a convolution or linear layer, its output
+    too (one group's share of it); a block that adds its input back holds that as well. The highest sum, times
+    ``batch_size``, and the parameters make up the figure.
 
     Not counted, as in the paper: gradients, optimizer state, running statistics, temporaries of the backward pass,
     what ConvNeXt's layer scales keep where they train, a lite residual's pooled and up-sampled maps and, where a block
@@ -72,7 +76,7 @@ class _Walk:
             return [module.norm1.register_forward_hook(lambda _, __, maps: self._run(nn.ReLU(), (maps,), maps))]
         if isinstance(module, nn.BatchNorm2d) and list(module.children()):  # it runs before the activation it holds
             return [module.register_forward_pre_hook(lambda norm, inputs: self._run(norm, inputs, inputs[0]))]
-        if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.GroupNorm, *MASKED, *SMOOTH)):
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d, *MASKED)) or _needs_input(module):
             return [module.register_forward_hook(self._run, prepend=True)]  # a norm before the ReLU that follows it
         return []
 
@@ -92,8 +96,14 @@ class _Walk:
         elif isinstance(layer, nn.Linear):
             temporary += FLOAT_BYTES * output.numel()
         self.peak = max(self.peak, temporary + self.kept + self.residual)
-        if isinstance(layer, (*MASKED, *SMOOTH)):
-            share = 1 / 32 if isinstance(layer, MASKED) else 1.0
+        is_masked = isinstance(layer, MASKED)
+        if is_masked or _needs_input(layer):
+            share = 1 / 32 if is_masked else 1.0
             self.kept += share * read if self.backpropagates and not self.in_prefix else 0.0
         elif isinstance(layer.weight, Tensor) and layer.weight.requires_grad:
             self.kept += read
+
+
+def _needs_input(layer: nn.Module) -> bool:
+    name = class_name(type(layer))
+    return isinstance(layer, SMOOTH) or name in NORMS_OF_TIMM or name.startswith(ACTIVATIONS_OF_TIMM)

@@ -99,9 +99,13 @@ def find_backbone(name: str, weights: str, **download: Any) -> Backbone:
         name = PREFIX + name
     if not name.startswith(PREFIX):
         torchvision_nets.check(name)
-        return Backbone(name, pin_weights(name, weights, **download))
+        source = pin_weights(name, weights, **download)
+        return Backbone(name, source, **torchvision_nets.mean_and_std(name, source))
+    if (today := timm_nets.current_name(name)) != name:
+        logger.info("backbone.name=%s: timm calls it %s today, which is taken", name, today)
+        name = today
     cfg = timm_nets.pretrained_cfg(name)
-    if weights == "imagenet" and "." not in name and cfg.tag:
+    if weights == "imagenet" and "." not in name and cfg.tag and cfg.hf_hub_id:
         name = f"{name}.{cfg.tag}"
     return _described(Backbone(name, pin_weights(name, weights, **download)), vars(cfg))
 

@@ -68,6 +68,16 @@ def architecture(name: str) -> str:
     return name.partition(".")[0] if name.startswith(PREFIX) else name
 
 
+def current_name(name: str) -> str:
+    """``timm/NAME`` as timm calls it today, with a tag for what was in an old name; it describes no old ones.
+
+    Raises:
+        TinyTLError: No timm.
+    """
+    today = require_timm(name).models.get_deprecated_models().get(name.removeprefix(PREFIX))
+    return f"{PREFIX}{today}" if today else name
+
+
 def build(name: str) -> nn.Module:
     """The network ``timm/NAME`` with random weights and timm's own classifier; nothing in it draws random numbers.
 
@@ -130,7 +140,8 @@ def pretrained_cfg(name: str) -> Any:
         )
     tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{plain}.*")]
     if tag and tag not in tags:
-        raise TinyTLError(f"backbone.name={name}: timm has no such weights of {plain}; its tags are {', '.join(tags)}")
+        hint = f"its tags are {', '.join(tags)}" if tags else f"it has none at all; use {PREFIX}{plain}"
+        raise TinyTLError(f"backbone.name={name}: timm has no such weights of {plain}; {hint}")
     cfg = timm.get_pretrained_cfg(short)
     return cfg if cfg is not None else timm.models.PretrainedCfg(architecture=plain)
 

@@ -89,6 +89,16 @@ def input_size(name: str) -> int:
     return int(weights.DEFAULT.transforms.keywords["crop_size"])
 
 
+def mean_and_std(name: str, weights: str) -> dict[str, Any]:
+    """``mean`` and ``std`` of the images that weights were made for; of a file or a package, as the best weights."""
+    try:
+        known = torchvision.models.get_model_weights(name)
+    except ValueError:  # of a network that somebody has registered
+        return {}
+    view = (known[weights] if weights in known.__members__ else known.DEFAULT).transforms()
+    return {"mean": tuple(view.mean), "std": tuple(view.std)}
+
+
 def in_cache(name: str) -> list[str]:
     """Names of those weights of a network that have been downloaded."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
