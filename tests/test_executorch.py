@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from shared import run_cli, write_image
+from shared import run_cli, small_run, write_image
 from torch.export.experimental import _export_forward_backward
 
 from tinytl_hf import TinyTLError, TinyTLModel
@@ -217,19 +217,40 @@ def test_fifty_steps_on_a_device_are_fifty_steps_in_pytorch_and_the_adapter_come
     torch.testing.assert_close(back(torch.from_numpy(images[0])).detach(), expected, atol=2e-3, rtol=1e-3)
 
 
-def test_the_photos_of_a_folder_are_read_by_class(tmp_path):
+def test_the_photos_of_a_folder_are_read_by_class(tmp_path, caplog):
     from tinytl_hf.deploy.device_training import read_folder
 
-    for i, name in enumerate(("red", "blue", "red")):
+    caplog.set_level("INFO", "tinytl_hf")
+    for i, name in enumerate(("red", "blue", "red/deeper")):
         write_image(tmp_path / name / f"{i}.png", seed=i)
     (tmp_path / "red" / "notes.txt").write_text("no photo")
     photos, labels = read_folder(tmp_path, LABELS, SIZE)
     assert labels == [0, 1, 1] and photos[0].shape == (36, 40, 3)
+    assert caplog.messages == [f"{tmp_path / 'red'}: 2 images; left out: 1 .txt"]
+    (tmp_path / "green").mkdir()
+    with pytest.raises(TinyTLError, match="no photo in its sub-folder green"):
+        read_folder(tmp_path, LABELS, SIZE)
     (tmp_path / "cat").mkdir()
     with pytest.raises(TinyTLError, match="has a sub-folder cat"):
         read_folder(tmp_path, LABELS, SIZE)
     with pytest.raises(TinyTLError, match="has no sub-folder"):
         read_folder(tmp_path / "cat", LABELS, SIZE)
+
+
+def test_eval_does_not_say_what_a_device_trained_on(colour_folder, tmp_path):
+    from tinytl_hf.deploy.device_training import trained_further
+
+    before = tmp_path / "run" / "adapter"
+    options = ("--method", "FT-Last", "--backbone.name", "resnet18", "--train.epochs", "1")
+    assert run_cli(*small_run(colour_folder, before.parent, *options)).returncode == 0
+    assert "trained on none of them" in run_cli("eval", "--adapter", before).stderr
+    model = TinyTLModel.from_pretrained(before)
+    for name in ("once", "twice"):
+        model.config = trained_further(model.config)
+        model.save_pretrained(tmp_path / name)
+        said = run_cli("eval", "--adapter", tmp_path / name, "--data.dataset", colour_folder).stderr
+        assert "whether it was trained on any of them is not known" in said
+        assert "went on from another adapter (FT-Last, 2 classes)" in (tmp_path / name / "README.md").read_text()
 
 
 def test_a_step_that_is_none_is_named(tmp_path):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,11 @@ import torch
 from torch import Tensor
 
 from tinytl_hf.adapter.format import write_adapter
-from tinytl_hf.adapter.record import config_from
-from tinytl_hf.data.images import IMAGE_SUFFIXES, UnreadableImageError, decode_pixels
+from tinytl_hf.adapter.record import AdapterConfig, InitRecord, config_from
+from tinytl_hf.config.check import check
+from tinytl_hf.data.images import UnreadableImageError, decode_pixels
 from tinytl_hf.data.view import centre_view, normalised
+from tinytl_hf.deploy.sources import images_in
 from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import read_card, render_card
@@ -105,7 +109,11 @@ class DeviceTraining:
 
         Returns:
             The mean loss of each step's batch, before the step.
+
+        Raises:
+            TinyTLError: No step.
         """
+        check(steps >= 1, "steps", steps, "use 1 or more")
         views, numbers = np.stack([self.view(photo) for photo in photos]), np.asarray(labels)
         random, losses = np.random.default_rng(seed), []
         order: np.ndarray = np.empty(0, int)
@@ -128,15 +136,26 @@ class DeviceTraining:
             TinyTLError: The folder cannot be written, or training went to values that are not finite.
         """
         target = expanded(folder)
-        card = render_card(self._config, None, read_card(target))
-        write_adapter(target, self._config, self.adapter_tensors(), card)
+        config = trained_further(self._config)
+        card = render_card(config, None, read_card(target))
+        write_adapter(target, config, self.adapter_tensors(), card)
+
+
+def trained_further(config: AdapterConfig) -> AdapterConfig:
+    """The config of an adapter that went on from this one on photos of a device, of which nobody has the hash."""
+    hashes = [record.train_sha256 for record in (config.data, config.init) if record is not None]
+    init = InitRecord(config.method, config.label_names, train_sha256=next(filter(None, hashes), None))
+    data = config.data and replace(config.data, train_sha256=None, eval_sha256=None, test_sha256=None)
+    return replace(config, init=init, data=data)
 
 
 def read_folder(folder: str | Path, label_names: Sequence[str], size: int) -> tuple[list[np.ndarray], list[int]]:
     """The photos of a folder with a sub-folder for each class, decoded for an input of ``size`` px.
 
+    Deeper folders belong to their class. What is left out is counted and logged.
+
     Raises:
-        TinyTLError: No such folder, one of another class, a photo that cannot be read, or no photo.
+        TinyTLError: No such folder, one of another class, a photo that cannot be read, or a class without photos.
     """
     root = expanded(folder)
     classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
@@ -146,15 +165,15 @@ def read_folder(folder: str | Path, label_names: Sequence[str], size: int) -> tu
         raise TinyTLError(f"images={root}: {what}; use one for each class ({', '.join(label_names[:5])}, ...)")
     photos, labels = [], []
     for name in classes:
-        for path in sorted((root / name).iterdir()):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                try:
-                    photos.append(decode_pixels({"bytes": None, "path": str(path)}, size))
-                except UnreadableImageError as error:
-                    raise TinyTLError(f"{path} cannot be read ({error}); mend or remove it") from error
-                labels.append(label_names.index(name))
-    if not photos:
-        raise TinyTLError(f"images={root}: there is no photo in its sub-folders")
+        found = images_in(root / name)
+        if not found:
+            raise TinyTLError(f"images={root}: there is no photo in its sub-folder {name}; add some, or remove it")
+        for path in found:
+            try:
+                photos.append(decode_pixels({"bytes": None, "path": path}, size))
+            except UnreadableImageError as error:
+                raise TinyTLError(f"{path} cannot be read ({error}); mend or remove it") from error
+        labels += [label_names.index(name)] * len(found)
     return photos, labels
 
 
@@ -168,6 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=0.01, help="Learning rate.")
     parser.add_argument("--momentum", type=float, default=0.0, help="Momentum.")
     options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("tinytl_hf").setLevel(logging.INFO)
     try:
         training = DeviceTraining(options.step, options.lr, options.momentum)
         photos, labels = read_folder(options.images, training.label_names, training.size)

@@ -52,7 +52,7 @@ def find_images(name: str) -> list[Source]:
     try:
         path = expanded(name)
         if path.is_dir():
-            found = _in_folder(path)
+            found = images_in(path)
             return [_of_file(file) for file in found] or [Source(str(path), problem="no image in this folder")]
         matches = [] if path.exists() else glob.glob(str(path), recursive=True)
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a circle of links, no such ~user
@@ -67,7 +67,7 @@ def _of_file(path: str) -> Source:
     return Source(path, {"bytes": None, "path": path})
 
 
-def _in_folder(folder: Path) -> list[str]:
+def images_in(folder: Path) -> list[str]:
     """Paths of the images in a folder and those below it, links included; what is left out is counted and said."""
     found: list[str] = []
     left_out: Counter[str] = Counter()
