@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from shared import run_cli
+from torchvision.models._api import BUILTIN_MODELS
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.config.data import DataConfig
@@ -96,3 +97,28 @@ def test_convolutions_are_counted_forward_and_back_to_what_needs_a_gradient(make
     assert passes("FT-Full") == 3 * count - 1  # the photos need no gradient
     assert passes("TinyTL-B") == 2 * count - 1
     assert passes("TinyTL-B", accumulation=2) == 2 * (2 * count - 1)
+
+
+class PaddedByName(torch.nn.Module):
+    """Convolutions as ConvMixer has them, whose padding is a word, on maps that are much smaller than the kernel."""
+
+    def __init__(self):
+        super().__init__()
+        patches = torch.nn.Conv2d(3, 4, 16, stride=16, padding="valid")
+        self.features = torch.nn.Sequential(patches, torch.nn.Conv2d(4, 4, 9, padding="same", groups=4))
+        self.classifier = torch.nn.Linear(4, 1000)
+
+    def forward(self, x):
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+def test_convolutions_whose_padding_is_a_word_are_timed(make_model, monkeypatch):
+    def make(weights=None):
+        return PaddedByName()
+
+    make.__module__ = "torchvision.models.padded_by_name"
+    monkeypatch.setitem(BUILTIN_MODELS, "padded_by_name", make)
+    model = make_model("FT-Full", "padded_by_name", train_size=32, lean=False).train()
+    step = Convolutions(MeasuredStep(model, *random_batch(model, 2), Config()))
+    assert [tuple(run().shape) for run in step.passes if isinstance(run(), torch.Tensor)] == [(2, 4, 2, 2)] * 2
+    assert len(step.passes) == 2 * 3 - 1

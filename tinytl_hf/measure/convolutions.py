@@ -42,7 +42,7 @@ class Convolutions:
         step.model(step.view())
         for hook in hooks:
             hook.remove()
-        largest = max(2 * maps.numel() for _, *both, _ in seen for maps in both)  # SAME padding adds some
+        largest = max(math.prod(shape) for conv, x, y, _ in seen for shape in (_padded(conv, x.shape)[0], y.shape))
         noise = torch.rand(largest, dtype=seen[0][2].dtype, device=self.device)
         self.passes: list[Pass] = []
         for each in seen:
@@ -63,16 +63,21 @@ def _passes(
 ) -> Iterator[Pass]:
     """Forward; and back to the input and to the weight, where a gradient is wanted."""
     weight = weight_of(conv).detach().to(output.dtype).contiguous(memory_format=layout)
-    shape, padding = x.shape, conv.padding
-    if isinstance(conv, SameConv2d):
-        left, right, top, bottom = same_padding(conv, *shape[2:])
-        shape, padding = torch.Size((*shape[:2], shape[2] + top + bottom, shape[3] + left + right)), (0, 0)
+    shape, padding = _padded(conv, x.shape)
     options = (list(conv.stride), padding, list(conv.dilation), False, [0, 0], conv.groups)
     maps, grad = _maps(noise, shape, layout), _maps(noise, output.shape, layout)
     yield lambda: torch.ops.aten.convolution(maps, weight, None, *options)
     for mask in ([to_input, False, False], [False, conv.weight.requires_grad, False]):
         if any(mask):
             yield lambda mask=mask: torch.ops.aten.convolution_backward(grad, maps, weight, None, *options, mask)  # type: ignore[misc]
+
+
+def _padded(conv: nn.Conv2d, shape: torch.Size) -> tuple[torch.Size, list[int]]:
+    """The shape of maps with the zeros of SAME padding, and the padding that is left for the kernel to add."""
+    if isinstance(conv, SameConv2d) or conv.padding == "same":
+        left, right, top, bottom = same_padding(conv, *shape[2:])
+        return torch.Size((*shape[:2], shape[2] + top + bottom, shape[3] + left + right)), [0, 0]
+    return shape, [0, 0] if isinstance(conv.padding, str) else list(conv.padding)
 
 
 def _maps(noise: Tensor, shape: torch.Size, layout: torch.memory_format) -> Tensor:
