@@ -149,6 +149,14 @@ def test_its_ways_out_are_open(trained, tmp_path):
     assert merged.returncode == 0, merged.stderr
 
 
+def test_a_model_on_the_gpu_is_exported_and_stays_there(tmp_path):
+    pytest.importorskip("onnxscript")
+    model = TinyTLModel.from_backbone("resnet18", method="FT-Last", num_classes=2, weights="none", train_size=64)
+    model.cuda()
+    text = model.export(tmp_path / "model.onnx", format="onnx", check_images=2)
+    assert "same label for 2 of 2" in text and all(parameter.is_cuda for parameter in model.parameters())
+
+
 def test_a_run_goes_on_from_its_checkpoint(trained, colour_folder, tmp_path):
     output = tmp_path / "run"
     options = ["--train.lr", "1e-3", "--train.mixed_precision", "bf16"]

@@ -339,6 +339,14 @@ def test_two_runs_of_one_seed_are_said_to_be(runs):
     assert "FT-Last: 3 runs of 2 seeds, 0 / 1" in done.stdout.replace("0 / 1 / 0", "0 / 1")
 
 
+def test_where_the_curves_of_runs_that_patience_ended_stop_is_said(runs):
+    assert "epochs; curves" not in run_cli("compare", runs / "last0", runs / "last1").stdout
+    metrics = runs / "last1" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+    done = run_cli("compare", runs / "last0", runs / "last1")
+    assert "FT-Last: runs of 1 to 2 epochs; curves show the first 1, which all have" in done.stdout
+
+
 def rows(table):
     return len(table.split("\n\n")[0].splitlines()) - 1
 

@@ -67,9 +67,10 @@ def export_as(
 
 
 def export_model(model: TinyTLModel, config: ExportConfig, data: DataConfig | None = None) -> str:
-    """As :func:`export_as`, with the options of the verb; of a model that was cast, an fp32 copy is exported."""
-    if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in model.state_dict().values()):
-        model = copy.deepcopy(model).float()
+    """As :func:`export_as`, with the options of the verb; of one that was cast, or is on a GPU, a copy is exported."""
+    tensors = model.state_dict().values()
+    if any(not t.is_cpu or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors):
+        model = copy.deepcopy(model).float().cpu()
     sizes = model.config.preprocessing
     record = model.config.data
     if data is None:

@@ -216,6 +216,10 @@ def _notes(runs: Sequence[FinishedRun], groups: dict[str, list[FinishedRun]]) ->
         seeds = [run.config.get("seed") for run in members]
         if len(set(seeds)) < len(seeds):
             notes.append(f"{name}: {len(seeds)} runs of {len(set(seeds))} seeds, {_values(seeds)}")
+        lengths = {len(run.epochs) for run in members}
+        if len(lengths) > 1:  # by train.patience
+            least, most = min(lengths), max(lengths)
+            notes.append(f"{name}: runs of {least} to {most} epochs; curves show the first {least}, which all have")
     firsts = [_compared(members[0]) for members in groups.values()]
     for key in _options(firsts):
         found = _values(first.get(key) for first in firsts)
