@@ -320,3 +320,5 @@ def test_data_given_by_python_keep_the_adapters_sizes_and_a_batch_is_of_a_step(c
     assert "[batch, 3, 64, 64]" in said
     with pytest.raises(TinyTLError, match="batch_size=3: it is that of a training step"):
         model.export(tmp_path / "n.onnx", format="onnx", batch_size=3, data=data)
+    with pytest.raises(TinyTLError, match="check_images=3: a training step is checked on its own batch; leave it out"):
+        ExportConfig("x", "executorch", "m.pte", train=True, check_images=3)

@@ -38,7 +38,7 @@ class ExportConfig:
     """int8: 8-bit weights and activations, calibrated on training images of data.dataset (format onnx)."""
     check_images: int = 64
     """Images on which the result is compared with PyTorch before it is written; with quantize, all of the evaluation
-    split are."""
+    split are, and a training step has its own batch."""
     overwrite: bool = False
     """Replace an export that is there."""
 
@@ -53,6 +53,9 @@ class ExportConfig:
         check(executorch or not self.train, "train", self.train, "a training step needs --format executorch")
         steps = self.train or self.batch_size == type(self).batch_size
         check(steps, "batch_size", self.batch_size, "it is that of a training step (--train true); leave it out")
+        if self.train:
+            own = self.check_images == type(self).check_images
+            check(own, "check_images", self.check_images, "a training step is checked on its own batch; leave it out")
         check(onnx or self.quantize is None, "quantize", self.quantize, "it needs --format onnx")
         plain = self.input == "float" and self.layout == "NCHW"
         check(plain or self.format != "timm", "input", self.input, "a timm model gets normalised images, NCHW")
