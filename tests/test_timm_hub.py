@@ -14,6 +14,7 @@ from test_timm import error_of
 
 from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.network import timm_nets, torchvision_nets
+from tinytl_hf.network.backbones import IMAGENET_MEAN, find_backbone
 
 timm = pytest.importorskip("timm")
 CONFIG = {"architecture": "test_efficientnet", "num_classes": 1000}
@@ -58,6 +59,16 @@ def test_weights_of_the_hub_are_pinned_to_their_commit_and_load_later_and_offlin
     ) as error:
         TinyTLModel.from_pretrained(tmp_path / "adapter")
     assert "\n" not in str(error.value) and f"--revision {commit}" in str(error.value)
+
+
+def test_weights_of_another_tag_than_the_default_one_bring_their_own_preprocessing(server):
+    repo = "timm/mobilenetv3_large_100.miil_in21k_ft_in1k"
+    server.add_repo(repo, {"model.safetensors": b"not read"})
+    for name in ("timm/mobilenetv3_large_100", repo):
+        found = find_backbone(name, f"hf-hub:{repo}")
+        assert found.name == repo and (found.mean, found.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        assert found.weights == f"hf-hub:{repo}@{server.repos[repo].refs['main']}"
+    assert find_backbone("timm/mobilenetv3_large_100", "none").mean == IMAGENET_MEAN
 
 
 @pytest.fixture

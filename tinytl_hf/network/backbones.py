@@ -104,6 +104,9 @@ def find_backbone(name: str, weights: str, **download: Any) -> Backbone:
     if (today := timm_nets.current_name(name)) != name:
         logger.info("backbone.name=%s: timm calls it %s today, which is taken", name, today)
         name = today
+    repo = weights.removeprefix(HUB).partition("@")[0]
+    if repo.startswith(f"{name}.") and repo in timm_nets.repos_of_weights(name):
+        name = repo  # these weights' own description, not that of the default ones
     cfg = timm_nets.pretrained_cfg(name)
     if weights == "imagenet" and "." not in name and cfg.tag and cfg.hf_hub_id:
         name = f"{name}.{cfg.tag}"
