@@ -37,7 +37,7 @@ class LoadedAdapter(NamedTuple):
         stock_layers: Its layers that keep full-size maps while training.
         config: What the adapter says of itself.
         weights_from: Where the frozen tensors were read.
-        loaded_from: Its folder, or None.
+        folder: Its folder, or None.
     """
 
     backbone: nn.Module
@@ -46,7 +46,7 @@ class LoadedAdapter(NamedTuple):
     stock_layers: list[str]
     config: AdapterConfig
     weights_from: str
-    loaded_from: Path | None
+    folder: Path | None
 
 
 class Adapters:
