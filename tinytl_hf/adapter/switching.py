@@ -36,7 +36,7 @@ class LoadedAdapter(NamedTuple):
         prefix: What runs before its first trained block, where that can run by itself.
         stock_layers: Its layers that keep full-size maps while training.
         config: What the adapter says of itself.
-        weights_from: Where the frozen tensors were read.
+        weights_from: Where the frozen tensors were read; empty where another adapter's are to be read elsewhere.
         folder: Its folder, or None.
     """
 
@@ -73,7 +73,8 @@ class Adapters:
     def source(self, current: LoadedAdapter, own: str) -> str:
         """The source of the frozen tensors now in memory, or ``own`` if no loaded adapter has any."""
         loaded = [current, *self._waiting.values()]
-        return next((adapter.weights_from for adapter in loaded if adapter.config.backbone.sha256), own)
+        found = (adapter.weights_from for adapter in loaded if adapter.config.backbone.sha256)
+        return next(filter(None, found), own)
 
     def add(self, name: str, new: LoadedAdapter, current: LoadedAdapter, folder: Path, trained_on: str | None) -> None:
         """Take in an adapter, on the device and in the type of ``current``, over the frozen tensors in memory.
