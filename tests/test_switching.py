@@ -248,6 +248,17 @@ def test_freezing_everything_for_use_and_moving_it_changes_no_adapter(waiting, f
 
 
 @pytest.mark.parametrize("name", ["default", "lite"])
+def test_parts_that_were_put_in_evaluation_mode_stay_there_while_another_adapter_is_used(name, pair):
+    pair.train().backbone.features[3].eval()
+    with pair.using(name):
+        assert pair.backbone.features[4].training
+    assert pair.backbone.features[4].training and not pair.backbone.features[3].training
+    with pair.using("lite"):
+        pair.eval()
+    assert not any(module.training for module in pair.modules())
+
+
+@pytest.mark.parametrize("name", ["default", "lite"])
 def test_what_was_loaded_evaluates_until_it_is_told_to_train(name, pair):
     pair.set_adapter(name)
     before = {key: tensor.clone() for key, tensor in pair.adapter_tensors().items()}

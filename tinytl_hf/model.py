@@ -342,7 +342,7 @@ class TinyTLModel(nn.Module):
         adapter = self._adapters.switch(name, self._loaded())
         self.backbone, self._blocks, self.prefix, self.stock_layers = adapter[:4]
         self.config, self._weights_from, self.folder = adapter[4:]
-        self.train(self.training)
+        self._unchecked = True
 
     @contextmanager
     def using(self, name: str) -> Iterator[TinyTLModel]:

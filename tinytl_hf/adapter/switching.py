@@ -102,7 +102,7 @@ class Adapters:
         self._waiting[name] = new
 
     def switch(self, name: str, current: LoadedAdapter) -> LoadedAdapter:
-        """Make ``name`` the active adapter, and keep ``current`` for later.
+        """Make ``name`` the active adapter, in the mode of ``current``, train or eval, and keep that for later.
 
         Raises:
             TinyTLError: No such adapter.
@@ -111,7 +111,10 @@ class Adapters:
             return current
         self._check_known(name)
         self._waiting[self.active], self.active = current, name
-        return self._waiting.pop(name)
+        new = self._waiting.pop(name)
+        if new.backbone.training != current.backbone.training:  # else parts of it may have a mode of their own
+            new.backbone.train(current.backbone.training)
+        return new
 
     def remove(self, name: str) -> None:
         """Forget an adapter.
