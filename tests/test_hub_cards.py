@@ -1,12 +1,15 @@
 """What a push makes of the card that a repository has already, and of that of an adapter that was loaded."""
 
+import json
 import shutil
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from shared import run_cli
 
 from tinytl_hf import TinyTLModel
+from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.hub.card import text_around
 
 
@@ -49,6 +52,26 @@ def test_an_adapter_that_was_loaded_by_a_short_path_keeps_its_figures_from_anoth
     monkeypatch.chdir("/")
     model.push_to_hub("me/flowers")
     assert "0.4321" in server.repos["me/flowers"].files()["README.md"].content.decode()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_model_that_was_saved_with_figures_is_pushed_with_them_and_without_once_it_changed(
+    dtype, server, make_model, tmp_path
+):
+    model, data = make_model("FT-Last"), DataRecord("me/photos", source="hub")
+    model.save_pretrained(tmp_path / "first")
+    model.save_pretrained(tmp_path / "saved", dtype=dtype, metrics={"accuracy": 0.4321}, data=data)
+    card = tmp_path / "saved" / "README.md"
+    card.write_text(f"{card.read_text()}Mine.\n")
+    model.push_to_hub("me/flowers")
+    pushed = server.repos["me/flowers"].files()
+    assert "0.4321" in pushed["README.md"].content.decode() and "Mine." in pushed["README.md"].content.decode()
+    assert json.loads(pushed["adapter_config.json"].content)["data"]["dataset"] == "me/photos"
+    with torch.no_grad():
+        model.backbone.classifier[1].bias.add_(1)
+    model.push_to_hub("me/others")
+    assert "0.4321" not in server.repos["me/others"].files()["README.md"].content.decode()
+    assert model.folder == tmp_path / "saved"
 
 
 @pytest.mark.parametrize("damaged", ["adapter_config.json", "adapter_model.safetensors", ""])

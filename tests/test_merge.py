@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from shared import run_cli, slow
 from test_methods import train_steps
+from torch import nn
 
 import tinytl_hf
 from tinytl_hf import TinyTLError, TinyTLModel
@@ -120,6 +121,21 @@ def test_a_file_of_int8_weights_that_was_renamed_is_named_by_adapters_that_are_s
     load_merged("renamed.safetensors").save_pretrained("again")
     monkeypatch.chdir("/")
     assert same_logits(TinyTLModel.from_pretrained(tmp_path / "again").eval(), model)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_an_adapter_of_the_same_backbone_loads_beside_a_merged_one(weights, merged, make_model, tmp_path):
+    backbone, file = make_model("FT-Full").backbone, tmp_path / "weights.pth"
+    nn.init.constant_(backbone.features[3].conv[1][0].weight, 0.25)
+    torch.save(backbone.state_dict(), file)
+    _, path, _ = merged("TinyTL-L+B", frozen_weights=weights, weights=str(file))
+    # The frozen values of a merged network that had 8 bits are in its file alone.
+    other = make_model("FT-Last", weights=str(file if weights == "fp32" else path))
+    other.save_pretrained(tmp_path / "other")
+    model = load_merged(path)
+    model.load_adapter(tmp_path / "other", "other")
+    model.set_adapter("other")
+    assert not model.training and same_logits(model, other.eval())
 
 
 def test_a_file_is_replaced_only_on_request_and_then_whole(merged, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 
@@ -198,7 +199,7 @@ def test_a_network_whose_adapter_could_not_be_loaded_is_not_saved(how, make_mode
 def test_an_unknown_type_leaves_the_adapter_that_is_there(dtype, make_model, tmp_path):
     model = make_model("FT-Last")
     model.save_pretrained(tmp_path)
-    with pytest.raises(TinyTLError, match=r"dtype"):
+    with pytest.raises(TinyTLError, match=rf"^dtype is {re.escape(repr(dtype))}, not 'fp32' or 'fp16'$"):
         model.save_pretrained(tmp_path, dtype=dtype)
     TinyTLModel.from_pretrained(tmp_path)
 
@@ -228,8 +229,8 @@ def test_other_frozen_weights_are_recorded_so_that_the_adapter_is_not_loaded_ove
         ({"trained_blocks": "3"}, "trained_blocks=3: use a whole number"),
         ({"weights": None}, "weights=None: use imagenet"),
         ({"frozen_weights": "int4"}, "frozen_weights is 'int4'"),
-        ({"lite": {}}, "lite={}: use a LiteConfig"),
-        ({"head": 0.1}, "head=0.1: use a HeadConfig"),
+        ({"lite": {}}, "lite={}: use a LiteConfig of tinytl_hf.config.network"),
+        ({"head": 0.1}, "head=0.1: use a HeadConfig of tinytl_hf.config.network"),
         ({"lean": "no"}, "lean=no: use true or false"),
         ({"backend": "cuda"}, "backend=cuda: use one of auto"),
         ({"slice_mb": 0}, "slice_mb=0: use a number of MB above 0"),

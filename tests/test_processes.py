@@ -9,7 +9,7 @@ from shared import slow
 from started_runs import CONTEXT, HANG, free_port
 from torch import nn
 
-from tinytl_hf import TinyTLModel
+from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.network.lite_residual import LiteResidual
 
 
@@ -61,3 +61,33 @@ def test_gradients_and_statistics_over_two_processes_are_those_of_one(method, dt
         assert (parts[name] - gradient).abs().max() <= limit * largest, name
     for name, tensor in whole_tensors.items():
         torch.testing.assert_close(part_tensors[name], tensor, atol=limit, rtol=limit)
+
+
+def _said_of_an_uneven_batch(rank, port, method, path):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = TinyTLModel.from_backbone("mobilenet_v2", method=method, num_classes=2, weights="none", train_size=32)
+    try:
+        model.train()(torch.zeros(4 - rank, 3, 32, 32))
+        said = "nothing"
+    except TinyTLError as error:
+        said = str(error)
+    said += str(tuple(model.eval()(torch.zeros(4 - rank, 3, 32, 32)).shape))
+    path.with_name(f"{rank}").write_text(said)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["TinyTL-L+B", "TinyTL-B", slow("FT-Full")])
+def test_processes_with_batches_of_other_sizes_are_told_so_where_norms_see_all_of_them(method, tmp_path):
+    arguments = (free_port(), method, tmp_path / "said")
+    processes = [CONTEXT.Process(target=_said_of_an_uneven_batch, args=(rank, *arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(HANG)
+    assert [process.exitcode for process in processes] == [0, 0]
+    said = [(tmp_path / f"{rank}").read_text() for rank in (0, 1)]
+    assert said[0].endswith("(4, 2)") and said[1].endswith("(3, 2)")
+    told = [
+        f"a batch of {4 - rank} images: of the processes, one has 3 and another 4" in said[rank] for rank in (0, 1)
+    ]
+    assert told == [method != "TinyTL-B"] * 2, said

@@ -119,7 +119,7 @@ def test_options_of_a_download_are_checked(options, message, make_model):
         ({"metrics": {"accuracy": "high"}}, r"metrics: accuracy is 'high'; use a number from 0 to 1"),
         ({"metrics": {"accuracy": 91.5}}, r"metrics: accuracy=91.5: use a number from 0 to 1"),
         ({"metrics": {"ece": float("nan")}}, r"metrics: ece=nan: use a number from 0 to 1"),
-        ({"data": "flowers"}, r"data='flowers': use a DataRecord"),
+        ({"data": "flowers"}, r"data='flowers': use a DataRecord of tinytl_hf.adapter.record"),
     ],
 )
 def test_what_a_card_would_say_wrong_or_not_at_all_is_refused(options, message, make_model, tmp_path):
@@ -165,7 +165,7 @@ def test_learning_rates_of_another_type_are_named(make_model):
     model = make_model("FT-Last")
     with pytest.raises(TinyTLError, match="lr=fast: use a number"):
         model.parameter_groups("fast", 0.0)
-    with pytest.raises(TinyTLError, match=r"factors={'head': 3}: use an LrFactors"):
+    with pytest.raises(TinyTLError, match=r"factors={'head': 3}: use an LrFactors of tinytl_hf.config.train"):
         model.parameter_groups(1e-3, 0.0, factors={"head": 3})
 
 

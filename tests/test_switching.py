@@ -108,7 +108,7 @@ def test_config_labels_names_and_preprocessing_follow_the_active_adapter(all_loa
         all_loaded.set_adapter(name)
         assert all_loaded.active_adapter == name == all_loaded.adapter_names[0]
         assert all_loaded.config.method == method and len(all_loaded.label_names) == classes
-        assert all_loaded.loaded_from is not None and all_loaded.loaded_from.name == name
+        assert all_loaded.folder is not None and all_loaded.folder.name == name
         assert all_loaded.preprocess(image).shape == (1, 3, size, size)
         assert all(name.startswith("backbone.") for name, _ in all_loaded.named_parameters())
     assert sorted(all_loaded.adapter_names) == sorted(["default", *(name for name, *_ in KINDS[1:])])
@@ -245,3 +245,34 @@ def test_freezing_everything_for_use_and_moving_it_changes_no_adapter(waiting, f
     for name, kind in (("waiting", waiting), ("later", "small"), ("default", "bias")):
         with model.using(name):
             assert torch.equal(logits(model), alone[kind])
+
+
+@pytest.mark.parametrize("name", ["default", "lite"])
+def test_parts_that_were_put_in_evaluation_mode_stay_there_while_another_adapter_is_used(name, pair):
+    pair.train().backbone.features[3].eval()
+    with pair.using(name):
+        assert pair.backbone.features[4].training
+    assert pair.backbone.features[4].training and not pair.backbone.features[3].training
+    with pair.using("lite"):
+        pair.eval()
+    assert not any(module.training for module in pair.modules())
+
+
+@pytest.mark.parametrize("name", ["default", "lite"])
+def test_what_was_loaded_evaluates_until_it_is_told_to_train(name, pair):
+    pair.set_adapter(name)
+    before = {key: tensor.clone() for key, tensor in pair.adapter_tensors().items()}
+    assert not any(module.training for module in pair.modules())
+    first = pair(images_for(pair)[:1])
+    torch.testing.assert_close(pair(images_for(pair))[:1], first)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in pair.adapter_tensors().items())
+
+
+def test_another_adapter_is_looked_at_before_its_first_training_pass(pair):
+    pair.train()(images_for(pair))
+    with pair.using("lite"):
+        pair.backbone.features[4].conv[1][0] = torch.nn.Identity()
+    pair(images_for(pair))
+    pair.set_adapter("lite")
+    with pytest.raises(TinyTLError, match="is not in the network any more"):
+        pair(images_for(pair))

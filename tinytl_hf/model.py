@@ -33,7 +33,7 @@ from tinytl_hf.lean.convert import convert
 from tinytl_hf.lean.int8 import quantise
 from tinytl_hf.lean.notes import training_paths
 from tinytl_hf.lean.prefix import find_prefix
-from tinytl_hf.network import methods
+from tinytl_hf.network import methods, norms
 from tinytl_hf.network.backbones import locate_weights, sha256
 from tinytl_hf.network.blocks import name_unknown_blocks
 from tinytl_hf.network.head import Head, head_of, without_head
@@ -52,7 +52,7 @@ class TinyTLModel(nn.Module):
 
     Attributes:
         stock_layers: Layers that can keep full-size maps while training, by name and type.
-        loaded_from: Folder that :meth:`from_pretrained` loaded, or None.
+        folder: Folder that it was loaded from or, after that, saved to; or None.
         prefix: Where the last blocks alone train: what runs before them.
     """
 
@@ -68,9 +68,8 @@ class TinyTLModel(nn.Module):
         # One layout always, so that a saved and a loaded model run the same kernels on the same numbers.
         self.backbone.to(memory_format=torch.channels_last)
         self.prefix = find_prefix(self.backbone, self._blocks, trained, self.engine.slice_mb)
-        self._adapters, self._weights_from = Adapters(), config.backbone.weights
-        self.loaded_from: Path | None = None
-        self._unchecked = True
+        self._adapters, self._weights_from, self._unchecked = Adapters(), config.backbone.weights, True
+        self.folder: Path | None = None
 
     @classmethod
     def from_config(cls, config: Config, label_names: Sequence[str]) -> TinyTLModel:
@@ -154,7 +153,7 @@ class TinyTLModel(nn.Module):
         token: str | None = None,
         **download: Any,
     ) -> TinyTLModel:
-        """Load an adapter, and the backbone it names.
+        """Load an adapter, and the backbone it names, in evaluation mode: call ``train()`` before training it.
 
         Args:
             pretrained_model_name_or_path: A folder, or a name on the Hub such as ``user/name``.
@@ -176,7 +175,7 @@ class TinyTLModel(nn.Module):
         engine = Engine(lean, backend, slice_mb, gradient_checkpointing)
         model = cls._with_tensors(folder, saved, source, engine, token=token, **download)
         check_weights(saved, model.config.backbone.sha256, source, str(folder))
-        return model
+        return model.eval()
 
     @classmethod
     def _with_tensors(cls, folder: Path, saved: AdapterConfig, source: str, engine: Engine, **net: Any) -> TinyTLModel:
@@ -187,7 +186,7 @@ class TinyTLModel(nn.Module):
         source, weights = locate_weights(saved.backbone.name, source, **net) if needed else (source, "none")
         model = cls(replace(saved, backbone=replace(saved.backbone, weights=weights)), engine)
         load_tensors(model.backbone, tensors, source=str(folder))
-        model._weights_from, model.loaded_from = source, folder.absolute()  # found from another folder, too
+        model._weights_from, model.folder = source, folder.absolute()  # found from another folder, too
         model.config = replace(model.config, backbone=replace(model.config.backbone, weights=recorded(saved, source)))
         return model
 
@@ -214,6 +213,7 @@ class TinyTLModel(nn.Module):
         config = as_it_is(self.config, self.backbone)
         config = replace(config, dtype=dtype or config.dtype, data=data or config.data)
         write_adapter(folder, config, self.adapter_tensors(), render_card(config, metrics, read_card(folder)))
+        self.folder = folder.absolute()
 
     def push_to_hub(
         self,
@@ -225,7 +225,9 @@ class TinyTLModel(nn.Module):
         commit_message: str | None = None,
         token: str | None = None,
     ) -> str:
-        """Push the adapter in one commit, and nothing of the backbone; as it was loaded, with its card and figures.
+        """Push the adapter in one commit, without the backbone; returns its address, or that of the pull request.
+
+        If it has not changed since it was loaded or saved, that folder is pushed, with its card and figures.
 
         Args:
             repo_id: Name on the Hub, as ``user/name``; the repository is made if there is none.
@@ -235,19 +237,17 @@ class TinyTLModel(nn.Module):
             commit_message: None: what the adapter is.
             token: The Hub token; None: that of ``hf auth login`` or HF_TOKEN.
 
-        Returns:
-            Address of the commit or of the pull request.
-
         Raises:
             TinyTLError: The push failed; with the reason and the command to retry. The adapter has been saved before.
         """
-        folder = self.loaded_from
+        before = folder = self.folder
         if folder is None or not holds(folder, as_it_is(self.config, self.backbone), self.adapter_tensors()):
             folder = Path(tempfile.mkdtemp(prefix="tinytl-adapter-"))
             self.save_pretrained(folder)
         url = push(PushConfig(str(folder), repo_id, private, revision, create_pr, commit_message), token)
-        if folder != self.loaded_from:
+        if folder != before:
             shutil.rmtree(folder)
+            self.folder = before
         return url
 
     def export(self, output: StrPath, *, format: str, **options: Any) -> str:
@@ -260,6 +260,7 @@ class TinyTLModel(nn.Module):
         if images.ndim == 2:
             return self._head(images)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            norms.check_even(self.backbone, images)
             methods.check_trained(self.backbone, self.config.method, whole=self._unchecked)
             self._unchecked = False
         images = images.contiguous(memory_format=torch.channels_last)
@@ -339,9 +340,9 @@ class TinyTLModel(nn.Module):
             TinyTLError: No such adapter.
         """
         adapter = self._adapters.switch(name, self._loaded())
-        adapter.backbone.train(self.training)
         self.backbone, self._blocks, self.prefix, self.stock_layers = adapter[:4]
-        self.config, self._weights_from, self.loaded_from = adapter[4:]
+        self.config, self._weights_from, self.folder = adapter[4:]
+        self._unchecked = True
 
     @contextmanager
     def using(self, name: str) -> Iterator[TinyTLModel]:
@@ -390,7 +391,7 @@ class TinyTLModel(nn.Module):
 
     def _loaded(self) -> LoadedAdapter:
         network = self.backbone, self._blocks, self.prefix, self.stock_layers
-        return LoadedAdapter(*network, self.config, self._weights_from, self.loaded_from)
+        return LoadedAdapter(*network, self.config, self._weights_from, self.folder)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TinyTLModel:
         """Move or cast all adapters, where PyTorch would only reach the active one."""

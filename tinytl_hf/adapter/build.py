@@ -90,8 +90,8 @@ def _check_types(name: object, weights: object, crop_pct: object, lite: object, 
     check(isinstance(weights, (str, Path)), "weights", weights, "use imagenet, a file or none, for example")
     is_share = isinstance(crop_pct, Real) and not isinstance(crop_pct, bool)
     check(crop_pct is None or is_share, "crop_pct", crop_pct, "use a share above 0, at most 1")
-    check(lite is None or isinstance(lite, LiteConfig), "lite", lite, "use a LiteConfig")
-    check(head is None or isinstance(head, HeadConfig), "head", head, "use a HeadConfig")
+    check(lite is None or isinstance(lite, LiteConfig), "lite", lite, "use a LiteConfig of tinytl_hf.config.network")
+    check(head is None or isinstance(head, HeadConfig), "head", head, "use a HeadConfig of tinytl_hf.config.network")
 
 
 def as_it_is(config: AdapterConfig, backbone: nn.Module) -> AdapterConfig:

@@ -128,27 +128,32 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         tensors = load(path.read_bytes())  # not by its path, which the library takes in UTF-8 only
     except (SafetensorError, OSError, ValueError) as error:
         raise TinyTLError(f"{path} is truncated or not a safetensors file: {error}") from error
-    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    return {name: _as_read(tensor) for name, tensor in tensors.items()}
+
+
+def _as_read(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def holds(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a folder holds this very adapter, wherever the file of the backbone's weights lies."""
+    """Whether a folder holds this very adapter, in whatever type, wherever the file of the backbone's weights is."""
     try:
-        is_same = _with_name_alone(read_config(folder)) == _with_name_alone(config)
-        saved = read_tensors(folder)
-    except TinyTLError:  # it was taken away, or is damaged by now
+        saved, found = read_config(folder), read_tensors(folder)
+        own = {name: _as_read(_to_disk(name, tensor, saved.dtype)) for name, tensor in tensors.items()}
+    except TinyTLError:  # it was taken away, or is damaged by now; or a value is none that a file holds
         return False
-    same_names = is_same and saved.keys() == tensors.keys()
-    return same_names and all(torch.equal(saved[name], tensors[name].cpu()) for name in tensors)
+    same_names = _as_trained(saved) == _as_trained(config) and found.keys() == own.keys()
+    return same_names and all(torch.equal(found[name], own[name]) for name in own)
 
 
-def _with_name_alone(config: AdapterConfig) -> AdapterConfig:
-    return replace(config, backbone=replace(config.backbone, weights=without_folder(config.backbone.weights)))
+def _as_trained(config: AdapterConfig) -> AdapterConfig:
+    """A config without what is said only where it is saved."""
+    backbone = replace(config.backbone, weights=without_folder(config.backbone.weights))
+    return replace(config, backbone=backbone, dtype="fp32", data=None, tinytl_hf_version="")
 
 
 def _to_disk(name: str, tensor: Tensor, dtype: str) -> Tensor:
-    tensor = tensor.detach().cpu().contiguous().clone()
-    tensor = tensor.float() if tensor.is_floating_point() else tensor  # as it is read, whatever the model was cast to
+    tensor = _as_read(tensor.detach().cpu().contiguous().clone())  # whatever the model was cast to
     if not is_finite(tensor):
         raise TinyTLError(f"{name} has values that are not finite, which no adapter can have; nothing was written")
     # Statistics stay fp32: they are few, and a variance can exceed fp16's range.

@@ -204,7 +204,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         if self.data is not None and not isinstance(self.data, DataRecord):
-            raise TinyTLError(f"data={_short(self.data)}: use a DataRecord")
+            raise TinyTLError(f"data={_short(self.data)}: use a DataRecord of tinytl_hf.adapter.record")
         twice = [name for name, count in Counter(self.label_names).items() if count > 1]
         if not self.label_names or twice:
             found = f"{_short(twice[0])} is there more than once" if twice else "there is none"
@@ -223,12 +223,17 @@ def checked(config: AdapterConfig) -> AdapterConfig:
     Raises:
         TinyTLError: A value is of a type that no file holds, or that would be refused there.
     """
-    try:
-        text = json.dumps(asdict(config), default=lambda value: value.item())  # a number of NumPy's is one
-    except (AttributeError, TypeError, ValueError) as error:
-        raise TinyTLError(f"an option of the adapter is nothing that JSON holds ({error})") from error
-    record: AdapterConfig = _build(AdapterConfig, json.loads(text), "", False, Path())
+    record: AdapterConfig = _build(AdapterConfig, _plain(asdict(config)), "", False, Path())
     return record
+
+
+def _plain(value: Any) -> Any:
+    """Values as JSON gives them back; what it cannot hold stays, to be named with its key."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def label_strings(names: Iterable[object] | None, num_classes: int | None) -> list[str]:

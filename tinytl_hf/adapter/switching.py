@@ -36,8 +36,8 @@ class LoadedAdapter(NamedTuple):
         prefix: What runs before its first trained block, where that can run by itself.
         stock_layers: Its layers that keep full-size maps while training.
         config: What the adapter says of itself.
-        weights_from: Where the frozen tensors were read.
-        loaded_from: Its folder, or None.
+        weights_from: Where the frozen tensors were read; empty where another adapter's are to be read elsewhere.
+        folder: Its folder, or None.
     """
 
     backbone: nn.Module
@@ -46,7 +46,7 @@ class LoadedAdapter(NamedTuple):
     stock_layers: list[str]
     config: AdapterConfig
     weights_from: str
-    loaded_from: Path | None
+    folder: Path | None
 
 
 class Adapters:
@@ -73,7 +73,8 @@ class Adapters:
     def source(self, current: LoadedAdapter, own: str) -> str:
         """The source of the frozen tensors now in memory, or ``own`` if no loaded adapter has any."""
         loaded = [current, *self._waiting.values()]
-        return next((adapter.weights_from for adapter in loaded if adapter.config.backbone.sha256), own)
+        found = (adapter.weights_from for adapter in loaded if adapter.config.backbone.sha256)
+        return next(filter(None, found), own)
 
     def add(self, name: str, new: LoadedAdapter, current: LoadedAdapter, folder: Path, trained_on: str | None) -> None:
         """Take in an adapter, on the device and in the type of ``current``, over the frozen tensors in memory.
@@ -101,7 +102,7 @@ class Adapters:
         self._waiting[name] = new
 
     def switch(self, name: str, current: LoadedAdapter) -> LoadedAdapter:
-        """Make ``name`` the active adapter, and keep ``current`` for later.
+        """Make ``name`` the active adapter, in the mode of ``current``, train or eval, and keep that for later.
 
         Raises:
             TinyTLError: No such adapter.
@@ -110,7 +111,10 @@ class Adapters:
             return current
         self._check_known(name)
         self._waiting[self.active], self.active = current, name
-        return self._waiting.pop(name)
+        new = self._waiting.pop(name)
+        if new.backbone.training != current.backbone.training:  # else parts of it may have a mode of their own
+            new.backbone.train(current.backbone.training)
+        return new
 
     def remove(self, name: str) -> None:
         """Forget an adapter.

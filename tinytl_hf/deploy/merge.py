@@ -73,7 +73,7 @@ def merge(config: MergeConfig) -> str:
 
 
 def load_merged(path: str | Path) -> TinyTLModel:
-    """Load a file that :func:`merge` wrote, of any method; nothing else is needed.
+    """Load a file that :func:`merge` wrote, of any method, in evaluation mode; nothing else is needed.
 
     Raises:
         TinyTLError: No such file, a damaged one, or one of another kind.
@@ -102,7 +102,8 @@ def load_merged(path: str | Path) -> TinyTLModel:
     is_itself = OWN_WEIGHTS in metadata or saved.backbone.weights == path.name  # older files say only their name
     record = replace(saved.backbone, weights=str(path.absolute())) if is_itself else saved.backbone
     model.config = replace(saved, backbone=record)
-    return model
+    model._weights_from = record.weights if is_itself else ""  # what the adapter trained is not in them as it was
+    return model.eval()
 
 
 def _fill(network: nn.Module, tensors: Mapping[str, Tensor], assign: bool = False) -> None:

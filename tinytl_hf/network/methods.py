@@ -249,7 +249,8 @@ def parameter_groups(
     ``matrices`` of a group is 0 or, of convolutions of lite residuals, the groups of channels: each is a matrix.
     """
     check(isinstance(lr, Real), "lr", lr, "use a number")
-    check(factors is None or isinstance(factors, LrFactors), "factors", factors, "use an LrFactors")
+    fits = factors is None or isinstance(factors, LrFactors)
+    check(fits, "factors", factors, "use an LrFactors of tinytl_hf.config.train")
     roles, matrices = parameter_roles(backbone), _lite_matrices(backbone)
     scales = _layerwise_scales(roles, blocks) if method == "FT-Layerwise" else {}
     by_role = _factors_by_role(factors or LrFactors())

@@ -217,6 +217,24 @@ def _with_tensors_of(old: nn.BatchNorm2d, norm: type[nn.BatchNorm2d]) -> nn.Batc
     return new
 
 
+def check_even(network: nn.Module, images: Tensor) -> None:
+    """Raise, on all processes, unless they have as many images each, by which norms of the global batch count.
+
+    Raises:
+        TinyTLError: One has more than another, as at the end of a data set that was not shared out evenly.
+    """
+    if _world_size() == 1 or not any(isinstance(m, GlobalBatchNorm2d) and m.training for m in network.modules()):
+        return
+    counts = torch.tensor([len(images), -len(images)], device=images.device)
+    dist.all_reduce(counts, dist.ReduceOp.MAX)
+    most, least = counts.abs().tolist()
+    if most != least:
+        raise TinyTLError(
+            f"a batch of {len(images)} images: of the processes, one has {least} and another {most}, and batch norms "
+            "take their statistics over all of them; give each as many (Accelerate's even_batches, or drop_last=True)"
+        )
+
+
 def _values_of_a_channel(shape: Sequence[int], processes: int, instead: str) -> int:
     values = math.prod(shape) // shape[1] * processes  # every process has the same number of images
     if values == 1:
