@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
+import datasets
 import pandas as pd
 
 from tinytl_hf.data.find import suffix_of
@@ -18,6 +19,13 @@ from tinytl_hf.errors import TinyTLError, first_line
 logger = logging.getLogger(__name__)
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # Excel's are those of the country
+
+OF_TEXTS = "csv"  # what the library datasets calls a table's builder, of one whose numbers are texts
+
+
+def is_of_texts(table: datasets.Dataset) -> bool:
+    """Whether a table is from CSV files, which do not tell numbers from texts."""
+    return table.info.builder_name == OF_TEXTS
 
 
 def read_csv(place: str | Path) -> pd.DataFrame:

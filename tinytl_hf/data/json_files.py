@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlparse
+
+import datasets
 
 from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.found import named
@@ -56,3 +59,40 @@ def _is_column(values: Any) -> bool:
 
 def _is_rows(values: Any) -> bool:
     return isinstance(values, list) and len(values) > 1 and all(isinstance(value, dict) for value in values)
+
+
+def with_kinds_told(table: datasets.Dataset, files: Sequence[str]) -> datasets.Dataset:
+    """Columns of several kinds of values as their files have them.
+
+    The library datasets reads such a column's text "1" as the number.
+    """
+    mixed = [name for name, feature in table.features.items() if isinstance(feature, datasets.Json)]
+    if not mixed:
+        return table
+    rows = [row for file in files for row in _rows(file)]
+    values = of_several_kinds({name: [row.get(name) for row in rows] for name in mixed})
+    return datasets.concatenate_datasets([table.remove_columns(mixed), values], axis=1).select_columns(
+        table.column_names
+    )
+
+
+def of_several_kinds(columns: Mapping[str, Sequence[Any]]) -> datasets.Dataset:
+    """A table of columns that hold values of several kinds, each as JSON."""
+    features = datasets.Features({name: datasets.Json() for name in columns})
+    texts = {name: [_as_json(value) for value in values] for name, values in columns.items()}
+    return datasets.Dataset.from_dict(texts, features=features)
+
+
+def _as_json(value: Any) -> str | None:
+    return None if value is None or value != value else json.dumps(value)
+
+
+def _rows(file: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file, which are a list or one in each line."""
+    with open(file, encoding="utf-8-sig") as text:
+        if text.read(LOOKED_AT).lstrip().startswith("["):
+            text.seek(0)
+            yield from json.load(text)
+        else:
+            text.seek(0)
+            yield from (json.loads(line) for line in text if line.strip())

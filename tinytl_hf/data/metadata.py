@@ -10,16 +10,20 @@ from typing import Any
 
 import datasets
 import pandas as pd
+import pyarrow
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.almost_splits import say_odd_names
-from tinytl_hf.data.columns import LABEL, SPLIT, as_label, whole_numbers
+from tinytl_hf.data.columns import LABEL, SPLIT, as_label
 from tinytl_hf.data.csv_files import read_csv
 from tinytl_hf.data.folder import Folder, find_splits
 from tinytl_hf.data.found import named
 from tinytl_hf.data.ids import images_by_id
+from tinytl_hf.data.json_files import of_several_kinds
+from tinytl_hf.data.labels import check_one_kind
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.roles import chosen_splits, role_of
+from tinytl_hf.data.table_files import with_whole_numbers
 from tinytl_hf.errors import TinyTLError, first_line
 
 logger = logging.getLogger(__name__)
@@ -65,17 +69,14 @@ def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> tu
     _check_files(listing, table, name, config.skip_corrupt)
     if wanted in table.columns and SPLIT not in table.columns:  # whose test images have often none
         _check_labels(table, name, wanted)
-    for column in table.columns.drop(FILE_NAME):
-        values = [None if _is_missing(value) else value for value in table[column].tolist()]
-        if all(value is None or isinstance(value, str) for value in values):
-            (table[column],) = whole_numbers([values])
-    return _split(listing, table, config), name
+    splits = _split(listing, table, config)
+    return with_whole_numbers(splits) if all(_is_csv(path) for path in used) else splits, name
 
 
 def _read(listing: Listing, path: str) -> pd.DataFrame | None:
     place = listing.root / path
     try:
-        if path.lower().endswith(".csv"):
+        if _is_csv(path):
             frame = read_csv(place)
         elif path.lower().endswith(".jsonl"):
             frame = pd.read_json(place, lines=True, dtype=False, convert_dates=False, encoding="utf-8-sig")
@@ -100,6 +101,10 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
         ]
     frame[FILE_NAME] = names
     return frame
+
+
+def _is_csv(path: str) -> bool:
+    return path.lower().endswith(".csv")
 
 
 def _below_root(root: Path, prefix: str, name: str) -> str:
@@ -138,7 +143,8 @@ def _check_files(listing: Listing, table: pd.DataFrame, metadata: str, skip_miss
 
 
 def _check_labels(table: pd.DataFrame, metadata: str, column: str) -> None:
-    """Name an image without a label beside others that have one."""
+    """Name an image without a label beside others that have one, and two whose labels are of two kinds."""
+    check_one_kind(table[column].tolist(), column, table[FILE_NAME].tolist())
     empty = table[column].isna()
     if empty.any() and not empty.all() and not _is_empty_in_whole_folders(table, empty):
         raise TinyTLError(
@@ -188,18 +194,21 @@ def _table(root: Path, rows: pd.DataFrame) -> datasets.Dataset:
     columns: dict[str, list[Any]] = {IMAGE: [f"{root}/{path}" for path in rows[FILE_NAME]]}
     for name in rows.columns:
         if str(name) not in (FILE_NAME, IMAGE):
-            columns[str(name)] = _of_one_kind(rows[name].tolist())
-    table = datasets.Dataset.from_pandas(pd.DataFrame(columns), preserve_index=False)
+            columns[str(name)] = rows[name].tolist()
+    mixed = [name for name, values in columns.items() if not _is_of_one_kind(values)]
+    plain = pd.DataFrame({name: values for name, values in columns.items() if name not in mixed})
+    table = datasets.Dataset.from_pandas(plain, preserve_index=False)
+    if mixed:
+        table = datasets.concatenate_datasets(
+            [table, of_several_kinds({name: columns[name] for name in mixed})], axis=1
+        )
     return table.cast_column(IMAGE, datasets.Image(decode=False))
 
 
-def _of_one_kind(values: list[Any]) -> list[Any]:
-    """Values of several kinds as texts: JSON has 1 in one line and "1" in another, which a table does not take."""
-    kinds = {type(value) for value in values if not _is_missing(value)}
-    if len(kinds) < 2 or kinds == {int, float}:
-        return values
-    return [None if _is_missing(value) else str(value) for value in values]
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and value != value)
+def _is_of_one_kind(values: list[Any]) -> bool:
+    """Whether a table takes the values of a column: JSON can have 1 in one line and "1" in another."""
+    try:
+        pyarrow.array(values, from_pandas=True)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
+        return False
+    return True

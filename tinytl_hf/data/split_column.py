@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 
 import datasets
 import numpy as np
@@ -11,14 +10,12 @@ import numpy as np
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.columns import SPLIT
 from tinytl_hf.data.found import named
-from tinytl_hf.data.roles import chosen_splits, role_of
+from tinytl_hf.data.roles import OF_PARTS, chosen_splits, role_of
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
 
 OTHER_NAMES = ("set", "subset", "partition", "phase", "usage")
-# A truth or a number in each row, as fastai and scikit-learn have it.
-OF_PARTS = re.compile(r"(k|cv)?_?folds?|(is|in)_?(train|training|valid|validation|val|dev|test)(_set)?", re.I)
 MOST_PARTS = 20  # more values are no folds
 
 

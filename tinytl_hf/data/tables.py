@@ -32,7 +32,7 @@ from tinytl_hf.data.metadata import read_metadata
 from tinytl_hf.data.roles import group_by_split, role_of, role_of_table
 from tinytl_hf.data.saved import is_saved, load_saved, open_saved, saved_below
 from tinytl_hf.data.split_column import by_split_column
-from tinytl_hf.data.table_files import load_tables, table_at
+from tinytl_hf.data.table_files import load_tables, state_of, table_at
 from tinytl_hf.data.tables_beside import NAMING_IMAGES, check_tables_beside, to_name
 from tinytl_hf.errors import TinyTLError
 
@@ -199,7 +199,7 @@ def _load_tables_in(source: Source, listing: Listing, config: DataConfig) -> Tab
             raise TinyTLError(
                 f"data.dataset={listing.root}: its README names files by patterns; take [, ], * and ? out of the path"
             )
-        splits = _load_any(source.name, config)
+        splits = _load_any(source.name, config, _cache_of(listing))
     elif saved := saved_below(listing):
         splits = load_saved(listing, saved)
     else:
@@ -277,8 +277,15 @@ def _load_url(url: str, config: DataConfig) -> datasets.DatasetDict:
     )
 
 
-def _load_any(name: str, config: DataConfig) -> datasets.DatasetDict:
-    return _as_splits(datasets.load_dataset(name, config.subset))
+def _load_any(name: str, config: DataConfig, cache: str | None = None) -> datasets.DatasetDict:
+    return _as_splits(datasets.load_dataset(name, config.subset, cache_dir=cache))
+
+
+def _cache_of(listing: Listing) -> str:
+    """Where to keep what is read of a folder whose README names the files: else by the folder's last name alone."""
+    also = [listing.root / name for name in ("README.md", "dataset_infos.json") if (listing.root / name).is_file()]
+    files = [listing.root / name for name in (*listing.tables, *listing.metadata, *listing.images)]
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, state_of([*also, *files]))
 
 
 def _as_splits(loaded: Any) -> datasets.DatasetDict:
