@@ -239,7 +239,12 @@ def _holds_bytes(feature: Any, first: Any) -> bool:
 
 
 def _holds_paths(feature: Any, first: Any) -> bool:
-    return is_string(feature) and suffix_of((first or "").rstrip()) in IMAGE_SUFFIXES
+    return is_string(feature) and is_path(first or "")
+
+
+def is_path(text: str) -> bool:
+    """Whether a text is the path of an image, by its suffix."""
+    return suffix_of(text.rstrip()) in IMAGE_SUFFIXES
 
 
 def path_columns(table: datasets.Dataset) -> list[str]:

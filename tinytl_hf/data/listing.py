@@ -39,6 +39,7 @@ class Listing:
         metadata: ``metadata.csv`` and the like.
         tables: Files that can hold a table, but for metadata.
         archives: Files that are to be unpacked first.
+        almost_metadata: Metadata files without a column ``file_name``, with the column that was likely meant.
         left_out: Files that are left out.
     """
 
@@ -47,6 +48,7 @@ class Listing:
     metadata: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     archives: list[str] = field(default_factory=list)
+    almost_metadata: dict[str, str] = field(default_factory=dict)
     left_out: LeftOut = field(default_factory=LeftOut)
 
 

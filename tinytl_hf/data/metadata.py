@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pyarrow
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.almost_splits import say_odd_names
-from tinytl_hf.data.columns import LABEL, SPLIT, as_label
+from tinytl_hf.data.columns import LABEL, SPLIT, as_label, is_path
 from tinytl_hf.data.csv_files import read_csv
 from tinytl_hf.data.folder import Folder, find_splits
 from tinytl_hf.data.found import named
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "file_name"
 IMAGE = "image"
+LIKE_FILE_NAME = re.compile(r"((image|img|photo|picture|file)s?[-_ ]?)?(file|path|name|id)s?|image|img", re.I)
 
 
 def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> tuple[datasets.DatasetDict, str] | None:
@@ -87,7 +89,12 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
     except Exception as error:  # damaged files can make pandas raise almost anything
         raise TinyTLError(f"{place}: cannot be read ({first_line(error)}); mend it or take it away") from error
     if FILE_NAME not in frame.columns:
-        logger.warning("%s: not used, as it has no column %s (but %s)", path, FILE_NAME, named(list(frame.columns)))
+        fix = ""
+        if (meant := _meant(frame)) is not None:
+            listing.almost_metadata[path] = meant
+            fix = f"; if {meant} names the images, call it {FILE_NAME}"
+        columns = named([str(column) for column in frame.columns])
+        logger.warning("%s: not used, as it has no column %s (but %s)%s", path, FILE_NAME, columns, fix)
         return None
     prefix = os.path.dirname(path)
     frame = frame[frame[FILE_NAME].notna()].copy()
@@ -101,6 +108,13 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
         ]
     frame[FILE_NAME] = names
     return frame
+
+
+def _meant(frame: pd.DataFrame) -> str | None:
+    """The column that was likely meant to be ``file_name``: by its values, else by its name."""
+    first = {str(column): next(iter(frame[column].dropna()), None) for column in frame.columns}
+    paths = [name for name, value in first.items() if isinstance(value, str) and is_path(value)]
+    return next(iter(paths or [name for name in first if LIKE_FILE_NAME.fullmatch(name)]), None)
 
 
 def _is_csv(path: str) -> bool:

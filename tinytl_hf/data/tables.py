@@ -157,6 +157,13 @@ def _label_images(source: Source, listing: Listing, config: DataConfig) -> Table
     if labelled := read_metadata(listing, config, has_classes=len(tops) > 1 and not are_splits):
         splits, metadata = labelled
         return Tables(source, splits, listing.root, listing.left_out, metadata, hint)
+    if listing.almost_metadata:
+        hint = f"; {_fix_of_metadata(listing)}"
+        if are_splits or not tops:
+            raise TinyTLError(
+                f"data.dataset={listing.root}: its images lie in no class folder ({listing.images[0]}){hint}"
+            )
+        listing.tables += listing.almost_metadata if len(tops) > 1 else {}
     tables = [name for name in listing.tables if suffix_of(name) != ".json"]
     if tables and (are_splits or not tops):
         raise TinyTLError(
@@ -166,6 +173,12 @@ def _label_images(source: Source, listing: Listing, config: DataConfig) -> Table
     splits = class_folders(listing, config)
     check_tables_beside(listing, splits, config)
     return Tables(source, splits, listing.root, listing.left_out, hint=hint)
+
+
+def _fix_of_metadata(listing: Listing) -> str:
+    """What to do about metadata without a column ``file_name``."""
+    name, column = next(iter(listing.almost_metadata.items()))
+    return f"{name} has no column file_name: if its column {column} names the images, call that file_name"
 
 
 def _are_flat_splits(listing: Listing) -> bool:
