@@ -14,6 +14,7 @@ import pandas as pd
 
 from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.images import IMAGE_SUFFIXES
+from tinytl_hf.data.pointers import check_start
 from tinytl_hf.errors import TinyTLError, first_line
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ def _separator(place: str | Path) -> tuple[str, int]:
     """What stands between the names of the columns, and how many lines are before those."""
     separator = "\t" if str(place).lower().endswith(".tsv") else ","
     names = _read(place, separator, nrows=0).columns
+    check_start(str(names[0]).encode(), str(place))
     if str(names[0]).startswith("sep="):  # which Excel writes and reads
         return str(names[0]).removeprefix("sep=") or separator, 1
     counts = Counter(each for each in str(names[0]) if each in SEPARATORS and each != separator)

@@ -23,6 +23,7 @@ from tinytl_hf.data.ids import images_by_id
 from tinytl_hf.data.json_files import of_several_kinds
 from tinytl_hf.data.labels import check_one_kind
 from tinytl_hf.data.listing import Listing
+from tinytl_hf.data.pointers import check_is_here
 from tinytl_hf.data.roles import chosen_splits, role_of
 from tinytl_hf.data.table_files import with_whole_numbers
 from tinytl_hf.errors import TinyTLError, first_line
@@ -77,6 +78,7 @@ def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> tu
 
 def _read(listing: Listing, path: str) -> pd.DataFrame | None:
     place = listing.root / path
+    check_is_here(place)
     try:
         if _is_csv(path):
             frame = read_csv(place)

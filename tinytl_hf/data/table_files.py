@@ -20,8 +20,8 @@ from tinytl_hf.data.columns import FEW, is_string, path_columns
 from tinytl_hf.data.csv_files import OF_TEXTS, read_csv
 from tinytl_hf.data.find import TABLES, suffix_of
 from tinytl_hf.data.found import named
-from tinytl_hf.data.images import LFS
 from tinytl_hf.data.json_files import check_holds_rows, with_kinds_told
+from tinytl_hf.data.pointers import check_is_here
 from tinytl_hf.disk import StrPath
 from tinytl_hf.errors import TinyTLError, first_line
 
@@ -43,7 +43,7 @@ def load_tables(files: dict[str, list[str]], base: Path) -> datasets.DatasetDict
         raise TinyTLError(f"{', '.join(sorted(kinds))} files cannot be put together; name those of one kind")
     (kind,) = kinds
     for file in (file for each in files.values() for file in each):
-        _check_is_here(file)
+        check_is_here(file)
         check_holds_rows(file)
     splits = {name: _load_split(each, kind, base) for name, each in files.items()}
     return with_whole_numbers(splits) if kind == "csv" else datasets.DatasetDict(splits)
@@ -59,13 +59,6 @@ def _load_split(files: list[str], kind: str, base: Path) -> datasets.Dataset:
     if not path_columns(first):
         return _load(files, kind)
     return datasets.concatenate_datasets([_placed(_load(each, kind), place) for place, each in by_folder.items()])
-
-
-def _check_is_here(file: str) -> None:
-    """Raise if only a pointer was downloaded in place of a file."""
-    with open(file, "rb") as content:
-        if content.read(len(LFS)) == LFS:
-            raise TinyTLError(f"{file}: is not the file, but a pointer to it; git lfs pull downloads the file")
 
 
 def _check_same_columns(files: list[str]) -> None:
@@ -167,14 +160,14 @@ def table_at(url: str, kind: str) -> datasets.Dataset:
     """The table at a URL; downloaded again where the server does not tell whether it has changed."""
     if kind == "csv":
         return with_whole_numbers({"train": _csv(url)})["train"]
-    if kind == "json":  # whose layout is looked at first
-        download = datasets.DownloadConfig(force_download=not _tells_versions(url))
-        file = datasets.DownloadManager(download_config=download).download(url)
-        check_holds_rows(file, url)
+    download = datasets.DownloadConfig(force_download=not _tells_versions(url))
+    file = datasets.DownloadManager(download_config=download).download(url)
+    check_is_here(file, url)
+    check_holds_rows(file, url)
+    try:
         return _load([file], kind)
-    modes = datasets.DownloadMode
-    mode = modes.REUSE_DATASET_IF_EXISTS if _tells_versions(url) else modes.FORCE_REDOWNLOAD
-    return datasets.load_dataset(kind, data_files={"train": [url]}, download_mode=mode)["train"]
+    except TinyTLError as error:
+        raise TinyTLError(str(error).replace(file, url)) from error
 
 
 def _tells_versions(url: str) -> bool:

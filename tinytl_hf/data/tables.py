@@ -29,6 +29,7 @@ from tinytl_hf.data.found import LeftOut, named
 from tinytl_hf.data.images import IMAGE_SUFFIXES, allow_megapixels
 from tinytl_hf.data.listing import Listing, list_folder
 from tinytl_hf.data.metadata import read_metadata
+from tinytl_hf.data.pointers import check_is_here
 from tinytl_hf.data.roles import group_by_split, role_of, role_of_table
 from tinytl_hf.data.saved import is_saved, load_saved, open_saved, saved_below
 from tinytl_hf.data.split_column import by_split_column
@@ -212,6 +213,8 @@ def _load_tables_in(source: Source, listing: Listing, config: DataConfig) -> Tab
             raise TinyTLError(
                 f"data.dataset={listing.root}: its README names files by patterns; take [, ], * and ? out of the path"
             )
+        for name in listing.tables:
+            check_is_here(listing.root / name)
         splits = _load_any(source.name, config, _cache_of(listing))
     elif saved := saved_below(listing):
         splits = load_saved(listing, saved)
