@@ -22,7 +22,7 @@ from tinytl_hf.data.found import named
 from tinytl_hf.data.ids import id_columns, is_id, with_ids_placed
 from tinytl_hf.data.images import FORMATS, IMAGE_SUFFIXES
 from tinytl_hf.data.several_classes import check_one_class
-from tinytl_hf.disk import expanded
+from tinytl_hf.disk import expanded, path_of
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
@@ -254,7 +254,7 @@ def path_columns(table: datasets.Dataset) -> list[str]:
 
 def _from_paths(values: Sequence[str | None], column: str, base: Path | None, skip_missing: bool) -> datasets.Dataset:
     """Images by their paths: relative ones to the table's folder, else to the current one."""
-    paths = [None if path is None else str(path).removeprefix("file://") for path in values]
+    paths = [None if path is None else path_of(str(path)) for path in values]
     remote = next((path for path in paths if path is not None and "://" in path), None)
     if remote is not None or base is None:
         raise TinyTLError(

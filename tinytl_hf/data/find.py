@@ -9,9 +9,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote, urlparse
 
-from tinytl_hf.disk import expanded, local_path
+from tinytl_hf.disk import expanded, local_path, path_of
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
@@ -52,10 +51,8 @@ def find(name: str) -> Source:
     Raises:
         TinyTLError: It can only be a path, and there is nothing.
     """
-    url = urlparse(name)
-    if url.scheme == "file":
-        name = unquote(url.path)
-    elif "://" in name:
+    name = path_of(name)
+    if "://" in name:
         return Source("url", name)
     if not name.strip():
         raise TinyTLError(

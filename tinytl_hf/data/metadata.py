@@ -26,6 +26,7 @@ from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.pointers import check_is_here
 from tinytl_hf.data.roles import chosen_splits, role_of
 from tinytl_hf.data.table_files import with_whole_numbers
+from tinytl_hf.disk import path_of
 from tinytl_hf.errors import TinyTLError, first_line
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def _is_csv(path: str) -> bool:
 
 def _below_root(root: Path, prefix: str, name: str) -> str:
     """The path relative to the data set's folder of an image that a file in the folder ``prefix`` names."""
-    name = name.removeprefix("file://")
+    name = path_of(name)
     if "://" in name:  # an address, which is shown as it stands there
         return name
     if os.path.isabs(name):

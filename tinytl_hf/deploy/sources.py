@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytl_hf.data.images import IMAGE_SUFFIXES
-from tinytl_hf.disk import expanded
+from tinytl_hf.disk import expanded, path_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ def find_images(name: str) -> list[Source]:
         return [Source(name, problem="standard input is closed")]
     if name == STANDARD_INPUT:
         return [Source(name, {"bytes": sys.stdin.buffer.read(), "path": None})]
+    name = path_of(name)
     if URL.match(name):
         return [
             Source(name, problem="it is a URL; download it, or hand it over: curl -sL URL | tinytl-hf predict ... -")
