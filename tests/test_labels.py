@@ -5,6 +5,8 @@ import re
 
 import datasets
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from shared import write_image
 from test_tables import opened
@@ -89,11 +91,14 @@ def test_whole_numbers_are_the_same_classes_with_and_without_a_point(kind, root,
         (["1e5", "2f3"], ["1e5", "2f3"]),
         (["001", "002"], ["001", "002"]),
         (["inf", "nan"], ["inf", "nan"]),
+        (['"1,000"', '"2,000"'], ["1,000", "2,000"]),  # a thousand
+        (['"cat, dog"', '"1,5"'], ["1,5", "cat, dog"]),
     ],
 )
 @pytest.mark.parametrize("file", ["x.csv", "metadata.csv"])
 def test_texts_of_a_csv_file_that_are_no_numbers_stay_as_they_are(labels, classes, file, root):
-    write(frame(labels * 4), root / file)
+    lines = [f"{name},{label}\n" for name, label in zip(NAMES, labels * 4, strict=True)]
+    (root / file).write_text("".join(["file_name,label\n", *lines]))
     assert opened(root if file == "metadata.csv" else root / file).found.classes == classes
 
 
@@ -103,6 +108,16 @@ def test_numbers_of_a_csv_file_are_known_in_each_spelling(labels, file, root):
     write(frame(labels * 4), root / file)
     with pytest.raises(TinyTLError, match=r"it holds (0\.5|1e-05|inf), and a class is a text, a whole number"):
         opened(root if file == "metadata.csv" else root / file)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "metadata.csv"])
+def test_numbers_with_a_comma_are_those_with_a_point(name, root):
+    dataset = root if name == "metadata.csv" else root / name
+    frame(["0,5", "1,0"] * 4).to_csv(root / name, sep=";", index=False)
+    with pytest.raises(TinyTLError, match=r"it holds 0\.5, and a class is a text"):
+        opened(dataset)
+    frame(["0,0", "1,0"] * 4).to_csv(root / name, sep=";", index=False)
+    assert opened(dataset).found.classes == ["0", "1"]
 
 
 def test_texts_that_look_like_numbers_are_classes_where_a_source_tells_them_from_numbers(root, tmp_path):
@@ -192,6 +207,20 @@ def test_other_columns_may_hold_values_of_several_kinds(kind, root):
     (root / kind).write_text("\n".join(map(json.dumps, rows)))
     data = opened(root if kind == "metadata.jsonl" else root / kind)
     assert data.found.classes == ["cat", "dog"] and data.found.images == {"train": 8}
+
+
+def test_values_of_several_kinds_that_the_library_reads_are_refused_too(root):
+    """A README names the files, and the library datasets reads the text "1" as the number."""
+    rows = [{"file_name": name, "label": [1, "1"][number % 2]} for number, name in enumerate(NAMES)]
+    rows = [{**row, "file_name": str(root / row["file_name"])} for row in rows]
+    (root / "hub").mkdir()
+    (root / "hub" / "train-0.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train-*\n---\n"
+    (root / "hub" / "README.md").write_text(config)
+    with pytest.raises(
+        TinyTLError, match=r'it holds values of several kinds, such as 1 and "1", and a class is .* texts'
+    ):
+        opened(root / "hub")
 
 
 def test_a_column_of_several_kinds_that_may_be_the_labels_is_named(root):
@@ -294,3 +323,34 @@ def test_a_column_of_lists_of_classes_is_called_so(kind, root):
     write(pd.DataFrame({"file_name": NAMES, "labels": [["cat"], ["cat", "dog"]] * 4}), root / kind)
     with pytest.raises(TinyTLError, match=r"data.label_column: labels holds lists, and an image has one class here"):
         opened(root if kind == "metadata.jsonl" else root / kind)
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
+def test_texts_are_texts_however_arrow_keeps_them(kind, root):
+    columns = {"image": pa.array(NAMES).cast(kind), "label": pa.array(LABELS).cast(kind)}
+    pq.write_table(pa.table(columns), root / "x.parquet")
+    assert opened(root / "x.parquet").found.classes == ["cat", "dog"]
+
+
+def test_labels_of_bytes_are_told_how_to_become_texts(root):
+    df = frame([b"cat", b"dog"] * 4)
+    df.to_parquet(root / "x.parquet")
+    with pytest.raises(TinyTLError, match="it holds binary, and a class is a text") as error:
+        opened(root / "x.parquet")
+    df["label"] = eval(re.search(r"df\[.*\)", str(error.value))[0], {"df": df})
+    df.to_parquet(root / "x.parquet")
+    assert opened(root / "x.parquet").found.classes == ["cat", "dog"]
+
+
+def test_classes_that_marks_without_a_picture_tell_apart_are_said(root, caplog):
+    write(frame(["cat", "dog", "cat\u200b", "\ufeffdog"] * 2), root / "x.parquet")
+    opened(root / "x.parquet", eval_fraction=0.5)
+    assert "'cat', 'cat\\u200b' are classes of their own, though only capitals, spaces or zeros" in caplog.text
+    assert "'dog', '\\ufeffdog' are classes of their own" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".xlsx", ".XLS", ".ods"])
+def test_a_sheet_is_told_to_be_saved_as_csv(suffix, root):
+    (root / f"labels{suffix}").write_bytes(b"PK")
+    with pytest.raises(TinyTLError, match=r"save it as a .csv file, and name that"):
+        opened(root / f"labels{suffix}")

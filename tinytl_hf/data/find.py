@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 Place = Literal["local", "hub", "url", "digits"]
 DIGITS = "digits"
-# By their suffix, what reads tables (a builder of the library datasets), the likeliest first; CSV is read here, see
-# ``tables.py``.
+# By their suffix, what reads tables (a builder of the library datasets), the likeliest first; CSV and JSON are read
+# here, see ``table_files.py``.
 TABLES = {
     ".parquet": "parquet",
     ".arrow": "arrow",

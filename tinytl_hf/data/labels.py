@@ -14,14 +14,15 @@ from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.columns import NoLabelsError, as_label, class_order, label_column
 from tinytl_hf.data.csv_files import is_of_texts
 from tinytl_hf.data.found import named
+from tinytl_hf.data.json_files import KINDS
 from tinytl_hf.errors import TinyTLError
 
-LABELS = re.compile(r"(large_)?string|u?int\d+|float\d+|bool|null")  # types of values that can be classes
+LABELS = re.compile(r"(large_)?string(_view)?|u?int\d+|float\d+|bool|null")  # types of values that can be classes
 A_CLASS = "a class is a text, a whole number, or true or false"
 MOST = 2.0**53  # up to which floats are whole numbers
 WHOLE = re.compile(r"-?\d+(\.0*)?")
 NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[-+]\d+)?|-?inf|nan", re.I)  # as programs write numbers
-KINDS = {bool: "truths", int: "numbers", float: "numbers", str: "texts", dict: "objects", list: "lists"}
+DECIMAL_COMMA = re.compile(r"-?\d+,(\d{1,2}|\d{4,})")
 
 
 def label_values(
@@ -97,6 +98,10 @@ def _no_class(table: datasets.Dataset, column: str) -> TinyTLError:
         fix = "; an image has one class here, not several"
         if all(len(value) == 1 for value in values):
             fix = f'; take the one item of each list, as df["{column}"].str[0] of pandas does'
+    elif is_json:  # of the library datasets, which has read the texts "1" and "true" as what they look like
+        held, fix = f'values of several kinds, such as {values[0]} and "{values[0]}"', "; write all of them as texts"
+    elif values and isinstance(values[0], bytes):
+        fix = f'; make texts of bytes, as df["{column}"].str.decode("utf-8") of pandas does'
     return TinyTLError(f"data.label_column={column}: it holds {held}, and {A_CLASS}{fix}")
 
 
@@ -107,14 +112,19 @@ def is_missing(value: Any) -> bool:
 
 def _as_numbers(texts: np.ndarray, column: str) -> np.ndarray:
     """Texts of a CSV file, which does not tell them from numbers, as floats if all are numbers in such spelling."""
-    stripped = [text.strip() for text in texts]
-    if all(WHOLE.fullmatch(text) for text in stripped) or not all(NUMBER.fullmatch(text) for text in stripped):
+    stripped = [_with_point(text.strip()) for text in texts]
+    if all(WHOLE.fullmatch(text.strip()) for text in texts) or not all(NUMBER.fullmatch(text) for text in stripped):
         return texts
-    values = texts.astype(np.float64)
+    values = np.array(stripped, dtype=np.float64)
     if not np.isfinite(values).any():
         return texts
     _check_whole(values[~np.isnan(values)], column)
     return texts if np.isnan(values).any() else values
+
+
+def _with_point(text: str) -> str:
+    """A number with a point, where a country writes 0,5; of three digits, 1,000 is a thousand in others."""
+    return text.replace(",", ".") if DECIMAL_COMMA.fullmatch(text) else text
 
 
 def _check_whole(values: np.ndarray, column: str) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import datasets
 import pandas as pd
-import pyarrow
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.almost_splits import say_odd_names
@@ -20,7 +19,7 @@ from tinytl_hf.data.csv_files import read_csv
 from tinytl_hf.data.folder import Folder, find_splits
 from tinytl_hf.data.found import named
 from tinytl_hf.data.ids import images_by_id
-from tinytl_hf.data.json_files import of_several_kinds
+from tinytl_hf.data.json_files import json_columns, table_of
 from tinytl_hf.data.labels import check_one_kind
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.pointers import check_is_here
@@ -84,7 +83,7 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
         if _is_csv(path):
             frame = read_csv(place)
         elif path.lower().endswith(".jsonl"):
-            frame = pd.read_json(place, lines=True, dtype=False, convert_dates=False, encoding="utf-8-sig")
+            frame = pd.DataFrame(json_columns([str(place)]), dtype=object)
         else:
             frame = pd.read_parquet(place)
     except TinyTLError:
@@ -212,20 +211,4 @@ def _table(root: Path, rows: pd.DataFrame) -> datasets.Dataset:
     for name in rows.columns:
         if str(name) not in (FILE_NAME, IMAGE):
             columns[str(name)] = rows[name].tolist()
-    mixed = [name for name, values in columns.items() if not _is_of_one_kind(values)]
-    plain = pd.DataFrame({name: values for name, values in columns.items() if name not in mixed})
-    table = datasets.Dataset.from_pandas(plain, preserve_index=False)
-    if mixed:
-        table = datasets.concatenate_datasets(
-            [table, of_several_kinds({name: columns[name] for name in mixed})], axis=1
-        )
-    return table.cast_column(IMAGE, datasets.Image(decode=False))
-
-
-def _is_of_one_kind(values: list[Any]) -> bool:
-    """Whether a table takes the values of a column: JSON can have 1 in one line and "1" in another."""
-    try:
-        pyarrow.array(values, from_pandas=True)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
-        return False
-    return True
+    return table_of(columns).cast_column(IMAGE, datasets.Image(decode=False))

@@ -37,10 +37,11 @@ def _quoted(names: Sequence[str]) -> str:
 
 
 def _alike(names: Sequence[str]) -> list[list[str]]:
-    """Names that differ in capitals, spaces or zeros in front alone."""
+    """Names that differ in capitals, spaces, zeros in front, or in marks that nobody sees, alone."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        words = unicodedata.normalize("NFKC", name).casefold().split()
+        shown = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
+        words = unicodedata.normalize("NFKC", shown).casefold().split()
         groups[" ".join(word.lstrip("0") if word.isdecimal() else word for word in words)].append(name)
     return [group for group in groups.values() if len(group) > 1]
 

@@ -20,7 +20,7 @@ from tinytl_hf.data.columns import FEW, is_string, path_columns
 from tinytl_hf.data.csv_files import OF_TEXTS, read_csv
 from tinytl_hf.data.find import TABLES, suffix_of
 from tinytl_hf.data.found import named
-from tinytl_hf.data.json_files import check_holds_rows, with_kinds_told
+from tinytl_hf.data.json_files import check_holds_rows, load_json
 from tinytl_hf.data.pointers import check_is_here
 from tinytl_hf.disk import StrPath
 from tinytl_hf.errors import TinyTLError, first_line
@@ -76,15 +76,16 @@ def _check_same_columns(files: list[str]) -> None:
 def _load(files: list[str], kind: str) -> datasets.Dataset:
     if kind == "csv":
         return datasets.concatenate_datasets([_csv(file) for file in files])
+    if kind == "json":
+        return load_json(files)
     if kind == "parquet":  # of which the library datasets reads none without rows; Spark writes such for empty parts
         empty = [file for file in files if _count_rows(file) == 0]
         if len(empty) == len(files):
             return datasets.Dataset(pyarrow.parquet.read_table(files[0]))
         files = [file for file in files if file not in empty]
         _check_same_columns(files)
-    name = state_of(files)
-    table = datasets.load_dataset(kind, name, data_files={"train": [glob.escape(file) for file in files]})["train"]
-    return with_kinds_told(table, files) if kind == "json" else table
+    patterns = [glob.escape(file) for file in files]
+    return datasets.load_dataset(kind, state_of(files), data_files={"train": patterns})["train"]
 
 
 def state_of(files: Sequence[StrPath]) -> str:

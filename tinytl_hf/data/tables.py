@@ -39,6 +39,7 @@ from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
 
+SHEETS = (".xlsx", ".xls", ".ods")
 TEXTS = (".csv", ".tsv", ".json", ".jsonl")  # tables that hold no images themselves
 
 
@@ -247,6 +248,7 @@ def _load_files(source: Source, config: DataConfig) -> Tables:
         if suffix not in TABLES:
             fix = "name the folder of the images" if suffix in IMAGE_SUFFIXES else "name a folder, or such a file"
             fix = "unpack it, and name the folder" if suffix in ARCHIVES else fix
+            fix = "save it as a .csv file, and name that" if suffix in SHEETS else fix
             raise TinyTLError(f"data.dataset={config.dataset}: {file} is no {', '.join(TABLES)} file; {fix}")
     files = sorted({os.path.realpath(file): file for file in reversed(files)}.values())  # links can lead in circles
     listing = Listing(Path(os.path.commonpath([os.path.dirname(file) for file in files])))
