@@ -82,3 +82,10 @@ def test_values_that_change_their_kind_far_into_a_file_are_read_and_named(root):
     file.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(TinyTLError, match=r'texts and numbers \("cat" in row 0 of split train, 5 in row 1999'):
         opened(file)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "metadata.jsonl"])
+@pytest.mark.parametrize("value", [2**70, "\ud800", {}, [], [[1], "a"]])
+def test_values_that_no_table_takes_change_nothing_beside_the_labels(value, name, root):
+    (root / name).write_text("\n".join(lines(other=[value] * 8)))
+    assert opened(root if name == "metadata.jsonl" else root / name).found.classes == ["cat", "dog"]

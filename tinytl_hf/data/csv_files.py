@@ -62,7 +62,8 @@ def read_csv(place: str | Path) -> pd.DataFrame:
             "it, such as file_name,label"
         )
     _check_one_header(place, table)
-    return table
+    _check_one_separator(place, table, separator)
+    return table.dropna(how="all", ignore_index=True)  # of rows that a person emptied, Excel writes the commas
 
 
 def _check_one_header(place: str | Path, table: pd.DataFrame) -> None:
@@ -73,6 +74,19 @@ def _check_one_header(place: str | Path, table: pd.DataFrame) -> None:
         raise TinyTLError(
             f"{place}: the names of its columns come again in row {again[0] + 1} of its values, as in files put "
             "together; take such lines out"
+        )
+
+
+def _check_one_separator(place: str | Path, table: pd.DataFrame, separator: str) -> None:
+    """Raise if the rows are not separated as the names of the columns are, so that all is in the first column."""
+    first = table.iloc[:, 0].dropna()
+    if len(table.columns) < 2 or first.empty or table.iloc[:, 1:].notna().any(axis=None):
+        return
+    inside = [each for each in SEPARATORS if each != separator and first.str.contains(each, regex=False).all()]
+    if inside:
+        raise TinyTLError(
+            f"{place}: has {SEPARATORS[inside[0]]} in its rows, and others between the names of its columns; write "
+            "the same in all lines"
         )
 
 

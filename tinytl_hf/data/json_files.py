@@ -95,8 +95,8 @@ def _is_of_one_kind(values: list[Any]) -> bool:
         return False
     try:
         pyarrow.array(values, from_pandas=True)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
-        return False
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError, UnicodeEncodeError):
+        return False  # the last two of numbers beyond 64 bits and of halves of characters, which JSON can have
     return True
 
 

@@ -99,6 +99,8 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
         logger.warning("%s: not used, as it has no column %s (but %s)%s", path, FILE_NAME, columns, fix)
         return None
     prefix = os.path.dirname(path)
+    if unnamed := int((frame[FILE_NAME].isna() & frame.drop(columns=FILE_NAME).notna().any(axis=1)).sum()):
+        listing.left_out.add(f"line without a {FILE_NAME}", path, unnamed)
     frame = frame[frame[FILE_NAME].notna()].copy()
     names = [_below_root(listing.root, prefix, str(name)) for name in frame[FILE_NAME]]
     there = set(listing.images)
