@@ -127,3 +127,24 @@ def test_columns_and_texts_without_end_are_not_listed_to_the_end(tmp_path):
     with pytest.raises(TinyTLError, match=r"column file_name names .*iVBORw0KGgo.*\.\.\..* and 7 more") as error:
         opened(tmp_path / "y.csv", image_column="file_name")
     assert len(str(error.value)) < 600
+
+
+def test_rows_that_a_person_emptied_are_no_rows(file, tmp_path):
+    write(file, images(tmp_path))
+    file.write_text(file.read_text() + ",\n,\n")  # as Excel writes them
+    assert_labelled(opened(dataset_of(file)), tmp_path)
+
+
+@pytest.mark.parametrize(("separator", "word"), [(";", "semicolons"), ("\t", "tabs")])
+def test_rows_that_are_not_separated_as_their_header_are_named(separator, word, file, tmp_path):
+    write(file, images(tmp_path), separator=separator)
+    file.write_text(file.read_text().replace(f"file_name{separator}label", "file_name,label"))
+    with pytest.raises(TinyTLError, match=rf"{file}: has {word} in its rows, and others between the names"):
+        opened(dataset_of(file))
+
+
+def test_labels_of_no_image_in_metadata_are_counted(tmp_path):
+    file = write(tmp_path / "metadata.csv", images(tmp_path))
+    file.write_text(file.read_text() + ",cat\n,\n,dog\n")
+    data = opened(tmp_path)
+    assert data.found.left_out == {"line without a file_name": 2} and data.found.images == {"train": 8}

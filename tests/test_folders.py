@@ -411,3 +411,43 @@ def test_what_was_left_out_is_said_where_one_class_is_left(tmp_path):
     (tmp_path / "dog" / "1.jxl").write_bytes(b"")
     with pytest.raises(TinyTLError, match=r"has one class \(cat\); use two or more.*left out: 1 .jxl \(dog/1.jxl\)"):
         opened(tmp_path)
+
+
+OF_SYSTEMS = [
+    *(
+        "lost+found",
+        "__MACOSX",
+        "$RECYCLE.BIN",
+        "$Recycle.Bin",
+        "System Volume Information",
+        "__pycache__",
+        "FOUND.000",
+    ),
+    *("@eaDir", "#recycle", "#snapshot", "@Recycle", ".ipynb_checkpoints", ".Trash-1000", ".thumbnails", ".git"),
+]
+
+
+@pytest.mark.parametrize("name", OF_SYSTEMS)
+@pytest.mark.parametrize("splits", [("",), ("train/", "val/")])
+def test_folders_that_systems_make_are_no_classes_and_are_named(name, splits, tmp_path, caplog):
+    caplog.set_level("INFO")
+    make(tmp_path, each(*(f"{split}{label}" for split in splits for label in ("cat", "dog"))))
+    make(tmp_path, each(name, *(f"{split}{name}/deeper" for split in splits), f"{splits[0]}cat/{name}", count=1))
+    data = opened(tmp_path)
+    assert data.found.classes == ["cat", "dog"] and data.found.images["train"] == 8
+    if name.startswith("."):
+        assert name == ".git" or set(data.found.left_out) == {"hidden"}
+    else:
+        count = 2 + (len(splits) if splits[0] else 0)
+        assert data.found.left_out == {f"folder {name} of a system or tool": count}
+        assert f"left out: {count} folder {name} of a system or tool (" in caplog.text
+
+
+def test_folders_of_systems_hide_no_tables_and_no_class_of_a_like_name(tmp_path):
+    make(tmp_path, each("recycle", "recycled", "lost", "found", "snapshot", "System", "trash"))
+    assert len(opened(tmp_path).found.classes) == 7
+    root = make(tmp_path / "lost+found", each("cat", "dog"))  # which is named, so that it is meant
+    assert opened(root).found.classes == ["cat", "dog"]
+    (tmp_path / "empty" / "__MACOSX").mkdir(parents=True)
+    with pytest.raises(TinyTLError, match="no image and no table; left out: 1 folder __MACOSX of a system or tool"):
+        opened(tmp_path / "empty")

@@ -193,3 +193,59 @@ def test_the_file_that_has_the_labels_is_named(tmp_path):
         file = tmp_path / split / "metadata.csv"
         file.write_text(file.read_text().replace("label", column))
     assert "labels are from column label of train/metadata.csv" in str(opened(tmp_path).found)
+
+
+NEAR = ["filename", "file", "path", "image", "File_Name", "img_path"]
+
+
+def write_near(root, name, column, labels=("cat", "dog"), folders=("",)):
+    """Metadata whose column of names is not called file_name, for eight images."""
+    names = [f"{folders[number % len(folders)]}{number}.png" for number in range(8)]
+    for number, path in enumerate(names):
+        write_image(root / path, size=(8, 8), seed=number)
+    table = pd.DataFrame({"id": range(8), column: names, "label": list(labels) * 4})
+    if name.endswith("csv"):
+        table.to_csv(root / name, index=False)
+    elif name.endswith("jsonl"):
+        table.to_json(root / name, orient="records", lines=True)
+    else:
+        table.to_parquet(root / name)
+    return root
+
+
+@pytest.mark.parametrize("column", NEAR)
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.parquet"])
+@pytest.mark.parametrize("folder", ["", "images/"])
+def test_a_column_that_was_meant_to_be_file_name_is_named(folder, name, column, tmp_path, caplog):
+    root = write_near(tmp_path, name, column, folders=(folder,))
+    where = r"has one class \(images\); use two or more" if folder else r"its images lie in no class folder \(0.png\)"
+    said = f"{where}; {name} has no column file_name: if its column {column} names the images, call that file_name"
+    with pytest.raises(TinyTLError, match=said):
+        opened(root)
+    assert f"(but id, {column}, label); if {column} names the images, call it file_name" in caplog.text
+
+
+def test_names_without_a_suffix_are_known_by_the_name_of_their_column(tmp_path):
+    root = write_near(tmp_path, "metadata.csv", "image_id")
+    table = pd.read_csv(root / "metadata.csv").drop(columns="id")
+    table["image_id"] = [name.removesuffix(".png") for name in table["image_id"]]
+    table.to_csv(root / "metadata.csv", index=False)
+    with pytest.raises(TinyTLError, match="if its column image_id names the images, call that file_name"):
+        opened(root)
+
+
+def test_class_folders_and_almost_metadata_must_agree(tmp_path, caplog):
+    root = write_near(tmp_path, "metadata.csv", "filename", folders=("cat/", "dog/"))
+    assert opened(root).found.classes == ["cat", "dog"]
+    assert "if filename names the images, call it file_name" in caplog.text
+    write_near(tmp_path, "metadata.csv", "filename", labels=("dog", "cat"), folders=("cat/", "dog/"))
+    with pytest.raises(TinyTLError, match=r"cat/0.png is cat by its folder, and dog by column label of metadata.csv"):
+        opened(root)
+
+
+def test_metadata_of_other_things_is_called_no_near_miss(tmp_path, caplog):
+    for number in range(8):
+        write_image(tmp_path / ["cat", "dog"][number % 2] / f"{number}.png", size=(8, 8), seed=number)
+    pd.DataFrame({"camera": ["a", "b"], "iso": [100, 200]}).to_csv(tmp_path / "metadata.csv", index=False)
+    assert opened(tmp_path).found.classes == ["cat", "dog"]
+    assert "not used, as it has no column file_name (but camera, iso)" in caplog.text and "call it" not in caplog.text

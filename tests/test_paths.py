@@ -3,10 +3,12 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
-from shared import run_cli, small_run
+from shared import run_cli, small_run, write_image
 
 from tinytl_hf import TinyTLError, TinyTLModel, load_merged
+from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.hub import PullConfig, PushConfig
 from tinytl_hf.config.network import BackboneConfig
 from tinytl_hf.config.run import Config
@@ -19,7 +21,8 @@ from tinytl_hf.config.verbs import (
     PredictConfig,
     ReportConfig,
 )
-from tinytl_hf.disk import local_path
+from tinytl_hf.data.sets import open_data
+from tinytl_hf.disk import local_path, path_of
 
 
 @pytest.fixture
@@ -78,3 +81,69 @@ def test_a_home_that_is_not_there_is_no_crash():
     assert local_path("~no_such_user/x").name == "x"
     with pytest.raises(TinyTLError, match="~no_such_user/x"):
         TinyTLModel.from_pretrained("~no_such_user/x")
+
+
+ADDRESSES = ["file://{}", "file:{}", "file://localhost{}", "FILE://{}"]
+
+
+@pytest.mark.parametrize("spelling", ADDRESSES)
+def test_an_address_of_this_disk_is_its_path_in_every_option(spelling, home):
+    place = str(home / "my runs" / "x")
+    address = spelling.format(place.replace(" ", "%20"))
+    config = Config(output_dir=address, data=DataConfig(dataset=address), backbone=BackboneConfig(weights=address))
+    assert (config.output_dir, config.data.dataset, config.backbone.weights) == (place, place, place)
+    assert PredictConfig(adapter=address, csv=f"{address}.csv").csv == f"{place}.csv"
+    assert local_path(address) == home / "my runs" / "x"
+
+
+def test_what_is_there_is_meant_before_an_address_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "100%25.png")
+    write_image(tmp_path / "a b.png")
+    assert path_of(f"file://{tmp_path}/100%25.png") == f"{tmp_path}/100%25.png"
+    assert path_of(f"file://{tmp_path}/a%20b.png") == f"{tmp_path}/a b.png"
+    assert path_of("file://a b.png") == "a b.png"  # two slashes, as people write them
+    for name in ("a%20b.png", "files/x.png", "https://x.org/file://x", "profile:x"):
+        assert path_of(name) == name
+    (tmp_path / "file:").mkdir()
+    write_image(tmp_path / "file:" / "x.png")
+    assert path_of("file:/x.png") == "file:/x.png"
+
+
+def test_commands_take_addresses_of_this_disk(tmp_path):
+    for number in range(8):
+        write_image(tmp_path / "my photos" / ["cat", "dog"][number % 2] / f"{number}.png", seed=number)
+    address = f"file://{tmp_path}/my%20photos"
+    run = tmp_path / "run"
+    done = run_cli(*small_run(address, f"file://{run}", "--method", "FT-Last", "--train.epochs", "1"))
+    assert done.returncode == 0 and "2 classes (cat, dog), 8 images in train" in done.stderr, done.stderr
+    adapter = f"file://{run}/adapter"
+    done = run_cli("eval", "--adapter", adapter, "--data.dataset", address)
+    assert done.returncode == 0 and "trained on none of them" in done.stderr, done.stderr
+    done = run_cli("predict", "--adapter", adapter, f"{address}/cat/0.png", f"{address}/dog", "--json", "true")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line)["image"] for line in done.stdout.splitlines()]
+    assert found == [f"{tmp_path}/my photos/{name}" for name in ("cat/0.png", *(f"dog/{n}.png" for n in (1, 3, 5, 7)))]
+    done = run_cli("predict", "--adapter", adapter, f"file://{tmp_path}/none.png")
+    assert done.returncode == 1 and f"{tmp_path}/none.png: error: " in done.stderr and "URL" not in done.stderr
+    with pytest.raises(TinyTLError, match=f"there is no {tmp_path}/none"):
+        open_data(DataConfig(dataset=f"file://{tmp_path}/none"))
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "x.csv", "x.parquet"])
+def test_addresses_in_tables_are_decoded(name, tmp_path):
+    paths = [write_image(tmp_path / "data" / "my photos" / f"{number}.png", seed=number) for number in range(8)]
+    addresses = [f"file://{str(path).replace(' ', '%20')}" for path in paths]
+    table = pd.DataFrame({"file_name": addresses, "label": ["cat", "dog"] * 4})
+    if name.endswith("csv"):
+        table.to_csv(tmp_path / "data" / name, index=False)
+    else:
+        table.to_parquet(tmp_path / "data" / name)
+    dataset = tmp_path / "data" if name == "metadata.csv" else tmp_path / "data" / name
+    assert open_data(DataConfig(dataset=str(dataset), eval_fraction=0.5)).found.images == {"train": 8}
+
+
+def test_an_address_is_one_image_in_python(make_model, tmp_path):
+    model = make_model("FT-Last", train_size=32).eval()
+    path = write_image(tmp_path / "a b.png")
+    assert model.preprocess(path.as_uri()).equal(model.preprocess(path))

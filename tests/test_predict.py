@@ -73,6 +73,16 @@ def test_a_folder_gives_its_images_and_says_what_it_left_out(adapter, tmp_path):
     assert none.returncode == 1 and "empty: error: no image in this folder" in none.stderr
 
 
+def test_folders_of_systems_are_left_out_of_a_folder(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("a.png", "cat/b.png", "cat/@eaDir/b.png", "__MACOSX/a.png", "$Recycle.Bin/c.png"):
+        write_image(tmp_path / name, size=(8, 8))
+    assert names(tmp_path) == ["a.png", "b.png"]
+    for name in ("@eaDir", "__MACOSX", "$Recycle.Bin"):
+        assert f"1 folder {name} of a system or tool" in caplog.text
+    assert names(tmp_path / "__MACOSX") == ["a.png"]  # which is named, so that it is meant
+
+
 def test_links_are_followed_and_a_circle_of_them_ends(tmp_path):
     write_image(tmp_path / "elsewhere" / "a.png")
     write_image(tmp_path / "photos" / "b.png")

@@ -332,6 +332,10 @@ def test_a_file_that_is_twice_in_its_class_is_not_in_two(tmp_path, caplog):
         (["1", "N/A", "None"], "'N/A', 'None': taken as a class; leave such images out"),
         ([0, 1, -1], "'-1': taken as a class; leave such images out"),
         (["0.0", "1.0", "-1.0"], "'-1.0': taken as a class; leave such images out"),
+        (["cat", "dog", "unlabeled"], "'unlabeled': taken as a class; leave such images out"),
+        (["cat", "dog", "cat (1)"], "'cat', 'cat (1)': the name of the second is as that of a copy"),
+        (["cat", "dog", "cat - Copy"], "'cat', 'cat - Copy': the name of the second is as that of a copy"),
+        (["cat", "dog", "dog copy 2"], "'dog', 'dog copy 2': the name of the second is as that of a copy"),
         (["cat", "dog", "cat|dog"], "'cat|dog': taken as a class of its own, beside those that it names"),
         (["['cat']", "['dog']", "['cat', 'dog']"], "\"['cat', 'dog']\": taken as a class of its own"),
     ],
@@ -341,7 +345,36 @@ def test_a_class_that_says_no_label_or_several_is_named(labels, said, tmp_path, 
     assert said in caplog.text
 
 
-@pytest.mark.parametrize("labels", [[-1, 1], ["none", "some"], ["hot", "dog", "hot dog"], ["a, x", "b", "x"]])
+@pytest.mark.parametrize(
+    "labels", [[-1, 1], ["none", "some"], ["hot", "dog", "hot dog"], ["a, x", "b", "x"], ["T", "T 2"]]
+)
 def test_names_that_only_look_odd_are_not_spoken_of(labels, tmp_path, caplog):
     opened(table(tmp_path / "x.parquet", labels * 8), eval_fraction=0.2)
     assert "taken as a class" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["dataset", "data set", "data_split", "train_test", "tvt"])
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_a_column_of_nothing_but_splits_says_them_whatever_its_name(name, kind, tmp_path, caplog):
+    caplog.set_level("INFO")
+    paths = folders(tmp_path / "i", ("a", "a"))
+    columns = {"image": [f"i/{path}" for path in paths], "label": LABELS, name: ["train"] * 4 + ["test", "val"] * 2}
+    written = pd.DataFrame(columns)
+    file = tmp_path / f"x.{kind}"
+    if kind == "jsonl":
+        written.to_json(file, orient="records", lines=True)
+    else:
+        getattr(written, f"to_{kind}")(file, **({"index": False} if kind == "csv" else {}))
+    assert opened(file).found.images == {"train": 4, "validation": 2, "test": 2}
+    assert f"the column {name} says which rows are of which split" in caplog.text
+
+
+@pytest.mark.parametrize("values", [["train", "bus"], ["val", "test"], ["train", "train"], ["train", None]])
+def test_a_column_of_other_names_that_says_not_all_is_none_of_splits(values, tmp_path):
+    paths = folders(tmp_path / "i", ("a", "a"))
+    columns = {"image": [f"i/{path}" for path in paths], "label": LABELS, "vehicle": values * 4}
+    pd.DataFrame(columns).to_csv(tmp_path / "x.csv", index=False)
+    assert opened(tmp_path / "x.csv").found.images == {"train": 8}
+    columns = {"image": columns["image"], "label": ["train", "test"] * 4}
+    pd.DataFrame(columns).to_csv(tmp_path / "y.csv", index=False)
+    assert opened(tmp_path / "y.csv").found.classes == ["test", "train"]

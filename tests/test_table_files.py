@@ -118,7 +118,6 @@ def test_a_file_of_another_tool_makes_no_saved_set(name, tmp_path):
     [
         (["0", "1"], ["0.0", "1.0"], ["0", "1"]),
         (["0.0", "10.0"], ["10", "0"], ["0", "10"]),
-        (["1.0", "1.5"], ["1.0", "1.5"], ["1.0", "1.5"]),
         (["v1.0", "v2.0"], ["v1.0", "v2.0"], ["v1.0", "v2.0"]),
     ],
 )
@@ -188,3 +187,14 @@ def test_a_file_that_a_pattern_adds_to_those_of_the_only_split_is_named(tmp_path
     caplog.clear()
     opened(tmp_path / "train.csv")
     assert "read as one split" not in caplog.text
+
+
+def test_a_folder_whose_readme_names_its_files_is_read_as_it_is_now(tmp_path):
+    config = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n"
+    for parent, labels in (("one", ["cat", "dog"]), ("two", ["emu", "fox"]), ("two", ["gnu", "hen"])):
+        root = tmp_path / parent / "photos"
+        (root / "data").mkdir(parents=True, exist_ok=True)
+        (root / "README.md").write_text(config)
+        table = pd.DataFrame({"image": [png(number) for number in range(8)], "label": labels * 4})
+        table.to_parquet(root / "data" / "train-0.parquet")
+        assert opened(root).train.label_names == labels

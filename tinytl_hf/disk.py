@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote
 
 from tinytl_hf.errors import TinyTLError
 
+ADDRESS = re.compile(r"file:(//(localhost(?=/))?)?", re.I)
 StrPath = str | Path  # what callers hand over as a path, or as a name that can be one
 
 
@@ -26,11 +28,21 @@ def local_path(name: str | Path) -> Path:
 
 
 def expanded(name: str | Path) -> Path:
-    """A path with ``~`` for the user's home, as a shell expands it where it is not quoted."""
+    """A path with ``~`` for the user's home, as a shell expands it where it is not quoted; of an address, its path."""
+    path = Path(path_of(str(name)))
     try:
-        return Path(name).expanduser()
+        return path.expanduser()
     except RuntimeError:  # ~other, where there is no such user
-        return Path(name)
+        return path
+
+
+def path_of(name: str) -> str:
+    """The path in an address of this disk (``file:///a%20b/1.jpg``), as browsers give it; other names as they are."""
+    address = ADDRESS.match(name)
+    if address is None or os.path.lexists(name):
+        return name
+    path = name[address.end() :]
+    return path if "%" not in path or os.path.lexists(path) else unquote(path)
 
 
 def check_ours(key: str, path: Path, mark: str | re.Pattern[bytes]) -> None:

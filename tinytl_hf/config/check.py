@@ -8,7 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from tinytl_hf.disk import expanded
+from tinytl_hf.disk import expanded, path_of
 from tinytl_hf.errors import TinyTLError
 
 LONGEST_NAME = 255  # bytes of a file's or a folder's name, on the file systems of Linux, macOS and Windows
@@ -99,7 +99,10 @@ def check_text(key: str, value: str) -> None:
 
 
 def expand_paths(config: object, *names: str) -> None:
-    """Let ``~`` be the user's home in options that can be paths: a shell leaves it in ``--output_dir=~/runs``."""
+    """Let ``~`` be the user's home in options that can be paths: a shell leaves it in ``--output_dir=~/runs``.
+
+    Of an address such as ``file:///home/ann/runs``, the path is taken.
+    """
     for name in names:
         value = getattr(config, name)
         if isinstance(value, (str, Path)):
@@ -110,4 +113,4 @@ def expand_paths(config: object, *names: str) -> None:
 
 
 def _expanded(value: str) -> str:
-    return str(expanded(value)) if value.startswith("~") else value
+    return str(expanded(value)) if value.startswith("~") else path_of(value)

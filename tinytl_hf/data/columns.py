@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,8 +21,8 @@ from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.found import named
 from tinytl_hf.data.ids import id_columns, is_id, with_ids_placed
 from tinytl_hf.data.images import FORMATS, IMAGE_SUFFIXES
-from tinytl_hf.data.one_hot import check_not_one_hot
-from tinytl_hf.disk import expanded
+from tinytl_hf.data.several_classes import check_one_class
+from tinytl_hf.disk import expanded, path_of
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
@@ -33,14 +32,11 @@ SPLIT = "split"
 OF_WEBDATASET = "cls"
 KEY = "__key__"  # of WebDataset, too
 NO_LABELS = {KEY, "__url__", "file_name"}  # they name an image each
-STRINGS = {"string", "large_string"}
+STRINGS = {"string", "large_string", "string_view"}
 SEEN = 100  # rows that are looked at for a value
 SIZES_AT_ONCE = 10_000  # rows
 FEW = 20  # rows in which each text may be a class of its own, and columns that an error lists
 BYTES = {"binary", "large_binary"}
-LABELS = re.compile(r"(large_)?string|u?int\d+|float\d+|bool|null")  # types of values that can be classes
-MOST = 2.0**53  # up to which floats are whole numbers
-WHOLE = re.compile(r"-?\d+(\.0+)?")
 
 
 class NoLabelsError(TinyTLError):
@@ -57,14 +53,6 @@ def class_order(names: Collection[str]) -> list[str]:
 def as_label(text: str) -> str:
     """The class that a folder's name or a text says: systems write one accented letter in two ways."""
     return unicodedata.normalize("NFC", text)
-
-
-def whole_numbers(columns: Sequence[Sequence[str | None]]) -> list[list[str | None]]:
-    """Texts without ``.0``, if all are whole numbers: pandas writes 0 and 1 as 0.0 and 1.0 beside what is missing."""
-    values = [value for column in columns for value in column if value is not None]
-    if not any("." in value for value in values) or not all(WHOLE.fullmatch(value) for value in values):
-        return [list(column) for column in columns]
-    return [[value and value.partition(".")[0] for value in column] for column in columns]
 
 
 def image_rows(table: datasets.Dataset, config: DataConfig, base: Path | None) -> tuple[str, datasets.Dataset]:
@@ -86,7 +74,7 @@ def image_rows(table: datasets.Dataset, config: DataConfig, base: Path | None) -
     if is_id(rows.features["image"]):
         rows = rows.cast_column("image", datasets.Value("string"))
     feature = rows.features["image"]
-    if _is_string(feature):
+    if is_string(feature):
         return column, _from_paths(rows["image"][:], column, base, config.skip_corrupt)
     if _is_struct(feature):
         parts = rows.flatten()
@@ -118,66 +106,7 @@ def _size_of_file(path: str | None) -> int:
     return Path(path).stat().st_size if path is not None and Path(path).is_file() else -1
 
 
-def label_values(
-    table: datasets.Dataset, name: str, config: DataConfig, image_column: str
-) -> tuple[str, np.ndarray, list[str]]:
-    """The name of the labels' column, the class number of each row, and the names of the classes.
-
-    Raises:
-        TinyTLError: There is no such column, there are several, or a row has no label.
-    """
-    column = _label_column(table, config, image_column)
-    feature = table.features[column]
-    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)) or not LABELS.match(feature.dtype):
-        raise TinyTLError(
-            f"data.label_column={column}: it holds {getattr(feature, 'dtype', feature)}, and a class is a text, a "
-            "whole number, or true or false"
-        )
-    values = table.with_format("numpy")[column][:]
-    missing = [i for i, value in enumerate(values) if _is_missing(value)]
-    if len(missing) == len(values):
-        raise NoLabelsError(f"no row of split {name} has a label in {column}")
-    if missing:
-        raise TinyTLError(f"row {missing[0]} of split {name} has no label in {column}; drop such rows")
-    if isinstance(feature, datasets.ClassLabel):
-        labels, names = np.asarray(values, dtype=np.int64), [as_label(name) for name in feature.names]
-        outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
-        if outside.size == len(labels):
-            raise NoLabelsError(f"no row of split {name} has a label in {column}: all are {labels[0]}")
-        if outside.size:
-            raise TinyTLError(
-                f"row {outside[0]} of split {name} has label {labels[outside[0]]}, outside 0 to "
-                f"{len(names) - 1}; this split may be unlabelled, use another (data.eval_split)"
-            )
-        distinct = list(dict.fromkeys(names))
-        return column, np.array([distinct.index(name) for name in names])[labels], distinct
-    return column, *_numbered(np.asarray(values), column)
-
-
-def _is_missing(value: Any) -> bool:
-    """Whether a value is none, no number, or a text without a letter."""
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
-
-
-def _numbered(values: np.ndarray, column: str) -> tuple[np.ndarray, list[str]]:
-    if values.dtype.kind == "f":
-        odd = values[(values != np.round(values)) | (np.abs(values) > MOST)]
-        if odd.size:
-            raise TinyTLError(
-                f"data.label_column={column}: it holds {odd[0]:g}, and a class is a text, a whole number, or true or "
-                "false"
-            )
-        values = values.astype(np.int64)  # pandas' whole numbers
-    if values.dtype.kind in "OU":
-        values = np.array([as_label(str(value)) for value in values])
-    classes, labels = np.unique(values, return_inverse=True)
-    texts = [str(value) for value in classes]
-    names = class_order(texts)
-    number = np.array([names.index(text) for text in texts], dtype=np.int64)
-    return number[labels], names
-
-
-def _label_column(table: datasets.Dataset, config: DataConfig, image_column: str) -> str:
+def label_column(table: datasets.Dataset, config: DataConfig, image_column: str) -> str:
     """The named column, else ``label``, else the only one of classes, else WebDataset's, else the one of texts."""
     if config.label_column is not None:
         return _chosen(table, "label_column", config.label_column)
@@ -188,11 +117,11 @@ def _label_column(table: datasets.Dataset, config: DataConfig, image_column: str
     if not classes and OF_WEBDATASET in table.column_names:
         return OF_WEBDATASET
     if not classes:
-        texts = [name for name, feature in table.features.items() if _is_string(feature)]
+        texts = [name for name, feature in table.features.items() if is_string(feature)]
         classes = _repeating(table, [name for name in texts if name not in {*NO_LABELS, image_column}])
+        check_one_class(table, classes)
     if len(classes) == 1:
         return classes[0]
-    check_not_one_hot(table)
     if classes:
         raise _several("label_column", classes)
     raise _none("label_column", table)
@@ -219,7 +148,7 @@ def _image_columns(table: datasets.Dataset, config: DataConfig, base: Path | Non
     for fit in (_is_image, _holds_bytes, _holds_paths):
         yield [name for name, (feature, first) in seen.items() if fit(feature, first)]
     for name, (feature, first) in seen.items():
-        if _is_string(feature):
+        if is_string(feature):
             check_no_base64(name, first)
     if base is not None:
         yield id_columns(table, base, config.label_column or LABEL)
@@ -256,14 +185,17 @@ def _none(key: str, table: datasets.Dataset) -> TinyTLError:
             "if the folders in it are the classes, unpack it and name the folder"
         )
     kind = NoLabelsError if key == "label_column" else TinyTLError
-    return kind(f"data.{key}: no column of {columns} fits by its type; name one with --data.{key}")
+    mixed = [name for name, feature in table.features.items() if isinstance(feature, datasets.Json)]
+    aside = f" ({named(mixed)} with values of several kinds)" if mixed else ""
+    return kind(f"data.{key}: no column of {columns} fits by its type{aside}; name one with --data.{key}")
 
 
 def _is_image(feature: Any, _first: Any = None) -> bool:
     return isinstance(feature, datasets.Image)
 
 
-def _is_string(feature: Any) -> bool:
+def is_string(feature: Any) -> bool:
+    """Whether a column holds texts, by its type."""
     return isinstance(feature, datasets.Value) and feature.dtype in STRINGS
 
 
@@ -307,7 +239,12 @@ def _holds_bytes(feature: Any, first: Any) -> bool:
 
 
 def _holds_paths(feature: Any, first: Any) -> bool:
-    return _is_string(feature) and suffix_of((first or "").rstrip()) in IMAGE_SUFFIXES
+    return is_string(feature) and is_path(first or "")
+
+
+def is_path(text: str) -> bool:
+    """Whether a text is the path of an image, by its suffix."""
+    return suffix_of(text.rstrip()) in IMAGE_SUFFIXES
 
 
 def path_columns(table: datasets.Dataset) -> list[str]:
@@ -317,7 +254,7 @@ def path_columns(table: datasets.Dataset) -> list[str]:
 
 def _from_paths(values: Sequence[str | None], column: str, base: Path | None, skip_missing: bool) -> datasets.Dataset:
     """Images by their paths: relative ones to the table's folder, else to the current one."""
-    paths = [None if path is None else str(path).removeprefix("file://") for path in values]
+    paths = [None if path is None else path_of(str(path)) for path in values]
     remote = next((path for path in paths if path is not None and "://" in path), None)
     if remote is not None or base is None:
         raise TinyTLError(

@@ -9,15 +9,24 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
+import datasets
 import pandas as pd
 
 from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.images import IMAGE_SUFFIXES
+from tinytl_hf.data.pointers import check_start
 from tinytl_hf.errors import TinyTLError, first_line
 
 logger = logging.getLogger(__name__)
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # Excel's are those of the country
+
+OF_TEXTS = "csv"  # what the library datasets calls a table's builder, of one whose numbers are texts
+
+
+def is_of_texts(table: datasets.Dataset) -> bool:
+    """Whether a table is from CSV files, which do not tell numbers from texts."""
+    return table.info.builder_name == OF_TEXTS
 
 
 def read_csv(place: str | Path) -> pd.DataFrame:
@@ -53,7 +62,8 @@ def read_csv(place: str | Path) -> pd.DataFrame:
             "it, such as file_name,label"
         )
     _check_one_header(place, table)
-    return table
+    _check_one_separator(place, table, separator)
+    return table.dropna(how="all", ignore_index=True)  # of rows that a person emptied, Excel writes the commas
 
 
 def _check_one_header(place: str | Path, table: pd.DataFrame) -> None:
@@ -64,6 +74,19 @@ def _check_one_header(place: str | Path, table: pd.DataFrame) -> None:
         raise TinyTLError(
             f"{place}: the names of its columns come again in row {again[0] + 1} of its values, as in files put "
             "together; take such lines out"
+        )
+
+
+def _check_one_separator(place: str | Path, table: pd.DataFrame, separator: str) -> None:
+    """Raise if the rows are not separated as the names of the columns are, so that all is in the first column."""
+    first = table.iloc[:, 0].dropna()
+    if len(table.columns) < 2 or first.empty or table.iloc[:, 1:].notna().any(axis=None):
+        return
+    inside = [each for each in SEPARATORS if each != separator and first.str.contains(each, regex=False).all()]
+    if inside:
+        raise TinyTLError(
+            f"{place}: has {SEPARATORS[inside[0]]} in its rows, and others between the names of its columns; write "
+            "the same in all lines"
         )
 
 
@@ -86,6 +109,7 @@ def _separator(place: str | Path) -> tuple[str, int]:
     """What stands between the names of the columns, and how many lines are before those."""
     separator = "\t" if str(place).lower().endswith(".tsv") else ","
     names = _read(place, separator, nrows=0).columns
+    check_start(str(names[0]).encode(), str(place))
     if str(names[0]).startswith("sep="):  # which Excel writes and reads
         return str(names[0]).removeprefix("sep=") or separator, 1
     counts = Counter(each for each in str(names[0]) if each in SEPARATORS and each != separator)

@@ -9,17 +9,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote, urlparse
 
-from tinytl_hf.disk import expanded, local_path
+from tinytl_hf.disk import expanded, local_path, path_of
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
 
 Place = Literal["local", "hub", "url", "digits"]
 DIGITS = "digits"
-# By their suffix, what reads tables (a builder of the library datasets), the likeliest first; CSV is read here, see
-# ``tables.py``.
+# By their suffix, what reads tables (a builder of the library datasets), the likeliest first; CSV and JSON are read
+# here, see ``table_files.py``.
 TABLES = {
     ".parquet": "parquet",
     ".arrow": "arrow",
@@ -52,10 +51,8 @@ def find(name: str) -> Source:
     Raises:
         TinyTLError: It can only be a path, and there is nothing.
     """
-    url = urlparse(name)
-    if url.scheme == "file":
-        name = unquote(url.path)
-    elif "://" in name:
+    name = path_of(name)
+    if "://" in name:
         return Source("url", name)
     if not name.strip():
         raise TinyTLError(

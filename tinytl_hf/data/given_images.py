@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinytl_hf.data.images import UnreadableImageError
 from tinytl_hf.data.tensors import decode, to_rgb
-from tinytl_hf.disk import expanded
+from tinytl_hf.disk import expanded, path_of
 from tinytl_hf.errors import TinyTLError
 
 TAKEN = (
@@ -64,7 +64,7 @@ def _is_array(value: Any) -> bool:
 
 def _decoded(image: Any, input_size: int) -> Tensor:
     if isinstance(image, (str, os.PathLike)):
-        name = os.fspath(image)
+        name = path_of(os.fspath(image))
         if not name or "://" in name:
             raise TinyTLError(f"{name!r} is {'an address' if name else 'empty'}: name the file of an image")
         path = expanded(name)

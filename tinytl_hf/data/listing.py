@@ -26,7 +26,13 @@ OURS = (
 # What downloads and other programs make of an image's suffix: .jpg?w=300, .jpg_large, .jpg.1, .jpg~, .jpg.part
 MORE_BEHIND = re.compile(r"(\.[a-z0-9]+)(?:[^a-z0-9.][^.]*|\.(\d*|part(ial)?|(cr)?download|tmp|bak|old|orig))$")
 NOT_HERE = ".icloud"  # macOS has .1.jpg.icloud in place of a 1.jpg that lies in the cloud alone
-NEVER = {".git", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"}  # not even counted
+NEVER = {".git"}  # not even counted
+# What Windows, macOS, Linux, Python and the network storages of Synology and QNAP make beside what people put there,
+# in small letters. Those with a dot in front are hidden.
+OF_SYSTEMS = {
+    *("$recycle.bin", "system volume information", "found.000", "__macosx", "lost+found", "__pycache__"),
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
+}
 
 
 @dataclass
@@ -39,6 +45,7 @@ class Listing:
         metadata: ``metadata.csv`` and the like.
         tables: Files that can hold a table, but for metadata.
         archives: Files that are to be unpacked first.
+        almost_metadata: Metadata files without a column ``file_name``, with the column that was likely meant.
         left_out: Files that are left out.
     """
 
@@ -47,6 +54,7 @@ class Listing:
     metadata: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     archives: list[str] = field(default_factory=list)
+    almost_metadata: dict[str, str] = field(default_factory=dict)
     left_out: LeftOut = field(default_factory=LeftOut)
 
 
@@ -131,12 +139,19 @@ def _add_files(listing: Listing, place: _Place, inside: list[os.DirEntry[str]]) 
             if not _is_hidden(path):
                 listing.left_out.add("broken link", path)
         elif entry.is_dir():
-            if entry.name not in NEVER:
+            if is_of_system(entry.name):
+                listing.left_out.add(f"folder {entry.name} of a system or tool", path)
+            elif entry.name not in NEVER:
                 yield place.below(entry)
         elif entry.is_file():
             _add(listing, path, entry)
         else:
             listing.left_out.add("that is no file", path)  # a pipe would be waited for, for ever
+
+
+def is_of_system(folder: str) -> bool:
+    """Whether a folder of that name is made by a system or tool, and is no person's."""
+    return folder.lower() in OF_SYSTEMS
 
 
 def _is_followed(folder: _Place, seen: set[str], listing: Listing) -> bool:

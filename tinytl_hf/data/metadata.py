@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,25 @@ import pandas as pd
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.almost_splits import say_odd_names
-from tinytl_hf.data.columns import LABEL, SPLIT, as_label, whole_numbers
+from tinytl_hf.data.columns import LABEL, SPLIT, as_label, is_path
 from tinytl_hf.data.csv_files import read_csv
 from tinytl_hf.data.folder import Folder, find_splits
 from tinytl_hf.data.found import named
 from tinytl_hf.data.ids import images_by_id
+from tinytl_hf.data.json_files import json_columns, table_of
+from tinytl_hf.data.labels import check_one_kind
 from tinytl_hf.data.listing import Listing
+from tinytl_hf.data.pointers import check_is_here
 from tinytl_hf.data.roles import chosen_splits, role_of
+from tinytl_hf.data.table_files import with_whole_numbers
+from tinytl_hf.disk import path_of
 from tinytl_hf.errors import TinyTLError, first_line
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "file_name"
 IMAGE = "image"
+LIKE_FILE_NAME = re.compile(r"((image|img|photo|picture|file)s?[-_ ]?)?(file|path|name|id)s?|image|img", re.I)
 
 
 def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> tuple[datasets.DatasetDict, str] | None:
@@ -65,20 +72,18 @@ def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> tu
     _check_files(listing, table, name, config.skip_corrupt)
     if wanted in table.columns and SPLIT not in table.columns:  # whose test images have often none
         _check_labels(table, name, wanted)
-    for column in table.columns.drop(FILE_NAME):
-        values = [None if _is_missing(value) else value for value in table[column].tolist()]
-        if all(value is None or isinstance(value, str) for value in values):
-            (table[column],) = whole_numbers([values])
-    return _split(listing, table, config), name
+    splits = _split(listing, table, config)
+    return with_whole_numbers(splits) if all(_is_csv(path) for path in used) else splits, name
 
 
 def _read(listing: Listing, path: str) -> pd.DataFrame | None:
     place = listing.root / path
+    check_is_here(place)
     try:
-        if path.lower().endswith(".csv"):
+        if _is_csv(path):
             frame = read_csv(place)
         elif path.lower().endswith(".jsonl"):
-            frame = pd.read_json(place, lines=True, dtype=False, convert_dates=False, encoding="utf-8-sig")
+            frame = pd.DataFrame(json_columns([str(place)]), dtype=object)
         else:
             frame = pd.read_parquet(place)
     except TinyTLError:
@@ -86,9 +91,16 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
     except Exception as error:  # damaged files can make pandas raise almost anything
         raise TinyTLError(f"{place}: cannot be read ({first_line(error)}); mend it or take it away") from error
     if FILE_NAME not in frame.columns:
-        logger.warning("%s: not used, as it has no column %s (but %s)", path, FILE_NAME, named(list(frame.columns)))
+        fix = ""
+        if (meant := _meant(frame)) is not None:
+            listing.almost_metadata[path] = meant
+            fix = f"; if {meant} names the images, call it {FILE_NAME}"
+        columns = named([str(column) for column in frame.columns])
+        logger.warning("%s: not used, as it has no column %s (but %s)%s", path, FILE_NAME, columns, fix)
         return None
     prefix = os.path.dirname(path)
+    if unnamed := int((frame[FILE_NAME].isna() & frame.drop(columns=FILE_NAME).notna().any(axis=1)).sum()):
+        listing.left_out.add(f"line without a {FILE_NAME}", path, unnamed)
     frame = frame[frame[FILE_NAME].notna()].copy()
     names = [_below_root(listing.root, prefix, str(name)) for name in frame[FILE_NAME]]
     there = set(listing.images)
@@ -102,9 +114,20 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
     return frame
 
 
+def _meant(frame: pd.DataFrame) -> str | None:
+    """The column that was likely meant to be ``file_name``: by its values, else by its name."""
+    first = {str(column): next(iter(frame[column].dropna()), None) for column in frame.columns}
+    paths = [name for name, value in first.items() if isinstance(value, str) and is_path(value)]
+    return next(iter(paths or [name for name in first if LIKE_FILE_NAME.fullmatch(name)]), None)
+
+
+def _is_csv(path: str) -> bool:
+    return path.lower().endswith(".csv")
+
+
 def _below_root(root: Path, prefix: str, name: str) -> str:
     """The path relative to the data set's folder of an image that a file in the folder ``prefix`` names."""
-    name = name.removeprefix("file://")
+    name = path_of(name)
     if "://" in name:  # an address, which is shown as it stands there
         return name
     if os.path.isabs(name):
@@ -138,7 +161,8 @@ def _check_files(listing: Listing, table: pd.DataFrame, metadata: str, skip_miss
 
 
 def _check_labels(table: pd.DataFrame, metadata: str, column: str) -> None:
-    """Name an image without a label beside others that have one."""
+    """Name an image without a label beside others that have one, and two whose labels are of two kinds."""
+    check_one_kind(table[column].tolist(), column, table[FILE_NAME].tolist())
     empty = table[column].isna()
     if empty.any() and not empty.all() and not _is_empty_in_whole_folders(table, empty):
         raise TinyTLError(
@@ -188,18 +212,5 @@ def _table(root: Path, rows: pd.DataFrame) -> datasets.Dataset:
     columns: dict[str, list[Any]] = {IMAGE: [f"{root}/{path}" for path in rows[FILE_NAME]]}
     for name in rows.columns:
         if str(name) not in (FILE_NAME, IMAGE):
-            columns[str(name)] = _of_one_kind(rows[name].tolist())
-    table = datasets.Dataset.from_pandas(pd.DataFrame(columns), preserve_index=False)
-    return table.cast_column(IMAGE, datasets.Image(decode=False))
-
-
-def _of_one_kind(values: list[Any]) -> list[Any]:
-    """Values of several kinds as texts: JSON has 1 in one line and "1" in another, which a table does not take."""
-    kinds = {type(value) for value in values if not _is_missing(value)}
-    if len(kinds) < 2 or kinds == {int, float}:
-        return values
-    return [None if _is_missing(value) else str(value) for value in values]
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and value != value)
+            columns[str(name)] = rows[name].tolist()
+    return table_of(columns).cast_column(IMAGE, datasets.Image(decode=False))

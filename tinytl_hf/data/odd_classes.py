@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from tinytl_hf.data.found import named
 
 # What programs write where there is no label: Python, pandas, R, SQL and Excel.
-MISSING = {"nan", "NaN", "None", "NA", "N/A", "#N/A", "<NA>", "null", "NULL", "?"}
+MISSING = {"nan", "NaN", "None", "NA", "N/A", "#N/A", "<NA>", "null", "NULL", "?", "unlabeled", "unlabelled"}
 UNKNOWN = {"-1", "-1.0"}  # the same, where classes are numbers from 0 on
+# What systems put behind the name of a copy: Windows, macOS, downloads.
+OF_A_COPY = re.compile(r"( - copy)?( \(\d+\))?|( copy)( \d+)?", re.I)
 NUMBER = re.compile(r"\d+(\.0+)?")
 BETWEEN = re.compile(r"[,;|]")
 
@@ -22,6 +24,10 @@ def about_names(names: Sequence[str]) -> list[str]:
         f"{_quoted(group)} are classes of their own, though only capitals, spaces or zeros tell them apart; if they "
         "are one, give them one name"
         for group in _alike(names)
+    ]
+    lines += [
+        f"{_quoted(group)}: the name of the second is as that of a copy; if they are one class, put them together"
+        for group in _copies(names)
     ]
     if missing := _missing(names):
         lines.append(f"{_quoted(missing)}: taken as a class; leave such images out if it says that they have no label")
@@ -37,12 +43,20 @@ def _quoted(names: Sequence[str]) -> str:
 
 
 def _alike(names: Sequence[str]) -> list[list[str]]:
-    """Names that differ in capitals, spaces or zeros in front alone."""
+    """Names that differ in capitals, spaces, zeros in front, or in marks that nobody sees, alone."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        words = unicodedata.normalize("NFKC", name).casefold().split()
+        shown = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
+        words = unicodedata.normalize("NFKC", shown).casefold().split()
         groups[" ".join(word.lstrip("0") if word.isdecimal() else word for word in words)].append(name)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def _copies(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Names with those that are called as their copies, as ``cat`` and ``cat (1)``."""
+    known = set(names)
+    pairs = [(name[:end], name) for name in names for end in range(1, len(name)) if name[:end] in known]
+    return [(name, copy) for name, copy in pairs if OF_A_COPY.fullmatch(copy[len(name) :])]
 
 
 def _missing(names: Sequence[str]) -> list[str]:

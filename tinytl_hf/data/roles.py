@@ -15,6 +15,8 @@ NAMES = {
 }
 SPLIT_WORDS = {name for names in NAMES.values() for name in names}
 HOLDOUT = "holdout"
+# Names of columns with a truth or a number in each row, as fastai and scikit-learn have it.
+OF_PARTS = re.compile(r"(k|cv)?_?folds?|(is|in)_?(train|training|valid|validation|val|dev|test)(_set)?", re.I)
 
 
 def role_of(name: str) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 
 from tinytl_hf.data.listing import Listing
+from tinytl_hf.data.pointers import check_is_here
 from tinytl_hf.data.roles import group_by_split
 
 
@@ -40,6 +41,8 @@ def _is_split(folder: Path) -> bool:
 def _split_at(folder: Path) -> datasets.Dataset:
     """A saved split; of ``select([])`` no file of rows is saved, and the library datasets cannot read that."""
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    for file in state.get("_data_files") or []:
+        check_is_here(folder / file["filename"])
     if state.get("_data_files") != []:
         return datasets.Dataset.load_from_disk(str(folder))
     features = datasets.DatasetInfo.from_directory(str(folder)).features

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.columns import NoLabelsError, as_label, byte_sizes, class_order, image_rows, label_values
+from tinytl_hf.data.columns import NoLabelsError, as_label, byte_sizes, class_order, image_rows
 from tinytl_hf.data.copies import about_copies
 from tinytl_hf.data.find import Source
 from tinytl_hf.data.found import Found, named
 from tinytl_hf.data.holding_out import hold_out
+from tinytl_hf.data.labels import label_values
 from tinytl_hf.data.odd_classes import about_names
 from tinytl_hf.data.roles import HOLDOUT, find_split, in_order
 from tinytl_hf.data.split import READ_WHOLE, Split, contents

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import logging
-import re
 
 import datasets
 import numpy as np
+import pyarrow.compute
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.columns import SPLIT
+from tinytl_hf.data.columns import LABEL, SPLIT
 from tinytl_hf.data.found import named
-from tinytl_hf.data.roles import chosen_splits, role_of
+from tinytl_hf.data.roles import OF_PARTS, SPLIT_WORDS, chosen_splits, role_of
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
 
 OTHER_NAMES = ("set", "subset", "partition", "phase", "usage")
-# A truth or a number in each row, as fastai and scikit-learn have it.
-OF_PARTS = re.compile(r"(k|cv)?_?folds?|(is|in)_?(train|training|valid|validation|val|dev|test)(_set)?", re.I)
 MOST_PARTS = 20  # more values are no folds
 
 
@@ -69,7 +67,7 @@ def _column_of(table: datasets.Dataset, config: DataConfig) -> str | None:
     """The column called ``split``, in letters of any size, if it holds texts and is for nothing else.
 
     One of another name that people use is it where it calls each row a split, and not all the same, or has a split
-    that the options name.
+    that the options name; one of any name, where it calls each row a split, and some rows train.
     """
     chosen = chosen_splits(config)
     taken = (config.image_column, config.label_column)
@@ -84,7 +82,15 @@ def _column_of(table: datasets.Dataset, config: DataConfig) -> str | None:
         roles = set(_roles(table, column, chosen).values())
         if len(roles) > 1 and ("" not in roles or chosen & roles):
             return column
-    return None
+    others = [column for name, column in texts.items() if name != LABEL and _says_all(table, column)]
+    return others[0] if len(others) == 1 else None
+
+
+def _says_all(table: datasets.Dataset, column: str) -> bool:
+    """Whether a column, whatever its name, can be nothing else than that of the splits."""
+    values = pyarrow.compute.unique(table.with_format("arrow")[:].column(column)).to_pylist()
+    roles = {role_of(_text(value)) for value in values[: len(SPLIT_WORDS) + 1]}
+    return None not in roles and len(roles) > 1 and "train" in roles and len(values) <= len(SPLIT_WORDS)
 
 
 def _say_not_used(table: datasets.Dataset, config: DataConfig) -> None:

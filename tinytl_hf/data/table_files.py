@@ -6,7 +6,9 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,16 @@ import datasets
 import httpx2
 import pyarrow.parquet
 
-from tinytl_hf.data.columns import FEW, path_columns, whole_numbers
-from tinytl_hf.data.csv_files import read_csv
+from tinytl_hf.data.columns import FEW, is_string, path_columns
+from tinytl_hf.data.csv_files import OF_TEXTS, read_csv
 from tinytl_hf.data.find import TABLES, suffix_of
 from tinytl_hf.data.found import named
-from tinytl_hf.data.images import LFS
-from tinytl_hf.data.json_files import check_holds_rows
+from tinytl_hf.data.json_files import check_holds_rows, load_json
+from tinytl_hf.data.pointers import check_is_here
+from tinytl_hf.disk import StrPath
 from tinytl_hf.errors import TinyTLError, first_line
+
+WHOLE = re.compile(r"-?\d+(\.0+)?")
 
 
 def load_tables(files: dict[str, list[str]], base: Path) -> datasets.DatasetDict:
@@ -38,10 +43,10 @@ def load_tables(files: dict[str, list[str]], base: Path) -> datasets.DatasetDict
         raise TinyTLError(f"{', '.join(sorted(kinds))} files cannot be put together; name those of one kind")
     (kind,) = kinds
     for file in (file for each in files.values() for file in each):
-        _check_is_here(file)
+        check_is_here(file)
         check_holds_rows(file)
     splits = {name: _load_split(each, kind, base) for name, each in files.items()}
-    return datasets.DatasetDict(_with_whole_numbers(splits) if kind == "csv" else splits)
+    return with_whole_numbers(splits) if kind == "csv" else datasets.DatasetDict(splits)
 
 
 def _load_split(files: list[str], kind: str, base: Path) -> datasets.Dataset:
@@ -54,13 +59,6 @@ def _load_split(files: list[str], kind: str, base: Path) -> datasets.Dataset:
     if not path_columns(first):
         return _load(files, kind)
     return datasets.concatenate_datasets([_placed(_load(each, kind), place) for place, each in by_folder.items()])
-
-
-def _check_is_here(file: str) -> None:
-    """Raise if only a pointer was downloaded in place of a file."""
-    with open(file, "rb") as content:
-        if content.read(len(LFS)) == LFS:
-            raise TinyTLError(f"{file}: is not the file, but a pointer to it; git lfs pull downloads the file")
 
 
 def _check_same_columns(files: list[str]) -> None:
@@ -78,18 +76,27 @@ def _check_same_columns(files: list[str]) -> None:
 def _load(files: list[str], kind: str) -> datasets.Dataset:
     if kind == "csv":
         return datasets.concatenate_datasets([_csv(file) for file in files])
+    if kind == "json":
+        return load_json(files)
     if kind == "parquet":  # of which the library datasets reads none without rows; Spark writes such for empty parts
         empty = [file for file in files if _count_rows(file) == 0]
         if len(empty) == len(files):
             return datasets.Dataset(pyarrow.parquet.read_table(files[0]))
         files = [file for file in files if file not in empty]
         _check_same_columns(files)
-    # The library datasets keeps what it has read, by the files' names and times: by the name as well, which is of what
-    # changes also where a file is replaced by one of the same time.
-    states = [os.stat(path) for path in files]
-    seen = [(path, state.st_size, state.st_ctime_ns) for path, state in zip(files, states, strict=True)]
-    name = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
-    return datasets.load_dataset(kind, name, data_files={"train": [glob.escape(file) for file in files]})["train"]
+    patterns = [glob.escape(file) for file in files]
+    return datasets.load_dataset(kind, state_of(files), data_files={"train": patterns})["train"]
+
+
+def state_of(files: Sequence[StrPath]) -> str:
+    """A name for what files hold now.
+
+    The library datasets keeps what it has read, by the files' names and times, or by their names alone: by this name
+    as well, which is of what changes also where a file is replaced by one of the same time.
+    """
+    states = [(str(path), os.stat(path)) for path in files]
+    seen = [(path, state.st_size, state.st_ctime_ns) for path, state in states]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
 
 def _count_rows(file: str) -> int:
@@ -122,32 +129,46 @@ def _with_column(table: datasets.Dataset, column: str, values: list[Any]) -> dat
     return changed.select_columns(table.column_names)
 
 
-def _with_whole_numbers(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
-    """Tables of texts, in whose columns whole numbers are written alike in all splits."""
-    splits = dict(splits)
-    texts = {name: table.with_format("arrow")[:] for name, table in splits.items()}
-    for column in {column for table in texts.values() for column in table.column_names}:
+def with_whole_numbers(splits: Mapping[str, datasets.Dataset]) -> datasets.DatasetDict:
+    """Tables from CSV files, in whose columns whole numbers are written alike in all splits."""
+    found = datasets.DatasetDict(splits)
+    texts = {
+        name: table.select_columns([column for column, feature in table.features.items() if is_string(feature)])
+        for name, table in splits.items()
+    }
+    columns = {name: table.with_format("arrow")[:] for name, table in texts.items()}
+    for column in {column for table in columns.values() for column in table.column_names}:
         having = {
-            name: table.column(column).to_pylist() for name, table in texts.items() if column in table.column_names
+            name: table.column(column).to_pylist() for name, table in columns.items() if column in table.column_names
         }
-        for name, values in zip(having, whole_numbers(list(having.values())), strict=True):
+        for name, values in zip(having, _whole_numbers(list(having.values())), strict=True):
             if values != having[name]:
-                splits[name] = _with_column(splits[name], column, values)
-    return splits
+                found[name] = _with_column(found[name], column, values)
+    for table in found.values():
+        table.info.builder_name = OF_TEXTS
+    return found
+
+
+def _whole_numbers(columns: Sequence[Sequence[str | None]]) -> list[list[str | None]]:
+    """Texts without ``.0``, if all are whole numbers: pandas writes 0 and 1 as 0.0 and 1.0 beside what is missing."""
+    values = [value for column in columns for value in column if value is not None]
+    if not any("." in value for value in values) or not all(WHOLE.fullmatch(value) for value in values):
+        return [list(column) for column in columns]
+    return [[value and value.partition(".")[0] for value in column] for column in columns]
 
 
 def table_at(url: str, kind: str) -> datasets.Dataset:
     """The table at a URL; downloaded again where the server does not tell whether it has changed."""
     if kind == "csv":
-        return _with_whole_numbers({"train": _csv(url)})["train"]
-    if kind == "json":  # whose layout is looked at first
-        download = datasets.DownloadConfig(force_download=not _tells_versions(url))
-        file = datasets.DownloadManager(download_config=download).download(url)
-        check_holds_rows(file, url)
+        return with_whole_numbers({"train": _csv(url)})["train"]
+    download = datasets.DownloadConfig(force_download=not _tells_versions(url))
+    file = datasets.DownloadManager(download_config=download).download(url)
+    check_is_here(file, url)
+    check_holds_rows(file, url)
+    try:
         return _load([file], kind)
-    modes = datasets.DownloadMode
-    mode = modes.REUSE_DATASET_IF_EXISTS if _tells_versions(url) else modes.FORCE_REDOWNLOAD
-    return datasets.load_dataset(kind, data_files={"train": [url]}, download_mode=mode)["train"]
+    except TinyTLError as error:
+        raise TinyTLError(str(error).replace(file, url)) from error
 
 
 def _tells_versions(url: str) -> bool:

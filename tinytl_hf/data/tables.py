@@ -29,15 +29,17 @@ from tinytl_hf.data.found import LeftOut, named
 from tinytl_hf.data.images import IMAGE_SUFFIXES, allow_megapixels
 from tinytl_hf.data.listing import Listing, list_folder
 from tinytl_hf.data.metadata import read_metadata
+from tinytl_hf.data.pointers import check_is_here
 from tinytl_hf.data.roles import group_by_split, role_of, role_of_table
 from tinytl_hf.data.saved import is_saved, load_saved, open_saved, saved_below
 from tinytl_hf.data.split_column import by_split_column
-from tinytl_hf.data.table_files import load_tables, table_at
+from tinytl_hf.data.table_files import load_tables, state_of, table_at
 from tinytl_hf.data.tables_beside import NAMING_IMAGES, check_tables_beside, to_name
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
 
+SHEETS = (".xlsx", ".xls", ".ods")
 TEXTS = (".csv", ".tsv", ".json", ".jsonl")  # tables that hold no images themselves
 
 
@@ -157,6 +159,13 @@ def _label_images(source: Source, listing: Listing, config: DataConfig) -> Table
     if labelled := read_metadata(listing, config, has_classes=len(tops) > 1 and not are_splits):
         splits, metadata = labelled
         return Tables(source, splits, listing.root, listing.left_out, metadata, hint)
+    if listing.almost_metadata:
+        hint = f"; {_fix_of_metadata(listing)}"
+        if are_splits or not tops:
+            raise TinyTLError(
+                f"data.dataset={listing.root}: its images lie in no class folder ({listing.images[0]}){hint}"
+            )
+        listing.tables += listing.almost_metadata if len(tops) > 1 else {}
     tables = [name for name in listing.tables if suffix_of(name) != ".json"]
     if tables and (are_splits or not tops):
         raise TinyTLError(
@@ -166,6 +175,12 @@ def _label_images(source: Source, listing: Listing, config: DataConfig) -> Table
     splits = class_folders(listing, config)
     check_tables_beside(listing, splits, config)
     return Tables(source, splits, listing.root, listing.left_out, hint=hint)
+
+
+def _fix_of_metadata(listing: Listing) -> str:
+    """What to do about metadata without a column ``file_name``."""
+    name, column = next(iter(listing.almost_metadata.items()))
+    return f"{name} has no column file_name: if its column {column} names the images, call that file_name"
 
 
 def _are_flat_splits(listing: Listing) -> bool:
@@ -199,7 +214,9 @@ def _load_tables_in(source: Source, listing: Listing, config: DataConfig) -> Tab
             raise TinyTLError(
                 f"data.dataset={listing.root}: its README names files by patterns; take [, ], * and ? out of the path"
             )
-        splits = _load_any(source.name, config)
+        for name in listing.tables:
+            check_is_here(listing.root / name)
+        splits = _load_any(source.name, config, _cache_of(listing))
     elif saved := saved_below(listing):
         splits = load_saved(listing, saved)
     else:
@@ -231,6 +248,7 @@ def _load_files(source: Source, config: DataConfig) -> Tables:
         if suffix not in TABLES:
             fix = "name the folder of the images" if suffix in IMAGE_SUFFIXES else "name a folder, or such a file"
             fix = "unpack it, and name the folder" if suffix in ARCHIVES else fix
+            fix = "save it as a .csv file, and name that" if suffix in SHEETS else fix
             raise TinyTLError(f"data.dataset={config.dataset}: {file} is no {', '.join(TABLES)} file; {fix}")
     files = sorted({os.path.realpath(file): file for file in reversed(files)}.values())  # links can lead in circles
     listing = Listing(Path(os.path.commonpath([os.path.dirname(file) for file in files])))
@@ -277,8 +295,15 @@ def _load_url(url: str, config: DataConfig) -> datasets.DatasetDict:
     )
 
 
-def _load_any(name: str, config: DataConfig) -> datasets.DatasetDict:
-    return _as_splits(datasets.load_dataset(name, config.subset))
+def _load_any(name: str, config: DataConfig, cache: str | None = None) -> datasets.DatasetDict:
+    return _as_splits(datasets.load_dataset(name, config.subset, cache_dir=cache))
+
+
+def _cache_of(listing: Listing) -> str:
+    """Where to keep what is read of a folder whose README names the files: else by the folder's last name alone."""
+    also = [listing.root / name for name in ("README.md", "dataset_infos.json") if (listing.root / name).is_file()]
+    files = [listing.root / name for name in (*listing.tables, *listing.metadata, *listing.images)]
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, state_of([*also, *files]))
 
 
 def _as_splits(loaded: Any) -> datasets.DatasetDict:

@@ -12,7 +12,7 @@ from tinytl_hf.data.columns import LABEL, as_label, path_columns, place_of
 from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.roles import role_of_table
-from tinytl_hf.data.table_files import load_tables
+from tinytl_hf.data.table_files import WHOLE, load_tables
 from tinytl_hf.errors import TinyTLError, first_line
 
 logger = logging.getLogger(__name__)
@@ -42,12 +42,18 @@ def check_tables_beside(listing: Listing, splits: datasets.DatasetDict, config: 
     column = config.label_column or LABEL
     for name in tables:
         for path, label in _labels_by_path(listing, name, tables, column).items():
-            if path in by_folder and as_label(label) != by_folder[path]:
+            if path in by_folder and not _is_same(as_label(label), by_folder[path]):
                 raise TinyTLError(
                     f"data.dataset={listing.root}: {os.path.relpath(path, listing.root)} is {by_folder[path]} by its "
                     f"folder, and {label} by column {column} of {name}; name {to_name(listing, tables, name)} to "
                     f"take those labels, or move {name} away to take the folders'"
                 )
+
+
+def _is_same(label: str, folder: str) -> bool:
+    """Whether a table's label is that of a folder: 1.0 of a CSV file may have become 1."""
+    one, other = (text.partition(".")[0] if WHOLE.fullmatch(text) else text for text in (label, folder))
+    return one == other
 
 
 def to_name(listing: Listing, tables: list[str], one: str | None = None) -> str:

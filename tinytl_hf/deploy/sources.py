@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tinytl_hf.data.images import IMAGE_SUFFIXES
-from tinytl_hf.disk import expanded
+from tinytl_hf.data.listing import is_of_system
+from tinytl_hf.disk import expanded, path_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def find_images(name: str) -> list[Source]:
         return [Source(name, problem="standard input is closed")]
     if name == STANDARD_INPUT:
         return [Source(name, {"bytes": sys.stdin.buffer.read(), "path": None})]
+    name = path_of(name)
     if URL.match(name):
         return [
             Source(name, problem="it is a URL; download it, or hand it over: curl -sL URL | tinytl-hf predict ... -")
@@ -71,7 +73,7 @@ def images_in(folder: Path) -> list[str]:
     """Paths of the images in a folder and those below it, links included; what is left out is counted and said."""
     found: list[str] = []
     left_out: Counter[str] = Counter()
-    for place, names in _walk(folder):
+    for place, names in _walk(folder, left_out):
         for name in names:
             path, suffix = os.path.join(place, name), os.path.splitext(name)[1].lower()
             if name.startswith("."):
@@ -88,7 +90,7 @@ def images_in(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+def _walk(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str, list[str]]]:
     """Folders that are not hidden with the names of their files, each once, also where links lead in a circle."""
     seen: set[tuple[int, int]] = set()
 
@@ -101,5 +103,6 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
             below.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        below[:] = [name for name in below if not name.startswith(".")]
+        left_out.update(f"folder {name} of a system or tool" for name in below if is_of_system(name))
+        below[:] = [name for name in below if not name.startswith(".") and not is_of_system(name)]
         yield place, names
