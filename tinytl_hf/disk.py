@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tinytl_hf.errors import TinyTLError
@@ -76,8 +76,10 @@ def check_writable(path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     trial = path.parent / f".{path.name}.tmp"
-    trial.touch()
-    trial.unlink(missing_ok=True)  # another process of a launch tries the same
+    try:
+        trial.touch()
+    finally:
+        trial.unlink(missing_ok=True)  # another process of a launch tries the same
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -88,20 +90,34 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_together(files: Mapping[Path, bytes]) -> None:
     """As :func:`write_bytes`, for files that belong together: none gets its name before all are on the disk.
 
-    So where one finds no room, or a person stops it there, those that were there before still fit one another.
+    So where one finds no room, or a person stops it there, those that were there before still fit one another, and
+    nothing new stays. Folders that are not there are made.
     """
     temporary = {path: path.with_name(f".{path.name}.tmp") for path in files}
+    folders = {path.parent for path in files}
+    made = [place for folder in folders for place in (folder, *folder.parents) if not place.exists()]
     try:
         for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
             temporary[path].write_bytes(content)
             sync(temporary[path])
         for path in files:
             temporary[path].replace(path)
-    finally:
-        for path in files:
-            temporary[path].unlink(missing_ok=True)
-    for folder in {path.parent for path in files}:
+    except BaseException:  # Ctrl-C is none of the others
+        _remove(temporary.values(), made)
+        raise
+    for folder in folders:
         sync(folder)
+
+
+def _remove(files: Iterable[Path], folders: Iterable[Path]) -> None:
+    """Remove what there is of these, and nothing that somebody else put there."""
+    for file in files:
+        with suppress(OSError):  # nor could the folder around it be made, or be read
+            file.unlink()
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

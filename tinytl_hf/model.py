@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
@@ -28,7 +26,7 @@ from tinytl_hf.data.given_images import check_normalised, pixels_of
 from tinytl_hf.data.tensors import pad_images
 from tinytl_hf.disk import StrPath
 from tinytl_hf.hub.card import read_card, render_card
-from tinytl_hf.hub.transfer import find_adapter, push
+from tinytl_hf.hub.transfer import find_adapter, folder_to_push, push
 from tinytl_hf.lean.convert import convert
 from tinytl_hf.lean.int8 import quantise
 from tinytl_hf.lean.notes import training_paths
@@ -242,13 +240,10 @@ class TinyTLModel(nn.Module):
             TinyTLError: The push failed; with the reason and the command to retry. The adapter has been saved before.
         """
         folder = self.loaded_from
-        if folder is None or not holds(folder, as_it_is(self.config, self.backbone), self.adapter_tensors()):
-            folder = Path(tempfile.mkdtemp(prefix="tinytl-adapter-"))
-            self.save_pretrained(folder)
-        url = push(PushConfig(str(folder), repo_id, private, revision, create_pr, commit_message), token)
-        if folder != self.loaded_from:
-            shutil.rmtree(folder)
-        return url
+        with ExitStack() as held:
+            if folder is None or not holds(folder, as_it_is(self.config, self.backbone), self.adapter_tensors()):
+                self.save_pretrained(folder := held.enter_context(folder_to_push()))
+            return push(PushConfig(str(folder), repo_id, private, revision, create_pr, commit_message), token)
 
     def export(self, output: StrPath, *, format: str, **options: Any) -> str:
         """Write it for another runtime; the options are those of :func:`tinytl_hf.deploy.export.export_as`."""

@@ -67,7 +67,6 @@ def merge(config: MergeConfig) -> str:
     if is_int8:
         metadata[OWN_WEIGHTS] = "true"
     with writing(f"output={path}", "name another file"):
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, save(tensors, metadata=metadata))
     return f"{path}: {what}; load it with {_description(model.config, str(path))[1]}"
 

@@ -13,8 +13,10 @@ import inspect
 import logging
 import os
 import shlex
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,22 @@ def push(config: PushConfig, token: str | None = None) -> str:
     return commit.pr_url or commit.commit_url
 
 
+@contextmanager
+def folder_to_push() -> Iterator[Path]:
+    """A new folder that goes with the block, but where a push failed: its message says to try again from there."""
+    folder = Path(tempfile.mkdtemp(prefix="tinytl-adapter-"))
+    try:
+        yield folder
+    except TinyTLError:
+        with suppress(OSError):  # unless nothing could be saved into it
+            folder.rmdir()
+        raise
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+
+
 def pull(config: PullConfig) -> Path:
     """Download an adapter into a folder of its own.
 
@@ -125,7 +143,6 @@ def pull(config: PullConfig) -> Path:
             "with --overwrite true"
         )
     with writing(f"output={output}", "name another folder"):
-        output.mkdir(parents=True, exist_ok=True)
         former = files_of_card(read_card(output) or "") if others else []
         write_together({output / file.name: file.read_bytes() for file in files})
         for name in set(former) - {file.name for file in files}:  # of the adapter that was there
