@@ -23,7 +23,7 @@ from tinytl_hf.config.network import HeadConfig, LiteConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import centre_boxes, resample
 from tinytl_hf.data.given_images import check_normalised, pixels_of
-from tinytl_hf.data.tensors import pad_images
+from tinytl_hf.data.tensors import channels_last, pad_images
 from tinytl_hf.disk import StrPath
 from tinytl_hf.hub.card import read_card, render_card
 from tinytl_hf.hub.transfer import find_adapter, folder_to_push, push
@@ -257,7 +257,7 @@ class TinyTLModel(nn.Module):
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             methods.check_trained(self.backbone, self.config.method, whole=self._unchecked)
             self._unchecked = False
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = channels_last(images)
         lean = self.training and self.engine.lean
         return self.backbone(images) if self.prefix is None else self.prefix.run(self.backbone, images, lean=lean)
 
@@ -270,7 +270,7 @@ class TinyTLModel(nn.Module):
         """What the head gets of normalised images: ``[N, features]``, without gradients; in any thread."""
         check_normalised(images)
         with torch.no_grad():
-            return without_head(self.backbone)(images.contiguous(memory_format=torch.channels_last)).flatten(1)
+            return without_head(self.backbone)(channels_last(images)).flatten(1)
 
     @property
     def label_names(self) -> list[str]:
