@@ -40,12 +40,10 @@ def test_what_cannot_follow_lean_training_is_told_so(method, backbone, make_mode
     for part in (model, model.backbone):
         with pytest.raises(TinyTLError, match=rf"^torch\.jit\.trace: .*; {FIX}$"):
             torch.jit.trace(part, IMAGES)
-        for transformed in (
-            vmap(of_one(part), randomness="different"),
-            lambda images: jvp(part, (images,), (images,)),
-        ):
-            with pytest.raises(TinyTLError, match=rf"^torch\.func: .*; {FIX}$"):
-                transformed(IMAGES)
+        with pytest.raises(TinyTLError, match=rf"^torch\.func: .*; {FIX}$"):
+            vmap(of_one(part), randomness="different")(IMAGES)
+        with pytest.raises(TinyTLError, match=rf"^torch\.func: .*; {FIX}$"):
+            jvp(part, (IMAGES,), (IMAGES,))
         with pytest.raises(TinyTLError, match=rf"^torch\.func: .*; {FIX}$"):
             gradients(part, IMAGES)
         with pytest.raises(TinyTLError, match=r"^torch\.jit\.script: .*; use torch\.jit\.trace or torch\.export"):
