@@ -327,7 +327,7 @@ def _explained(what: str, retry: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         return _reason(error.__cause__)
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, OfflineModeIsEnabled) and not isinstance(error, client.HubUnreachableError):
         return "HF_HUB_OFFLINE is set and the adapter is not in the cache; unset it"
     if isinstance(error, GatedRepoError):
         return "the repository is gated; ask for access on its page"
