@@ -10,10 +10,10 @@ from pathlib import Path
 
 from tinytl_hf.errors import TinyTLError
 
-StrPath = str | Path  # what callers hand over as a path, or as a name that can be one
+StrPath = str | os.PathLike[str]  # what callers hand over as a path, or as a name that can be one
 
 
-def local_path(name: str | Path) -> Path:
+def local_path(name: StrPath) -> Path:
     """The path that a name stands for: absolute, with ``~`` for the user's home and without ``.``, ``..`` and links.
 
     It is compared and stored like this, so that one place has one spelling.
@@ -25,7 +25,7 @@ def local_path(name: str | Path) -> Path:
         return path.absolute()
 
 
-def expanded(name: str | Path) -> Path:
+def expanded(name: StrPath) -> Path:
     """A path with ``~`` for the user's home, as a shell expands it where it is not quoted."""
     try:
         return Path(name).expanduser()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral, Real
-from os import PathLike
-from pathlib import Path
+from os import PathLike, fspath
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -102,10 +101,10 @@ def expand_paths(config: object, *names: str) -> None:
     """Let ``~`` be the user's home in options that can be paths: a shell leaves it in ``--output_dir=~/runs``."""
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, (str, Path)):
-            value = _expanded(str(value))
+        if isinstance(value, (str, PathLike)):
+            value = _expanded(fspath(value))
         elif isinstance(value, list):
-            value = [_expanded(str(each)) for each in value]
+            value = [_expanded(fspath(each)) for each in value]
         object.__setattr__(config, name, value)
 
 

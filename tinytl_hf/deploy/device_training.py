@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from tinytl_hf.adapter.format import write_adapter
 from tinytl_hf.adapter.record import config_from
 from tinytl_hf.data.images import IMAGE_SUFFIXES, UnreadableImageError, decode_pixels
 from tinytl_hf.data.view import centre_view, normalised
-from tinytl_hf.disk import expanded
+from tinytl_hf.disk import StrPath, expanded
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import read_card, render_card
 
@@ -42,7 +41,7 @@ class DeviceTraining:
         TinyTLError: ExecuTorch is not installed, or a file is absent, damaged or of another kind.
     """
 
-    def __init__(self, path: str | Path, lr: float, momentum: float = 0.0) -> None:
+    def __init__(self, path: StrPath, lr: float, momentum: float = 0.0) -> None:
         try:
             from executorch.extension import training
         except ImportError as error:
@@ -121,7 +120,7 @@ class DeviceTraining:
         parameters = self._module.named_parameters()
         return {name: parameters[key].detach().clone() for key, name in self._adapter_names.items()}
 
-    def save_adapter(self, folder: str | Path) -> None:
+    def save_adapter(self, folder: StrPath) -> None:
         """Write an adapter folder that ``TinyTLModel.from_pretrained`` loads.
 
         Raises:
@@ -132,7 +131,7 @@ class DeviceTraining:
         write_adapter(target, self._config, self.adapter_tensors(), card)
 
 
-def read_folder(folder: str | Path, label_names: Sequence[str], size: int) -> tuple[list[np.ndarray], list[int]]:
+def read_folder(folder: StrPath, label_names: Sequence[str], size: int) -> tuple[list[np.ndarray], list[int]]:
     """The photos of a folder with a sub-folder for each class, decoded for an input of ``size`` px.
 
     Raises:

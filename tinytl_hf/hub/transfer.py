@@ -37,7 +37,7 @@ from huggingface_hub.errors import (
 from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE, folder_named, read_config, read_tensors
 from tinytl_hf.adapter.record import AdapterConfig
 from tinytl_hf.config.hub import REPO_NAME, PullConfig, PushConfig
-from tinytl_hf.disk import write_together, writing
+from tinytl_hf.disk import StrPath, write_together, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub import client
 from tinytl_hf.hub.card import (
@@ -155,7 +155,7 @@ def _is_another(path: Path, file: Path) -> bool:
     return os.path.lexists(path) and not (path.is_file() and filecmp.cmp(file, path, shallow=False))
 
 
-def find_adapter(name: str | Path, revision: str | None = None, token: str | None = None, **options: Any) -> Path:
+def find_adapter(name: StrPath, revision: str | None = None, token: str | None = None, **options: Any) -> Path:
     """The folder of an adapter: a local one, or one that is downloaded by its name on the Hub.
 
     Args:
@@ -168,14 +168,14 @@ def find_adapter(name: str | Path, revision: str | None = None, token: str | Non
         TinyTLError: No such folder and no such adapter on the Hub, or a local folder with a revision.
     """
     _check_options(options)
-    path = folder_named("adapter", name)
-    if path.exists() or not REPO_NAME.fullmatch(str(name)):
+    path, name = folder_named("adapter", name), os.fspath(name)
+    if path.exists() or not REPO_NAME.fullmatch(name):
         if revision is not None:
             raise TinyTLError(f"revision={revision}: {name} is a path, and only names on the Hub have revisions")
         return _own_folder(path)
-    retry = _command("pull", PullConfig(repo=str(name), output=path.name, revision=revision))
+    retry = _command("pull", PullConfig(repo=name, output=path.name, revision=revision))
     with _explained(f"{name} is no folder here, and loading it from the Hub failed", retry):
-        return _download(str(name), revision, token, **options)
+        return _download(name, revision, token, **options)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
