@@ -26,7 +26,7 @@ import defaults
 import yaml
 
 from tinytl_hf.config.verbs import CompareConfig
-from tinytl_hf.reports.plots import save_confusion, save_curves
+from tinytl_hf.reports.plots import draw_confusion, draw_curves
 
 CONFIG = "configs/cifar10_comparison.yaml"
 CARDS = Path("model_cards")
@@ -158,9 +158,9 @@ def draw() -> None:
     print(compare(CompareConfig(output=str(CARDS / "comparison")), map(str, published))[0])
     for run in map(read_run, published):
         if run.folder.name == CARD_SEED:
-            save_curves(CARDS / run.method / "curves.png", {run.method: run.epochs})
-            picture = CARDS / run.method / "confusion_matrix.png"
-            save_confusion(picture, run.results["confusion_matrix"], run.results["label_names"])
+            (CARDS / run.method / "curves.png").write_bytes(draw_curves({run.method: run.epochs}))
+            matrix = draw_confusion(run.results["confusion_matrix"], run.results["label_names"])
+            (CARDS / run.method / "confusion_matrix.png").write_bytes(matrix)
 
 
 def copy(source: Path, target: Path, *names: str) -> None:

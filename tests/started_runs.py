@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import nullcontext, suppress
 from multiprocessing import forkserver, util
@@ -86,7 +87,8 @@ class Run:
         arguments: What would follow ``tinytl-hf``.
         log: File that gets what the first process prints; ``log.1`` is that of the second, and so on.
         processes: How many of them.
-        kill: ``(module, function, n)``: the last process kills itself at the n-th call of that function.
+        kill: ``(module, function, n)``: the last process kills itself at the n-th call of that function; a fourth
+            value is the signal.
         environment: Further environment variables.
         limit: Bytes that a file can grow to.
         pictures: Whether it draws them, which takes as long as all the rest of a small run.
@@ -135,6 +137,7 @@ def run(*arguments, **options):
 
 def _run(arguments, environment, log, kill, limit, pictures):
     os.environ.update(environment)
+    tempfile.tempdir = None  # it is looked for again in this environment
     torch.set_num_threads(1)
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
@@ -152,13 +155,13 @@ def _run(arguments, environment, log, kill, limit, pictures):
         main(arguments)
 
 
-def _kill_at(module, name, number):
+def _kill_at(module, name, number, signum=signal.SIGKILL):
     module = importlib.import_module(module)
     original, calls = getattr(module, name), itertools.count(1)
 
     def counted(*arguments, **options):
         if next(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signum)
         return original(*arguments, **options)
 
     setattr(module, name, counted)

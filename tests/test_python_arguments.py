@@ -2,14 +2,18 @@
 
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+from shared import run_cli
 
-from tinytl_hf import TinyTLError, TinyTLModel
+from tinytl_hf import TinyTLError, TinyTLModel, load_merged
+from tinytl_hf.config.data import DataConfig
 
 
 @pytest.fixture
@@ -32,7 +36,7 @@ def adapter(make_model, tmp_path):
 )
 def test_what_can_be_a_path_is_typed_as_one(method, argument):
     kind = get_type_hints(getattr(TinyTLModel, method), vars(importlib.import_module("tinytl_hf.model")))[argument]
-    assert {str, Path} <= set(get_args(kind))
+    assert {str, os.PathLike[str]} <= set(get_args(kind))
 
 
 @pytest.mark.parametrize("name", [5, None, b"adapter", ["adapter"], True])
@@ -173,3 +177,33 @@ def test_learning_rates_of_another_type_are_named(make_model):
 def test_features_are_of_normalised_images(images, make_model):
     with pytest.raises(TinyTLError, match=r"use normalised ones \[N, 3, H, W\]"):
         make_model("FT-Last").features(images)
+
+
+class Place:
+    """A path of another kind, which says what it is as an entry of ``os.scandir`` does."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __fspath__(self):
+        return self.path
+
+    def __repr__(self):
+        return "<Place>"
+
+
+def test_paths_of_any_kind_are_taken(make_model, tmp_path):
+    model = make_model("FT-Last")
+    model.save_pretrained(Place(tmp_path / "adapter"))
+    loaded = TinyTLModel.from_pretrained(Place(tmp_path / "adapter"), weights="none", lean=False)
+    loaded.load_adapter(Place(tmp_path / "adapter"), "again")
+    done = run_cli("merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert load_merged(Place(tmp_path / "merged.safetensors")).config.method == "FT-Last"
+    for wrong in (Place(tmp_path / "nowhere.safetensors"), Place("")):
+        with pytest.raises(TinyTLError, match=r"nowhere|path="):
+            load_merged(wrong)
+    torch.save(torchvision.models.mobilenet_v2().state_dict(), tmp_path / "weights.pth")
+    built = TinyTLModel.from_backbone("mobilenet_v2", num_classes=2, weights=Place(tmp_path / "weights.pth"))
+    assert built.config.backbone.weights == str(tmp_path / "weights.pth")
+    assert DataConfig(dataset=Place(tmp_path)).dataset == str(tmp_path)

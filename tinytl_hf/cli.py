@@ -12,14 +12,17 @@ import logging
 import os
 import re
 import select
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import yaml
@@ -32,7 +35,7 @@ from tinytl_hf.config.numbers import check_numbers
 from tinytl_hf.config.run import Config, MemoryConfig
 from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.config.yaml12 import dump_yaml, load_yaml
-from tinytl_hf.errors import Interrupted, TinyTLError
+from tinytl_hf.errors import Interrupted, Terminated, TinyTLError
 from tinytl_hf.explained import explained
 from tinytl_hf.version import __version__
 
@@ -46,13 +49,37 @@ def main(argv: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            _main(sys.argv[1:] if argv is None else argv)
+            with _clearing_up_when_terminated():
+                _main(sys.argv[1:] if argv is None else argv)
         finally:
             if sys.stdout is not None:  # as it is where it was closed from the start
                 sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as a shell counts the signal that ends other programs here
+
+
+@contextmanager
+def _clearing_up_when_terminated() -> Iterator[None]:
+    """Within it, SIGTERM, and SIGHUP of a terminal that is closed, end as Ctrl-C does: no half-written file stays.
+
+    A signal that is ignored, as with nohup, or that somebody else takes, is left to them.
+    """
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise Terminated(signum)
+
+    names = ("SIGTERM", "SIGHUP") if os.name == "posix" else ("SIGTERM",)
+    in_main = threading.current_thread() is threading.main_thread()  # which alone can take signals
+    wanted = [
+        signum for signum in map(signal.Signals.__getitem__, names) if signal.getsignal(signum) == signal.SIG_DFL
+    ]
+    previous = {signum: signal.signal(signum, end) for signum in wanted} if in_main else {}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def _main(argv: list[str]) -> None:
@@ -69,6 +96,8 @@ def _main(argv: list[str]) -> None:
         if not is_main_process():
             sys.exit(stop.exit_code)  # the first process says it
         _end(str(stop), stop.exit_code)
+    except Terminated as stop:
+        _end("terminated", stop.exit_code)
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except Exception as error:

@@ -27,7 +27,7 @@ from tinytl_hf.config.verbs import (
     PredictConfig,
     ReportConfig,
 )
-from tinytl_hf.disk import check_ours
+from tinytl_hf.disk import check_ours, write_bytes, writing
 from tinytl_hf.errors import TinyTLError, one_line
 
 PROG = "tinytl-hf"
@@ -122,7 +122,7 @@ def _memory(values: Namespace) -> None:
     from tinytl_hf.device import set_threads
     from tinytl_hf.measure import memory
     from tinytl_hf.measure.data_memory import data_memory
-    from tinytl_hf.reports.plots import save_memory_bars
+    from tinytl_hf.reports.plots import draw_memory_bars
 
     config, options = _build(Config, values), _build(MemoryTableConfig, values)
     set_threads(config.train.threads)
@@ -140,7 +140,8 @@ def _memory(values: Namespace) -> None:
     content = memory.to_json(rows, conditions, data)
     _print_measured(conditions, memory.memory_table(rows, data), content if options.json else None)
     if options.plot is not None:
-        save_memory_bars(Path(options.plot), json.loads(content)["rows"])
+        with writing(f"plot={options.plot}", "name another file"):
+            write_bytes(Path(options.plot), draw_memory_bars(json.loads(content)["rows"]))
 
 
 def _check_plot(path: Path) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote
 
 from tinytl_hf.errors import TinyTLError
 
 ADDRESS = re.compile(r"file:(//(localhost(?=/))?)?", re.I)
-StrPath = str | Path  # what callers hand over as a path, or as a name that can be one
+StrPath = str | os.PathLike[str]  # what callers hand over as a path, or as a name that can be one
 
 
-def local_path(name: str | Path) -> Path:
+def local_path(name: StrPath) -> Path:
     """The path that a name stands for: absolute, with ``~`` for the user's home and without ``.``, ``..`` and links.
 
     It is compared and stored like this, so that one place has one spelling.
@@ -27,9 +27,9 @@ def local_path(name: str | Path) -> Path:
         return path.absolute()
 
 
-def expanded(name: str | Path) -> Path:
+def expanded(name: StrPath) -> Path:
     """A path with ``~`` for the user's home, as a shell expands it where it is not quoted; of an address, its path."""
-    path = Path(path_of(str(name)))
+    path = Path(path_of(os.fspath(name)))
     try:
         return path.expanduser()
     except RuntimeError:  # ~other, where there is no such user
@@ -88,8 +88,10 @@ def check_writable(path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     trial = path.parent / f".{path.name}.tmp"
-    trial.touch()
-    trial.unlink(missing_ok=True)  # another process of a launch tries the same
+    try:
+        trial.touch()
+    finally:
+        trial.unlink(missing_ok=True)  # another process of a launch tries the same
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -100,20 +102,34 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_together(files: Mapping[Path, bytes]) -> None:
     """As :func:`write_bytes`, for files that belong together: none gets its name before all are on the disk.
 
-    So where one finds no room, or a person stops it there, those that were there before still fit one another.
+    So where one finds no room, or a person stops it there, those that were there before still fit one another, and
+    nothing new stays. Folders that are not there are made.
     """
     temporary = {path: path.with_name(f".{path.name}.tmp") for path in files}
+    folders = {path.parent for path in files}
+    made = [place for folder in folders for place in (folder, *folder.parents) if not place.exists()]
     try:
         for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
             temporary[path].write_bytes(content)
             sync(temporary[path])
         for path in files:
             temporary[path].replace(path)
-    finally:
-        for path in files:
-            temporary[path].unlink(missing_ok=True)
-    for folder in {path.parent for path in files}:
+    except BaseException:  # Ctrl-C is none of the others
+        _remove(temporary.values(), made)
+        raise
+    for folder in folders:
         sync(folder)
+
+
+def _remove(files: Iterable[Path], folders: Iterable[Path]) -> None:
+    """Remove what there is of these, and nothing that somebody else put there."""
+    for file in files:
+        with suppress(OSError):  # nor could the folder around it be made, or be read
+            file.unlink()
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

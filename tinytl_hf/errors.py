@@ -1,4 +1,4 @@
-"""The two exceptions whose messages are meant for the person at the keyboard, and text that is safe to show there."""
+"""The exceptions that are meant for the person at the keyboard, and text that is safe to show there."""
 
 import json
 import unicodedata
@@ -17,6 +17,18 @@ class Interrupted(Exception):
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal asked the command to end: what is cleared away at Ctrl-C is cleared away at that, too.
+
+    Attributes:
+        exit_code: 128 plus the signal's number, as shells expect.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
         self.exit_code = 128 + signum
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
@@ -25,10 +23,10 @@ from tinytl_hf.config.network import HeadConfig, LiteConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import centre_boxes, resample
 from tinytl_hf.data.given_images import check_normalised, pixels_of
-from tinytl_hf.data.tensors import pad_images
+from tinytl_hf.data.tensors import channels_last, pad_images
 from tinytl_hf.disk import StrPath
 from tinytl_hf.hub.card import read_card, render_card
-from tinytl_hf.hub.transfer import find_adapter, push
+from tinytl_hf.hub.transfer import find_adapter, folder_to_push, push
 from tinytl_hf.lean.convert import convert
 from tinytl_hf.lean.int8 import quantise
 from tinytl_hf.lean.notes import training_paths
@@ -241,13 +239,11 @@ class TinyTLModel(nn.Module):
             TinyTLError: The push failed; with the reason and the command to retry. The adapter has been saved before.
         """
         before = folder = self.folder
-        if folder is None or not holds(folder, as_it_is(self.config, self.backbone), self.adapter_tensors()):
-            folder = Path(tempfile.mkdtemp(prefix="tinytl-adapter-"))
-            self.save_pretrained(folder)
-        url = push(PushConfig(str(folder), repo_id, private, revision, create_pr, commit_message), token)
-        if folder != before:
-            shutil.rmtree(folder)
-            self.folder = before
+        with ExitStack() as held:
+            if folder is None or not holds(folder, as_it_is(self.config, self.backbone), self.adapter_tensors()):
+                self.save_pretrained(folder := held.enter_context(folder_to_push()))
+            url = push(PushConfig(str(folder), repo_id, private, revision, create_pr, commit_message), token)
+        self.folder = before
         return url
 
     def export(self, output: StrPath, *, format: str, **options: Any) -> str:
@@ -263,7 +259,7 @@ class TinyTLModel(nn.Module):
             norms.check_even(self.backbone, images)
             methods.check_trained(self.backbone, self.config.method, whole=self._unchecked)
             self._unchecked = False
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = channels_last(images)
         lean = self.training and self.engine.lean
         return self.backbone(images) if self.prefix is None else self.prefix.run(self.backbone, images, lean=lean)
 
@@ -276,7 +272,7 @@ class TinyTLModel(nn.Module):
         """What the head gets of normalised images: ``[N, features]``, without gradients; in any thread."""
         check_normalised(images)
         with torch.no_grad():
-            return without_head(self.backbone)(images.contiguous(memory_format=torch.channels_last)).flatten(1)
+            return without_head(self.backbone)(channels_last(images)).flatten(1)
 
     @property
     def label_names(self) -> list[str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from numbers import Real
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from tinytl_hf.adapter.delta import check_complete, check_tensors, frozen_tensor
 from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, Preprocessing, checked, label_strings
 from tinytl_hf.config.check import check, whole_number
 from tinytl_hf.config.network import HeadConfig, LiteConfig
+from tinytl_hf.disk import StrPath
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network import methods
 from tinytl_hf.network.backbones import check_size, check_takes, create_backbone, find_backbone, sha256
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def new_config(
     name: str,
-    weights: str | Path,
+    weights: StrPath,
     method: str,
     labels: tuple[Iterable[object] | None, int | None],
     sizes: tuple[int, int | None, float | None],
@@ -55,7 +56,7 @@ def new_config(
     """
     (names, count), (train_size, eval_size, crop_pct) = labels, sizes
     _check_types(name, weights, crop_pct, lite, head)
-    found = find_backbone(name, str(weights))
+    found = find_backbone(name, os.fspath(weights))
     config = AdapterConfig(
         backbone=BackboneRecord(found.name, found.weights, frozen_weights=frozen_weights, license=found.license),
         method=methods.by_name(method),
@@ -79,15 +80,17 @@ def source_of(weights: object, own: str) -> str:
     Raises:
         TinyTLError: It is nothing that can be one.
     """
-    is_source = isinstance(weights, (str, Path)) and bool(str(weights).strip())
-    check(weights is None or is_source, "weights", weights, "use imagenet, a file or none, for example")
-    return own if weights is None else str(weights)
+    if weights is None:
+        return own
+    text = os.fspath(weights) if isinstance(weights, (str, os.PathLike)) else ""
+    check(bool(text.strip()), "weights", weights, "use imagenet, a file or none, for example")
+    return text
 
 
 def _check_types(name: object, weights: object, crop_pct: object, lite: object, head: object) -> None:
     """Raise for arguments of another type, of which nothing that is called with them would say what is wrong."""
     check(isinstance(name, str), "name", name, "use the name of a backbone, such as mobilenet_v2")
-    check(isinstance(weights, (str, Path)), "weights", weights, "use imagenet, a file or none, for example")
+    check(isinstance(weights, (str, os.PathLike)), "weights", weights, "use imagenet, a file or none, for example")
     is_share = isinstance(crop_pct, Real) and not isinstance(crop_pct, bool)
     check(crop_pct is None or is_share, "crop_pct", crop_pct, "use a share above 0, at most 1")
     check(lite is None or isinstance(lite, LiteConfig), "lite", lite, "use a LiteConfig of tinytl_hf.config.network")

@@ -65,7 +65,6 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Ten
     stored = {name: _to_disk(name, tensor, config.dtype) for name, tensor in tensors.items()}
     try:
         _check_ours(folder / CONFIG_FILE)
-        folder.mkdir(parents=True, exist_ok=True)
         files = {TENSORS_FILE: save(stored, metadata={"format": "pt"}), CARD_FILE: encoded(card)}
         files[CONFIG_FILE] = encoded(config.to_json())
         write_together({folder / name: content for name, content in files.items() if content})

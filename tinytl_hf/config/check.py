@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral, Real
-from os import PathLike
-from pathlib import Path
+from os import PathLike, fspath
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -105,10 +104,10 @@ def expand_paths(config: object, *names: str) -> None:
     """
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, (str, Path)):
-            value = _expanded(str(value))
+        if isinstance(value, (str, PathLike)):
+            value = _expanded(fspath(value))
         elif isinstance(value, list):
-            value = [_expanded(str(each)) for each in value]
+            value = [_expanded(fspath(each)) for each in value]
         object.__setattr__(config, name, value)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch import Tensor
+from torch.fx import Proxy
 
 from tinytl_hf.data.images import UnreadableImageError
 from tinytl_hf.data.tensors import decode, to_rgb
@@ -28,6 +29,11 @@ def check_normalised(images: Tensor) -> None:
     Raises:
         TinyTLError: With what to use.
     """
+    if isinstance(images, Proxy):
+        raise TinyTLError(
+            "torch.fx: it cannot follow a model that looks at its images; trace model.backbone, in evaluation mode or "
+            "of a model that is built with lean=False"
+        )
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim not in (2, 4):
         of = f"{images.dtype} and shape {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise TinyTLError(

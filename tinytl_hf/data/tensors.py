@@ -28,6 +28,14 @@ def as_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def channels_last(images: Tensor) -> Tensor:
+    """Images in the layout of a network's weights; as they are under ``torch.func.vmap``, which has no layouts."""
+    try:
+        return images.contiguous(memory_format=torch.channels_last)
+    except RuntimeError:
+        return images
+
+
 def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Stack images of any sizes, padded at the bottom right.
 

@@ -12,7 +12,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from tinytl_hf.config.check import check
 from tinytl_hf.data.images import UnreadableImageError, decode_pixels
 from tinytl_hf.data.view import centre_view, normalised
 from tinytl_hf.deploy.sources import images_in
-from tinytl_hf.disk import expanded
+from tinytl_hf.disk import StrPath, expanded
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import read_card, render_card
 
@@ -46,7 +45,7 @@ class DeviceTraining:
         TinyTLError: ExecuTorch is not installed, or a file is absent, damaged or of another kind.
     """
 
-    def __init__(self, path: str | Path, lr: float, momentum: float = 0.0) -> None:
+    def __init__(self, path: StrPath, lr: float, momentum: float = 0.0) -> None:
         try:
             from executorch.extension import training
         except ImportError as error:
@@ -129,7 +128,7 @@ class DeviceTraining:
         parameters = self._module.named_parameters()
         return {name: parameters[key].detach().clone() for key, name in self._adapter_names.items()}
 
-    def save_adapter(self, folder: str | Path) -> None:
+    def save_adapter(self, folder: StrPath) -> None:
         """Write an adapter folder that ``TinyTLModel.from_pretrained`` loads.
 
         Raises:
@@ -149,7 +148,7 @@ def trained_further(config: AdapterConfig) -> AdapterConfig:
     return replace(config, init=init, data=data)
 
 
-def read_folder(folder: str | Path, label_names: Sequence[str], size: int) -> tuple[list[np.ndarray], list[int]]:
+def read_folder(folder: StrPath, label_names: Sequence[str], size: int) -> tuple[list[np.ndarray], list[int]]:
     """The photos of a folder with a sub-folder for each class, decoded for an input of ``size`` px.
 
     Deeper folders belong to their class. What is left out is counted and logged.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.export import ExportConfig, ExportFormat
 from tinytl_hf.data.find import is_same_place
 from tinytl_hf.device import set_threads
+from tinytl_hf.disk import StrPath
 from tinytl_hf.measure.eval_view import with_view
 from tinytl_hf.model import TinyTLModel
 
@@ -37,7 +38,7 @@ def export(config: ExportConfig, data: DataConfig) -> str:
 
 
 def export_as(
-    model: TinyTLModel, output: str | Path, format: ExportFormat, *, data: DataConfig | None = None, **options: Any
+    model: TinyTLModel, output: StrPath, format: ExportFormat, *, data: DataConfig | None = None, **options: Any
 ) -> str:
     """Export a model that is in memory; it stays as it is.
 
@@ -57,7 +58,7 @@ def export_as(
     names = [field.name for field in fields(ExportConfig) if field.name not in ("adapter", "format", "output")]
     for name, value in options.items():
         check(name in names, name, value, f"export has no such option; it has {', '.join(names)}")
-    config = ExportConfig(adapter="", format=format, output=str(output), **options)
+    config = ExportConfig(adapter="", format=format, output=os.fspath(output), **options)
     if data is not None:
         sizes, record = model.config.preprocessing, model.config.data
         data = replace(data, train_size=sizes.train_size) if data.train_size == DataConfig.train_size else data

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from tinytl_hf.adapter.build import build_network
 from tinytl_hf.config.export import ExportConfig
-from tinytl_hf.disk import check_ours, check_writable, expanded, local_path, write_bytes, write_together, writing
+from tinytl_hf.disk import check_ours, check_writable, expanded, write_together, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.transfer import without_paths
 from tinytl_hf.lean.int8 import dequantise
@@ -136,40 +135,21 @@ def described_by(path: Path) -> Path:
 
 def write_with_description(path: Path, content: bytes, about: Mapping[str, Any]) -> None:
     """Write a .pte file and the .json file beside it, as of :func:`write_files`."""
-    write_files({described_by(path): (json.dumps(about, indent=2) + "\n").encode(), path: content})
+    write_files(path, {described_by(path): (json.dumps(about, indent=2) + "\n").encode(), path: content})
 
 
-def write_files(files: Mapping[Path, bytes]) -> None:
+def write_files(output: Path, files: Mapping[Path, bytes]) -> None:
     """Write the files of an export: all of them or, where one cannot be written, none.
+
+    Args:
+        output: The file or the folder that was asked for.
+        files: What goes where.
 
     Raises:
         TinyTLError: One cannot be written.
     """
-    with writing(f"output={', '.join(map(str, files))}", ANOTHER):
-        for path in files:
-            path.parent.mkdir(exist_ok=True)
+    with writing(f"output={output}", ANOTHER):
         write_together(files)
-
-
-def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write the files of a folder under another name, then give them theirs; other files of a folder stay.
-
-    Raises:
-        TinyTLError: It cannot be written.
-    """
-    temporary = local_path(path)  # where a link leads, and what . is called
-    temporary = temporary.with_name(f".{temporary.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with writing(f"output={path}", ANOTHER):
-            temporary.mkdir()
-            for name, content in files.items():
-                write_bytes(temporary / name, content)
-            path.mkdir(exist_ok=True)
-            for name in files:
-                (temporary / name).replace(path / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def layer_of(node: torch.fx.Node) -> str:

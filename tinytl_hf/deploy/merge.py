@@ -23,7 +23,7 @@ from tinytl_hf.adapter.format import CONFIG_FILE
 from tinytl_hf.adapter.record import AdapterConfig, config_from
 from tinytl_hf.config.check import check
 from tinytl_hf.config.verbs import MergeConfig
-from tinytl_hf.disk import expanded, write_bytes, writing
+from tinytl_hf.disk import StrPath, expanded, write_bytes, writing
 from tinytl_hf.errors import TinyTLError, quoted
 from tinytl_hf.hub.card import ADAPTER_FILES
 from tinytl_hf.hub.transfer import without_paths
@@ -67,18 +67,18 @@ def merge(config: MergeConfig) -> str:
     if is_int8:
         metadata[OWN_WEIGHTS] = "true"
     with writing(f"output={path}", "name another file"):
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, save(tensors, metadata=metadata))
     return f"{path}: {what}; load it with {_description(model.config, str(path))[1]}"
 
 
-def load_merged(path: str | Path) -> TinyTLModel:
+def load_merged(path: StrPath) -> TinyTLModel:
     """Load a file that :func:`merge` wrote, of any method, in evaluation mode; nothing else is needed.
 
     Raises:
         TinyTLError: No such file, a damaged one, or one of another kind.
     """
-    check(isinstance(path, (str, Path)) and bool(str(path)), "path", path, "name a file that tinytl-hf merge wrote")
+    is_path = isinstance(path, (str, os.PathLike)) and bool(os.fspath(path))
+    check(is_path, "path", path, "name a file that tinytl-hf merge wrote")
     path = expanded(path)
     if not path.is_file():
         raise TinyTLError(f"{path} is no file; name one that tinytl-hf merge wrote")

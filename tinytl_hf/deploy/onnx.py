@@ -63,7 +63,7 @@ def export_onnx(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> s
         content = _quantised(content, deployed.inputs_of(calibration))
         small = compare(f"{RUNTIME} int8", model, deployed, session(content), images)
         facts = f"{facts}\n{_loss(plain, small)}"
-    write_files({path: content})
+    write_files(path, {path: content})
     shape = ", ".join(map(str, about["input"]["shape"]))
     dtype = "float32" if config.input == "float" else "uint8"
     return (

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from tinytl_hf.data.view import centre_view, normalised
-from tinytl_hf.disk import expanded
+from tinytl_hf.disk import StrPath, expanded
 from tinytl_hf.errors import TinyTLError, first_line
 
 
@@ -27,7 +26,7 @@ class OnnxClassifier:
         TinyTLError: onnxruntime is not installed, or the file is absent, damaged, or of another kind.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: StrPath) -> None:
         try:
             import onnxruntime
         except ImportError as error:

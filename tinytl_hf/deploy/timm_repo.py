@@ -16,7 +16,7 @@ from tinytl_hf.adapter.format import CARD_FILE
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.export import ExportConfig
 from tinytl_hf.deploy.check import compare, evaluation_images
-from tinytl_hf.deploy.exported import Deployed, check_output, require, write_folder
+from tinytl_hf.deploy.exported import Deployed, check_output, require, write_files
 from tinytl_hf.disk import check_ours
 from tinytl_hf.errors import TinyTLError, quoted
 from tinytl_hf.hub.card import BEGIN, END, LICENCE, escaped, has_our_part, read_card, update_card
@@ -75,7 +75,7 @@ def export_timm(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> s
         files = {file: (Path(folder) / file).read_bytes() for file in TIMM_FILES}
     if (card := read_card(path)) and has_our_part(card):  # with what a person wrote around it
         files[CARD_FILE] = update_card(card, files[CARD_FILE].decode()).encode()
-    write_folder(path, files)
+    write_files(path, {path / file: content for file, content in files.items()})
     size = len(files["model.safetensors"]) / 1e6
     return (
         f"{path}: {size:.2f} MB, timm's {name}; load it with timm.create_model({quoted(f'local-dir:{path}')}, "

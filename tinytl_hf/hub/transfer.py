@@ -13,8 +13,10 @@ import inspect
 import logging
 import os
 import shlex
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from huggingface_hub.errors import (
 from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE, folder_named, read_config, read_tensors
 from tinytl_hf.adapter.record import AdapterConfig
 from tinytl_hf.config.hub import REPO_NAME, PullConfig, PushConfig
-from tinytl_hf.disk import write_together, writing
+from tinytl_hf.disk import StrPath, write_together, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub import client
 from tinytl_hf.hub.card import (
@@ -108,6 +110,22 @@ def push(config: PushConfig, token: str | None = None) -> str:
     return commit.pr_url or commit.commit_url
 
 
+@contextmanager
+def folder_to_push() -> Iterator[Path]:
+    """A new folder that goes with the block, but where a push failed: its message says to try again from there."""
+    folder = Path(tempfile.mkdtemp(prefix="tinytl-adapter-"))
+    try:
+        yield folder
+    except TinyTLError:
+        with suppress(OSError):  # unless nothing could be saved into it
+            folder.rmdir()
+        raise
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+
+
 def pull(config: PullConfig) -> Path:
     """Download an adapter into a folder of its own.
 
@@ -125,7 +143,6 @@ def pull(config: PullConfig) -> Path:
             "with --overwrite true"
         )
     with writing(f"output={output}", "name another folder"):
-        output.mkdir(parents=True, exist_ok=True)
         former = files_of_card(read_card(output) or "") if others else []
         write_together({output / file.name: file.read_bytes() for file in files})
         for name in set(former) - {file.name for file in files}:  # of the adapter that was there
@@ -138,7 +155,7 @@ def _is_another(path: Path, file: Path) -> bool:
     return os.path.lexists(path) and not (path.is_file() and filecmp.cmp(file, path, shallow=False))
 
 
-def find_adapter(name: str | Path, revision: str | None = None, token: str | None = None, **options: Any) -> Path:
+def find_adapter(name: StrPath, revision: str | None = None, token: str | None = None, **options: Any) -> Path:
     """The folder of an adapter: a local one, or one that is downloaded by its name on the Hub.
 
     Args:
@@ -151,14 +168,14 @@ def find_adapter(name: str | Path, revision: str | None = None, token: str | Non
         TinyTLError: No such folder and no such adapter on the Hub, or a local folder with a revision.
     """
     _check_options(options)
-    path = folder_named("adapter", name)
-    if path.exists() or not REPO_NAME.fullmatch(str(name)):
+    path, name = folder_named("adapter", name), os.fspath(name)
+    if path.exists() or not REPO_NAME.fullmatch(name):
         if revision is not None:
             raise TinyTLError(f"revision={revision}: {name} is a path, and only names on the Hub have revisions")
         return _own_folder(path)
-    retry = _command("pull", PullConfig(repo=str(name), output=path.name, revision=revision))
+    retry = _command("pull", PullConfig(repo=name, output=path.name, revision=revision))
     with _explained(f"{name} is no folder here, and loading it from the Hub failed", retry):
-        return _download(str(name), revision, token, **options)
+        return _download(name, revision, token, **options)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
@@ -310,7 +327,7 @@ def _explained(what: str, retry: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         return _reason(error.__cause__)
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, OfflineModeIsEnabled) and not isinstance(error, client.HubUnreachableError):
         return "HF_HUB_OFFLINE is set and the adapter is not in the cache; unset it"
     if isinstance(error, GatedRepoError):
         return "the repository is gated; ask for access on its page"

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tinytl_hf.config.engine import BackendName
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean import backend, operators
+from tinytl_hf.lean.function import LeanFunction, check_runs
 from tinytl_hf.lean.slices import compute_dtype, empty_maps, even_slices, slice_mb_on
 from tinytl_hf.lean.stage import SMOOTH, Stage
 
@@ -106,6 +106,7 @@ class Chain:
 
     def map_sizes(self, shape: torch.Size) -> list[tuple[int, int, int]]:
         """Channels, height and width of the input and of each stage's output."""
+        check_runs(shape)
         if torch.compiler.is_compiling() or any(isinstance(side, torch.SymInt) for side in shape):
             return self._map_sizes(shape)  # a graph is compiled: what is worked out once is not to be part of it
         if shape[1:] not in self.facts:
@@ -137,6 +138,7 @@ class Chain:
         return [_room_for(stage, x, dtype, size) for stage, size in zip(self.stages, sizes, strict=True)]
 
     def _run(self, x: Tensor, pools: bool) -> tuple[Tensor, Tensor | None]:
+        check_runs(x)
         read = self.read_backward
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in read):
             raise TinyTLError(  # the model was called past its own check
@@ -157,7 +159,7 @@ def _room_for(stage: Stage, x: Tensor, dtype: torch.dtype, size: tuple[int, int,
     return x.new_empty((x.shape[0], -(-math.prod(size) // 8)), dtype=torch.uint8)
 
 
-class _ChainFunction(Function):
+class _ChainFunction(LeanFunction):
     """The chain's output; keeps what the gradients of its activations need, and nothing else.
 
     With ``unread`` its output is room that holds anything, which only chains without activations may have. Without

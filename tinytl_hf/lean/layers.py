@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torchvision.ops.misc import Conv2dNormActivation
 
 from tinytl_hf.config.engine import BackendName
 from tinytl_hf.lean import backend, bits, operators
 from tinytl_hf.lean.again import is_computed_again
+from tinytl_hf.lean.function import LeanFunction
 from tinytl_hf.lean.int8 import Int8Conv2d, Int8SameConv2d
 from tinytl_hf.lean.slices import compute_dtype
 from tinytl_hf.lean.stage import UPPER
@@ -166,7 +166,7 @@ def average_pool(input: Tensor) -> Tensor:
     return _AveragePool.apply(input)
 
 
-class _UnreadLinear(Function):
+class _UnreadLinear(LeanFunction):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
@@ -182,7 +182,7 @@ class _UnreadLinear(Function):
         return of_input, None, of_bias
 
 
-class _MaskedReLU(Function):
+class _MaskedReLU(LeanFunction):
     @staticmethod
     def forward(ctx: Any, input: Tensor, upper: float) -> Tensor:
         output = input.clamp(0, upper)
@@ -202,7 +202,7 @@ class _MaskedReLU(Function):
         return masked.permute(0, 3, 1, 2) if ctx.channels_last else masked, None
 
 
-class _UpsampleAdd(Function):
+class _UpsampleAdd(LeanFunction):
     @staticmethod
     def forward(ctx: Any, maps: Tensor, small: Tensor, backend_name: BackendName) -> Tensor:
         ctx.mark_dirty(maps)
@@ -217,7 +217,7 @@ class _UpsampleAdd(Function):
         return grad, ctx.backend.upsample_backward(grad, ctx.shape, ctx.dtype), None
 
 
-class _AveragePool(Function):
+class _AveragePool(LeanFunction):
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
         ctx.size = input.shape[-2:]

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.again import autocast_on, computed_again
+from tinytl_hf.lean.function import LeanFunction
 from tinytl_hf.lean.inner_grad import inner_grad
 from tinytl_hf.lean.layers import upsample_add, upsample_gradient
 from tinytl_hf.lean.operators import check_own, versions_of
@@ -125,7 +125,7 @@ def _of_lite(part: Part) -> list[nn.Parameter]:
     return [parameter for parameter in part.path.branch.lite.parameters() if parameter.requires_grad]
 
 
-class _LiteRunFunction(Function):
+class _LiteRunFunction(LeanFunction):
     """The run's output; keeps its input, the output of the first of two lite residuals and the input of the last."""
 
     @staticmethod

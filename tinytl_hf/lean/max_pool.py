@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.utils import _pair
 
+from tinytl_hf.lean.function import LeanFunction
 from tinytl_hf.lean.slices import Gathered, even_slices, slice_mb_on
 
 LARGEST_WINDOW = 256  # places that a byte can tell apart
@@ -41,7 +41,7 @@ def is_plain(pool: nn.MaxPool2d) -> bool:
     return _pair(pool.dilation) == (1, 1) and not pool.return_indices and height * width <= LARGEST_WINDOW
 
 
-class _MaxPool(Function):
+class _MaxPool(LeanFunction):
     @staticmethod
     def forward(ctx: Any, input: Tensor, pool: LeanMaxPool2d) -> Tensor | None:
         geometry = (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), (1, 1), pool.ceil_mode)

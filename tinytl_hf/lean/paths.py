@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from tinytl_hf.lean import bits
 from tinytl_hf.lean.again import is_computed_again
 from tinytl_hf.lean.chain import Chain
+from tinytl_hf.lean.function import LeanFunction
 from tinytl_hf.lean.layers import average_pool, masked_relu, scales_output, upsample_add
 from tinytl_hf.lean.lite_branch import Branch
 from tinytl_hf.lean.recompute import Recomputed
@@ -51,7 +51,7 @@ class LeanResNetPath:
         return _AddReLU.apply(self.main(x), x if self.shortcut is None else self.shortcut(x), self.upper)
 
 
-class _AddReLU(Function):
+class _AddReLU(LeanFunction):
     """Adds to the first maps, in their place, and activates; keeps one bit a value.
 
     In place, a block has two maps of a batch at a time, where a sum and an activation of their own would be two more.

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
+from tinytl_hf.lean.function import LeanFunction
 from tinytl_hf.lean.inner_grad import inner_grad
 from tinytl_hf.lean.slices import Gathered
 
@@ -40,7 +40,7 @@ def in_slices(
     return output.whole
 
 
-class _SlicedFunction(Function):
+class _SlicedFunction(LeanFunction):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], slices: Sequence[slice], *trained: Tensor
@@ -82,7 +82,7 @@ class _SlicedFunction(Function):
         return grad_input.whole, None, None, *(of_trained.get(parameter) for parameter in ctx.trained)
 
 
-class _Entry(Function):
+class _Entry(LeanFunction):
     """Where a slice's graph begins: a node that does not hold the slice, as a leaf of the graph would."""
 
     @staticmethod

@@ -28,8 +28,8 @@ class ClassificationFigures(evaluate.Metric):
 
     def __init__(self) -> None:
         # Though it keeps all in memory, it makes a folder; the cache of the Hub's client can be one that is only read.
-        self._folder = tempfile.TemporaryDirectory(prefix="tinytl-metric-")
-        super().__init__(keep_in_memory=True, cache_dir=self._folder.name)
+        with tempfile.TemporaryDirectory(prefix="tinytl-metric-") as folder:
+            super().__init__(keep_in_memory=True, cache_dir=folder)
 
     def _info(self) -> evaluate.MetricInfo:
         logits, number = datasets.List(datasets.Value("float32")), datasets.Value("int64")

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import parent_process
+from multiprocessing import active_children, parent_process
 from multiprocessing.context import BaseContext
 from typing import ParamSpec, TypeVar
 
@@ -23,9 +23,14 @@ def in_own_process(context: BaseContext, function: Callable[P, T], *args: P.args
     Raises:
         MemoryError: It asked for more memory than there is, or the system ended it, as it does where none is left.
     """
+    others = set(active_children())
     with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
         try:
             return pool.submit(function, *args, **kwargs).result()
+        except KeyboardInterrupt:  # of this process alone, perhaps: it would wait for what is being measured
+            for process in set(active_children()) - others:
+                process.terminate()
+            raise
         except BrokenProcessPool as error:
             raise MemoryError("the system ended the process") from error
         except RuntimeError as error:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinytl_hf.config.network import LiteConfig
+from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.kinds import class_name
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.mixed import mixed
@@ -174,6 +175,13 @@ class TinyTLBlock(nn.Module):
     def stock_forward(self, x: Tensor) -> Tensor:
         """The pass of the block's own class, without the lite residual."""
         return super().forward(x)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` asks a module for."""
+        raise TinyTLError(
+            "torch.jit.script: it cannot read the blocks of a model; use torch.jit.trace or torch.export in "
+            "evaluation mode, or model.export()"
+        )
 
     def _has_gradients(self, x: Tensor) -> bool:
         """Whether there is anything to compute backward; without it, checkpointing would keep inputs for nothing."""

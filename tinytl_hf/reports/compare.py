@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from tinytl_hf.config.verbs import CompareConfig
-from tinytl_hf.disk import check_ours, expanded, local_path, write_text, writing
+from tinytl_hf.disk import check_ours, encoded, expanded, local_path, write_together, writing
 from tinytl_hf.errors import TinyTLError, one_line
 from tinytl_hf.reports.finished_run import FinishedRun, read_run
-from tinytl_hf.reports.plots import MB, SOFTWARE, AccuracyMemory, save_accuracy_memory, save_confusion, save_curves
+from tinytl_hf.reports.plots import MB, SOFTWARE, AccuracyMemory, draw_accuracy_memory, draw_confusion, draw_curves
 from tinytl_hf.reports.table import aligned
 
 # Runs that differ in these options alone are one row: the seed, and what changes no figure.
@@ -103,7 +103,9 @@ def compare(config: CompareConfig, folders: Iterable[str]) -> tuple[str, list[st
     comparison = Comparison(runs)
     if config.output is not None:
         with writing(f"output={config.output}", "name another folder"):
-            _write(Path(config.output), comparison, left_out)
+            _check_output(Path(config.output), comparison)
+            files = {**_tables(comparison, left_out), **_drawn(comparison)}
+            write_together({Path(config.output) / name: content for name, content in files.items()})
     return str(comparison), left_out
 
 
@@ -232,45 +234,57 @@ def _values(values: Iterable[Any]) -> str:
     return " / ".join(dict.fromkeys(map(str, values)))
 
 
-def _write(output: Path, comparison: Comparison, left_out: list[str]) -> None:
+def _check_output(output: Path, comparison: Comparison) -> None:
+    """Raise if a file is there that no comparison wrote.
+
+    Raises:
+        TinyTLError: With its name.
+    """
     check_ours("output", output / "compare.json", '"left_out"')
     check_ours("output", output / "compare.csv", ",".join(field.name for field in fields(Row)))
     check_ours("output", output / "compare.md", _as_markdown(HEADER))
     if not (output / "compare.json").exists():  # beside it, pictures of these names are ours
         for name in ("curves.png", "accuracy_memory.png", *_pictures(comparison.groups).values()):
             check_ours("output", output / name, SOFTWARE)
-    output.mkdir(parents=True, exist_ok=True)
+
+
+def _tables(comparison: Comparison, left_out: list[str]) -> dict[str, bytes]:
+    """The comparison as JSON, CSV and Markdown, by names of files."""
     plain, notes = [asdict(row) for row in comparison.rows], comparison.notes
-    write_text(output / "compare.json", json.dumps({"rows": plain, "notes": notes, "left_out": left_out}, indent=2))
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, list(plain[0]))
     writer.writeheader()
     writer.writerows({**values, "runs": " ".join(values["runs"])} for values in plain)
-    write_text(output / "compare.csv", table.getvalue())
     lines = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *map(_cells, comparison.rows)]
     markdown = [_as_markdown(cells) for cells in lines]
-    write_text(output / "compare.md", "\n".join([*markdown, "", *(f"- {note}" for note in notes)]) + "\n")
-    _draw(output, comparison)
+    texts = {
+        "compare.json": json.dumps({"rows": plain, "notes": notes, "left_out": left_out}, indent=2),
+        "compare.csv": table.getvalue(),
+        "compare.md": "\n".join([*markdown, "", *(f"- {note}" for note in notes)]) + "\n",
+    }
+    return {name: encoded(text) for name, text in texts.items()}
 
 
 def _as_markdown(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _draw(output: Path, comparison: Comparison) -> None:
+def _drawn(comparison: Comparison) -> dict[str, bytes]:
+    """Curves, accuracy against memory, and the confusion matrices, by names of files."""
     groups = comparison.groups
-    save_curves(output / "curves.png", {name: _mean_epochs(members) for name, members in groups.items()})
+    drawn = {"curves.png": draw_curves({name: _mean_epochs(members) for name, members in groups.items()})}
     points = [
         AccuracyMemory(row.name, row.accuracy, row.accuracy_std, row.peak_mb, row.stock_peak_mb)
         for row in comparison.rows
         if row.peak_mb is not None
     ]
     if points:
-        save_accuracy_memory(output / "accuracy_memory.png", points)
-    pictures = _pictures(groups)
+        drawn["accuracy_memory.png"] = draw_accuracy_memory(points)
+    names = _pictures(groups)
     for name, members in groups.items():
         matrix = np.sum([run.results["confusion_matrix"] for run in members], axis=0)
-        save_confusion(output / pictures[name], matrix.tolist(), members[0].results["label_names"])
+        drawn[names[name]] = draw_confusion(matrix.tolist(), members[0].results["label_names"])
+    return drawn
 
 
 def _pictures(names: Iterable[str]) -> dict[str, str]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from tinytl_hf.disk import check_ours, expanded, write_text, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.reports.compare import CONDITIONS, Comparison
 from tinytl_hf.reports.finished_run import FinishedRun, read_run
-from tinytl_hf.reports.plots import MB, save_confusion, save_curves, save_memory_bars
+from tinytl_hf.reports.plots import MB, draw_confusion, draw_curves, draw_memory_bars
 from tinytl_hf.reports.run_folder import MISTAKES_FILE, RESULTS_FILE
 from tinytl_hf.version import __version__
 
@@ -40,7 +38,6 @@ def report(config: ReportConfig, folder: str) -> str:
     path = Path(config.output or run.folder / "report.html")
     check_ours("output", path, MARK)
     with writing(f"output={path}", "name another file"):
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, render(run))
     return str(path)
 
@@ -65,12 +62,12 @@ def render(run: FinishedRun) -> str:
         title=f"{run.method} on {results.get('backbone', run.config['backbone.name'])}",
         figures=_figures(run),
         conditions={key: results[key] for key in CONDITIONS if key in results},
-        curves=_picture(lambda file: save_curves(file, {run.method: run.epochs})),
-        confusion=_picture(lambda file: save_confusion(file, results["confusion_matrix"], labels)),
+        curves=_picture(draw_curves({run.method: run.epochs})),
+        confusion=_picture(draw_confusion(results["confusion_matrix"], labels)),
         classes=list(zip(labels, results["per_class_accuracy"], map(sum, results["confusion_matrix"]), strict=True)),
         mistakes=_mistakes(run),
         labels=labels,
-        memory=_picture(lambda file: save_memory_bars(file, memory_rows)) if memory_rows else None,
+        memory=_picture(draw_memory_bars(memory_rows)) if memory_rows else None,
         memory_conditions=run.memory["conditions"] if run.memory is not None else {},
         config=[(key, _as_yaml(value), defaults.get(key) != value) for key, value in run.config.items()],
     )
@@ -121,7 +118,5 @@ def _mistakes(run: FinishedRun) -> dict[str, Any] | None:
     return found
 
 
-def _picture(draw: Callable[[io.BytesIO], None]) -> str:
-    file = io.BytesIO()
-    draw(file)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+def _picture(drawn: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(drawn).decode()}"

@@ -1,16 +1,16 @@
-"""Pictures of runs and of their memory, as PNG files. Matplotlib is imported when one is drawn."""
+"""Pictures of runs and of their memory, as the bytes of PNG files. Matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from tinytl_hf.errors import one_line
 from tinytl_hf.reports.fonts import families_for
@@ -63,17 +63,16 @@ class AccuracyMemory:
     stock_peak_mb: float | None = None
 
 
-def save_curves(path: Path | BinaryIO, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     """Draw accuracy and loss of runs by epoch, on the training set (dashed) and the evaluation set (solid).
 
     Short runs show the training set's figures within the epochs.
 
     Args:
-        path: The PNG file.
         runs: Lines of ``metrics.jsonl`` by name of the run.
     """
     in_parts = max(len(lines) for lines in runs.values()) <= EPOCHS_IN_PARTS
-    with _figure(path, 9.6, 4.4 + 0.25 * _legend_rows(runs), runs) as figure:
+    with _figure(9.6, 4.4 + 0.25 * _legend_rows(runs), runs) as figure:
         axes = figure.subplots(1, 2)
         for axis, key, unit, factor in zip(axes, ("accuracy", "loss"), ("%", "nats"), (100, 1), strict=True):
             for i, (name, lines) in enumerate(runs.items()):
@@ -89,6 +88,7 @@ def save_curves(path: Path | BinaryIO, runs: Mapping[str, Sequence[Mapping[str, 
         axes[0].plot([], [], "ko-", markersize=4, label="evaluation set")
         axes[0].plot([], [], f"k{marker}--", markersize=4, markerfacecolor="white", label="training set")
         _legend(figure, axes[0])
+        return _png(figure)
 
 
 def _by_epoch(lines: Sequence[Mapping[str, Any]], part: str, key: str) -> tuple[list[float], list[float]]:
@@ -107,18 +107,17 @@ def _within_epochs(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[f
     return times, values
 
 
-def save_confusion(path: Path | BinaryIO, matrix: Sequence[Sequence[int]], label_names: Sequence[str]) -> None:
+def draw_confusion(matrix: Sequence[Sequence[int]], label_names: Sequence[str]) -> bytes:
     """Draw a confusion matrix: counts where they fit, coloured by the share of each true class.
 
     Args:
-        path: The PNG file.
         matrix: Images by true class (row) and predicted class (column).
         label_names: Names of the classes.
     """
     classes = len(label_names)
     shares = [[100 * count / max(1, sum(row)) for count in row] for row in matrix]
     side = min(9.0, max(4.5, 2.6 + 0.42 * classes))
-    with _figure(path, side + 1, side, label_names) as figure:
+    with _figure(side + 1, side, label_names) as figure:
         from matplotlib.colors import PowerNorm  # rare confusions show
 
         axis = figure.subplots()
@@ -143,16 +142,16 @@ def save_confusion(path: Path | BinaryIO, matrix: Sequence[Sequence[int]], label
                     colour = "white" if shares[i][j] > 35 else "black"
                     if count:
                         axis.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=size)
+        return _png(figure)
 
 
-def save_memory_bars(path: Path | BinaryIO, rows: Sequence[Mapping[str, Any]]) -> None:
+def draw_memory_bars(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Draw the measured peak of a training step, split into its parts, as a bar for each method and engine.
 
     Args:
-        path: The PNG file.
         rows: The ``rows`` of :func:`tinytl_hf.measure.memory.to_json`, in bytes.
     """
-    with _figure(path, 9.6, 1.8 + 0.34 * len(rows)) as figure:
+    with _figure(9.6, 1.8 + 0.34 * len(rows)) as figure:
         axis = figure.subplots()
         left = [0.0] * len(rows)
         for (part, label), colour in zip(MEMORY_PARTS.items(), MEMORY_COLOURS, strict=True):
@@ -169,15 +168,16 @@ def save_memory_bars(path: Path | BinaryIO, rows: Sequence[Mapping[str, Any]]) -
         axis.set_xlabel("peak of one training step, measured (MB of 1e6 bytes)")
         axis.grid(axis="y", visible=False)
         _legend(figure, axis)
+        return _png(figure)
 
 
-def save_accuracy_memory(path: Path | BinaryIO, points: Sequence[AccuracyMemory]) -> None:
+def draw_accuracy_memory(points: Sequence[AccuracyMemory]) -> bytes:
     """Draw accuracy on the evaluation set against measured memory: up and to the left is better.
 
     A hollow marker is the memory of stock PyTorch, and a line leads from it to that of the run.
     """
     names = [point.name for point in points]
-    with _figure(path, 6.4, 4.4 + 0.25 * _legend_rows(names), names) as figure:
+    with _figure(6.4, 4.4 + 0.25 * _legend_rows(names), names) as figure:
         axis = figure.subplots()
         rightmost = 0.0
         for i, point in enumerate(points):
@@ -197,14 +197,14 @@ def save_accuracy_memory(path: Path | BinaryIO, points: Sequence[AccuracyMemory]
         if any(point.stock_peak_mb is not None for point in points):
             axis.plot([], [], "ko:", markersize=4, linewidth=1, markerfacecolor="white", label="in stock PyTorch")
         _legend(figure, axis)
+        return _png(figure)
 
 
 @contextmanager
-def _figure(path: Path | BinaryIO, width: float, height: float, names: Iterable[str] = ()) -> Iterator[Figure]:
-    """A figure of about so many inches that is written at the end; labels are taken as they are, dollars too.
+def _figure(width: float, height: float, names: Iterable[str] = ()) -> Iterator[Figure]:
+    """A figure of about so many inches, in the style of all; labels are taken as they are, dollars too.
 
     Args:
-        path: The PNG file.
         width: Inches.
         height: Inches.
         names: Text in it that is not ours, which can be of any script.
@@ -227,8 +227,14 @@ def _figure(path: Path | BinaryIO, width: float, height: float, names: Iterable[
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
-        metadata = {"Software": SOFTWARE}
-        figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.1, metadata=metadata)  # no label is cut off
+
+
+def _png(figure: Figure) -> bytes:
+    """What its file holds."""
+    file = io.BytesIO()
+    metadata = {"Software": SOFTWARE}
+    figure.savefig(file, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.1, metadata=metadata)  # all labels
+    return file.getvalue()
 
 
 def _matplotlib() -> ModuleType:

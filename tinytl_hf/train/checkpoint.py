@@ -164,8 +164,10 @@ def save(accelerator: Accelerator, config: Config, progress: Progress, hashes: d
             sync(folder)
             for old in list_checkpoints(folder)[: -config.train.keep_checkpoints]:
                 shutil.rmtree(old)
-    except OSError as error:
+    except BaseException as error:  # a second Ctrl-C, too
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         is_gone = not Path(config.output_dir).is_dir()
         fix = "the folder is gone" if is_gone else "make room and go on from the one before with --train.resume auto"
         what = f"the checkpoint of step {progress.step} cannot be written"

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from tinytl_hf.adapter.format import CARD_FILE, read_config
 from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.config.run import Config
-from tinytl_hf.disk import write_text, writing
+from tinytl_hf.disk import encoded, write_together, writing
 from tinytl_hf.errors import one_line
 from tinytl_hf.hub.card import PICTURES, RunFacts, dataset_name, read_card, render_card
 from tinytl_hf.measure import memory
@@ -20,7 +20,7 @@ from tinytl_hf.measure.measured_step import random_batch
 from tinytl_hf.measure.peak import process_high_water
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports import run_folder
-from tinytl_hf.reports.plots import save_confusion, save_curves
+from tinytl_hf.reports.plots import draw_confusion, draw_curves
 from tinytl_hf.reports.run_folder import ADAPTER, MEMORY_FILE, RESULTS_FILE, images_of, read_metrics, seconds_of
 from tinytl_hf.train.card_recipe import recipe
 from tinytl_hf.train.run import Run
@@ -103,10 +103,11 @@ def draw_pictures(output: Path, config: Config) -> None:
     folder, lines = output / ADAPTER, read_metrics(output)
     results = json.loads((output / RESULTS_FILE).read_text(encoding="utf-8"))
     curves, confusion = PICTURES.values()
+    drawn = {confusion: draw_confusion(results["confusion_matrix"], results["label_names"])}
+    if lines:
+        drawn[curves] = draw_curves({config.method: lines})
     with writing(f"the card of {folder}", WITHOUT_CARD):
-        if lines:
-            save_curves(folder / curves, {config.method: lines})
-        save_confusion(folder / confusion, results["confusion_matrix"], results["label_names"])
+        write_together({folder / name: picture for name, picture in drawn.items()})
 
 
 def write_card(output: Path, config: Config) -> None:
@@ -138,9 +139,8 @@ def write_card(output: Path, config: Config) -> None:
     public = {key: value for key, value in results.items() if not key.startswith("_")}
     public["dataset"] = dataset_name(record.data)
     with writing(f"the card of {folder}", WITHOUT_CARD):
-        write_text(folder / RESULTS_FILE, json.dumps(public, indent=2) + "\n")
-        if card:
-            write_text(folder / CARD_FILE, card)
+        files = {RESULTS_FILE: json.dumps(public, indent=2) + "\n", CARD_FILE: card}
+        write_together({folder / name: encoded(text) for name, text in files.items() if text})
 
 
 def _time(lines: list[dict[str, Any]], results: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from tinytl_hf.adapter.format import CARD_FILE, TENSORS_FILE, read_config, read_
 from tinytl_hf.adapter.format import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from tinytl_hf.config.run import Config, flat, with_new_names
 from tinytl_hf.config.yaml12 import load_yaml
-from tinytl_hf.disk import local_path, write_bytes, write_text, writing
+from tinytl_hf.disk import local_path, write_text, write_together, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import ADAPTER_FILES, is_untouched, read_card
 from tinytl_hf.reports.run_folder import (
@@ -197,9 +197,8 @@ def copy_best(config: Config, resume_from: Path, epochs_done: int) -> None:
     if former is None or (output / ADAPTER).exists() or has_adapter_of_later_epoch(former, config, epochs_done):
         return
     if read_metrics(former) and _is_adapter(former / ADAPTER):
-        (output / ADAPTER).mkdir()
-        for name in (ADAPTER_CONFIG_FILE, TENSORS_FILE):
-            write_bytes(output / ADAPTER / name, (former / ADAPTER / name).read_bytes())
+        names = (ADAPTER_CONFIG_FILE, TENSORS_FILE)
+        write_together({output / ADAPTER / name: (former / ADAPTER / name).read_bytes() for name in names})
 
 
 def _others(output: Path) -> list[str]:

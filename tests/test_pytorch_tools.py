@@ -1,0 +1,84 @@
+"""What PyTorch's own tools do with a model in training mode: they work, or one line says what to do."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from shared import slow
+from torch.func import functional_call, grad, jvp, vmap
+
+from tinytl_hf import TinyTLError
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+FIX = r"call model\.eval\(\) first, or build the model with lean=False"
+# One of each kind of training pass: chains with lite residuals, chains in slices, what is computed again, runs of it.
+NETWORKS = [
+    ("TinyTL-L+B", "mobilenet_v2"),
+    ("TinyTL-B", "resnet18"),
+    ("TinyTL-L+B", "mobilenet_v3_small"),
+    ("FT-Last", "mobilenet_v2"),
+    slow("TinyTL-L+B", "convnext_tiny"),
+]
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and still used
+
+
+def of_one(model):
+    return lambda image: model(image[None])[0]
+
+
+def gradients(model, images, over=None):
+    """The sum of the logits' gradients of what trains or, with ``over`` images, of each of them."""
+    given = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    gradient = grad(lambda given, images: functional_call(model, given, (images,)).sum())
+    return gradient(given, images) if over is None else vmap(gradient, (None, 0))(given, images[:, None])
+
+
+@pytest.mark.parametrize(("method", "backbone"), NETWORKS)
+def test_what_cannot_follow_lean_training_is_told_so(method, backbone, make_model):
+    model = make_model(method, backbone).train()
+    for part in (model, model.backbone):
+        with pytest.raises(TinyTLError, match=rf"^torch\.jit\.trace: .*; {FIX}$"):
+            torch.jit.trace(part, IMAGES)
+        with pytest.raises(TinyTLError, match=rf"^torch\.func: .*; {FIX}$"):
+            vmap(of_one(part), randomness="different")(IMAGES)
+        with pytest.raises(TinyTLError, match=rf"^torch\.func: .*; {FIX}$"):
+            jvp(part, (IMAGES,), (IMAGES,))
+        with pytest.raises(TinyTLError, match=rf"^torch\.func: .*; {FIX}$"):
+            gradients(part, IMAGES)
+        with pytest.raises(TinyTLError, match=r"^torch\.jit\.script: .*; use torch\.jit\.trace or torch\.export"):
+            torch.jit.script(part)
+    with pytest.raises(TinyTLError, match=rf"^torch\.fx: .*; {FIX}$"):
+        torch.fx.symbolic_trace(model.backbone)
+    with pytest.raises(TinyTLError, match=r"^torch\.fx: .*; trace model\.backbone, in evaluation mode or of a model"):
+        torch.fx.symbolic_trace(model)
+    model(IMAGES).sum().backward()  # it is as it was
+    assert all(parameter.grad is not None for parameter in model.trainable_parameters())
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_the_fixes_that_are_named_work(lean, make_model):
+    model = make_model("TinyTL-B", "mobilenet_v2", lean=lean).train(not lean)
+    model.backbone.classifier[0].p = 0.0  # so that two passes are the same
+    expected = model(IMAGES)
+    torch.testing.assert_close(torch.jit.trace(model, IMAGES)(IMAGES), expected)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model.backbone)(IMAGES), expected)
+    torch.testing.assert_close(vmap(of_one(model))(IMAGES), expected)
+    model(IMAGES).sum().backward()
+    of_all, of_each = gradients(model, IMAGES), gradients(model, IMAGES, over=0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(of_all[name], parameter.grad, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(of_each[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "backbone"), NETWORKS)
+def test_a_copy_trains_as_the_model_does(method, backbone, make_model):
+    model = make_model(method, backbone).train()
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    found = []
+    for each in (model, *copies):
+        torch.manual_seed(0)
+        each(IMAGES).square().sum().backward()
+        found.append([parameter.grad for parameter in each.trainable_parameters()])
+    assert found[0] and all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
