@@ -81,3 +81,11 @@ def test_what_was_saved_to_be_pushed_stays_where_the_push_failed_alone(tmp_path,
         make_model("FT-Last").save_pretrained(folder)
         raise Terminated(signal.SIGTERM)
     assert tree(tmp_path) == {}
+
+
+def test_an_export_whose_temporary_folder_is_full_says_so(finished, tmp_path):
+    words = [*TIMM, "--adapter", finished / "adapter", "--output", tmp_path / "out" / "model"]
+    (temporary := tmp_path / "tmp").mkdir()
+    done = run(words, tmp_path / "log", limit=300_000, environment={"TMPDIR": temporary})
+    assert done.returncode == 1 and f"there is no room in {temporary} to try it out" in done.stderr, done.stderr
+    assert tree(tmp_path / "out") == {} and not list(temporary.glob("tinytl*"))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tinytl_hf.config.network import BackboneConfig
 from tinytl_hf.config.run import AdapterOptions, Config
 from tinytl_hf.train.fit import make_families
 from tinytl_hf.train.search import Budget, DataFacts
-from tinytl_hf.train.warm_start import warm_start
+from tinytl_hf.train.warm_start import has_place_for, warm_start
 
 
 @pytest.fixture
@@ -202,3 +203,13 @@ def test_what_has_no_room_is_told_the_option_that_makes_some(colour_folder, tmp_
     assert fewer.returncode == 1 and fewer.stderr.strip().endswith("more tensors; use --trained_blocks all")
     other = train("x", "--lite.norm", "group", "--adapter.init", tmp_path / "all")
     assert other.returncode == 1 and other.stderr.strip().endswith("more tensors; use --lite.norm batch")
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "resnet18", "mobilenet_v3_small"])
+@pytest.mark.parametrize("method", ["TinyTL-L+B", "FT-Last"])
+def test_a_method_has_a_place_for_what_its_own_adapter_holds_and_for_no_more(method, backbone, make_model):
+    held = make_model(method, backbone).adapter_tensors().keys()
+    config = Config(method=method, backbone=BackboneConfig(name=backbone, weights="none"))
+    with patch("tinytl_hf.model.TinyTLModel.__init__", side_effect=AssertionError("no model is built for it")):
+        assert has_place_for(config, held)
+        assert not has_place_for(config, {*held, "features.0.none"})

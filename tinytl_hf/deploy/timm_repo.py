@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tinytl_hf.adapter.format import CARD_FILE
@@ -68,7 +69,13 @@ def export_timm(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> s
     network = timm.create_model(name, pretrained=False, num_classes=len(model.label_names))
     _fill(network, deployed.backbone.state_dict(), model.config.backbone.name, name)
     with tempfile.TemporaryDirectory(prefix="tinytl-timm-") as folder:
-        _save(timm, network, model, Path(folder))
+        try:
+            _save(timm, network, model, Path(folder))
+        except (OSError, SafetensorError) as error:
+            raise TinyTLError(
+                f"output={path}: there is no room in {tempfile.gettempdir()} to try it out ({error}); name a folder "
+                "with more in TMPDIR"
+            ) from error
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         comparison = compare("timm", model, deployed, lambda inputs: loaded(torch.from_numpy(inputs)).numpy(), images)
         comparison.check()

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tinytl_hf.adapter.build import build_network, new_config
+from tinytl_hf.adapter.delta import adapter_tensors
 from tinytl_hf.adapter.format import read_config, read_tensors
 from tinytl_hf.adapter.record import AdapterConfig, InitRecord
 from tinytl_hf.config.data import DataConfig
@@ -78,11 +80,19 @@ def trained_by(init: str, backbone: str) -> frozenset[str]:
 
 
 def has_place_for(config: Config, tensors: Set[str]) -> bool:
-    """Whether the method of a run, with its trained blocks and norms, has a place for all that an adapter holds."""
-    config = replace(config, backbone=replace(config.backbone, weights="none"))
-    with NoRandomValues():
-        model = TinyTLModel.from_config(config, ["0", "1"])
-    return tensors <= model.adapter_tensors().keys()
+    """Whether the method of a run, with its trained blocks and norms, has a place for all that an adapter holds.
+
+    Raises:
+        TinyTLError: No network can be built for that run.
+    """
+    name, labels, data = config.backbone.name, (["0", "1"], None), config.data
+    sizes = (data.train_size, data.eval_size, data.crop_pct)
+    what = new_config(
+        name, "none", config.method, labels, sizes, "fp32", config.trained_blocks, config.lite, config.head
+    )
+    with torch.device("meta"), NoRandomValues():  # names alone: a model of values takes twenty times as long
+        backbone, _ = build_network(what, "none")
+    return tensors <= adapter_tensors(backbone).keys()
 
 
 def _folder(init: str, backbone: str) -> Path:
