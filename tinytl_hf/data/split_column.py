@@ -82,13 +82,15 @@ def _column_of(table: datasets.Dataset, config: DataConfig) -> str | None:
         roles = set(_roles(table, column, chosen).values())
         if len(roles) > 1 and ("" not in roles or chosen & roles):
             return column
-    others = [column for name, column in texts.items() if name != LABEL and _says_all(table, column)]
+    others = [column for name, column in texts.items() if name != LABEL]
+    values = table.select_columns(others).with_format("arrow")[:]  # of all at once, as there can be hundreds
+    others = [column for column in others if _says_all(values.column(column))]
     return others[0] if len(others) == 1 else None
 
 
-def _says_all(table: datasets.Dataset, column: str) -> bool:
+def _says_all(column: pyarrow.ChunkedArray) -> bool:
     """Whether a column, whatever its name, can be nothing else than that of the splits."""
-    values = pyarrow.compute.unique(table.with_format("arrow")[:].column(column)).to_pylist()
+    values = pyarrow.compute.unique(column).to_pylist()
     roles = {role_of(_text(value)) for value in values[: len(SPLIT_WORDS) + 1]}
     return None not in roles and len(roles) > 1 and "train" in roles and len(values) <= len(SPLIT_WORDS)
 
