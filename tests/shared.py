@@ -322,7 +322,7 @@ def file_server(monkeypatch):
 
     def serve(folder):
         running.append(ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)))
-        Thread(target=running[-1].serve_forever, daemon=True).start()
+        Thread(target=running[-1].serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return f"http://127.0.0.1:{running[-1].server_port}"
 
     yield serve
