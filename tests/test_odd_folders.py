@@ -133,3 +133,25 @@ def test_images_of_boxes_in_splits_lie_in_no_class_folder(tmp_path):
         (tmp_path / "labels" / split / "0.txt").write_text("0 0.5 0.5 0.1 0.1")
     with pytest.raises(TinyTLError, match=r"lie in splits and in no class folder \(images/train/0.png\)"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("inner", ["Plants", "augmented"])
+@pytest.mark.parametrize("splits", [("",), ("train/", "val/")])
+def test_a_class_folder_that_holds_the_other_classes_is_refused(inner, splits, tmp_path):
+    for split in splits:
+        make(tmp_path, each(*(f"{split}{name}" for name in ("rose", "tulip", f"{inner}/rose", f"{inner}/tulip"))))
+    with pytest.raises(TinyTLError, match=rf"{inner}/ holds folders that are called as classes .*\(rose, tulip; "):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("wild/cat", "wild/lion"), ("wild/cat",), ("wild/cat", "wild/dog", "wild")])
+def test_a_class_folder_with_other_things_or_one_class_in_it_is_a_class(names, tmp_path):
+    make(tmp_path, each("cat", "dog", *names))
+    assert opened(tmp_path).train.label_names == ["cat", "dog", "wild"]
+
+
+@pytest.mark.parametrize(("third", "said"), [("trainingSet", True), ("tram", False)])
+def test_of_classes_two_that_are_called_as_different_splits_are_named(third, said, tmp_path, caplog):
+    make(tmp_path, each("testSet", third, "sample"))
+    assert opened(tmp_path).train.label_names == sorted(["testSet", third, "sample"])
+    assert ("testSet, trainingSet: read as classes" in caplog.text) is said

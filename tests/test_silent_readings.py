@@ -378,3 +378,52 @@ def test_a_column_of_other_names_that_says_not_all_is_none_of_splits(values, tmp
     columns = {"image": columns["image"], "label": ["train", "test"] * 4}
     pd.DataFrame(columns).to_csv(tmp_path / "y.csv", index=False)
     assert opened(tmp_path / "y.csv").found.classes == ["test", "train"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".png"])
+def test_a_table_beside_folders_may_name_images_without_their_suffix_or_folder(suffix, tmp_path, caplog):
+    for number in range(8):
+        write_image(tmp_path / f"part_{number % 2}" / f"ISIC_{number}.png", size=(8, 8), seed=number)
+    file, names = tmp_path / "about.csv", [f"ISIC_{number}{suffix}" for number in range(8)]
+    pd.DataFrame({"id": names, "kind": ["cat", "cat", "dog", "dog"] * 2}).to_csv(file, index=False)
+    assert opened(tmp_path).train.label_names == ["part_0", "part_1"]
+    assert "about.csv names 8 of these images and is not used: the folders are the classes" in caplog.text
+    pd.DataFrame({"id": names, "label": ["cat", "cat", "dog", "dog"] * 2}).to_csv(file, index=False)
+    with pytest.raises(TinyTLError, match=f"part_0/ISIC_0.png is part_0 by its folder, and cat by .* name {file}"):
+        opened(tmp_path)
+    train = opened(file).train
+    assert train.label_names == ["cat", "dog"] and train.rows[0]["image"]["path"].startswith(f"{tmp_path}/part_")
+    pd.DataFrame({"id": [f"{number}" for number in range(8)], "label": [*"abcdefgh"]}).to_csv(file, index=False)
+    assert opened(tmp_path).train.label_names == ["part_0", "part_1"]  # numbers of rows name no image
+
+
+def test_a_name_of_an_image_that_is_gone_is_not_that_of_another_elsewhere(tmp_path):
+    for name in ("a.png", "b.png", "old/c.png"):
+        write_image(tmp_path / name, size=(8, 8), seed=ord(name[0]))
+    file = tmp_path / "x.csv"
+    pd.DataFrame({"image": ["a.png", "b.png", "c.png"], "label": [*"xyx"]}).to_csv(file, index=False)
+    with pytest.raises(TinyTLError, match=r"column image names .*/c.png, and there is no such file"):
+        opened(file)
+
+
+def test_a_sample_of_what_to_hand_in_has_no_labels(tmp_path):
+    for number in range(8):
+        write_image(tmp_path / ("train" if number % 2 else "test") / f"{number}.png", size=(8, 8), seed=number)
+    pd.DataFrame({"id": range(8), "label": ["cat"] * 8}).to_csv(tmp_path / "sampleSubmission.csv", index=False)
+    with pytest.raises(TinyTLError, match=r"in no class folder \(test/0.png\); write a metadata.csv"):
+        opened(tmp_path)
+    pd.DataFrame({"id": [1, 3, 5, 7], "label": ["cat", "dog"] * 2}).to_csv(tmp_path / "trainLabels.csv", index=False)
+    with pytest.raises(TinyTLError, match=r"if trainLabels.csv has their paths and labels, name .*/trainLabels.csv"):
+        opened(tmp_path)
+    assert opened(tmp_path / "trainLabels.csv").train.label_names == ["cat", "dog"]
+
+
+def test_tables_that_are_not_used_are_named_in_one_line(tmp_path, caplog):
+    paths = folders(tmp_path)
+    for top in ("part_1", "part_2"):
+        rows = {"name": [path.split("/")[1] for path in paths if path.startswith(top)], "size": [8] * 4}
+        pd.DataFrame(rows).to_csv(tmp_path / top / "about.csv", index=False)
+    opened(tmp_path)
+    said = [line for line in caplog.messages if "not used" in line]
+    assert len(said) == 1
+    assert said[0].startswith("part_1/about.csv, part_2/about.csv name 8 of these images and are not used: ")

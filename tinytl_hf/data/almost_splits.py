@@ -49,7 +49,8 @@ def say_odd_names(tops: list[str], labelled: bool = False) -> None:
         labelled: Whether something else than the folders gives the labels.
     """
     odd = [top for top in tops if _split_words(top)]
-    if not (odd and len(odd) == len(tops)) and not any(role_of(top) for top in odd):
+    roles = {role_of(word) for top in odd for word in _split_words(top)}
+    if not (odd and len(odd) == len(tops)) and not any(role_of(top) for top in odd) and len(roles) < 2:
         return
     if labelled:
         logger.warning("%s: not read as splits, which are called train, validation and test", named(odd))

@@ -87,6 +87,7 @@ def class_folders(listing: Listing, config: DataConfig) -> datasets.DatasetDict:
             found[name] = dict(folder.below)
             check_no_masks(listing.root, found[name])
     for classes in found.values():
+        _check_no_class_of_classes(listing.root, classes, depth + (1 if splits is None else 2))
         say_pairs(classes)
     say_masks(path for classes in found.values() for paths in classes.values() for path in paths)
     _say_depths(found, depth + (1 if splits is None else 2))
@@ -223,6 +224,25 @@ def _say_same_folders(tops: Tops) -> None:
         logger.warning(
             "the classes %s hold the same folders (%s): if those are the classes, name the folder of one",
             *(named(list(tops)), named(sorted(same))),
+        )
+
+
+def _check_no_class_of_classes(root: Path, classes: dict[str, list[str]], depth: int) -> None:
+    """Raise if a class folder holds folders that are called as the other classes are, and nothing else.
+
+    Archives that are packed twice leave such a folder (``PlantVillage/PlantVillage``), and so do programs that add
+    changed copies (``augmented/cat`` beside ``cat``).
+    """
+    for folder, paths in classes.items():
+        inside = {path.split("/")[depth] for path in paths if path.count("/") > depth}
+        is_deep = all(path.count("/") > depth for path in paths)
+        if len(inside) < 2 or not is_deep or not inside <= classes.keys() - {folder}:
+            continue
+        outer = "/".join(paths[0].split("/")[:depth])
+        raise TinyTLError(
+            f"data.dataset={root}: {outer}/ holds folders that are called as classes beside it "
+            f"({named(sorted(inside))}; {paths[0]}): if it holds images of those classes, put them into the folders "
+            f"beside it, or take {outer}/ away; if it is a class, put its images right into it"
         )
 
 

@@ -1,4 +1,4 @@
-"""Images that a table names without their suffix: ``000bec18`` for ``train/000bec18.jpg``."""
+"""Images that a table names without their suffix or folder: ``000bec18`` for ``train/000bec18.jpg``."""
 
 from __future__ import annotations
 
@@ -47,6 +47,9 @@ def with_ids_placed(
 ) -> list[str | None]:
     """Places of images, where those that are not there may be named by their ids.
 
+    Names with a suffix stand for images in other folders if no image at all lies where it is said to; else the table
+    names images that are gone, and others that are called so are not those.
+
     Args:
         ids: What a table says.
         places: Where that is, if it is a path.
@@ -57,12 +60,14 @@ def with_ids_placed(
         TinyTLError: Two images have one id.
     """
     placed = list(places)
+    elsewhere = not any(place and os.path.isfile(place) for place in places)
     missing = [
         (number, name)
         for number, (name, place) in enumerate(zip(ids, places, strict=True))
-        if name and place and suffix_of(name) not in IMAGE_SUFFIXES and not os.path.isfile(place)
+        if name and place and (elsewhere or suffix_of(name) not in IMAGE_SUFFIXES) and not os.path.isfile(place)
     ]
-    known = images_by_id(list_folder(base).images) if missing else {}
+    images_there = list_folder(base).images if missing else []
+    known = {**images_by_id(images_there), **images_by_name(images_there)}
     for number, name in missing:
         images = known.get(name, [])
         if len(images) > 1:
@@ -73,7 +78,8 @@ def with_ids_placed(
         if images:
             placed[number] = f"{base}/{images[0]}"
     if found := [name for number, name in missing if placed[number] != places[number]]:
-        logger.info("column %s names images without their suffix: %s is %s", column, found[0], known[found[0]][0])
+        lacking = "folder" if suffix_of(found[0]) in IMAGE_SUFFIXES else "suffix"
+        logger.info("column %s names images without their %s: %s is %s", column, lacking, found[0], known[found[0]][0])
     return placed
 
 
@@ -84,4 +90,12 @@ def images_by_id(images: Iterable[str]) -> dict[str, list[str]]:
         path = os.path.splitext(image)[0]
         for name in {path, os.path.basename(path)}:
             known[name].append(image)
+    return dict(known)
+
+
+def images_by_name(images: Iterable[str]) -> dict[str, list[str]]:
+    """Images by their names without their folders."""
+    known: dict[str, list[str]] = defaultdict(list)
+    for image in images:
+        known[os.path.basename(image)].append(image)
     return dict(known)

@@ -34,7 +34,7 @@ from tinytl_hf.data.roles import group_by_split, role_of, role_of_table
 from tinytl_hf.data.saved import is_saved, load_saved, open_saved, saved_below
 from tinytl_hf.data.split_column import by_split_column
 from tinytl_hf.data.table_files import load_tables, state_of, table_at
-from tinytl_hf.data.tables_beside import NAMING_IMAGES, check_tables_beside, to_name
+from tinytl_hf.data.tables_beside import check_tables_beside, is_to_hand_in, labelling_tables, to_name
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
@@ -168,9 +168,11 @@ def _label_images(source: Source, listing: Listing, config: DataConfig) -> Table
         listing.tables += listing.almost_metadata if len(tops) > 1 else {}
     tables = [name for name in listing.tables if suffix_of(name) != ".json"]
     if tables and (are_splits or not tops):
+        fix = "write a metadata.csv with columns file_name and label"
+        if labelling := [name for name in tables if not is_to_hand_in(name)]:
+            fix = f"if {labelling[0]} has their paths and labels, name {to_name(listing, labelling)}"
         raise TinyTLError(
-            f"data.dataset={listing.root}: its images lie in no class folder ({listing.images[0]}); if {tables[0]} "
-            f"has their paths and labels, name {to_name(listing, tables)}"
+            f"data.dataset={listing.root}: its images lie in no class folder ({listing.images[0]}); {fix}"
         )
     splits = class_folders(listing, config)
     check_tables_beside(listing, splits, config)
@@ -203,7 +205,7 @@ def _hint(listing: Listing) -> str:
     if common and len(below) > 1:
         what = "splits" if all(role_of(name) for name in below) else "classes"
         return f"; if {named(below)} are the {what}, name {listing.root / common}"
-    tables = [name for name in listing.tables if suffix_of(name) in NAMING_IMAGES]
+    tables = labelling_tables(listing)
     return f"; if {tables[0]} has the paths and labels of images, name {to_name(listing, tables)}" if tables else ""
 
 

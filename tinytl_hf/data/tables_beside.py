@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 
 import datasets
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.columns import LABEL, as_label, path_columns, place_of
+from tinytl_hf.data.columns import LABEL, as_label, is_string, path_columns, place_of
 from tinytl_hf.data.find import suffix_of
+from tinytl_hf.data.found import named
+from tinytl_hf.data.ids import images_by_id, images_by_name
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.roles import role_of_table
 from tinytl_hf.data.table_files import WHOLE, load_tables
@@ -18,6 +21,7 @@ from tinytl_hf.errors import TinyTLError, first_line
 logger = logging.getLogger(__name__)
 
 NAMING_IMAGES = (".csv", ".tsv", ".jsonl", ".parquet")  # tables that can have the paths of images
+TO_HAND_IN = re.compile(r"sample[-_ ]?sub(mission)?", re.I)  # as Kaggle calls it
 
 
 def check_tables_beside(listing: Listing, splits: datasets.DatasetDict, config: DataConfig) -> None:
@@ -31,7 +35,7 @@ def check_tables_beside(listing: Listing, splits: datasets.DatasetDict, config: 
     Raises:
         TinyTLError: The table has another label for an image than its folder.
     """
-    tables = [name for name in listing.tables if suffix_of(name) in NAMING_IMAGES]
+    tables = labelling_tables(listing)
     if not tables:
         return
     by_folder: dict[str, str] = {}
@@ -40,14 +44,35 @@ def check_tables_beside(listing: Listing, splits: datasets.DatasetDict, config: 
         for image, number in zip(table["image"][:], table["label"][:], strict=True):
             by_folder[image["path"]] = classes[number]
     column = config.label_column or LABEL
+    unused: dict[str, int] = {}
     for name in tables:
-        for path, label in _labels_by_path(listing, name, tables, column).items():
+        count, labels = _labels_by_path(listing, name, column)
+        if count and not labels:
+            unused[name] = count
+        for path, label in labels.items():
             if path in by_folder and not _is_same(as_label(label), by_folder[path]):
                 raise TinyTLError(
                     f"data.dataset={listing.root}: {os.path.relpath(path, listing.root)} is {by_folder[path]} by its "
                     f"folder, and {label} by column {column} of {name}; name {to_name(listing, tables, name)} to "
                     f"take those labels, or move {name} away to take the folders'"
                 )
+    if unused:
+        logger.warning(
+            "%s %s of these images and %s not used: the folders are the classes; name %s for %s labels",
+            *(f"{named(list(unused))} {'names' if len(unused) == 1 else 'name'}", f"{sum(unused.values()):,}"),
+            *("is" if len(unused) == 1 else "are", to_name(listing, list(unused))),
+            "its" if len(unused) == 1 else "their",
+        )
+
+
+def labelling_tables(listing: Listing) -> list[str]:
+    """Tables that can have the labels of images."""
+    return [name for name in listing.tables if suffix_of(name) in NAMING_IMAGES and not is_to_hand_in(name)]
+
+
+def is_to_hand_in(name: str) -> bool:
+    """Whether a table is a sample of what is to be handed in, in which all images have one label."""
+    return TO_HAND_IN.search(os.path.basename(name)) is not None
 
 
 def _is_same(label: str, folder: str) -> bool:
@@ -73,25 +98,36 @@ def to_name(listing: Listing, tables: list[str], one: str | None = None) -> str:
     return str(listing.root / (one or tables[0]))
 
 
-def _labels_by_path(listing: Listing, name: str, tables: list[str], label_column: str) -> dict[str, str]:
-    """The label of each image that a table names; none if it names none or has no such column."""
+def _labels_by_path(listing: Listing, name: str, label_column: str) -> tuple[int, dict[str, str]]:
+    """How many of the images a table names, and the label that it has for each; none if it has no such column."""
     file = listing.root / name
     try:
         table = load_tables({"train": [str(file)]}, file.parent)["train"]
-        column = next(iter(path_columns(table)), None)
-        paths = [] if column is None else [place_of(str(path), file.parent) for path in table[column][:]]
+        paths = _places(listing, name, table, label_column)
     except Exception as error:  # whatever lies beside images can be no table at all
         logger.info("%s: not used, as it cannot be read (%s)", name, first_line(error))
-        return {}
+        return 0, {}
     there = {f"{listing.root}/{image}" for image in listing.images}
     count = len(there.intersection(paths))
-    if not count:
-        return {}
-    if label_column not in table.column_names:
-        logger.warning(
-            "%s names %s of these images and is not used: the folders are the classes; name %s for its labels",
-            *(name, f"{count:,}", to_name(listing, tables, name)),
-        )
-        return {}
+    if not count or label_column not in table.column_names:
+        return count, {}
     labels = zip(paths, table[label_column][:], strict=True)
-    return {path: str(label) for path, label in labels if label is not None}
+    return count, {path: str(label) for path, label in labels if path in there and label is not None}
+
+
+def _places(listing: Listing, name: str, table: datasets.Dataset, label_column: str) -> list[str | None]:
+    """Where the images are that a table names: by their paths, else by their names without suffix or folder."""
+    base = (listing.root / name).parent
+    columns = path_columns(table)
+    if columns:
+        places: list[str | None] = [place_of(str(path), base) for path in table[columns[0]][:]]
+        if any(place and os.path.isfile(place) for place in places):
+            return places
+    texts = [column for column, feature in table.features.items() if is_string(feature) and column != label_column]
+    known = images_by_name(listing.images) if columns else images_by_id(listing.images)
+    for column in columns[:1] or texts:
+        values = table[column][:]
+        found = {value: known[value][0] for value in values if len(known.get(value, ())) == 1}
+        if 2 * len(found) > len(values) and not all(value.isdecimal() for value in found):  # rows are numbered, too
+            return [f"{listing.root}/{found[value]}" if value in found else None for value in values]
+    return []
