@@ -56,7 +56,8 @@ def test_a_folder_gives_its_images_and_says_what_it_left_out(adapter, tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if "left out" in line]
     assert line.startswith(f"{tmp_path}: 4 images; left out: ")
     for part in (
-        "1 hidden",
+        "1 hidden,",
+        "1 hidden folders",
         "1 .pdf",
         "1 .mpg",
         "1 .h5",
@@ -102,6 +103,14 @@ def test_brackets_patterns_and_what_no_path_can_be(tmp_path, monkeypatch):
     for name in ("a" * 5000, "a\0b", "~nobody-of-that-name/x.png", "missing.png"):
         (source,) = find_images(name)
         assert source.problem or not os.path.exists(source.name)
+
+
+def test_folders_that_a_pattern_matches_give_their_images_once(tmp_path):
+    for name in ("a.png", "cat/b.png", "dog/below/c.png", "@eaDir/d.png"):
+        write_image(tmp_path / name, size=(8, 8))
+    assert names(tmp_path / "*") == names(tmp_path / "**") == ["a.png", "b.png", "c.png"]
+    assert names(tmp_path / "[cd]*") == ["b.png", "c.png"]
+    assert names(tmp_path / "**/below") == ["c.png"]
 
 
 @LINUX

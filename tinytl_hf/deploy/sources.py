@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytl_hf.data.images import IMAGE_SUFFIXES
-from tinytl_hf.data.listing import is_of_system
+from tinytl_hf.data.listing import NEVER, is_of_system
 from tinytl_hf.disk import expanded, path_of
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Source:
 
 
 def find_images(name: str) -> list[Source]:
-    """The images that an argument stands for: of a folder those in it, however deep, else the one of that name."""
+    """The images that an argument stands for: of folders those in them, however deep, else the one of that name."""
     if name == STANDARD_INPUT and sys.stdin is None:
         return [Source(name, problem="standard input is closed")]
     if name == STANDARD_INPUT:
@@ -59,10 +59,22 @@ def find_images(name: str) -> list[Source]:
         matches = [] if path.exists() else glob.glob(str(path), recursive=True)
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a circle of links, no such ~user
         return [Source(name, problem=str(error))]
-    files = [file for file in sorted(matches) if os.path.isfile(file)]
-    if "**" in str(path):  # links can lead in circles
-        files = sorted({os.path.realpath(file): file for file in reversed(files)}.values())
+    files = _matched(path, matches)
     return [_of_file(file) for file in files] or [_of_file(str(path))]
+
+
+def _matched(pattern: Path, matches: list[str]) -> list[str]:
+    """The images that a pattern matches, and those in folders that it matches."""
+    of_systems = [match for match in matches if any(map(is_of_system, {*Path(match).parts} - {*pattern.parts}))]
+    if of_systems:
+        logger.info("%s: left out: %s in folders of a system or tool", pattern, f"{len(of_systems):,}")
+    matches = sorted(set(matches) - set(of_systems))
+    files = [match for match in matches if os.path.isfile(match)]
+    if "**" in str(pattern):  # links can lead in circles
+        files = sorted({os.path.realpath(file): file for file in reversed(files)}.values())
+    if "**" not in str(pattern) or not files:  # which gives the files in folders by itself
+        files += [file for match in matches if os.path.isdir(match) for file in images_in(Path(match))]
+    return files
 
 
 def _of_file(path: str) -> Source:
@@ -104,5 +116,6 @@ def _walk(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str, list[str]
             continue
         seen.add((status.st_dev, status.st_ino))
         left_out.update(f"folder {name} of a system or tool" for name in below if is_of_system(name))
+        left_out.update("hidden folders" for name in below if name.startswith(".") and name not in NEVER)
         below[:] = [name for name in below if not name.startswith(".") and not is_of_system(name)]
         yield place, names
