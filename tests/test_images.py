@@ -1,5 +1,6 @@
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 from tinytl_hf.data.images import (
     UnreadableImageError,
     _note_few_bits,
+    _note_hidden,
     _note_more,
     allow_megapixels,
     decode_pixels,
@@ -178,3 +180,44 @@ def test_what_lies_in_the_place_of_an_image_is_named(content, what, tmp_path):
     for encoded in ({"bytes": content, "path": None}, {"bytes": None, "path": str(tmp_path / "a.jpg")}):
         with pytest.raises(UnreadableImageError, match=f"cannot identify image file.*; {what}$"):
             decode_pixels(encoded, 32)
+
+
+def png(depth, kind, row, transparent):
+    """A PNG of 4 x 4 pixels whose rows are those bytes, with a colour that is to be seen through."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 4, 4, depth, kind, 0, 0, 0)), (b"tRNS", transparent)]
+    parts += [(b"IDAT", zlib.compress((b"\0" + row) * 4)), (b"IEND", b"")]
+    chunks = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize(
+    ("depth", "kind", "row", "colour", "shown"),
+    [
+        (16, 2, b"\x12\x34\x56\x78\x9a\xbc" * 4, (0x1234, 0x5678, 0x9ABC), [255, 255, 255]),
+        (16, 2, b"\x12\x34\x56\x78\x9a\xbc" * 4, (0x12, 0x56, 0x9A), [18, 86, 154]),
+        (8, 2, b"\x12\x56\x9a" * 4, (0x12, 0x56, 0x9A), [255, 255, 255]),
+        (4, 0, b"\x55\x55", (5,), [255, 255, 255]),
+        (4, 0, b"\x55\x55", (4,), [85, 85, 85]),
+        (2, 0, b"\x55", (1,), [255, 255, 255]),
+    ],
+)
+def test_the_colour_of_a_png_that_is_seen_through_has_the_bits_of_its_pixels(depth, kind, row, colour, shown):
+    content = png(depth, kind, row, struct.pack(f">{len(colour)}H", *colour))
+    assert decode_pixels({"bytes": content, "path": None}, 32)[0, 0].tolist() == shown
+
+
+@pytest.mark.parametrize("kind", ["TGA", "DDS", "TIFF", "PNG"])
+def test_a_picture_of_which_nothing_would_be_seen_is_shown_and_said(kind, caplog):
+    _note_hidden.cache_clear()
+    values = np.zeros((8, 8, 4), dtype=np.uint8)
+    values[:4, :, 0] = 200
+    for transparency, shown in ((0, [200, 0, 0]), (255, [200, 0, 0]), (128, [227, 127, 127])):
+        values[..., 3] = transparency
+        file = io.BytesIO()
+        Image.fromarray(values).save(file, kind)
+        assert decode_pixels({"bytes": file.getvalue(), "path": None}, 32)[0, 0].tolist() == shown
+    assert caplog.messages == [
+        "there are images that are transparent all over: their colours are used as if they were not"
+    ]

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,7 @@ REDUCE_ABOVE = 2
 MAX_ASPECT = 4  # longer images are cropped to it at their centre: a batch takes the size of its largest image
 LFS = b"version https://git-lfs"  # what a pointer of Git LFS starts with, which a clone may have in place of a file
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF, and a value of it
+GREYS = {"L;2": 85, "L;4": 17}  # by how Pillow calls greys of few bits in a PNG, what brings them to 8
 TURNED = {5, 6, 7, 8}  # EXIF's orientations that swap width and height
 
 Image.init()
@@ -88,7 +89,20 @@ def _what_it_is(encoded: dict[str, Any]) -> str:
 
 
 def _opened(encoded: dict[str, Any]) -> Image.Image:
-    return Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]), formats=FORMATS)
+    source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
+    image = Image.open(source, formats=FORMATS)
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        _scale_transparent_colour(image)
+    return image
+
+
+def _scale_transparent_colour(image: PngImagePlugin.PngImageFile) -> None:
+    """Bring the colour that is to be seen through to 8 bits, as Pillow does with the pixels alone."""
+    colour, stored = image.info.get("transparency"), image.tile[0].args if image.tile else None
+    if isinstance(colour, tuple) and stored == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+    elif isinstance(colour, int) and stored in GREYS:
+        image.info["transparency"] = GREYS[stored] * colour
 
 
 def _has_more(image: Image.Image) -> bool:
@@ -112,9 +126,9 @@ def allow_megapixels(count: int) -> None:
 def to_pixels(image: Image.Image, input_size: int) -> np.ndarray:
     """Turn an image of any mode upright and into RGB pixels.
 
-    Transparency is laid over white, EXIF rotation is applied, and of very long images the middle is kept. White is
-    65,535 in images of 16 bits, and in those of 32 bits that go beyond 255; it is 1.0 in images of floats, whose
-    values must lie between 0 and 1. Nothing is clipped.
+    Transparency is laid over white, unless it hides a whole picture; EXIF rotation is applied, and of very long images
+    the middle is kept. White is 65,535 in images of 16 bits, and in those of 32 bits that go beyond 255; it is 1.0 in
+    images of floats, whose values must lie between 0 and 1. Nothing is clipped.
 
     Args:
         image: A PIL image.
@@ -133,6 +147,9 @@ def to_pixels(image: Image.Image, input_size: int) -> np.ndarray:
     image = _limit_aspect(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        if _hides_all(image):
+            _note_hidden()
+            image.putalpha(255)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     size = _reduced(image.width, image.height, input_size)
@@ -173,6 +190,19 @@ def _limit_aspect(image: Image.Image) -> Image.Image:
     width, height = (min(side, longest) for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
+
+
+def _hides_all(image: Image.Image) -> bool:
+    """Whether nothing is seen of a picture: programs leave the fourth channel of .tga and .dds files empty."""
+    if image.getchannel("A").getextrema() != (0, 0):
+        return False
+    red, green, blue, _ = image.split()
+    return any(low != high for low, high in (each.getextrema() for each in (red, green, blue)))
+
+
+@functools.cache  # once a process, not for each image
+def _note_hidden() -> None:
+    logger.warning("there are images that are transparent all over: their colours are used as if they were not")
 
 
 def _is_inverted(image: Image.Image) -> bool:
