@@ -155,3 +155,29 @@ def test_of_classes_two_that_are_called_as_different_splits_are_named(third, sai
     make(tmp_path, each("testSet", third, "sample"))
     assert opened(tmp_path).train.label_names == sorted(["testSet", third, "sample"])
     assert ("testSet, trainingSet: read as classes" in caplog.text) is said
+
+
+@pytest.mark.parametrize(
+    "folders", [("photo/cat", "photo/dog", "sketch/dog", "art/cat"), ("a/x/cat", "a/x/dog", "b/x/cat")]
+)
+@pytest.mark.parametrize("splits", [("",), ("train/", "val/")])
+def test_domains_that_hold_most_of_the_same_classes_are_said(folders, splits, tmp_path, caplog):
+    make(tmp_path, each(*(f"{split}{name}" for split in splits for name in folders)))
+    names = sorted({name.split("/")[0] for name in folders})
+    assert opened(tmp_path).train.label_names == names
+    said = [line for line in caplog.messages if "hold the same folders" in line]
+    assert len(said) == 1 and said[0].startswith(f"the classes {', '.join(names)} hold the same folders (cat, ")
+
+
+def test_folders_of_dates_are_not_said_to_be_classes_and_deeper_folders_are(tmp_path, caplog):
+    caplog.set_level("INFO")
+    make(tmp_path, each("cat/2023/01", "cat/2023/02", "dog/2023/01", "dog/2023/02"))
+    assert opened(tmp_path).train.label_names == ["cat", "dog"]
+    assert "hold the same folders" not in caplog.text
+    assert "in folders of their class folders (cat/2023/01/0.png): the class is the first folder" in caplog.text
+
+
+def test_a_test_split_beside_the_classes_is_refused_with_the_way_to_make_it_one(tmp_path):
+    make(tmp_path, each("cat", "dog", "test/cat", "test/dog"))
+    with pytest.raises(TinyTLError, match=r"if it is a split, put the folders beside it into one called train$"):
+        opened(tmp_path)

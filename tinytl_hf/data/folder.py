@@ -7,7 +7,7 @@ them. Folders are splits if people call splits so and they hold class folders th
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,7 +76,6 @@ def class_folders(listing: Listing, config: DataConfig) -> datasets.DatasetDict:
         _check_splits_inside(listing.root, tops)
         check_almost_splits(listing.root, {name: folder.all for name, folder in tops.items()})
         say_odd_names(list(tops))
-        _say_same_folders(tops)
         found = {"train": {name: folder.all for name, folder in tops.items()}}
     else:
         found = {}
@@ -86,11 +85,13 @@ def class_folders(listing: Listing, config: DataConfig) -> datasets.DatasetDict:
                 listing.left_out.add("in no class folder", folder.direct[0], len(folder.direct))
             found[name] = dict(folder.below)
             check_no_masks(listing.root, found[name])
+    depth += 1 if splits is None else 2  # of a class folder
     for classes in found.values():
-        _check_no_class_of_classes(listing.root, classes, depth + (1 if splits is None else 2))
+        _check_no_class_of_classes(listing.root, classes, depth)
         say_pairs(classes)
+    _say_same_folders(next(iter(found.values())), depth)
     say_masks(path for classes in found.values() for paths in classes.values() for path in paths)
-    _say_depths(found, depth + (1 if splits is None else 2))
+    _say_depths(found, depth)
     return _tables(listing.root, found)
 
 
@@ -216,15 +217,23 @@ def _check_splits_inside(root: Path, tops: Tops) -> None:
     )
 
 
-def _say_same_folders(tops: Tops) -> None:
-    """Say if all folders hold the same ones, which may be the classes, as in ``color/apple``, ``gray/apple``."""
-    inside = {frozenset(folder.below) for folder in tops.values()}
-    same = next(iter(inside))
-    if len(tops) > 1 and len(inside) == 1 and len(same) > 1:
-        logger.warning(
-            "the classes %s hold the same folders (%s): if those are the classes, name the folder of one",
-            *(named(list(tops)), named(sorted(same))),
-        )
+def _say_same_folders(classes: dict[str, list[str]], depth: int) -> None:
+    """Say if most class folders hold the same ones, which may be the classes: ``color/apple``, ``gray/apple``."""
+    inside: dict[str, set[str]] = {}
+    for folder, paths in classes.items():
+        levels = [place.split("/")[depth:] for place in {path.rpartition("/")[0] for path in paths}]
+        first = {names[0] for names in levels if names}
+        inside[folder] = first | {
+            name for names in levels for name in names if not name.isdecimal()
+        }  # 2024/12 are dates
+    counts = Counter(name for names in inside.values() for name in names)
+    same = {name for name, count in counts.items() if count > 1 and 2 * count >= len(classes)}
+    if len(same) < 2:
+        return
+    logger.warning(
+        "the classes %s hold the same folders (%s): if those are the classes, name the folder of one",
+        *(named([folder for folder, names in inside.items() if names & same]), named(sorted(same))),
+    )
 
 
 def _check_no_class_of_classes(root: Path, classes: dict[str, list[str]], depth: int) -> None:
@@ -239,26 +248,27 @@ def _check_no_class_of_classes(root: Path, classes: dict[str, list[str]], depth:
         if len(inside) < 2 or not is_deep or not inside <= classes.keys() - {folder}:
             continue
         outer = "/".join(paths[0].split("/")[:depth])
+        fix = "; if it is a split, put the folders beside it into one called train" if role_of(folder) else ""
         raise TinyTLError(
             f"data.dataset={root}: {outer}/ holds folders that are called as classes beside it "
             f"({named(sorted(inside))}; {paths[0]}): if it holds images of those classes, put them into the folders "
-            f"beside it, or take {outer}/ away; if it is a class, put its images right into it"
+            f"beside it, or take {outer}/ away; if it is a class, put its images right into it{fix}"
         )
 
 
 def _say_depths(found: dict[str, dict[str, list[str]]], depth: int) -> None:
-    """Say if images lie at different depths, with one of each."""
+    """Say if images lie deeper than their class folders do, with one of each depth."""
     examples: dict[int, str] = {}
     for classes in found.values():
         for paths in classes.values():
             for path in paths:
                 examples.setdefault(path.count("/"), path)
-    if len(examples) > 1:
+    if examples.keys() != {depth}:
+        where = "at different depths" if len(examples) > 1 else "in folders of their class folders"
         shown = named([examples[key] for key in sorted(examples)])
         logger.info(
-            "images lie at different depths (%s): the class is the %s folder, and what is below belongs to it",
-            shown,
-            ("first", "second", "third")[min(depth, 3) - 1],
+            "images lie %s (%s): the class is the %s folder, and what is below belongs to it",
+            *(where, shown, ("first", "second", "third")[min(depth, 3) - 1]),
         )
 
 
