@@ -105,6 +105,18 @@ def test_brackets_patterns_and_what_no_path_can_be(tmp_path, monkeypatch):
         assert source.problem or not os.path.exists(source.name)
 
 
+def test_the_plots_of_a_run_are_none_of_the_images_of_a_folder_around_it(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("photos/a.png", "photos/runs/x/curves.png"):
+        write_image(tmp_path / name, size=(8, 8))
+    run = tmp_path / "photos" / "runs" / "x"
+    (run / "metrics.jsonl").write_text("{}")
+    (run / "config.yaml").write_text("method: FT-Last\nlite:\n")
+    assert names(tmp_path / "photos") == ["a.png"]
+    assert caplog.messages == [f"{tmp_path}/photos: 1 images; left out: 1 folders written by tinytl-hf"]
+    assert names(run) == ["curves.png"]
+
+
 def test_folders_that_a_pattern_matches_give_their_images_once(tmp_path):
     for name in ("a.png", "cat/b.png", "dog/below/c.png", "@eaDir/d.png"):
         write_image(tmp_path / name, size=(8, 8))

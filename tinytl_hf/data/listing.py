@@ -109,7 +109,7 @@ def list_folder(root: Path) -> Listing:
         inside = _entries(listing, place.prefix)
         if inside is None:
             continue
-        if place.prefix and _is_ours(root / place.prefix, {entry.name for entry in inside}):
+        if place.prefix and is_ours(root / place.prefix, {entry.name for entry in inside}):
             listing.left_out.add("folder written by tinytl-hf", place.prefix)
             ours.append(place.prefix)
             continue
@@ -166,7 +166,7 @@ def _is_followed(folder: _Place, seen: set[str], listing: Listing) -> bool:
     return True
 
 
-def _is_ours(folder: Path, names: set[str]) -> bool:
+def is_ours(folder: Path, names: set[str]) -> bool:
     """Whether this package wrote a folder that holds those names."""
     found = [(folder / ours[0], mark) for ours, mark in OURS if names.issuperset(ours)]
     return any(file.is_file() and mark in file.read_text(encoding="utf-8", errors="replace") for file, mark in found)

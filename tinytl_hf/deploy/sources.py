@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytl_hf.data.images import IMAGE_SUFFIXES
-from tinytl_hf.data.listing import NEVER, is_of_system
+from tinytl_hf.data.listing import NEVER, is_of_system, is_ours
 from tinytl_hf.disk import expanded, path_of
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,10 @@ def _walk(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str, list[str]
             below.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
+        if place != str(folder) and is_ours(Path(place), {*below, *names}):
+            left_out["folders written by tinytl-hf"] += 1
+            below.clear()
+            continue
         left_out.update(f"folder {name} of a system or tool" for name in below if is_of_system(name))
         left_out.update("hidden folders" for name in below if name.startswith(".") and name not in NEVER)
         below[:] = [name for name in below if not name.startswith(".") and not is_of_system(name)]
