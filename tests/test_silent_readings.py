@@ -427,3 +427,47 @@ def test_tables_that_are_not_used_are_named_in_one_line(tmp_path, caplog):
     said = [line for line in caplog.messages if "not used" in line]
     assert len(said) == 1
     assert said[0].startswith("part_1/about.csv, part_2/about.csv name 8 of these images and are not used: ")
+
+
+@pytest.mark.parametrize("kind", ["column", "files"])
+@pytest.mark.parametrize("tops", [("cat", "dog"), ("train/cat", "train/dog", "test/cat", "test/dog")])
+def test_splits_that_tables_beside_class_folders_say_are_named_where_the_folders_say_none(
+    kind, tops, tmp_path, caplog
+):
+    paths = [f"{top}/{number}.png" for top in tops for number in range(4)]
+    for number, path in enumerate(paths):
+        write_image(tmp_path / path, size=(8, 8), seed=number)
+    table = pd.DataFrame({"path": paths, "label": [path.split("/")[-2] for path in paths]})
+    if kind == "column":
+        table.assign(split=["train", "test"] * (len(paths) // 2)).to_csv(tmp_path / "all.csv", index=False)
+        said, name = "all.csv: which images are for tests is not taken from there", tmp_path / "all.csv"
+    else:
+        table[::2].to_csv(tmp_path / "train.csv", index=False)
+        table[1::2].to_csv(tmp_path / "test.csv", index=False)
+        said, name = "test.csv, train.csv: which images are for tests is not taken", tmp_path / "*.csv"
+    opened(tmp_path)
+    assert (said in caplog.text) is (len(tops) == 2)
+    assert opened(name).found.images == {"train": len(paths) // 2, "test": len(paths) // 2}
+
+
+@pytest.mark.parametrize("lines", ["{}/0.png 0", "{}/0", "0.png,{}", "./{}/0.png"])
+@pytest.mark.parametrize("names", [("train.txt", "test.txt"), ("meta/TrainImages.txt", "meta/TestImages.txt")])
+def test_lists_of_splits_beside_class_folders_are_named(lines, names, tmp_path, caplog):
+    for number, top in enumerate(("cat", "dog") * 2):
+        write_image(tmp_path / top / f"{number // 2}.png", size=(8, 8), seed=number)
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{lines.format('cat')}\n{lines.format('dog')}\n")
+    assert opened(tmp_path).train.label_names == ["cat", "dog"]
+    said = f"{', '.join(sorted(names))}: which images are for tests is not taken from there"
+    assert (said in caplog.text) is (not lines.startswith("0"))
+
+
+@pytest.mark.parametrize("names", [("train.txt", "train_notes.txt"), ("cat/train.txt", "cat/test.txt")])
+def test_texts_that_are_no_lists_of_splits_are_not_named(names, tmp_path, caplog):
+    for number, top in enumerate(("cat", "dog") * 2):
+        write_image(tmp_path / top / f"{number}.png", size=(8, 8), seed=number)
+    for name in names:
+        (tmp_path / name).write_text("cat/0.png" if names[0] == "train.txt" else "a picture of a train")
+    opened(tmp_path)
+    assert "is not taken from there" not in caplog.text

@@ -24,7 +24,7 @@ def check_almost_splits(root: Path, tops: Mapping[str, list[str]]) -> None:
         root: The data set's folder.
         tops: Its top folders, with the paths of their images.
     """
-    roles = {top: found for top in tops if (found := {role_of(word) for word in _split_words(top)})}
+    roles = {top: found for top in tops if (found := {role_of(word) for word in split_words(top)})}
     inside = {top: {name for path in tops[top] for name in path.split("/")[1:-1]} for top in roles}
     first = {top: {path.split("/")[1] for path in tops[top]} for top in roles}
     for one, other in itertools.combinations(roles, 2):
@@ -48,8 +48,8 @@ def say_odd_names(tops: list[str], labelled: bool = False) -> None:
         tops: The top folders of the images.
         labelled: Whether something else than the folders gives the labels.
     """
-    odd = [top for top in tops if _split_words(top)]
-    roles = {role_of(word) for top in odd for word in _split_words(top)}
+    odd = [top for top in tops if split_words(top)]
+    roles = {role_of(word) for top in odd for word in split_words(top)}
     if not (odd and len(odd) == len(tops)) and not any(role_of(top) for top in odd) and len(roles) < 2:
         return
     if labelled:
@@ -62,6 +62,7 @@ def say_odd_names(tops: list[str], labelled: bool = False) -> None:
     )
 
 
-def _split_words(name: str) -> set[str]:
+def split_words(name: str) -> set[str]:
+    """What splits are called, of the words that a name is made of."""
     words = re.split(r"[^a-z]+", name.lower())
     return SPLIT_WORDS & {each for word in words for each in (word, MORE_BEHIND.sub("", word))}

@@ -25,6 +25,7 @@ OURS = (
 )
 # What downloads and other programs make of an image's suffix: .jpg?w=300, .jpg_large, .jpg.1, .jpg~, .jpg.part
 MORE_BEHIND = re.compile(r"(\.[a-z0-9]+)(?:[^a-z0-9.][^.]*|\.(\d*|part(ial)?|(cr)?download|tmp|bak|old|orig))$")
+LISTS = (".txt", ".lst")
 NOT_HERE = ".icloud"  # macOS has .1.jpg.icloud in place of a 1.jpg that lies in the cloud alone
 NEVER = {".git"}  # not even counted
 # What Windows, macOS, Linux, Python and the network storages of Synology and QNAP make beside what people put there,
@@ -45,6 +46,7 @@ class Listing:
         metadata: ``metadata.csv`` and the like.
         tables: Files that can hold a table, but for metadata.
         archives: Files that are to be unpacked first.
+        lists: Text files.
         almost_metadata: Metadata files without a column ``file_name``, with the column that was likely meant.
         left_out: Files that are left out.
     """
@@ -54,6 +56,7 @@ class Listing:
     metadata: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     archives: list[str] = field(default_factory=list)
+    lists: list[str] = field(default_factory=list)
     almost_metadata: dict[str, str] = field(default_factory=dict)
     left_out: LeftOut = field(default_factory=LeftOut)
 
@@ -126,7 +129,7 @@ def list_folder(root: Path) -> Listing:
         folders_twice = named([prefix.rstrip("/") for prefix in twice])
         logger.warning("%s: a link makes this folder a part of the data set twice", folders_twice)
     _say_empty_folders(listing, [prefix for prefix in visited if not any(each.startswith(prefix) for each in ours)])
-    for files in (listing.images, listing.metadata, listing.tables, listing.archives):
+    for files in (listing.images, listing.metadata, listing.tables, listing.archives, listing.lists):
         files.sort()
     return listing
 
@@ -218,6 +221,8 @@ def _add(listing: Listing, path: str, entry: os.DirEntry[str]) -> None:
         listing.tables.append(path)
     elif suffix in ARCHIVES:
         listing.archives.append(path)
+    elif suffix in LISTS:
+        listing.lists.append(path)
     elif not suffix and "/" in path:
         listing.left_out.add("without a suffix", path)
     elif (cut := MORE_BEHIND.search(entry.name.lower())) and cut[1] in IMAGE_SUFFIXES:

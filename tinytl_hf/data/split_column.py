@@ -63,6 +63,12 @@ def by_split_column(splits: datasets.DatasetDict, config: DataConfig) -> dataset
     return datasets.DatasetDict({role: rest.select(np.flatnonzero(of_row == role)) for role in found})
 
 
+def says_splits(table: datasets.Dataset, config: DataConfig) -> bool:
+    """Whether a column calls the rows of a table those of several splits."""
+    column = _column_of(table, config)
+    return column is not None and len(set(_roles(table, column, chosen_splits(config)).values()) - {""}) > 1
+
+
 def _column_of(table: datasets.Dataset, config: DataConfig) -> str | None:
     """The column called ``split``, in letters of any size, if it holds texts and is for nothing else.
 

@@ -28,6 +28,7 @@ from tinytl_hf.data.folder import class_folders
 from tinytl_hf.data.found import LeftOut, named
 from tinytl_hf.data.images import IMAGE_SUFFIXES, allow_megapixels
 from tinytl_hf.data.listing import Listing, list_folder
+from tinytl_hf.data.lists_beside import say_lists_beside
 from tinytl_hf.data.metadata import read_metadata
 from tinytl_hf.data.pointers import check_is_here
 from tinytl_hf.data.roles import group_by_split, role_of, role_of_table
@@ -176,6 +177,8 @@ def _label_images(source: Source, listing: Listing, config: DataConfig) -> Table
         )
     splits = class_folders(listing, config)
     check_tables_beside(listing, splits, config)
+    if splits.keys() == {"train"}:
+        say_lists_beside(listing)
     return Tables(source, splits, listing.root, listing.left_out, hint=hint)
 
 

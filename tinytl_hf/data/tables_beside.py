@@ -15,6 +15,7 @@ from tinytl_hf.data.found import named
 from tinytl_hf.data.ids import images_by_id, images_by_name
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.roles import role_of_table
+from tinytl_hf.data.split_column import says_splits
 from tinytl_hf.data.table_files import WHOLE, load_tables
 from tinytl_hf.errors import TinyTLError, first_line
 
@@ -39,16 +40,20 @@ def check_tables_beside(listing: Listing, splits: datasets.DatasetDict, config: 
     if not tables:
         return
     by_folder: dict[str, str] = {}
-    for table in splits.values():
-        classes = table.features["label"].names
-        for image, number in zip(table["image"][:], table["label"][:], strict=True):
+    for split in splits.values():
+        classes = split.features["label"].names
+        for image, number in zip(split["image"][:], split["label"][:], strict=True):
             by_folder[image["path"]] = classes[number]
     column = config.label_column or LABEL
     unused: dict[str, int] = {}
+    naming: list[str] = []
+    with_splits: list[str] = []
     for name in tables:
-        count, labels = _labels_by_path(listing, name, column)
+        table, count, labels = _labels_by_path(listing, name, column)
         if count and not labels:
             unused[name] = count
+        naming += [name] if count else []
+        with_splits += [name] if count and table is not None and says_splits(table, config) else []
         for path, label in labels.items():
             if path in by_folder and not _is_same(as_label(label), by_folder[path]):
                 raise TinyTLError(
@@ -62,6 +67,13 @@ def check_tables_beside(listing: Listing, splits: datasets.DatasetDict, config: 
             *(f"{named(list(unused))} {'names' if len(unused) == 1 else 'name'}", f"{sum(unused.values()):,}"),
             *("is" if len(unused) == 1 else "are", to_name(listing, list(unused))),
             "its" if len(unused) == 1 else "their",
+        )
+    if len({role_of_table(name) for name in naming} - {None}) > 1:
+        with_splits = naming
+    if with_splits and splits.keys() == {"train"}:  # else the folders say them
+        logger.warning(
+            "%s: which images are for tests is not taken from there, and the folders do not say it; name %s for that",
+            *(named(with_splits), to_name(listing, with_splits)),
         )
 
 
@@ -98,21 +110,23 @@ def to_name(listing: Listing, tables: list[str], one: str | None = None) -> str:
     return str(listing.root / (one or tables[0]))
 
 
-def _labels_by_path(listing: Listing, name: str, label_column: str) -> tuple[int, dict[str, str]]:
-    """How many of the images a table names, and the label that it has for each; none if it has no such column."""
+def _labels_by_path(
+    listing: Listing, name: str, label_column: str
+) -> tuple[datasets.Dataset | None, int, dict[str, str]]:
+    """A table, how many images it names, and the label that it has for each; none if it has no such column."""
     file = listing.root / name
     try:
         table = load_tables({"train": [str(file)]}, file.parent)["train"]
         paths = _places(listing, name, table, label_column)
     except Exception as error:  # whatever lies beside images can be no table at all
         logger.info("%s: not used, as it cannot be read (%s)", name, first_line(error))
-        return 0, {}
+        return None, 0, {}
     there = {f"{listing.root}/{image}" for image in listing.images}
     count = len(there.intersection(paths))
     if not count or label_column not in table.column_names:
-        return count, {}
+        return table, count, {}
     labels = zip(paths, table[label_column][:], strict=True)
-    return count, {path: str(label) for path, label in labels if path in there and label is not None}
+    return table, count, {path: str(label) for path, label in labels if path in there and label is not None}
 
 
 def _places(listing: Listing, name: str, table: datasets.Dataset, label_column: str) -> list[str | None]:
