@@ -206,6 +206,8 @@ def png(depth, kind, row, transparent):
 def test_the_colour_of_a_png_that_is_seen_through_has_the_bits_of_its_pixels(depth, kind, row, colour, shown):
     content = png(depth, kind, row, struct.pack(f">{len(colour)}H", *colour))
     assert decode_pixels({"bytes": content, "path": None}, 32)[0, 0].tolist() == shown
+    with Image.open(io.BytesIO(content)) as image:
+        assert [corner(image), corner(image)] == [shown, shown]
 
 
 @pytest.mark.parametrize("kind", ["TGA", "DDS", "TIFF", "PNG"])

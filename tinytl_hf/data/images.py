@@ -89,11 +89,7 @@ def _what_it_is(encoded: dict[str, Any]) -> str:
 
 
 def _opened(encoded: dict[str, Any]) -> Image.Image:
-    source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
-    image = Image.open(source, formats=FORMATS)
-    if isinstance(image, PngImagePlugin.PngImageFile):
-        _scale_transparent_colour(image)
-    return image
+    return Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]), formats=FORMATS)
 
 
 def _scale_transparent_colour(image: PngImagePlugin.PngImageFile) -> None:
@@ -141,6 +137,8 @@ def to_pixels(image: Image.Image, input_size: int) -> np.ndarray:
         UnreadableImageError: Its values go beyond those ranges.
     """
     is_netpbm, is_inverted = image.format == "PPM", _is_inverted(image)
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        _scale_transparent_colour(image)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image, is_netpbm, is_inverted)
