@@ -16,6 +16,7 @@ from tinytl_hf.config.recipe import describe, resolve, warmup_steps
 from tinytl_hf.config.run import AdapterOptions, Config, MemoryConfig
 from tinytl_hf.config.train import LrFactors, TrainConfig
 from tinytl_hf.config.verbs import BenchConfig, MemoryTableConfig
+from tinytl_hf.data.sets import open_data
 from tinytl_hf.device import check_divides
 from tinytl_hf.measure.results import Evaluated
 from tinytl_hf.network.methods import FACTOR_ROLES, METHODS
@@ -32,6 +33,7 @@ from tinytl_hf.train.idle import (
 )
 from tinytl_hf.train.plans import Plan
 from tinytl_hf.train.schedule import lr_factor
+from tinytl_hf.train.start import settle
 from tinytl_hf.words import counted
 
 DRAWN = Facts(steps=4)
@@ -65,6 +67,7 @@ def idle(config, facts=DRAWN):
             trained(schedule="exponential", epochs=2),
             "train.schedule",
         ),
+        (trained(max_grad_norm=float("inf")), trained(max_grad_norm=1.0), "train.max_grad_norm"),
         (trained(patience=4, epochs=5), trained(patience=3, epochs=5), "train.patience"),
         (trained(checkpoint_every=8, epochs=2), trained(checkpoint_every=7, epochs=2), "train.checkpoint_every"),
         (
@@ -189,6 +192,16 @@ def test_other_verbs_name_what_they_do_not_use_of_a_run():
     assert names(rules_of_bench(BenchConfig())) == ["memory.lean", steps[0], "data.train_size", *steps[1:]]
     assert names(rules_of_fit(FitConfig())) == ["method", "memory.budget_mb"]
     assert names(rules_of_fit(FitConfig(train_sizes=[96]))) == ["method", "data.train_size", "memory.budget_mb"]
+
+
+@pytest.mark.parametrize(("patience", "told"), [(2, False), (1, True)])
+def test_a_last_epoch_that_patience_can_choose_is_said(patience, told, colour_folder, caplog, tmp_path):
+    config = trained(data=DataConfig(dataset=str(colour_folder)), patience=patience, epochs=3)
+    config = replace(config, adapter=AdapterOptions(keep="last"), output_dir=str(tmp_path / "run"))
+    with caplog.at_level(logging.INFO):
+        settle(config, None, open_data(config.data))
+    line = "adapter.keep=last: train.patience chooses by the accuracy on test which epoch that is"
+    assert (line in caplog.messages) == told
 
 
 def test_an_evaluation_names_the_options_that_are_of_training(caplog):

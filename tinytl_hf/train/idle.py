@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from tinytl_hf.config.fit import FitConfig
 from tinytl_hf.config.run import Config, flat
+from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.config.verbs import BenchConfig, MemoryTableConfig
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.methods import FACTOR_ROLES, METHODS, Role
@@ -99,9 +100,10 @@ def rules_of_run(config: Config, facts: Facts) -> list[Idle]:
         Idle(
             ("train.schedule", "train.gamma"), options.schedule == "exponential" and epochs == 1, "after an only epoch"
         ),
+        Idle(("train.max_grad_norm",), options.max_grad_norm == float("inf"), "no norm is above that"),
         Idle(
             ("train.patience",),
-            (options.patience or 0) >= epochs - 1,
+            not can_stop_early(options),
             f"no run of train.epochs={epochs} can end earlier by it",
         ),
         Idle(
@@ -121,6 +123,11 @@ def rules_of_run(config: Config, facts: Facts) -> list[Idle]:
         Idle(("overwrite",), facts.in_place, "train.resume goes on with the run that is there"),
         Idle(("hub.repo", "hub.private"), not config.hub.push, "hub.push is not on"),
     ]
+
+
+def can_stop_early(options: TrainConfig) -> bool:
+    """Whether a run's patience can end before its epochs do."""
+    return options.patience is not None and options.patience < options.plan.epochs - 1
 
 
 def check_trains(config: Config) -> None:

@@ -42,7 +42,7 @@ from tinytl_hf.train import checkpoint
 from tinytl_hf.train.budget import within_budget
 from tinytl_hf.train.checkpoint import Progress
 from tinytl_hf.train.finish import save_adapters
-from tinytl_hf.train.idle import Facts, check_trains, rules_of_run, say_idle
+from tinytl_hf.train.idle import Facts, can_stop_early, check_trains, rules_of_run, say_idle
 from tinytl_hf.train.inputs import Inputs, read_inputs
 from tinytl_hf.train.output_dir import (
     TRACKED_AS,
@@ -153,12 +153,12 @@ def settle(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
             opened.evaluation.title,
             "the same images" if opened.test is None else opened.test.title,
         )
-    elif config.train.patience is not None:
+    config = recipe.resolve(config, len(opened.train.labels))
+    if config.adapter.keep == "last" and can_stop_early(config.train):
         logger.info(
             "adapter.keep=last: train.patience chooses by the accuracy on %s which epoch that is",
             opened.evaluation.title,
         )
-    config = recipe.resolve(config, len(opened.train.labels))
     with writing(f"output_dir={config.output_dir}", "choose another"):  # nor can one of too long a path be looked at
         check_free(config)
     return within_budget(config, accelerator, opened)
