@@ -119,7 +119,7 @@ def rules_of_run(config: Config, facts: Facts) -> list[Idle]:
         Idle(("data.start_size",), epochs == 1, "an only epoch has images of data.train_size"),
         Idle(("data.eval_fraction",), not facts.holds_out, "another split is evaluated on"),
         Idle(("data.split_seed",), not facts.holds_out and not facts.draws, "no images are drawn"),
-        Idle(("adapter.init",), facts.goes_on, "the checkpoint has what was taken from it"),
+        Idle(("adapter.init",), facts.goes_on, "a resumed run starts from its checkpoint"),
         Idle(("overwrite",), facts.in_place, "train.resume goes on with the run that is there"),
         Idle(("hub.repo", "hub.private"), not config.hub.push, "hub.push is not on"),
     ]
