@@ -87,7 +87,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         return str(error.value)
 
     lacking = {name: t for name, t in good.items() if name != "features.3.conv.0.0.weight"}
-    assert "1 tensors are missing, such as features.3.conv.0.0.weight" in error_of(lacking)
+    assert "1 tensor is missing, such as features.3.conv.0.0.weight" in error_of(lacking)
     assert "unexpected, such as extra" in error_of({**good, "extra": torch.zeros(1)})
     misshapen = {**good, "features.0.0.weight": torch.zeros(32, 3, 5, 5)}
     assert "features.0.0.weight [32, 3, 5, 5] instead of [32, 3, 3, 3]" in error_of(misshapen)

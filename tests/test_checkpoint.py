@@ -21,6 +21,7 @@ from tinytl_hf.device import make_accelerator
 from tinytl_hf.step import make_optimizer
 from tinytl_hf.train import checkpoint
 from tinytl_hf.train.checkpoint import Progress, find_damage
+from tinytl_hf.words import counted
 
 OPTIONS = ["--method", "FT-Last", "--train.threads", "1"]
 
@@ -211,6 +212,7 @@ def test_a_rank_without_a_launch_silences_nothing(finished, colour_folder, monke
     monkeypatch.setenv("RANK", "1")
     done = resume(colour_folder, finished)
     assert done.returncode == 0 and "accuracy " in done.stdout and "next:" in done.stdout
+    assert "are done, and there is nothing left to train; --train.epochs says how many" in done.stderr
 
 
 def test_options_that_change_no_result_may_differ(finished, colour_folder):
@@ -312,7 +314,7 @@ def other_processes(data, tmp_path, method, before, after):
     kill = ("tinytl_hf.train.loop", "augmented", 6)  # of 6 batches, in the second epoch: after the last checkpoint
     assert run(arguments, tmp_path / "killed.log", before, kill).returncode < 0
     resumed = run(arguments, tmp_path / "resumed.log", after)
-    assert resumed.returncode == 0 and f"on {after} process(es)" in resumed.stderr, resumed.stderr
+    assert resumed.returncode == 0 and f"on {counted(after, 'process', 'processes')}" in resumed.stderr, resumed.stderr
     first, other = delta(tmp_path / "straight"), delta(tmp_path / "killed")
     for name, tensor in first.items():
         torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-4)

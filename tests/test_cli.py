@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from shared import run_cli, small_run, write_image
+from shared import ROOT, run_cli, small_run, write_image
 
 from tinytl_hf import TinyTLModel
 from tinytl_hf.config.yaml12 import load_yaml
@@ -200,7 +200,8 @@ def test_a_text_that_yaml_takes_for_nothing_is_that_text(name, adapter, colour_f
 
 def test_the_mirror_image_is_averaged_in_and_told_apart(adapter, colour_folder, tmp_path):
     plain, both = tmp_path / "plain.json", tmp_path / "both.json"
-    for path, more in ((plain, []), (both, ["--mirror"])):
+    metric = ["--metrics", f"[{ROOT / 'tests' / 'evaluate_f1.py'}]"]
+    for path, more in ((plain, []), (both, ["--mirror", *metric])):
         done = run_cli("eval", "--adapter", adapter, "--output", path, *more)
         assert done.returncode == 0, done.stderr
     assert "mirror_accuracy" in done.stdout
@@ -209,6 +210,7 @@ def test_the_mirror_image_is_averaged_in_and_told_apart(adapter, colour_folder, 
     assert (adapter / "adapter_config.json").read_bytes() == config
     plain, both = json.loads(plain.read_text()), json.loads(both.read_text())
     mirrored = both.pop("mirror")
+    assert mirrored["evaluate_f1"] == mirrored["f1"] and "mirror_evaluate_f1" in done.stdout
     assert both["loss"] == plain["loss"] and "mirror" not in plain
     assert mirrored["loss"] != plain["loss"] and mirrored["loss"] == pytest.approx(plain["loss"], abs=0.1)
 

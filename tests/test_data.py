@@ -91,6 +91,8 @@ def test_a_split_can_be_named_or_held_out_though_there_is_a_test_split(tmp_path)
     assert len(open_splits(config(path, eval_split="extra"))[1].labels) == 6
     train, held_out = open_splits(config(path, eval_split="holdout", eval_fraction=0.2))
     assert len(train.labels) == 16 and len(held_out.labels) == 4
+    with pytest.raises(TinyTLError, match=r"data.eval_split=train: it is trained on; use test, extra, holdout"):
+        open_splits(config(path, eval_split="train"))
     with pytest.raises(TinyTLError, match=r"data.eval_split=nope: use test, extra, holdout"):
         open_splits(config(path, eval_split="nope"))
     with pytest.raises(TinyTLError, match=r"data.train_split=nope: the data set has train, test, extra"):

@@ -284,7 +284,7 @@ def test_hostile_yaml(cases, tmp_path, monkeypatch, figure):
         done = run_cli(
             "train", "--config", "config.yaml", "--data.dataset", "nowhere/x.parquet", "--output_dir", "run"
         )
-        lines = [line for line in done.stderr.splitlines() if " process(es), " not in line]
+        lines = [line for line in done.stderr.splitlines() if " on 1 process, " not in line]
         assert done.returncode in (1, 2) and len(lines) == 1, done.stderr
         assert lines[0].startswith("tinytl-hf: error: ") and "(unexpected: " not in lines[0], done.stderr
         assert "\x1b" not in lines[0]

@@ -14,6 +14,7 @@ from shared import METHODS, ROOT, small_run, write_image
 from started_runs import CONTEXT, HANG, as_launched, delta, free_port, metrics, run
 
 from tinytl_hf.network.methods import METHODS as TABLE
+from tinytl_hf.words import counted
 
 SGD = ["--train.optimizer", "sgd", "--train.lr", "1e-2", "--train.global_batch_size", "12", "--train.threads", "1"]
 
@@ -87,7 +88,9 @@ def test_two_processes_train_the_adapter_that_one_does_with_half_of_the_photos_e
     options += ["--memory.report", "true"]
     for processes, name in ((1, "one"), (2, "two")):
         done = run(small_run(colour_folder, tmp_path / name, *options), tmp_path / f"{name}.log", processes)
-        assert done.returncode == 0 and f"on {processes} process(es), cpu" in done.stderr, done.stderr
+        assert done.returncode == 0 and f"on {counted(processes, 'process', 'processes')}, cpu" in done.stderr, (
+            done.stderr
+        )
     check_same_run("TinyTL-L+B", tmp_path / "one", tmp_path / "two", 9)
     one, two = (json.loads((tmp_path / name / "memory.json").read_text()) for name in ("one", "two"))
     assert one["decoded_images"] == two["decoded_images"] and one["conditions"]["photo_size"] == "47x40"
@@ -105,7 +108,7 @@ def test_two_launched_processes_train_the_adapter_that_one_does(colour_folder, t
     done = run(one, tmp_path / "log")
     assert done.returncode == 0, done.stderr
     done = subprocess.run([*launcher(2), *two], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
-    assert done.returncode == 0 and "on 2 process(es), cpu" in done.stderr, done.stderr
+    assert done.returncode == 0 and "on 2 processes, cpu" in done.stderr, done.stderr
     check_same_run("TinyTL-L+B", tmp_path / "one", tmp_path / "two", 10)
 
 
@@ -116,7 +119,7 @@ def test_one_two_and_three_processes_train_the_same_adapter(method, colour_folde
         arguments = small_run(colour_folder, tmp_path / str(processes), *options_of(method))
         done = run(arguments, tmp_path / "log", processes)
         assert done.returncode == 0, done.stderr
-        assert f"on {processes} process(es), cpu" in done.stderr
+        assert f"on {counted(processes, 'process', 'processes')}, cpu" in done.stderr
     for processes in (2, 3):
         check_same_run(method, tmp_path / "1", tmp_path / str(processes), 10)
 
@@ -165,7 +168,7 @@ def test_two_machines_train_the_adapter_that_one_process_does(colour_folder, tmp
         machines.append(subprocess.Popen([*command, *arguments], env=ENVIRONMENT, cwd=ROOT, **pipes))
     outputs = [machine.communicate(timeout=HANG)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
-    assert "on 4 process(es), cpu" in outputs[0] and "epoch 1/2" not in outputs[1]
+    assert "on 4 processes, cpu" in outputs[0] and "epoch 1/2" not in outputs[1]
     for name, tensor in delta(tmp_path / "one").items():
         torch.testing.assert_close(delta(tmp_path / "two")[name], tensor, atol=1e-5, rtol=1e-5)
     figure("machines tried: 2 launchers of 2 processes each over loopback")

@@ -62,7 +62,7 @@ def test_the_authors_file_loads_under_its_own_names(tmp_path):
         assert key.startswith("classifier") or key.endswith("tracked") or torch.equal(ours[key], tensor), key
     del theirs["blocks.9.mobile_inverted_conv.depth_conv.conv.weight"]
     torch.save(theirs, tmp_path / "q.pth")
-    with pytest.raises(TinyTLError, match="1 tensors are missing"):
+    with pytest.raises(TinyTLError, match="1 tensor is missing"):
         create_backbone(NAME, str(tmp_path / "q.pth"), 10)
     with pytest.raises(TinyTLError, match="name the authors' file"):
         TinyTLModel.from_backbone(NAME, num_classes=2)

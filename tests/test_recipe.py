@@ -71,7 +71,7 @@ def test_a_run_that_gets_no_better_stops_and_goes_on_with_more_patience(colour_f
     for patience, epochs in (("2", 3), ("4", 5)):
         done = run_cli(*options, "--train.patience", patience, "--train.resume", "auto")
         assert done.returncode == 0, done.stderr
-        assert len(metrics(tmp_path / "run")) == epochs
+        assert len(metrics(tmp_path / "run")) == epochs and ": 3 epochs and 9 steps are done\n" in done.stderr
 
 
 def test_what_is_left_is_said_once_in_the_first_minute_and_grows_with_the_images(monkeypatch, caplog):

@@ -12,7 +12,7 @@ import tinytl_hf
 PACKAGE = Path(tinytl_hf.__file__).parent
 # From the bottom up; a room may import what stands in a line above its own.
 ORDER = (
-    ("errors", "version", "disk", "device"),
+    ("errors", "words", "version", "disk", "device"),
     ("config",),
     ("data", "network", "reports"),
     ("lean", "adapter"),

@@ -57,7 +57,7 @@ def test_a_run_leaves_its_config_figures_adapters_checkpoint_and_tracker_logs(fi
     assert results["confusion_matrix"] == [[5, 0], [0, 5]] and results["per_class_accuracy"] == [1.0, 1.0]
     assert results["n"] == 10 and results["torch_version"] == torch.__version__ and results["label_names"]
     assert len(list((output / "checkpoints").iterdir())) == 2
-    assert "TinyTL-L+B on 1 process(es), cpu" in done.stderr and "precision fp32, engine lean, " in done.stderr
+    assert "TinyTL-L+B on 1 process, cpu" in done.stderr and "precision fp32, engine lean, " in done.stderr
     assert "global batch 8" in done.stderr
     assert "accuracy 1.0000" in done.stdout and "Traceback" not in done.stderr and "fatal" not in done.stderr
 

@@ -76,7 +76,9 @@ def _next_steps(config: Config) -> str:
 
 def _eval(values: Namespace) -> None:
     from tinytl_hf.measure.accuracy import evaluate_adapter
+    from tinytl_hf.train.idle import say_idle_of_data
 
+    say_idle_of_data(values.given)
     _print_figures(evaluate_adapter(_build(EvalConfig, values), values.data, values.given))
 
 
@@ -113,7 +115,9 @@ def _merge(values: Namespace) -> None:
 
 def _export(values: Namespace) -> None:
     from tinytl_hf.deploy.export import export
+    from tinytl_hf.train.idle import say_idle_of_data
 
+    say_idle_of_data(values.given)
     print(export(_build(ExportConfig, values), values.data))
 
 
@@ -123,8 +127,10 @@ def _memory(values: Namespace) -> None:
     from tinytl_hf.measure import memory
     from tinytl_hf.measure.data_memory import data_memory
     from tinytl_hf.reports.plots import draw_memory_bars
+    from tinytl_hf.train.idle import rules_of_memory, say_idle
 
     config, options = _build(Config, values), _build(MemoryTableConfig, values)
+    say_idle(config, rules_of_memory(options))
     set_threads(config.train.threads)
     if options.plot is not None:
         _check_plot(Path(options.plot))
@@ -160,8 +166,10 @@ def _check_plot(path: Path) -> None:
 def _bench(values: Namespace) -> None:
     from tinytl_hf.device import set_threads
     from tinytl_hf.measure import memory, speed
+    from tinytl_hf.train.idle import rules_of_bench, say_idle
 
     config, options = _build(Config, values), _build(BenchConfig, values)
+    say_idle(config, rules_of_bench(options))
     set_threads(config.train.threads)
     rows = list(speed.bench_rows(config, options))
     conditions = memory.conditions(config)
@@ -181,8 +189,10 @@ def _fit(values: Namespace) -> None:
     from tinytl_hf.measure import memory
     from tinytl_hf.train.fit import fit
     from tinytl_hf.train.fit_table import fit_table, to_json
+    from tinytl_hf.train.idle import rules_of_fit, say_idle
 
     config, options = _build(Config, values), _build(FitConfig, values)
+    say_idle(config, rules_of_fit(options))
     set_threads(config.train.threads)
     found = fit(config, options)
     conditions = {key: value for key, value in memory.conditions(config).items() if key not in VARIED_BY_FIT}

@@ -22,6 +22,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from tinytl_hf.errors import TinyTLError, first_line
+from tinytl_hf.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -218,8 +219,8 @@ def check_divides(batch_size: int, key: str, processes: int, accumulation_steps:
     parts = processes * accumulation_steps
     if batch_size % parts:
         raise TinyTLError(
-            f"{key}={batch_size}: must be a multiple of {parts} ({processes} processes times "
-            f"{accumulation_steps} accumulation steps)"
+            f"{key}={batch_size}: must be a multiple of {parts} ({counted(processes, 'process', 'processes')} times "
+            f"{counted(accumulation_steps, 'accumulation step')})"
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.methods import changing_buffers, trained_names
+from tinytl_hf.words import counted
 
 
 def adapter_tensors(backbone: nn.Module) -> dict[str, Tensor]:
@@ -85,8 +86,8 @@ def check_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], source: st
     for what, names in problems.items():
         if names:
             raise TinyTLError(
-                f"{source}: {len(names)} tensors are {what}, such as {names[0]}; the file does not belong to "
-                "this adapter_config.json"
+                f"{source}: {counted(len(names), 'tensor is', 'tensors are')} {what}, such as {names[0]}; the "
+                "file does not belong to this adapter_config.json"
             )
 
 

@@ -57,7 +57,7 @@ class DataConfig:
     """Training: mirror half of the images."""
     auto_augment: Literal["none", "trivial"] = "none"
     """Training: trivial changes each crop by one operation at random strength (TrivialAugment, Mueller and Hutter
-    2021). Not in the last fifth of the epochs, which see images as they are."""
+    2021). Not in the last fifth of the epochs, which see images as they are (in all of one or two epochs)."""
     crop_pct: float | None = None
     """Evaluation: side of the centre crop as a share of the image's shorter side; null: as the backbone's weights have
     it (0.875 for torchvision's)."""

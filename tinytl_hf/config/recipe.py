@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from tinytl_hf.config.network import MethodName
 from tinytl_hf.config.run import Config
+from tinytl_hf.config.train import TrainConfig
+from tinytl_hf.words import counted
 
 LEARNING_RATES: dict[MethodName, float] = {
     "FT-Last": 1e-3,
@@ -49,8 +51,16 @@ def describe(before: Config, after: Config, images: int, steps: int) -> str:
     """
     options, plan = after.train, after.train.plan
     by_method = f" (suits {after.method})" if before.train.lr is None else ""
-    by_images = f" (suits {images:,} images)" if before.train.epochs is None else ""
+    by_images = f" (suits {counted(images, 'image')})" if before.train.epochs is None else ""
+    warmup = f"warm-up {counted(options.warmup_epochs, 'epoch')}"
+    if options.warmup_epochs and not warmup_steps(options, steps):
+        warmup = f"no warm-up ({counted(options.warmup_epochs, 'epoch')}: less than a step)"
     return (
-        f"lr {plan.lr:g}{by_method}, {plan.epochs} epochs{by_images} of {steps:,} steps, {options.schedule}, warm-up "
-        f"{options.warmup_epochs:g} epochs"
+        f"lr {plan.lr:g}{by_method}, {counted(plan.epochs, 'epoch')}{by_images} of {counted(steps, 'step')}, "
+        f"{options.schedule}, {warmup}"
     )
+
+
+def warmup_steps(options: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps in which the learning rate rises: the last step of a run is none of them."""
+    return min(round(options.warmup_epochs * steps_per_epoch), options.plan.epochs * steps_per_epoch - 1)

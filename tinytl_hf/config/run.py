@@ -66,7 +66,7 @@ class AdapterOptions:
     """Type of the trained tensors on disk; fp16 halves the file and rounds them."""
     keep: Literal["best", "last"] = "best"
     """The epoch whose adapter is the run's result: best on the evaluation split, or last, whose figures owe
-    nothing to a choice made on that split."""
+    nothing to a choice made on that split (unless train.patience ends the training)."""
     init: str | None = None
     """Start from the adapter in this folder or of this name on the Hub, trained on these or other data: what the
     method trains and the adapter has goes on, and so do the head's rows of classes that both have."""
@@ -82,7 +82,7 @@ class Config:
     output_dir: str = "runs/tinytl"
     """Folder that gets everything the run writes."""
     overwrite: bool = False
-    """Replace a run that output_dir already holds."""
+    """Replace a run that output_dir already holds, unless train.resume goes on with it."""
     seed: int = 0
     """Seed of the new weights, the order of the images, the augmentation and the dropout."""
     method: MethodName | MethodAlias = "TinyTL-L+B"

@@ -48,7 +48,8 @@ class TrainConfig:
     """Passes over the training set; null: as many as show 20,000 images, each of them several times, but no fewer than
     6 and no more than 20 (2,000 images: 10 epochs)."""
     global_batch_size: int = 32
-    """Images an optimizer step, over all processes and accumulation steps together."""
+    """Images an optimizer step, over all processes and accumulation steps together. The last step of an epoch is
+    filled up with images that it has seen."""
     gradient_accumulation_steps: int = 1
     """Forward and backward passes an optimizer step: more of them need less memory."""
     optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
@@ -60,7 +61,8 @@ class TrainConfig:
     momentum: float = 0.9
     """Momentum of sgd."""
     weight_decay: float = 1e-4
-    """Weight decay of the weights that train."""
+    """Weight decay of the weights that train: apart from the gradient in adamw and muon, added to it in adam and
+    sgd."""
     decay_norms_and_biases: bool = False
     """Apply weight decay to biases and norm scales too."""
     schedule: Literal["exponential", "cosine", "constant"] = "cosine"
@@ -76,7 +78,8 @@ class TrainConfig:
     same."""
     mixup: float = 0.0
     """Blend images in pairs, each pair by a share drawn from Beta(a, a) with this a (Zhang et al. 2018), and their
-    labels likewise; 0: off. Not in the last fifth of the epochs, which see images as they are."""
+    labels likewise; 0: off. Not in the last fifth of the epochs, which see images as they are (in all of one or two
+    epochs)."""
     cutmix: float = 0.0
     """As train.mixup, but put a rectangle of one image into the other (Yun et al. 2019); with both, a coin decides for
     each pair."""
@@ -87,8 +90,8 @@ class TrainConfig:
     cache_features: bool = False
     """Compute once what does not change, of each image's evaluation view and, with data.flip, of that mirrored: for
     FT-Last the features that the head gets, with trained_blocks the maps before the first of them. Training on those
-    is many times faster, without random crops. Keeps 2 bytes a value and view, on the disk (TMPDIR) if that is more
-    than data.memory_limit_mb."""
+    is many times faster, without random crops. Keeps 2 bytes a value and view, and 4 of the
+    images to evaluate on, on the disk (TMPDIR) where a set takes more than data.memory_limit_mb."""
     gradient_checkpointing: bool = Engine.gradient_checkpointing
     """Recompute each block in the backward pass: less memory, more time, same results."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None

@@ -9,13 +9,14 @@ import numpy as np
 
 from tinytl_hf.data.columns import byte_sizes
 from tinytl_hf.data.split import READ_WHOLE, Split, contents
+from tinytl_hf.words import counted
 
 
 def about_copies(train: Split, evaluated: Sequence[Split]) -> list[str]:
     """What to say of images to evaluate on that are trained on under other names, and of images in two classes."""
     lines = [
-        f"{count:,} of the {len(split.labels):,} images of {split.title} are trained on as well: the same files, byte "
-        "for byte"
+        f"{count:,} of the {counted(len(split.labels), 'image')} of {split.title} "
+        f"{'is' if count == 1 else 'are'} trained on as well: the same files, byte for byte"
         for split in evaluated
         if (count := count_shared(split, train))
     ]

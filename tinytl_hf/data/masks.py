@@ -10,6 +10,7 @@ from itertools import combinations
 from pathlib import Path
 
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +90,8 @@ def say_masks(paths: Iterable[str]) -> None:
     pairs = [(path, images[name]) for path, name in masks if name in images]
     if pairs:
         logger.warning(
-            "%s images are called as masks of others are (%s beside %s), and are taken as images of their class; move "
-            "them away if they are masks",
-            *(f"{len(pairs):,}", *pairs[0]),
+            "%s called as masks of others are (%s beside %s), and taken as images of their class; move masks away",
+            *(counted(len(pairs), "image is", "images are"), *pairs[0]),
         )
 
 

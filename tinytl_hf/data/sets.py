@@ -116,7 +116,11 @@ def _train_split(tables: Tables, config: DataConfig) -> Split:
 
 def _eval_splits(tables: Tables, train: Split, config: DataConfig) -> list[Split]:
     """The split to choose by and that to report; one if they are the same, none if there is no other with labels."""
-    names = _eval_names([name for name in tables.splits if name != train.name], config.eval_split)
+    others = [name for name in tables.splits if name != train.name]
+    wanted = config.eval_split
+    if wanted not in (None, HOLDOUT, *others) and find_split(str(wanted), [train.name]) is not None:
+        raise TinyTLError(f"data.eval_split={wanted}: it is trained on; use {', '.join([*others, HOLDOUT])}")
+    names = _eval_names(others, config.eval_split)
     found = (_labelled_or_none(tables, name, _with_columns_of(train, config)) for name in names)
     splits = [split for split in found if split is not None]
     for split in splits:

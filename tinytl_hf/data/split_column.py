@@ -13,6 +13,7 @@ from tinytl_hf.data.columns import LABEL, SPLIT
 from tinytl_hf.data.found import named
 from tinytl_hf.data.roles import OF_PARTS, SPLIT_WORDS, chosen_splits, role_of
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,10 @@ def by_split_column(splits: datasets.DatasetDict, config: DataConfig) -> dataset
     logger.info("the column %s says which rows are of which split", column)
     of_row = np.array([roles[_text(value)] for value in table[column][:]])
     if unknown:
-        count = np.count_nonzero(of_row == "")
-        logger.warning("%s rows are of no split, as column %s calls them %s", f"{count:,}", column, named(unknown))
+        count = int(np.count_nonzero(of_row == ""))
+        logger.warning(
+            "%s of no split, as column %s says %s", counted(count, "row is", "rows are"), column, named(unknown)
+        )
     rest = table.remove_columns(column)
     return datasets.DatasetDict({role: rest.select(np.flatnonzero(of_row == role)) for role in found})
 

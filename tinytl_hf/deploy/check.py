@@ -25,6 +25,7 @@ from tinytl_hf.data.split import Split
 from tinytl_hf.deploy.exported import Deployed
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -85,15 +86,15 @@ class Comparison:
         """The figures in words, one line for each kind."""
         count = self.images.count
         lines = [
-            f"checked in {self.runtime} on {count:,} images of {self.images.source}: largest difference of a logit "
-            f"{self.difference:.1e}, same label for {self.same_label:,} of {count:,}"
+            f"checked in {self.runtime} on {counted(count, 'image')} of {self.images.source}: largest difference of "
+            f"a logit {self.difference:.1e}, same label for {self.same_label:,} of {count:,}"
         ]
         if self.accuracy is not None:
             ours, theirs = self.accuracy
             lines.append(f"accuracy there: PyTorch {ours:.2%}, {self.runtime} {theirs:.2%}")
         ours, theirs = self.images_per_second
         speeds = f"PyTorch {ours:.1f}, {self.runtime} {theirs:.1f}"
-        return "\n".join([*lines, f"images/s, one at a time, {torch.get_num_threads()} threads: {speeds}"])
+        return "\n".join([*lines, f"images/s, one at a time, {counted(torch.get_num_threads(), 'thread')}: {speeds}"])
 
     def check(self) -> None:
         """Raise unless the differences are those of rounding.
@@ -146,7 +147,7 @@ def calibration_images(model: TinyTLModel, data: DataConfig, count: int) -> Tens
     if not data_named(data, model.config.data):
         raise TinyTLError("quantize=int8: the adapter names no data set to calibrate on; name one with --data.dataset")
     train = sets.open_train_split(replace(data, max_train_samples=min(count, data.max_train_samples or count)))
-    logger.info("the ranges of 8 bits are those of %d images of %s", len(train.labels), train.title)
+    logger.info("the ranges of 8 bits are those of %s of %s", counted(len(train.labels), "image"), train.title)
     return _views(model, train, data).first(count)
 
 
@@ -162,7 +163,7 @@ def compare(
         run: The runtime: a batch of one to logits ``[1, classes]``.
         images: The images.
     """
-    logger.info("checking in %s on %s images of %s", runtime, f"{images.count:,}", images.source)
+    logger.info("checking in %s on %s of %s", runtime, counted(images.count, "image"), images.source)
     ours, theirs, seconds = [], [], []
     with torch.inference_mode():
         for view in images.one_by_one():

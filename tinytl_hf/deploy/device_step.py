@@ -37,6 +37,7 @@ from tinytl_hf.measure.peak import measure_peak
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.methods import changing_buffers
+from tinytl_hf.words import counted
 
 LEAST_IMAGES = 16  # to look for one on which no activation lies at a ReLU's edge
 
@@ -117,8 +118,8 @@ def export_device_step(model: TinyTLModel, config: ExportConfig, data: DataConfi
     return "\n".join(
         [
             f"{path}: {len(built.content) / 1e6:.2f} MB, a training step of {model.config.backbone.name} by "
-            f"{model.config.method} for {config.batch_size} images of {size} px; what it needs to know is in "
-            f"{described_by(path).name}",
+            f"{model.config.method} for {counted(config.batch_size, 'image')} of {size} px; what it needs to know is "
+            f"in {described_by(path).name}",
             f"checked in ExecuTorch on {images.source}: {check}",
             f"memory of a step: ExecuTorch plans {built.planned / 1e6:.1f} MB for maps and gradients; {beside}",
             "it keeps a ReLU's mask in one byte a value, where the lean engine keeps one bit",

@@ -26,6 +26,7 @@ from tinytl_hf.deploy.sources import images_in
 from tinytl_hf.disk import StrPath, expanded
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import read_card, render_card
+from tinytl_hf.words import counted
 
 
 class DeviceTraining:
@@ -197,7 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     share = max(1, len(losses) // 10)
     first, last = np.mean(losses[:share]), np.mean(losses[-share:])
-    print(f"{options.output}: {options.steps} steps on {len(photos)} photos, loss {first:.3f} to {last:.3f}")
+    done = f"{counted(options.steps, 'step')} on {counted(len(photos), 'photo')}"
+    print(f"{options.output}: {done}, loss {first:.3f} to {last:.3f}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 from tinytl_hf.data.images import IMAGE_SUFFIXES
 from tinytl_hf.data.listing import NEVER, is_of_system, is_ours
 from tinytl_hf.disk import expanded, path_of
+from tinytl_hf.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def images_in(folder: Path) -> list[str]:
                 found.append(path)
     if left_out:
         parts = ", ".join(f"{count:,} {what}" for what, count in left_out.most_common())
-        logger.info("%s: %s images; left out: %s", folder, f"{len(found):,}", parts)
+        logger.info("%s: %s; left out: %s", folder, counted(len(found), "image"), parts)
     return sorted(found)
 
 

@@ -80,7 +80,7 @@ def _evaluate(config: EvalConfig, data_config: DataConfig, given: Collection[str
     figures["seconds"] = seconds_since(start, accelerator.device)
     if config.mirror:
         mirrored, _ = compute_logits(accelerator, prepared, loader, model, mirror=True)
-        figures["mirror"] = compute_metrics((logits + mirrored) / 2, labels)
+        figures["mirror"] = compute_metrics((logits + mirrored) / 2, labels, extra=extra)
     if config.output is not None and accelerator.is_main_process:
         save_results(Path(config.output), figures, model, evaluated, accelerator)
     return {**figures, "n": len(images), "method": model.config.method}

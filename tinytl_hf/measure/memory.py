@@ -36,6 +36,7 @@ from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.backbones import check_size, check_takes
 from tinytl_hf.network.methods import METHODS
 from tinytl_hf.reports.table import aligned
+from tinytl_hf.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +216,7 @@ def memory_table(rows: Sequence[MemoryRow], data: DataMemory | None = None) -> s
             names = ", ".join(f"{label} {kept / MB:.1f}" for label, kept in largest)
             names += ", ..." * (len(row.stock_layers) > NAMED_LAYERS)
             total = sum(row.stock_layers.values()) / MB
-            count = f"{len(row.stock_layers)} layers stay stock"
+            count = f"{counted(len(row.stock_layers), 'layer stays', 'layers stay')} stock"
             notes.append(f"{row.method}, {row.engine}: {count}: {names}; in all they keep {total:.1f} MB for backward")
     if data is not None:
         notes.append(f"besides, the decoded images of the data set, once a machine: {data} (by their headers)")

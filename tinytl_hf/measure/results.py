@@ -19,6 +19,7 @@ from tinytl_hf.device import device_name
 from tinytl_hf.disk import check_writable, write_text, writing
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.version import __version__
+from tinytl_hf.words import counted
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Evaluated:
     trained_on: int | None
 
     def __str__(self) -> str:
-        what = f"{self.n:,} images of {self.dataset}, split {self.split}"
+        what = f"{counted(self.n, 'image')} of {self.dataset}, split {self.split}"
         if self.trained_on is None:
             return f"{what}; whether it was trained on any of them is not known"
         return f"{what}; it was trained on {self.trained_on or 'none'} of them"

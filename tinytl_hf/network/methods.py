@@ -76,6 +76,14 @@ METHODS: dict[str, Method] = {
 }
 
 
+# What each of the learning rates by role is of.
+FACTOR_ROLES: dict[str, frozenset[Role]] = {
+    "head": frozenset({Role.HEAD}),
+    "lite": frozenset({Role.LITE}),
+    "lite_last_norm": frozenset({Role.LITE_LAST_SCALE, Role.LITE_LAST_BIAS}),
+    "biases": frozenset({Role.NORM_BIAS, Role.BIAS}),
+}
+
 # The layer scale of classes that have one, by their full name.
 LAYER_SCALES = {
     "torchvision.models.convnext.CNBlock": "layer_scale",
@@ -269,14 +277,7 @@ def parameter_groups(
 
 
 def _factors_by_role(factors: LrFactors) -> dict[Role, float]:
-    return {
-        Role.HEAD: factors.head,
-        Role.LITE: factors.lite,
-        Role.LITE_LAST_SCALE: factors.lite_last_norm,
-        Role.LITE_LAST_BIAS: factors.lite_last_norm,
-        Role.NORM_BIAS: factors.biases,
-        Role.BIAS: factors.biases,
-    }
+    return {role: getattr(factors, name) for name, roles in FACTOR_ROLES.items() for role in roles}
 
 
 def _lite_matrices(backbone: nn.Module) -> dict[str, int]:

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.kinds import class_name
 from tinytl_hf.network.mixed import mixed
+from tinytl_hf.words import counted
 
 torch.fx.wrap("_values_of_a_channel")  # one step of the graphs that torch.fx draws, whose maps have no size
 
@@ -230,8 +231,9 @@ def check_even(network: nn.Module, images: Tensor) -> None:
     most, least = counts.abs().tolist()
     if most != least:
         raise TinyTLError(
-            f"a batch of {len(images)} images: of the processes, one has {least} and another {most}, and batch norms "
-            "take their statistics over all of them; give each as many (Accelerate's even_batches, or drop_last=True)"
+            f"a batch of {counted(len(images), 'image')}: of the processes, one has {least} and another {most}, "
+            "and batch norms take their statistics over all of them; give each as many (Accelerate's even_batches, or "
+            "drop_last=True)"
         )
 
 

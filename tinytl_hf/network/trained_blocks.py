@@ -9,6 +9,7 @@ from torch import nn
 
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.blocks import TinyTLBlock
+from tinytl_hf.words import counted
 
 
 def last_blocks(blocks: dict[str, TinyTLBlock], count: int | None) -> dict[str, TinyTLBlock]:
@@ -21,7 +22,9 @@ def last_blocks(blocks: dict[str, TinyTLBlock], count: int | None) -> dict[str, 
         return blocks
     if not 1 <= count <= len(blocks):
         most = f"use 1 to {len(blocks)}, or all" if blocks else "use all"
-        raise TinyTLError(f"trained_blocks={count}: this backbone has {len(blocks)} residual blocks; {most}")
+        raise TinyTLError(
+            f"trained_blocks={count}: this backbone has {counted(len(blocks), 'residual block')}; {most}"
+        )
     return dict(list(blocks.items())[-count:])
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tinytl_hf.errors import TinyTLError, first_line
 from tinytl_hf.network.state_dict import state_dict_of
+from tinytl_hf.words import counted
 
 FILE_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin"}
 
@@ -149,8 +150,8 @@ def copy_weights(backbone: nn.Module, tensors: Mapping[str, Tensor], head: str, 
     for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
         if names:
             raise TinyTLError(
-                f"backbone.weights={source}: {len(names)} tensors are {what}, such as {names[0]}; use weights "
-                "of this very network with its library's keys"
+                f"backbone.weights={source}: {counted(len(names), 'tensor is', 'tensors are')} {what}, such as "
+                f"{names[0]}; use weights of this very network with its library's keys"
             )
     with torch.no_grad():
         for name in needed:

@@ -8,6 +8,7 @@ from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.network import LiteConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.network.methods import METHODS
+from tinytl_hf.words import counted
 
 
 def recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
@@ -18,6 +19,7 @@ def recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
     options, data = config.train, config.data
     gamma = f", gamma {options.gamma:g}" if options.schedule == "exponential" else ""
     low, high = data.crop_scale
+    warmup = counted(options.warmup_epochs, "epoch")
     crop = "none, features computed once" if options.cache_features else f"{low:g} to {high:g} of the area"
     return {
         "method": config.method,
@@ -25,7 +27,7 @@ def recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
         "epochs": options.epochs,
         "batch size": options.global_batch_size,
         "optimizer": options.optimizer,
-        "learning rate": f"{options.lr:g}, {options.schedule}{gamma}, warmup {options.warmup_epochs:g} epochs",
+        "learning rate": f"{options.lr:g}, {options.schedule}{gamma}, warmup {warmup}",
         "weight decay": f"{options.weight_decay:g}",
         "label smoothing": f"{options.label_smoothing:g}",
         "head dropout": f"{config.head.dropout:g}",
@@ -61,7 +63,7 @@ def _off_default(config: Config) -> dict[str, str]:
         "cutmix": f"{options.cutmix:g}" if options.cutmix else "",
         "augmentation": "TrivialAugment" if config.data.auto_augment == "trivial" else "",
         "gradients clipped to": f"{options.max_grad_norm:g}" if options.max_grad_norm is not None else "",
-        "patience": f"{options.patience} epochs" if options.patience is not None else "",
+        "patience": counted(options.patience, "epoch") if options.patience is not None else "",
         "accumulation steps": str(accumulated) if accumulated > 1 else "",
         "lite residuals": in_words if METHODS[config.method].lite_residual and lite != LiteConfig() else "",
         "frozen weights": "int8" if config.backbone.frozen_weights == "int8" else "",

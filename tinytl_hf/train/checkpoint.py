@@ -186,6 +186,8 @@ def find(config: Config) -> Path | None:
         return None
     if config.train.resume == "auto":
         path = _newest_whole(Path(config.output_dir) / CHECKPOINTS)
+        if path is None:
+            logger.info("train.resume=auto: there is no checkpoint in %s, so the run starts", config.output_dir)
     else:
         path = expanded(config.train.resume)
         if not (path / PROGRESS_FILE).is_file():
@@ -231,6 +233,11 @@ def hash_of(split: Split, now: str | None, key: str, path: Path | None) -> str |
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints, oldest first; folders that others made are none."""
     return sorted(path for path in folder.glob("step_*") if NAME.fullmatch(path.name) and path.is_dir())
+
+
+def is_of(path: Path, output: Path) -> bool:
+    """Whether a checkpoint lies in the folder of a run where the run put it."""
+    return path.resolve().parent == (output / CHECKPOINTS).resolve()
 
 
 def find_damage(path: Path) -> str | None:

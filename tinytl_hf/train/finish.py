@@ -24,6 +24,7 @@ from tinytl_hf.reports.plots import draw_confusion, draw_curves
 from tinytl_hf.reports.run_folder import ADAPTER, MEMORY_FILE, RESULTS_FILE, images_of, read_metrics, seconds_of
 from tinytl_hf.train.card_recipe import recipe
 from tinytl_hf.train.run import Run
+from tinytl_hf.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -144,10 +145,11 @@ def write_card(output: Path, config: Config) -> None:
 
 
 def _time(lines: list[dict[str, Any]], results: dict[str, Any]) -> str:
-    epochs = f"{len(lines)} epoch{'s' if len(lines) > 1 else ''}"
+    epochs = counted(len(lines), "epoch")
     seconds, images = seconds_of(lines), images_of(lines)
     return (
         f"Training took {seconds:,.0f} s for {epochs}, without the evaluations ({images / seconds:.0f} "
-        f"images/s), on {results['processes']} process(es), {results['device']}, {results['threads']} threads, "
+        f"images/s), on {counted(results['processes'], 'process', 'processes')}, {results['device']}, "
+        f"{counted(results['threads'], 'thread')}, "
         f"torch {results['torch_version']}."
     )

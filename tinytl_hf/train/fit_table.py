@@ -12,6 +12,7 @@ from tinytl_hf.reports.table import aligned
 from tinytl_hf.train.fit import Fit
 from tinytl_hf.train.search import Row
 from tinytl_hf.train.time_left import about
+from tinytl_hf.words import counted
 
 LEGEND = """\
 peak: of a training step from uint8 photos to the changed weights, measured in a process of its own
@@ -40,14 +41,15 @@ def fit_table(fit: Fit) -> str:
     lines = [*aligned(table, left=4), ""]
     if fit.budget.seconds is not None:
         limit = about(fit.budget.seconds).removeprefix("about ")
-        lines.append(f"-: takes longer than {limit} for all {fit.epochs} epochs")
+        whole = f"all {fit.epochs} epochs" if fit.epochs > 1 else "an epoch"
+        lines.append(f"-: takes longer than {limit} for {whole}")
     return "\n".join([LEGEND, *lines, f"recommended (*): {_in_words(fit)}"]) + "\n"
 
 
 def _in_words(fit: Fit) -> str:
     row = fit.recommended
     cut = "" if fit.recommended_epochs == fit.epochs else f" of {fit.epochs}, as no training keeps the time as a whole"
-    epochs = f"{fit.recommended_epochs} epoch{'s' if fit.recommended_epochs > 1 else ''}{cut}"
+    epochs = f"{counted(fit.recommended_epochs, 'epoch')}{cut}"
     return f"{row.plan}; {epochs}, {about(row.training(fit.recommended_epochs))}"
 
 

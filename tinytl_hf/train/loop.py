@@ -34,6 +34,7 @@ from tinytl_hf.train.finish import draw_pictures, report_memory, save_adapters, 
 from tinytl_hf.train.run import EvalSet, Run
 from tinytl_hf.train.start import set_up
 from tinytl_hf.train.stop_signal import StopSignal
+from tinytl_hf.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ def has_stalled(run: Run) -> bool:
     patience, since = run.config.train.patience, run.progress.epochs_since_best
     if patience is None or since < patience:
         return False
-    logger.info("stopped after epoch %d: no better accuracy in %d epochs", run.progress.epoch, since)
+    logger.info("stopped after epoch %d: no better accuracy in %s", run.progress.epoch, counted(since, "epoch"))
     return True
 
 

@@ -36,7 +36,8 @@ from tinytl_hf.reports.run_folder import (
     RESULTS_FILE,
     read_metrics,
 )
-from tinytl_hf.train.checkpoint import MAY_DIFFER, list_checkpoints
+from tinytl_hf.train.checkpoint import MAY_DIFFER, is_of, list_checkpoints
+from tinytl_hf.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> No
         TinyTLError: The folder cannot be written.
     """
     output = Path(config.output_dir)
-    goes_on = resume_from is not None and resume_from.resolve().parent == (output / CHECKPOINTS).resolve()
+    goes_on = resume_from is not None and is_of(resume_from, output)
     with writing(f"output_dir={output}", "choose another"):
         output.mkdir(parents=True, exist_ok=True)
         # Those of the run that goes on, in this folder or out of another.
@@ -154,8 +155,8 @@ def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> No
         lines = [line for line in before if line["epoch"] <= epochs_done]
         if missing := epochs_done - len(lines):
             logger.warning(
-                "output_dir=%s: %s lacks %d of the %d epochs done; curves and training time are of the rest",
-                *(output, METRICS_FILE, missing, epochs_done),
+                "output_dir=%s: %s lacks %d of the %s done; curves and training time are of the rest",
+                *(output, METRICS_FILE, missing, counted(epochs_done, "epoch")),
             )
         for path in list_checkpoints(output / CHECKPOINTS):
             if not goes_on or (resume_from is not None and path.name > resume_from.name):

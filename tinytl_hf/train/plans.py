@@ -11,6 +11,7 @@ from tinytl_hf.config.fit import FitConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.network.methods import METHODS, Role, possible_methods
 from tinytl_hf.train.ranking import SHARES, SIZES, points
+from tinytl_hf.words import counted
 
 SHARE_OF_OTHERS = 6 / 17  # of the blocks, for methods other than TinyTL-L+B
 BATCH_OF_STATISTICS = 8  # images that batch norms want at least
@@ -61,11 +62,11 @@ class Plan:
     @property
     def images_a_pass(self) -> str:
         """In words, how many images a forward and backward pass has."""
-        return f"{self.batch} image{'' if self.batch == 1 else 's'} a pass"
+        return f"{counted(self.batch, 'image')} a pass"
 
     def __str__(self) -> str:
         """In words."""
-        blocks = "" if self.trained_blocks == "all" else f" of the last {self.trained_blocks} blocks"
+        blocks = "" if self.trained_blocks == "all" else f" of the last {counted(self.trained_blocks, 'block')}"
         options = f", {self.options}" if self.options else ""
         return f"{self.method}{blocks}, {self.train_size} px, {self.images_a_pass}{options}"
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch.optim.lr_scheduler import LambdaLR
 
+from tinytl_hf.config.recipe import warmup_steps
 from tinytl_hf.config.train import TrainConfig
 
 
@@ -24,7 +25,7 @@ def set_learning_rates(scheduler: LambdaLR) -> None:
 def lr_factor(options: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate as a factor of its highest, by optimizer step."""
     total = options.plan.epochs * steps_per_epoch
-    warmup = round(options.warmup_epochs * steps_per_epoch)
+    warmup = warmup_steps(options, steps_per_epoch)
 
     def factor(step: int) -> float:
         if step < warmup:

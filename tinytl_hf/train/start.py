@@ -42,6 +42,7 @@ from tinytl_hf.train import checkpoint
 from tinytl_hf.train.budget import within_budget
 from tinytl_hf.train.checkpoint import Progress
 from tinytl_hf.train.finish import save_adapters
+from tinytl_hf.train.idle import Facts, can_stop_early, check_trains, rules_of_run, say_idle
 from tinytl_hf.train.inputs import Inputs, read_inputs
 from tinytl_hf.train.output_dir import (
     TRACKED_AS,
@@ -57,6 +58,7 @@ from tinytl_hf.train.run import EvalSet, Run
 from tinytl_hf.train.schedule import lr_factor, set_learning_rates
 from tinytl_hf.train.time_left import TimeLeft
 from tinytl_hf.train.warm_start import seen_before, warm_start
+from tinytl_hf.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ def set_up(config: Config, held: ExitStack) -> Run:
     resume_from = checkpoint.find(config)
     set_seed(config.seed)
     model = make_model(config, opened.train.label_names, resume_from)
-    log_recipe(asked, config, len(opened.train.labels))
+    log_recipe(asked, config, opened, resume_from)
     inputs = read_inputs(accelerator, model, opened, config)
     images = len(inputs.train_images)
     shuffled = batches.ShuffledBatches(
@@ -139,6 +141,7 @@ def accelerator_for(config: Config) -> Accelerator:
     log_conditions(accelerator, config)
     say_what_launch_settings_do(options.mixed_precision, options.gradient_accumulation_steps)
     check_tracker(config.tracker)
+    check_trains(config)
     return accelerator
 
 
@@ -151,6 +154,11 @@ def settle(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
             "the same images" if opened.test is None else opened.test.title,
         )
     config = recipe.resolve(config, len(opened.train.labels))
+    if config.adapter.keep == "last" and can_stop_early(config.train):
+        logger.info(
+            "adapter.keep=last: train.patience chooses by the accuracy on %s which epoch that is",
+            opened.evaluation.title,
+        )
     with writing(f"output_dir={config.output_dir}", "choose another"):  # nor can one of too long a path be looked at
         check_free(config)
     return within_budget(config, accelerator, opened)
@@ -239,6 +247,14 @@ def go_on(
     """Bring the model to where the checkpoint left it, and the run's folder to hold the adapter of that time."""
     output = Path(config.output_dir)
     progress = checkpoint.load(accelerator, resume_from, hashes)
+    left = config.train.plan.epochs - progress.epoch
+    logger.info(
+        "resumes from %s: %s and %s are done%s",
+        resume_from,
+        counted(progress.epoch, "epoch"),
+        counted(progress.step, "step"),
+        "" if left else ", and there is nothing left to train; --train.epochs says how many there are to be",
+    )
     if progress.init is not None:
         model.config = replace(model.config, init=InitRecord(**progress.init))
     is_of_later_epoch = has_adapter_of_later_epoch(output, config, progress.epoch)
@@ -258,13 +274,28 @@ def go_on(
     return progress
 
 
-def log_recipe(asked: Config, config: Config, images: int) -> None:
-    """Say what is trained with: what was asked for, and what was settled of the rest."""
-    steps = -(-images // config.train.global_batch_size)
+def log_recipe(asked: Config, config: Config, opened: Opened, resume_from: Path | None) -> None:
+    """Say what is trained with: what was asked for, what was settled of the rest, and what of it does nothing."""
+    options, data, images = config.train, config.data, len(opened.train.labels)
+    steps = -(-images // options.global_batch_size)
     logger.info(recipe.describe(asked, config, images, steps))
-    changes = Changes(0, config)
+    if images < options.global_batch_size:
+        logger.info(
+            "train.global_batch_size=%d: the data have %s to train on, so a step shows some of them again",
+            *(options.global_batch_size, counted(images, "image")),
+        )
+    changes, epochs = Changes(0, config), options.plan.epochs
     if changes.epochs:
-        logger.info("images are changed or blended in the first %d epochs", changes.epochs)
+        which = "all epochs" if changes.epochs == epochs else f"the first {changes.epochs} of {epochs} epochs"
+        logger.info("images are changed or blended in %s", which)
+    facts = Facts(
+        steps,
+        holds_out=opened.evaluation.held_out,
+        draws=data.max_train_samples is not None or data.max_eval_samples is not None,
+        goes_on=resume_from is not None,
+        in_place=resume_from is not None and checkpoint.is_of(resume_from, Path(config.output_dir)),
+    )
+    say_idle(asked, rules_of_run(config, facts))
 
 
 def log_conditions(accelerator: Accelerator, config: Config) -> None:
@@ -278,18 +309,17 @@ def log_conditions(accelerator: Accelerator, config: Config) -> None:
             f"images a step; use a multiple of {2 * processes * steps}"
         )
     logger.info(
-        "%s on %d process(es), %s, %d threads, precision %s, engine %s, "
-        "global batch %d (%d images x %d processes x %d steps)",
+        "%s on %s, %s, %s, precision %s, engine %s, global batch %d (%s x %s x %s)",
         config.method,
-        processes,
+        counted(processes, "process", "processes"),
         device_name(accelerator),
-        torch.get_num_threads(),
+        counted(torch.get_num_threads(), "thread"),
         "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
         describe(config.engine, accelerator.device) + describe_passes(config, accelerator.device, processes),
         batch,
-        batch // processes // steps,
-        processes,
-        steps,
+        counted(batch // processes // steps, "image"),
+        counted(processes, "process", "processes"),
+        counted(steps, "step"),
     )
     if config.engine.lean and chosen(config.engine.backend, accelerator.device) == "triton":
         logger.info("the first steps wait for kernels to be compiled: up to a minute, once for a backbone and machine")

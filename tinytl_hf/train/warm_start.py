@@ -25,6 +25,7 @@ from tinytl_hf.hub.transfer import find_adapter
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.head import head_of
 from tinytl_hf.network.no_values import NoRandomValues
+from tinytl_hf.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +50,10 @@ def warm_start(model: TinyTLModel, init: str, weights: str) -> None:
     saved, own = old.config, model.config
     tensors, before = model.adapter_tensors(), old.adapter_tensors()
     if lost := sorted(before.keys() - tensors.keys()):
+        more = f" and {counted(len(lost) - 1, 'more tensor')}" if len(lost) > 1 else ""
         raise TinyTLError(
             f"adapter.init={init}: it was trained by {saved.method}, and {own.method} has no place for {lost[0]}"
-            f"{f' and {len(lost) - 1} more tensors' if len(lost) > 1 else ''}; use {_options_of(saved, own)}"
+            f"{more}; use {_options_of(saved, own)}"
         )
     head, _ = head_of(model.backbone)
     rows = {f"{head}.weight", f"{head}.bias"}
@@ -140,11 +142,11 @@ def seen_before(init: str | None, data: DataConfig, splits: Sequence[Split]) -> 
     for split, count in zip(splits, counts, strict=True):
         if count:
             logger.warning(
-                "adapter.init=%s: it was trained on %d of the %d images of %s that this run evaluates on; hold out "
+                "adapter.init=%s: it was trained on %d of the %s of %s that this run evaluates on; hold out "
                 "what it held out, by its --data.split_seed and --data.eval_fraction",
                 init,
                 count,
-                len(split.labels),
+                counted(len(split.labels), "image"),
                 split.title,
             )
     return list(counts)
@@ -166,13 +168,13 @@ def _branch_of(name: str) -> str | None:
 def _describe(init: str, method: str, new: list[str], old: list[str], taken: list[str], fresh: list[str]) -> str:
     unknown, gone = [name for name in new if name not in old], [name for name in old if name not in new]
     parts = [
-        f"goes on from {init} ({method}): {len(taken)} tensors and the head's rows of {len(new) - len(unknown)} of "
-        f"{len(new)} classes are taken over"
+        f"goes on from {init} ({method}): {counted(len(taken), 'tensor')} and the head's rows of "
+        f"{len(new) - len(unknown)} of {len(new)} classes are taken over"
     ]
     if unknown:
         parts.append(f"the rows of {_names(unknown)} start fresh")
     if fresh:
-        parts.append(f"so do {len(fresh)} tensors, such as {fresh[0]}")
+        parts.append(f"{counted(len(fresh), 'tensor starts', 'tensors start')} fresh, such as {fresh[0]}")
     if gone:
         parts.append(f"its rows of {_names(gone)} are left out")
     return "; ".join(parts)
