@@ -57,14 +57,14 @@ def test_a_folder_gives_its_images_and_says_what_it_left_out(adapter, tmp_path):
     assert line.startswith(f"{tmp_path}: 4 images; left out: ")
     for part in (
         "1 hidden,",
-        "1 hidden folders",
+        "1 hidden folder",
         "1 .pdf",
         "1 .mpg",
         "1 .h5",
         "1 .eps",
         "1 without a suffix",
         "1 .txt",
-        "1 links to nothing",
+        "1 broken link",
     ):
         assert part in line
     named = run_cli("predict", "--adapter", adapter, tmp_path / "doc.pdf", tmp_path / "a.png")
@@ -113,7 +113,7 @@ def test_the_plots_of_a_run_are_none_of_the_images_of_a_folder_around_it(tmp_pat
     (run / "metrics.jsonl").write_text("{}")
     (run / "config.yaml").write_text("method: FT-Last\nlite:\n")
     assert names(tmp_path / "photos") == ["a.png"]
-    assert caplog.messages == [f"{tmp_path}/photos: 1 images; left out: 1 folders written by tinytl-hf"]
+    assert caplog.messages == [f"{tmp_path}/photos: 1 image; left out: 1 folder written by tinytl-hf"]
     assert names(run) == ["curves.png"]
 
 

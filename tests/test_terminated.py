@@ -28,7 +28,7 @@ def tree(folder):
     return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("is_there", [False, slow(True)])
 @pytest.mark.parametrize(
     ("words", "output", "place"),
     [
@@ -46,6 +46,7 @@ def test_a_command_that_is_terminated_leaves_what_was_there(words, output, place
     signum = signal.SIGHUP if is_there else signal.SIGTERM
     (temporary := tmp_path / "tmp").mkdir()
     (target := tmp_path / "out").mkdir()
+    (target / "mine.txt").write_text("mine")
     options = [finished] if words[0] in ("compare", "report") else ["--adapter", finished / "adapter"]
     words = [*words, *options, "--output", target / output]
     if is_there:

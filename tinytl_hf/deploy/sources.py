@@ -94,7 +94,7 @@ def images_in(folder: Path) -> list[str]:
             elif suffix not in IMAGE_SUFFIXES:
                 left_out[suffix or "without a suffix"] += 1
             elif not os.path.isfile(path):
-                left_out["links to nothing"] += 1
+                left_out["broken link"] += 1
             else:
                 found.append(path)
     if left_out:
@@ -117,10 +117,10 @@ def _walk(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str, list[str]
             continue
         seen.add((status.st_dev, status.st_ino))
         if place != str(folder) and is_ours(Path(place), {*below, *names}):
-            left_out["folders written by tinytl-hf"] += 1
+            left_out["folder written by tinytl-hf"] += 1
             below.clear()
             continue
         left_out.update(f"folder {name} of a system or tool" for name in below if is_of_system(name))
-        left_out.update("hidden folders" for name in below if name.startswith(".") and name not in NEVER)
+        left_out.update("hidden folder" for name in below if name.startswith(".") and name not in NEVER)
         below[:] = [name for name in below if not name.startswith(".") and not is_of_system(name)]
         yield place, names
