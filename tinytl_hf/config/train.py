@@ -90,8 +90,8 @@ class TrainConfig:
     cache_features: bool = False
     """Compute once what does not change, of each image's evaluation view and, with data.flip, of that mirrored: for
     FT-Last the features that the head gets, with trained_blocks the maps before the first of them. Training on those
-    is many times faster, without random crops. Keeps 2 bytes a value and view, and 4 of the
-    images to evaluate on, on the disk (TMPDIR) where a set takes more than data.memory_limit_mb."""
+    is many times faster, without random crops. Keeps 2 bytes a value and view, and 4 of the images to evaluate on, on
+    the disk (TMPDIR) where a set takes more than data.memory_limit_mb."""
     gradient_checkpointing: bool = Engine.gradient_checkpointing
     """Recompute each block in the backward pass: less memory, more time, same results."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
