@@ -440,7 +440,7 @@ def test_folders_that_systems_make_are_no_classes_and_are_named(name, splits, tm
     else:
         count = 2 + (len(splits) if splits[0] else 0)
         assert data.found.left_out == {f"folder {name} of a system or tool": count}
-        assert f"left out: {count} folder {name} of a system or tool (" in caplog.text
+        assert f"left out: {count} folder{'s' * (count > 1)} {name} of a system or tool (" in caplog.text
 
 
 def test_folders_of_systems_hide_no_tables_and_no_class_of_a_like_name(tmp_path):

@@ -55,13 +55,16 @@ def as_label(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def image_rows(table: datasets.Dataset, config: DataConfig, base: Path | None) -> tuple[str, datasets.Dataset]:
+def image_rows(
+    table: datasets.Dataset, config: DataConfig, base: Path | None, split: str | None = None
+) -> tuple[str, datasets.Dataset]:
     """The name of the images' column, and a table of that column alone, called ``image``, undecoded.
 
     Args:
         table: A split.
         config: Which column it is, if that was said.
         base: Folder that paths are relative to; None: the table is not on this disk, and paths say nothing.
+        split: Its name, if there are others: of images with one name, it has the one in a folder that is called so.
 
     Raises:
         TinyTLError: There is none, or there are several.
@@ -75,12 +78,12 @@ def image_rows(table: datasets.Dataset, config: DataConfig, base: Path | None) -
         rows = rows.cast_column("image", datasets.Value("string"))
     feature = rows.features["image"]
     if is_string(feature):
-        return column, _from_paths(rows["image"][:], column, base, config.skip_corrupt)
+        return column, _from_paths(rows["image"][:], column, base, config.skip_corrupt, split)
     if _is_struct(feature):
         parts = rows.flatten()
         without_bytes = parts.data.column("image.bytes").null_count
         if without_bytes == len(rows):
-            return column, _from_paths(parts["image.path"][:], column, base, config.skip_corrupt)
+            return column, _from_paths(parts["image.path"][:], column, base, config.skip_corrupt, split)
         if without_bytes and base is not None:
             rows = _with_places(rows, base)
     if not _is_image(feature) and not _is_bytes(feature):
@@ -252,7 +255,9 @@ def path_columns(table: datasets.Dataset) -> list[str]:
     return [name for name, (feature, first) in _seen(table).items() if _holds_paths(feature, first)]
 
 
-def _from_paths(values: Sequence[str | None], column: str, base: Path | None, skip_missing: bool) -> datasets.Dataset:
+def _from_paths(
+    values: Sequence[str | None], column: str, base: Path | None, skip_missing: bool, split: str | None
+) -> datasets.Dataset:
     """Images by their paths: relative ones to the table's folder, else to the current one."""
     paths = [None if path is None else path_of(str(path)) for path in values]
     remote = next((path for path in paths if path is not None and "://" in path), None)
@@ -263,7 +268,7 @@ def _from_paths(values: Sequence[str | None], column: str, base: Path | None, sk
         )
     places = [None if path is None else place_of(path, base) for path in paths]
     check_no_base64(column, next((path for path in paths if path is not None), None))
-    places = with_ids_placed(paths, places, column, base)
+    places = with_ids_placed(paths, places, column, base, split)
     missing = [place for place in places if place is not None and not os.path.isfile(place)]
     if missing and not skip_missing:
         raise TinyTLError(

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tinytl_hf.words import counted
+
 SHOWN = 5  # names that a line lists
+NOUNS = ("folder", "broken link", "link", "line", "saved data set")  # that a reason to leave something out starts with
 LONGEST = 300  # characters of a name in it: a column of paths can hold whole images as texts
 
 
@@ -27,8 +30,14 @@ class LeftOut(dict[str, int]):
         self.examples.setdefault(reason, path)
 
     def __str__(self) -> str:
-        parts = [f"{count:,} {reason} ({self.examples[reason]})" for reason, count in self.items()]
+        parts = [f"{_with_count(count, reason)} ({self.examples[reason]})" for reason, count in self.items()]
         return f"left out: {', '.join(parts)}"
+
+
+def _with_count(count: int, reason: str) -> str:
+    """As ``2 folders without images`` and ``3 .heic``: a reason that starts with a noun says what is left out."""
+    one = next((noun for noun in NOUNS if reason.startswith(noun)), None)
+    return f"{count:,} {reason}" if one is None else f"{counted(count, one)}{reason.removeprefix(one)}"
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import datasets
 
+from tinytl_hf.data.almost_splits import split_words
 from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.images import IMAGE_SUFFIXES
 from tinytl_hf.data.listing import list_folder
+from tinytl_hf.data.roles import role_of
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ def id_columns(table: datasets.Dataset, base: Path, label_column: str) -> list[s
 
 
 def with_ids_placed(
-    ids: Sequence[str | None], places: Sequence[str | None], column: str, base: Path
+    ids: Sequence[str | None], places: Sequence[str | None], column: str, base: Path, split: str | None
 ) -> list[str | None]:
     """Places of images, where those that are not there may be named by their ids.
 
@@ -55,6 +57,7 @@ def with_ids_placed(
         places: Where that is, if it is a path.
         column: The table's column, for messages.
         base: The table's folder.
+        split: The table's split, if there are others.
 
     Raises:
         TinyTLError: Two images have one id.
@@ -69,7 +72,7 @@ def with_ids_placed(
     images_there = list_folder(base).images if missing else []
     known = {**images_by_id(images_there), **images_by_name(images_there)}
     for number, name in missing:
-        images = known.get(name, [])
+        images = _of_split(known.get(name, []), split)
         if len(images) > 1:
             raise TinyTLError(
                 f"column {column}: {name} can be {images[0]} and {images[1]} in {base}; put the table into the folder "
@@ -77,10 +80,22 @@ def with_ids_placed(
             )
         if images:
             placed[number] = f"{base}/{images[0]}"
-    if found := [name for number, name in missing if placed[number] != places[number]]:
-        lacking = "folder" if suffix_of(found[0]) in IMAGE_SUFFIXES else "suffix"
-        logger.info("column %s names images without their %s: %s is %s", column, lacking, found[0], known[found[0]][0])
+    found = [(name, place) for number, name in missing if (place := placed[number]) and place != places[number]]
+    for name, place in found[:1]:
+        lacking, image = "folder" if suffix_of(name) in IMAGE_SUFFIXES else "suffix", os.path.relpath(place, base)
+        logger.info("column %s names images without their %s: %s is %s", column, lacking, name, image)
     return placed
+
+
+def _of_split(images: list[str], split: str | None) -> list[str]:
+    """Of several images, the one that lies in a folder that is called as their split is, if it is one alone."""
+    role = role_of(split or "")
+    if role is None or len(images) < 2:
+        return images
+    called_so = [
+        image for image in images if {role_of(word) for word in split_words(os.path.dirname(image))} == {role}
+    ]
+    return called_so if len(called_so) == 1 else images
 
 
 def images_by_id(images: Iterable[str]) -> dict[str, list[str]]:

@@ -33,11 +33,12 @@ IMAGE_SUFFIXES = frozenset(
     suffix for suffix, name in Image.EXTENSION.items() if name in {*Image.OPEN, "MPO"} and name not in _NOT_READ
 )
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
-# Pictures that Pillow cannot read: they are counted where they are left out.
+# What holds pictures and Pillow cannot read: it is counted where it is left out.
 UNREAD_SUFFIXES = {
     *HEIF_SUFFIXES,
     *(".svg", ".eps", ".jxl", ".wmf", ".emf", ".dcm", ".xcf"),
     *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".srw"),
+    *(".npy", ".npz", ".pdf", ".nii", ".mp4", ".mov", ".avi", ".mkv", ".webm"),
 } - IMAGE_SUFFIXES
 
 

@@ -23,19 +23,26 @@ def say_lists_beside(listing: Listing) -> None:
     if len({role_of(word) for path in called for word in split_words(os.path.basename(path))}) < 2:
         return
     known = images_by_id(listing.images).keys() | set(listing.images)
-    if lists := [path for path in called if _first_name(listing, path) in known]:
-        logger.warning(
-            "%s: which images are for tests is not taken from there, and the folders do not say it; put the images "
-            "into train/CLASS and test/CLASS, or write a table with columns path, label and split, and name that",
-            named(lists),
-        )
+    if lists := [path for path in called if not known.isdisjoint(_first_names(listing, path))]:
+        say_splits_beside(lists)
 
 
-def _first_name(listing: Listing, path: str) -> str:
-    """What a list names first: lines are a path or an id, and may have a label behind it."""
+def say_splits_beside(files: list[str]) -> None:
+    """Say that files which say what is for tests are not read."""
+    logger.warning(
+        "%s: which images are for tests is not taken from there, and the folders do not say it; put the images into "
+        "train/CLASS and test/CLASS, or write a table with columns path, label and split, and name that",
+        named(files),
+    )
+
+
+def _first_names(listing: Listing, path: str) -> list[str]:
+    """What the first two lines of a list hold: a path or an id, labels and numbers; the first can be a heading."""
     try:
         with open(listing.root / path, "rb") as file:
-            line = file.read(FIRST_BYTES).decode("utf-8-sig", "replace").strip().partition("\n")[0]
+            lines = file.read(FIRST_BYTES).decode("utf-8-sig", "replace").splitlines()[:2]
     except OSError:
-        return ""
-    return re.split(r"[\s,;]", line.strip())[0].replace("\\", "/").removeprefix("./")
+        return []
+    rows = [re.split(r"[\s,;]+", line.strip()) for line in lines]
+    words = [word for first, *others in rows for word in (first, *others) if word == first or not word.isdecimal()]
+    return [word.replace("\\", "/").removeprefix("./") for word in words]

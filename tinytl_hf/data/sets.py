@@ -281,7 +281,7 @@ def _labelled(tables: Tables, name: str, config: DataConfig) -> Split:
     table = tables.splits[name]
     if len(table) == 0:
         raise NoLabelsError(f"split {name} of {config.dataset} has no rows; use another split or data set")
-    image_column, rows = image_rows(table, config, tables.base)
+    image_column, rows = image_rows(table, config, tables.base, name if len(tables.splits) > 1 else None)
     label_column, labels, names = label_values(table, name, config, image_column)
     return Split(name, rows, labels, names, image_column, label_column, np.arange(len(labels)))
 

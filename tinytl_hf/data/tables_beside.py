@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Mapping
 
 import datasets
 
@@ -13,6 +14,7 @@ from tinytl_hf.data.columns import LABEL, as_label, is_string, path_columns, pla
 from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.found import named
 from tinytl_hf.data.ids import images_by_id, images_by_name
+from tinytl_hf.data.json_beside import check_json_beside
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.roles import role_of_table
 from tinytl_hf.data.split_column import says_splits
@@ -21,12 +23,12 @@ from tinytl_hf.errors import TinyTLError, first_line
 
 logger = logging.getLogger(__name__)
 
-NAMING_IMAGES = (".csv", ".tsv", ".jsonl", ".parquet")  # tables that can have the paths of images
+NAMING_IMAGES = (".csv", ".tsv", ".jsonl", ".parquet")  # tables that can have the paths of images, but for .json
 TO_HAND_IN = re.compile(r"sample[-_ ]?sub(mission)?", re.I)  # as Kaggle calls it
 
 
 def check_tables_beside(listing: Listing, splits: datasets.DatasetDict, config: DataConfig) -> None:
-    """Name a table that has the paths of images which are labelled by their folders.
+    """Name tables and JSON files that name images which are labelled by their folders.
 
     Args:
         listing: The files of the folder.
@@ -34,16 +36,23 @@ def check_tables_beside(listing: Listing, splits: datasets.DatasetDict, config: 
         config: The label's column, if that was said.
 
     Raises:
-        TinyTLError: The table has another label for an image than its folder.
+        TinyTLError: One has another label for an image than its folder.
     """
-    tables = labelling_tables(listing)
-    if not tables:
+    if not listing.tables:
         return
     by_folder: dict[str, str] = {}
     for split in splits.values():
         classes = split.features["label"].names
         for image, number in zip(split["image"][:], split["label"][:], strict=True):
             by_folder[image["path"]] = classes[number]
+    has_splits = splits.keys() != {"train"}
+    _check_tables(listing, labelling_tables(listing), by_folder, config, has_splits)
+    check_json_beside(listing, by_folder, config, has_splits)
+
+
+def _check_tables(
+    listing: Listing, tables: list[str], by_folder: Mapping[str, str], config: DataConfig, has_splits: bool
+) -> None:
     column = config.label_column or LABEL
     unused: dict[str, int] = {}
     naming: list[str] = []
@@ -70,7 +79,7 @@ def check_tables_beside(listing: Listing, splits: datasets.DatasetDict, config: 
         )
     if len({role_of_table(name) for name in naming} - {None}) > 1:
         with_splits = naming
-    if with_splits and splits.keys() == {"train"}:  # else the folders say them
+    if with_splits and not has_splits:
         logger.warning(
             "%s: which images are for tests is not taken from there, and the folders do not say it; name %s for that",
             *(named(with_splits), to_name(listing, with_splits)),
