@@ -179,17 +179,17 @@ def test_other_verbs_name_what_they_do_not_use_of_a_run():
     config = Config(
         method="FT-Last",
         data=DataConfig(train_size=64),
-        train=TrainConfig(global_batch_size=64, cache_features=True),
+        train=TrainConfig(global_batch_size=64, cache_features=True, momentum=0.5),
         memory=MemoryConfig(lean=False, budget_mb=9.0),
     )
 
     def names(rules):
         return [each.partition("=")[0] for each in idle_options(config, rules)]
 
-    steps = ["train.global_batch_size", "train.cache_features", "memory.budget_mb"]
-    assert names(rules_of_memory(MemoryTableConfig())) == ["method", "memory.lean", *steps]
-    assert names(rules_of_memory(MemoryTableConfig(methods=["FT-Last"]))) == ["memory.lean", *steps]
-    assert names(rules_of_bench(BenchConfig())) == ["memory.lean", steps[0], "data.train_size", *steps[1:]]
+    steps = ["train.global_batch_size", "train.momentum", "train.cache_features", "memory.budget_mb"]
+    assert names(rules_of_memory(config, MemoryTableConfig())) == ["method", "memory.lean", *steps]
+    assert names(rules_of_memory(config, MemoryTableConfig(methods=["FT-Last"]))) == ["memory.lean", *steps]
+    assert names(rules_of_bench(config, BenchConfig())) == ["memory.lean", steps[0], "data.train_size", *steps[1:]]
     assert names(rules_of_fit(FitConfig())) == ["method", "memory.budget_mb"]
     assert names(rules_of_fit(FitConfig(train_sizes=[96]))) == ["method", "data.train_size", "memory.budget_mb"]
 

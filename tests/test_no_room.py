@@ -1,11 +1,14 @@
 """Places where nothing can be written, or not all of what belongs together, be it that a person stops it between."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from shared import run_cli
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.deploy.exported import described_by, write_with_description
+from tinytl_hf.disk import check_writable
 
 FULL = OSError(28, "No space left on device")
 
@@ -65,6 +68,20 @@ def test_a_pte_file_and_its_description_are_replaced_together(tmp_path, full_aft
     with pytest.raises(TinyTLError, match=f"{path}: cannot be written"):
         write_with_description(path, b"two", {"labels": ["two"]})
     assert files_of(tmp_path) == before and described_by(path).name in before
+
+
+@pytest.mark.parametrize(
+    ("place", "can"),
+    [
+        *[("new/in/it/x.onnx", True), ("x.onnx", True), ("file/x.onnx", False), ("file/in/x.onnx", False)],
+        *[(f"{'n' * 300}/x.onnx", False), (f"new/{'n' * 300}.onnx", False)],
+    ],
+)
+def test_trying_that_a_file_can_be_written_leaves_nothing_behind(place, can, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with nullcontext() if can else pytest.raises(OSError):
+        check_writable(tmp_path / place)
+    assert files_of(tmp_path) == {"file": b"mine"}
 
 
 @pytest.mark.parametrize(

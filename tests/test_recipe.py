@@ -65,9 +65,12 @@ def test_training_without_data_is_refused_and_nothing_is_made(tmp_path, monkeypa
 def test_a_run_that_gets_no_better_stops_and_goes_on_with_more_patience(colour_folder, tmp_path):
     options = small_run(colour_folder, tmp_path / "run", "--method", "FT-Last", "--train.lr", "1e-12")
     options[options.index("--train.epochs") + 1] = "9"
+    options += ["--adapter.keep", "last"]
     done = run_cli(*options, "--train.patience", "2")
     assert done.returncode == 0, done.stderr
     assert len(metrics(tmp_path / "run")) == 3 and "stopped after epoch 3: no better accuracy in 2" in done.stderr
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "of the last epoch, after which patience ended the run by the figures on test, as the figures are" in card
     for patience, epochs in (("2", 3), ("4", 5)):
         done = run_cli(*options, "--train.patience", patience, "--train.resume", "auto")
         assert done.returncode == 0, done.stderr

@@ -130,7 +130,7 @@ def _memory(values: Namespace) -> None:
     from tinytl_hf.train.idle import rules_of_memory, say_idle
 
     config, options = _build(Config, values), _build(MemoryTableConfig, values)
-    say_idle(config, rules_of_memory(options))
+    say_idle(config, rules_of_memory(config, options))
     set_threads(config.train.threads)
     if options.plot is not None:
         _check_plot(Path(options.plot))
@@ -154,13 +154,13 @@ def _check_plot(path: Path) -> None:
     """Raise, before anything is measured, if the picture cannot be drawn into this file."""
     from tinytl_hf.adapter.format import CONFIG_FILE
     from tinytl_hf.hub.card import PICTURES
-    from tinytl_hf.measure.results import make_folder_of
+    from tinytl_hf.measure.results import check_output_file
     from tinytl_hf.reports.plots import SOFTWARE
 
     check_ours("plot", path, SOFTWARE)
     if path.name in PICTURES.values() and path.with_name(CONFIG_FILE).is_file():
         raise TinyTLError(f"plot={path}: is a picture of the adapter there; name another file")
-    make_folder_of("plot", path)
+    check_output_file("plot", path)
 
 
 def _bench(values: Namespace) -> None:
@@ -169,7 +169,7 @@ def _bench(values: Namespace) -> None:
     from tinytl_hf.train.idle import rules_of_bench, say_idle
 
     config, options = _build(Config, values), _build(BenchConfig, values)
-    say_idle(config, rules_of_bench(options))
+    say_idle(config, rules_of_bench(config, options))
     set_threads(config.train.threads)
     rows = list(speed.bench_rows(config, options))
     conditions = memory.conditions(config)

@@ -81,13 +81,15 @@ def writing(what: object, fix: str) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of a file that will be written later, and try that a file can be written there.
+    """Try that a file can be written later, in its folder or, where that is to be made, in the one that is there.
 
     Raises:
         OSError: None can.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    trial = path.parent / f".{path.name}.tmp"
+    with suppress(FileNotFoundError):
+        path.parent.stat()  # names that are too long, or below a file
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    trial = there / f".{path.name}.tmp"
     try:
         trial.touch()
     finally:

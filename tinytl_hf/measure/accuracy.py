@@ -29,7 +29,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.evaluation import evaluated_by_chains
 from tinytl_hf.measure.eval_view import with_view
 from tinytl_hf.measure.metrics import compute_metrics, load_metrics
-from tinytl_hf.measure.results import Evaluated, make_folder_of, save_results
+from tinytl_hf.measure.results import Evaluated, check_output_file, save_results
 from tinytl_hf.model import TinyTLModel
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def _evaluate(config: EvalConfig, data_config: DataConfig, given: Collection[str
     if config.output is not None:
         check_no_run(Path(config.output))
         check_ours("output", Path(config.output), '"_evaluate_version"')
-        make_folder_of("output", Path(config.output))
+        check_output_file("output", Path(config.output))
     extra = load_metrics(config.metrics)
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)
     model.config = with_view(model, data_config)

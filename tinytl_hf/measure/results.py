@@ -95,15 +95,15 @@ def save_results(
         write_text(path, json.dumps(results) + "\n")
 
 
-def make_folder_of(key: str, path: Path) -> None:
-    """Make the folder of a file that will be written, and try to write there, before anything is measured.
+def check_output_file(key: str, path: Path) -> None:
+    """Try that a file can be written, before anything is measured.
 
     Args:
         key: The option that names the file.
         path: The file.
 
     Raises:
-        TinyTLError: It cannot be made, or holds no new file.
+        TinyTLError: It cannot.
     """
     with writing(f"{key}={path}", "name another file"):
         check_writable(path)

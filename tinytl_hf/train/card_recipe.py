@@ -73,10 +73,12 @@ def _off_default(config: Config) -> dict[str, str]:
 
 def _epoch(config: Config, results: dict[str, Any]) -> str:
     """Which epoch's adapter it is, and on what it was chosen."""
-    if config.adapter.keep == "last":
+    chosen_on, is_last = results["best_epoch_chosen_on"], config.adapter.keep == "last"
+    if chosen_on is None:
         return "of the last epoch"
-    again = ", as the figures are" if results["best_epoch_chosen_on"] == results["split"] else ""
-    return f"of the epoch that was best on {results['best_epoch_chosen_on']}{again}"
+    again = ", as the figures are" if chosen_on == results["split"] else ""
+    which = "last epoch, after which patience ended the run by the figures" if is_last else "epoch that was best"
+    return f"of the {which} on {chosen_on}{again}"
 
 
 def _sizes(data: DataConfig) -> str:

@@ -20,7 +20,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.measure.data_memory import data_memory
 from tinytl_hf.measure.memory import MB
 from tinytl_hf.measure.peak import process_high_water
-from tinytl_hf.measure.results import make_folder_of
+from tinytl_hf.measure.results import check_output_file
 from tinytl_hf.network.backbones import check_size, check_takes, takes
 from tinytl_hf.network.blocks import convert_blocks
 from tinytl_hf.network.methods import METHODS, possible_methods
@@ -67,7 +67,7 @@ def fit(config: Config, options: FitConfig) -> Fit:
         TinyTLError: Nothing fits, with the least that works; or there is no budget, or bad data or weights.
     """
     if options.output is not None:
-        make_folder_of("output", Path(options.output))
+        check_output_file("output", Path(options.output))
     process = _process_budget(options)
     if options.memory_mb is None and process is None:
         raise TinyTLError("fit: no budget; name --memory_mb, for a training step, or --process_mb")

@@ -87,20 +87,18 @@ def rules_of_run(config: Config, facts: Facts) -> list[Idle]:
         f"train.lr_factors.{name}" for name, roles in FACTOR_ROLES.items() if not roles & method.trains
     )
     all_trains = Role.WEIGHT in method.trains and config.trained_blocks == "all"
-    decays, lacks_lite = options.weight_decay > 0, f"{config.method} has no lite residuals"
+    lacks_lite = f"{config.method} has no lite residuals"
     return [
         Idle(("lite.",), not method.lite_residual, lacks_lite),
         Idle(idle_factors, True, f"{config.method} trains no such part"),
         Idle(
             ("train.optimizer",), options.optimizer == "muon" and not method.lite_residual, f"adamw, as {lacks_lite}"
         ),
-        Idle(("train.momentum",), options.optimizer != "sgd", "of sgd alone"),
-        Idle(("train.decay_norms_and_biases",), not decays, "train.weight_decay=0"),
+        *_rules_of_optimizer(options),
         Idle(("train.gamma",), options.schedule != "exponential", "of the exponential schedule alone"),
         Idle(
             ("train.schedule", "train.gamma"), options.schedule == "exponential" and epochs == 1, "after an only epoch"
         ),
-        Idle(("train.max_grad_norm",), options.max_grad_norm == float("inf"), "no norm is above that"),
         Idle(
             ("train.patience",),
             not can_stop_early(options),
@@ -143,24 +141,24 @@ def check_trains(config: Config) -> None:
         raise TinyTLError(f"{named}: {config.method} trains nothing else; use a factor above 0")
 
 
-def rules_of_memory(options: MemoryTableConfig) -> list[Idle]:
+def rules_of_memory(config: Config, options: MemoryTableConfig) -> list[Idle]:
     """What the verb ``memory`` does not use of a run."""
     return [
         Idle(("method",), options.methods is None, "all methods are measured; --methods names some"),
         Idle(("memory.lean",), True, "both are measured"),
         Idle(("train.global_batch_size",), True, "--batch_size is that of a pass"),
-        *_rules_of_steps("data.train_size"),
+        *_rules_of_steps(config.train, "data.train_size"),
     ]
 
 
-def rules_of_bench(options: BenchConfig) -> list[Idle]:
+def rules_of_bench(config: Config, options: BenchConfig) -> list[Idle]:
     """What the verb ``bench`` does not use of a run."""
     sizes = ", ".join(map(str, options.train_sizes))
     return [
         Idle(("memory.lean",), True, "both are timed"),
         Idle(("train.global_batch_size",), True, "--batch_sizes are timed"),
         Idle(("data.train_size",), True, f"--train_sizes are timed: {sizes}"),
-        *_rules_of_steps("--train_sizes"),
+        *_rules_of_steps(config.train, "--train_sizes"),
     ]
 
 
@@ -175,8 +173,17 @@ def rules_of_fit(options: FitConfig) -> list[Idle]:
     ]
 
 
-def _rules_of_steps(size: str) -> list[Idle]:
+def _rules_of_optimizer(options: TrainConfig) -> list[Idle]:
     return [
+        Idle(("train.momentum",), options.optimizer != "sgd", "of sgd alone"),
+        Idle(("train.decay_norms_and_biases",), options.weight_decay == 0, "train.weight_decay=0"),
+        Idle(("train.max_grad_norm",), options.max_grad_norm == float("inf"), "no norm is above that"),
+    ]
+
+
+def _rules_of_steps(options: TrainConfig, size: str) -> list[Idle]:
+    return [
+        *_rules_of_optimizer(options),
         Idle(("train.cache_features",), True, "a step is measured with images as they come"),
         Idle(("data.start_size",), True, f"a step is measured at {size}"),
         Idle(("memory.budget_mb",), True, "batches are measured as they are"),

@@ -184,7 +184,9 @@ def final_figures(run: Run) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     chosen_on = run.evaluation.evaluated
     logits, labels = evaluate(run, run.evaluation)
     figures = compute_metrics(logits, labels, tables=True, extra=run.metrics)
-    more: dict[str, Any] = {"best_epoch_chosen_on": chosen_on.split if run.config.adapter.keep == "best" else None}
+    ended_early = run.progress.epoch < run.config.train.plan.epochs  # by train.patience
+    is_chosen = ended_early or run.config.adapter.keep == "best"
+    more: dict[str, Any] = {"best_epoch_chosen_on": chosen_on.split if is_chosen else None}
     if run.test is not None:
         selection = {"split": chosen_on.split, "n": chosen_on.n, "sha256": chosen_on.sha256}
         more["selection"] = selection | {name: value for name, value in figures.items() if isinstance(value, float)}
