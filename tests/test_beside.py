@@ -45,9 +45,10 @@ def test_other_labels_of_a_json_file_beside_class_folders_are_asked_for(layout, 
     "content",
     [
         {f"{number}.png": f"a photo, the {number}th of them" for number in range(4)},
+        {f"{number}.png": ("Canon", "Nikon")[number % 2] for number in range(4)},
         {f"{number}.png": {"boxes": [[0, 0, 1, 1]]} for number in range(4)},
         {"images": [{"file_name": f"{number}.png"} for number in range(4)], "annotations": []},
-        {"cat": ["cat/0", "cat/1"], "dog": ["dog/2", "dog/3"]},
+        {"cat": ["cat/0", "./cat/1"], "dog": ["dog\\2", "dog/3"]},
     ],
 )
 def test_a_json_file_with_something_else_of_the_images_is_named(content, tmp_path, caplog):

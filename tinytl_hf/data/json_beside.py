@@ -39,14 +39,15 @@ def check_json_beside(listing: Listing, by_folder: Mapping[str, str], config: Da
         TinyTLError: A file has another label for an image than its folder.
     """
     files = _few_in_a_folder(listing)
-    places = _places(listing) if files else {}
+    places, classes = _places(listing) if files else {}, set(by_folder.values())
     naming: list[str] = []
     unused: dict[str, int] = {}
     for name in files:
         content = _read(listing, name)
-        beside = f"{os.path.dirname(name)}/".lstrip("/")
-        found = {text: place for text in _texts(content) if (place := places.get(beside + text) or places.get(text))}
-        labels = _labels(content, found, config.label_column or LABEL)
+        found = _found(content, os.path.dirname(name), places)
+        labels = _labels_of_rows(content, found, config.label_column or LABEL) or _labels_of_images(content, found)
+        if isinstance(content, dict) and not classes.issuperset(labels.values()):
+            labels = {}  # they can be anything: cameras, splits
         naming += [name] if found else []
         if found and not labels:
             unused[name] = len(set(found.values()))
@@ -102,8 +103,15 @@ def _read(listing: Listing, name: str) -> Any:
         return None
 
 
+def _found(content: Any, folder: str, places: Mapping[str, str]) -> dict[str, str]:
+    """The texts of a file in this folder that name images, and which: by their paths from there, or as elsewhere."""
+    paths = {text: text.replace("\\", "/").removeprefix("./") for text in _texts(content)}
+    beside = f"{folder}/" if folder else ""
+    return {text: place for text, path in paths.items() if (place := places.get(beside + path) or places.get(path))}
+
+
 def _texts(content: Any) -> Iterator[str]:
-    """All texts in a JSON file, names of values included, with the slashes of Linux."""
+    """All texts in a JSON file, names of values included."""
     to_come = [content]
     while to_come:
         value = to_come.pop()
@@ -115,15 +123,17 @@ def _texts(content: Any) -> Iterator[str]:
             to_come += value
 
 
-def _labels(content: Any, found: Mapping[str, str], key: str) -> dict[str, str]:
-    """The labels of images, where they are what rows have under a key, or the values of images, and occur again."""
-    pairs: list[tuple[str, Any]] = []
-    if isinstance(content, dict):
-        pairs = [(found[name], value) for name, value in content.items() if name in found]
-    elif isinstance(content, list):
-        for row in content:
-            if isinstance(row, dict) and key in row:
-                names = [value for value in row.values() if isinstance(value, str) and value in found]
-                pairs += [(found[names[0]], row[key])] if names else []
-    labels = {image: as_label(value) for image, value in pairs if isinstance(value, str)}
-    return labels if 2 * len(set(labels.values())) <= len(labels) else {}
+def _labels_of_rows(content: Any, found: Mapping[str, str], key: str) -> dict[str, str]:
+    """What rows have under a key, by the image that they name first."""
+    labels: dict[str, str] = {}
+    for row in content if isinstance(content, list) else []:
+        if isinstance(row, dict) and isinstance(row.get(key), str):
+            images = [found[value] for value in row.values() if isinstance(value, str) and value in found]
+            labels |= dict.fromkeys(images[:1], as_label(row[key]))
+    return labels
+
+
+def _labels_of_images(content: Any, found: Mapping[str, str]) -> dict[str, str]:
+    """What stands behind the names of images."""
+    pairs = content.items() if isinstance(content, dict) else []
+    return {found[name]: as_label(value) for name, value in pairs if name in found and isinstance(value, str)}
