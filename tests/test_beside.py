@@ -123,3 +123,66 @@ def test_a_folder_of_arrays_alone_is_refused_by_their_name(tmp_path):
         (tmp_path / name).write_bytes(b"0")
     with pytest.raises(TinyTLError, match=r"it holds no image and no table; left out: 2 .npy \(cat/0.npy\)"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "told"),
+    [
+        ("{}/images/{}.png", "{}/masks/{}.png", True),
+        ("{}/photos/{}.jpg", "{}/ground truth/{}_mask.png", True),
+        ("{}/{}.png", "{}/segmentation/{}.png", True),
+        ("train/{}/images/{}.png", "train/{}/masks/{}.png", True),
+        ("{}/front/{}.png", "{}/back/{}.png", False),
+        ("{}/images/{}.png", "{}/masks/x{}.png", False),
+        ("{}_mask/{}.png", "{}/{}.png", False),  # of people, and each class numbers its images
+    ],
+)
+def test_masks_in_folders_of_a_class_are_named(image, mask, told, tmp_path, caplog):
+    for number in range(4):
+        for seed, path in enumerate((image, mask)):
+            write_image(
+                tmp_path / path.format(("cat", "dog")[number % 2], number), size=(8, 8), seed=8 * seed + number
+            )
+    opened(tmp_path)
+    beside = f"({mask.format('cat', 0)} beside {image.format('cat', 0)})"
+    assert (f"4 images are called as masks of others are {beside}" in caplog.text) is told
+    assert ("called as masks" in caplog.text) is told
+
+
+@pytest.mark.parametrize(
+    ("copy", "told"),
+    [
+        *[
+            ("{}_flip", True),
+            ("{}-rotated90", True),
+            ("{}_90deg", True),
+            ("{}_new30degFlipLR", True),
+            ("{}_aug_3", True),
+        ],
+        *[("{}_Blurred_2", True), ("flipped_{}", True), ("{}_hflip_noise", True), ("{}_jpg.rf.0a1b2c", True)],
+        *[("{}_2", False), ("{}_front", False), ("rain{}flip", False), ("dark", False)],
+    ],
+)
+@pytest.mark.parametrize("splits", [False, True])
+def test_changed_copies_on_both_sides_of_a_split_are_named(splits, copy, told, tmp_path, caplog):
+    tops = ("train/", "val/") if splits else ("", "")
+    paths = [f"{tops[0]}{label}/photo{number}.png" for label in ("cat", "dog") for number in range(4)]
+    paths += [
+        f"{tops[1]}{label}/{copy.format(f'photo{number}')}.png" for label in ("cat", "dog") for number in range(4)
+    ]
+    folders(tmp_path, paths)
+    opened(tmp_path, eval_fraction=0.5)
+    assert ("by the names, changed copies of images that are trained on (" in caplog.text) is told
+    if splits and told:
+        line = "8 of the 8 images of validation are, by the names, changed copies of images that are trained on"
+        assert f"{line} ({tmp_path}/val/cat/" in caplog.text
+
+
+def test_changed_copies_on_one_side_alone_are_not_named(tmp_path, caplog):
+    names = ("photo{}", "photo{}_flip", "photo{}_rot90")
+    paths = [
+        f"train/{label}/{name.format(number)}.png" for label in ("cat", "dog") for number in range(2) for name in names
+    ]
+    folders(tmp_path, [*paths, *(f"val/{label}/photo{number}.png" for label in ("cat", "dog") for number in (7, 8))])
+    opened(tmp_path)
+    assert "changed copies" not in caplog.text

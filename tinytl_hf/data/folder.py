@@ -90,7 +90,7 @@ def class_folders(listing: Listing, config: DataConfig) -> datasets.DatasetDict:
         _check_no_class_of_classes(listing.root, classes, depth)
         say_pairs(classes)
     _say_same_folders(next(iter(found.values())), depth)
-    say_masks(path for classes in found.values() for paths in classes.values() for path in paths)
+    say_masks((path for classes in found.values() for paths in classes.values() for path in paths), depth)
     _say_depths(found, depth)
     return _tables(listing.root, found)
 

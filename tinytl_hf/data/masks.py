@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -83,16 +84,37 @@ def _called_pairs(folders: Collection[str]) -> set[tuple[str, str]]:
     return {(min(pair), max(pair)) for pair in found}
 
 
-def say_masks(paths: Iterable[str]) -> None:
-    """Say if images are called as masks of others beside them, as ``cat/1_mask.png`` is of ``cat/1.jpg``."""
+def say_masks(paths: Iterable[str], depth: int) -> None:
+    """Say if images are called as masks of others in their class, by their names or by folders in the class folder.
+
+    So are ``cat/1_mask.png`` of ``cat/1.jpg`` and ``cat/masks/1.png`` of ``cat/images/1.jpg``.
+
+    Args:
+        paths: Those of the images.
+        depth: How many folders there are up to the class folder, and with it.
+    """
     images = {os.path.splitext(path)[0]: path for path in paths}
-    masks = [(path, OF_AN_IMAGE.sub("", name)) for name, path in images.items() if OF_AN_IMAGE.search(name)]
-    pairs = [(path, images[name]) for path, name in masks if name in images]
+    beside: dict[str, set[str]] = defaultdict(set)  # folders that hold images, by the folder around them
+    for folder in {os.path.dirname(path) for path in images}:
+        beside[os.path.dirname(folder)].add(folder)
+    called = [(path, _image_of(mask, images, beside, depth)) for mask, path in images.items()]
+    pairs = [(path, image) for path, image in called if image is not None]
     if pairs:
         logger.warning(
             "%s called as masks of others are (%s beside %s), and taken as images of their class; move masks away",
             *(counted(len(pairs), "image is", "images are"), *pairs[0]),
         )
+
+
+def _image_of(mask: str, images: Mapping[str, str], beside: Mapping[str, set[str]], depth: int) -> str | None:
+    """The image that this is called as a mask of, by its name or its folder; paths are without suffix."""
+    names = [OF_AN_IMAGE.sub("", mask)]
+    folder, name = os.path.split(mask)
+    around, called = os.path.split(folder)
+    if folder.count("/") >= depth and OF_IMAGES.fullmatch(called):
+        folders = [around, *sorted(each for each in beside[around] if not OF_IMAGES.fullmatch(os.path.basename(each)))]
+        names += [f"{each}/{OF_AN_IMAGE.sub('', name)}" for each in folders]
+    return next((images[each] for each in names if each != mask and each in images), None)
 
 
 def _stems(paths: Iterable[str]) -> list[str]:

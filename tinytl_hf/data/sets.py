@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.changed_copies import about_changed_copies
 from tinytl_hf.data.columns import NoLabelsError, as_label, byte_sizes, class_order, image_rows
 from tinytl_hf.data.copies import about_copies
 from tinytl_hf.data.find import Source
@@ -56,7 +57,8 @@ def open_data(config: DataConfig) -> Opened:
     """
     opened = _open_data(load(config), config)
     evaluated = [split for split in (opened.evaluation, opened.test) if split is not None]
-    for line in (*opened.warnings, *about_copies(opened.train, evaluated)):
+    about = (*about_copies(opened.train, evaluated), *about_changed_copies(opened.train, evaluated))
+    for line in (*opened.warnings, *about):
         logger.warning("%s", line)
     logger.info("%s", opened.found)
     return opened

@@ -1,0 +1,63 @@
+"""Images that are changed copies of one another by their names (``1.jpg``, ``1_flip.jpg``), on both sides of a split."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+from tinytl_hf.data.columns import image_paths
+from tinytl_hf.data.split import Split
+from tinytl_hf.words import counted
+
+# What programs that write changed copies of images put into their names, such as 90deg, flipLR, rotated, aug_3.
+_CHANGE = (
+    r"(new)?(\d+ ?deg(rees?)?|rot(at(ed?|ion))?|([hv]|lr|ud)?[-_]?flip(ped)?([-_]?([hv]|lr|tb|ud))?|mirror(ed)?|"
+    r"aug(mented|mentation)?|crop(ped)?|nois[ey]|blur(red|ry)?|bright(ness|er)?|dark(er)?|contrast|shear(ed)?|"
+    r"zoom(ed)?|shift(ed)?|jitter(ed)?)([-_ ]?\d+)?"
+)
+BEHIND = re.compile(rf"([-_ ]{_CHANGE})({_CHANGE}|[-_ ]{_CHANGE})*$", re.I)
+BEFORE = re.compile(rf"^{_CHANGE}[-_ ]+(?=.)", re.I)
+OF_ROBOFLOW = re.compile(r"(_(jpe?g|png|bmp|webp|tiff?))?\.rf\.[0-9a-z]+$", re.I)  # on all images of its exports
+
+
+def about_changed_copies(train: Split, evaluated: Sequence[Split]) -> list[str]:
+    """What to say of images to evaluate on of which, by their names, a changed copy is trained on."""
+    known: dict[tuple[int, str], list[str]] = {}
+    for label, path in _labelled_paths(train):
+        known.setdefault((label, original_name(path)), []).append(path)
+    lines = []
+    for split in evaluated:
+        pairs = [
+            (path, other)
+            for label, path in _labelled_paths(split)
+            if (other := _copy_of(path, known.get((label, original_name(path)), ())))
+        ]
+        if pairs:
+            lines.append(
+                f"{len(pairs):,} of the {counted(len(split.labels), 'image')} of {split.title} "
+                f"{'is' if len(pairs) == 1 else 'are'}, by the names, changed copies of images that are trained on "
+                f"({' and '.join(pairs[0])}), so that the figures are too good; keep an image and its copies in one "
+                "split, or take the copies away"
+            )
+    return lines
+
+
+def original_name(path: str) -> str:
+    """What an image is called, without what says that it was changed, and in small letters."""
+    name = OF_ROBOFLOW.sub("", _stem(path))
+    return (BEFORE.sub("", BEHIND.sub("", name)) or name).lower()
+
+
+def _copy_of(path: str, others: Sequence[str]) -> str | None:
+    """Of images with the same original name, one that is called otherwise."""
+    return next((other for other in others if _stem(other) != _stem(path)), None)
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def _labelled_paths(split: Split) -> Iterator[tuple[int, str]]:
+    paths = image_paths(split.rows)
+    return ((label, path) for label, path in zip(split.labels.tolist(), paths, strict=True) if path is not None)
