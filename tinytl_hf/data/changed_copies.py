@@ -1,10 +1,12 @@
-"""Images that are changed copies of one another by their names (``1.jpg``, ``1_flip.jpg``), on both sides of a split."""
+"""Images that are, by their names, changed copies of others (``1_flip.jpg`` of ``1.jpg``) across a split."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from tinytl_hf.data.columns import image_paths
 from tinytl_hf.data.split import Split
@@ -25,13 +27,14 @@ def about_changed_copies(train: Split, evaluated: Sequence[Split]) -> list[str]:
     """What to say of images to evaluate on of which, by their names, a changed copy is trained on."""
     known: dict[tuple[int, str], list[str]] = {}
     for label, path in _labelled_paths(train):
-        known.setdefault((label, original_name(path)), []).append(path)
+        if path is not None:
+            known.setdefault((label, original_name(path)), []).append(path)
     lines = []
     for split in evaluated:
         pairs = [
             (path, other)
             for label, path in _labelled_paths(split)
-            if (other := _copy_of(path, known.get((label, original_name(path)), ())))
+            if path is not None and (other := _copy_of(path, known.get((label, original_name(path)), ())))
         ]
         if pairs:
             lines.append(
@@ -41,6 +44,25 @@ def about_changed_copies(train: Split, evaluated: Sequence[Split]) -> list[str]:
                 "split, or take the copies away"
             )
     return lines
+
+
+def firsts_of_copies(split: Split) -> np.ndarray:
+    """For each image the first one that it is a changed copy of, or that is one of it; else itself.
+
+    Returns:
+        ``[N]`` positions.
+    """
+    groups: dict[tuple[int, str], list[int]] = {}
+    stems: list[str] = []
+    for number, (label, path) in enumerate(_labelled_paths(split)):
+        stems.append(_stem(path or ""))
+        if path is not None:
+            groups.setdefault((label, original_name(path)), []).append(number)
+    firsts = np.arange(len(stems))
+    for numbers in groups.values():
+        if len({stems[number] for number in numbers}) > 1:  # else of one name, in several folders
+            firsts[numbers] = numbers[0]
+    return firsts
 
 
 def original_name(path: str) -> str:
@@ -58,6 +80,5 @@ def _stem(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def _labelled_paths(split: Split) -> Iterator[tuple[int, str]]:
-    paths = image_paths(split.rows)
-    return ((label, path) for label, path in zip(split.labels.tolist(), paths, strict=True) if path is not None)
+def _labelled_paths(split: Split) -> Iterator[tuple[int, str | None]]:
+    return zip(split.labels.tolist(), image_paths(split.rows), strict=True)

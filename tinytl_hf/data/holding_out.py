@@ -10,8 +10,28 @@ from sklearn.model_selection import train_test_split
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.words import counted
 
 logger = logging.getLogger(__name__)
+
+
+def hold_out_with_copies(labels: np.ndarray, firsts: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`hold_out`, with the copies of an image in one part with it.
+
+    Args:
+        labels: ``[N]`` class numbers.
+        firsts: ``[N]`` positions: of the image that each one goes with, which is the first of those.
+        config: The share to hold out, and the seed.
+    """
+    leaders = np.unique(firsts)
+    held_out = leaders[hold_out(labels[leaders], config)[1]]
+    is_held_out = np.isin(firsts, held_out)
+    if copies := len(labels) - len(leaders):
+        logger.info(
+            "%s changed by their names (flipped, turned): each is held out, or trained on, together with its original",
+            counted(copies, "image is a copy", "images are copies"),
+        )
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 def hold_out(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.changed_copies import about_changed_copies
+from tinytl_hf.data.changed_copies import about_changed_copies, firsts_of_copies
 from tinytl_hf.data.columns import NoLabelsError, as_label, byte_sizes, class_order, image_rows
 from tinytl_hf.data.copies import about_copies
 from tinytl_hf.data.find import Source
 from tinytl_hf.data.found import Found, named
-from tinytl_hf.data.holding_out import hold_out
+from tinytl_hf.data.holding_out import hold_out_with_copies
 from tinytl_hf.data.labels import label_values
 from tinytl_hf.data.odd_classes import about_names
 from tinytl_hf.data.roles import HOLDOUT, find_split, in_order
@@ -77,7 +77,7 @@ def _open_data(tables: Tables, config: DataConfig) -> Opened:
             )
         alone = [train.label_names[number] for number in np.flatnonzero(np.bincount(train.labels) == 1)]
         warnings += _about(alone, "a single image, which is trained on and not evaluated")
-        kept, held_out = hold_out(train.labels, config)
+        kept, held_out = hold_out_with_copies(train.labels, firsts_of_copies(train), config)
         train, evaluated = train.select(kept), [replace(train.select(held_out), held_out=True)]
     train = _subset(train, config.max_train_samples, config.split_seed)
     evaluated = [_subset(split, config.max_eval_samples, config.split_seed) for split in evaluated]
