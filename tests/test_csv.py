@@ -120,9 +120,17 @@ def test_columns_and_texts_without_end_are_not_listed_to_the_end(tmp_path):
     (tmp_path / "x.csv").write_text(
         ",".join(["label", *(f"pixel{i}" for i in range(784))]) + "\n" + "1," * 784 + "0\n"
     )
-    with pytest.raises(TinyTLError, match=r"no column of label, pixel0, .* and 765 more fits") as error:
+    with pytest.raises(
+        TinyTLError,
+        match=r"no column of label, pixel0, .* and 765 more fits.*; if label, pixel0 and 783 more are the pixels",
+    ) as error:
         opened(tmp_path / "x.csv")
     assert len(str(error.value)) < 500
+    (tmp_path / "z.csv").write_text("emotion,pixels\n" + f"1,{' '.join(['70'] * 2304)}\n" * 8)
+    with pytest.raises(
+        TinyTLError, match=r"no column of emotion, pixels fits.*; if pixels are the pixels of images, wr"
+    ):
+        opened(tmp_path / "z.csv")
     write(tmp_path / "y.csv", ["iVBORw0KGgo" * 1000] * 8)
     with pytest.raises(TinyTLError, match=r"column file_name names .*iVBORw0KGgo.*\.\.\..* and 7 more") as error:
         opened(tmp_path / "y.csv", image_column="file_name")

@@ -16,7 +16,7 @@ import pyarrow.compute
 from PIL import Image
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.encoded import check_no_base64
+from tinytl_hf.data.encoded import check_no_base64, pixel_columns
 from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.found import named
 from tinytl_hf.data.ids import id_columns, is_id, with_ids_placed
@@ -199,7 +199,11 @@ def _none(key: str, table: datasets.Dataset) -> TinyTLError:
     kind = NoLabelsError if key == "label_column" else TinyTLError
     mixed = [name for name, feature in table.features.items() if isinstance(feature, datasets.Json)]
     aside = f" ({named(mixed)} with values of several kinds)" if mixed else ""
-    return kind(f"data.{key}: no column of {columns} fits by its type{aside}; name one with --data.{key}")
+    fix = f"name one with --data.{key}"
+    pixels = pixel_columns({name: first for name, (_, first) in _seen(table).items()}) if key == "image_column" else []
+    if pixels:
+        fix = f"if {named(pixels, shown=2)} are the pixels of images, write each row into an image file of its class"
+    return kind(f"data.{key}: no column of {columns} fits by its type{aside}; {fix}")
 
 
 def _is_image(feature: Any, _first: Any = None) -> bool:

@@ -1,15 +1,21 @@
-"""Images that a table holds as texts, in base64."""
+"""Images that a table holds as texts, in base64, or as the numbers of their pixels."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import io
+import re
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
 
 from PIL import Image
 
 from tinytl_hf.errors import TinyTLError
 
+FEWEST = 64  # numbers in a row that are likely the pixels of an image, of 8 x 8 and more
+PIXELS = re.compile(rf"\W*(\d+(\.\d*)?\W+){{{FEWEST - 1}}}\d")  # 70 80 82, or [70, 80, 82]
 SHORTEST = 64  # characters: no image is smaller, and few other texts without a space are longer
 
 
@@ -31,3 +37,10 @@ def _is_base64(text: str) -> bool:
             return True
     except (binascii.Error, ValueError, OSError, Image.DecompressionBombError):
         return False
+
+
+def pixel_columns(row: Mapping[str, Any]) -> list[str]:
+    """Columns that likely hold pixels, by the values of a row: a text of many numbers in one, or a number in each."""
+    texts = [name for name, value in row.items() if isinstance(value, str) and PIXELS.match(value)]
+    numbers = [name for name, value in row.items() if isinstance(value, Real) or str(value).isdecimal()]
+    return texts or (numbers if len(numbers) >= FEWEST else [])
