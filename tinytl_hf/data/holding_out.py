@@ -15,33 +15,15 @@ from tinytl_hf.words import counted
 logger = logging.getLogger(__name__)
 
 
-def hold_out_with_copies(labels: np.ndarray, firsts: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """As :func:`hold_out`, with the copies of an image in one part with it.
-
-    Args:
-        labels: ``[N]`` class numbers.
-        firsts: ``[N]`` positions: of the image that each one goes with, which is the first of those.
-        config: The share to hold out, and the seed.
-    """
-    leaders = np.unique(firsts)
-    held_out = leaders[hold_out(labels[leaders], config)[1]]
-    is_held_out = np.isin(firsts, held_out)
-    if copies := len(labels) - len(leaders):
-        logger.info(
-            "%s changed by their names (flipped, turned): each is held out, or trained on, together with its original",
-            counted(copies, "image is a copy", "images are copies"),
-        )
-    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-
-
-def hold_out(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Split images in two, with the same share of each class in both.
+def hold_out(labels: np.ndarray, firsts: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Split images in two, with the same share of each class in both, and the copies of an image in one with it.
 
     Where the share is less than an image for each class, as with five photos a class, it is one of each. A class with
     a single image stays whole in the first part.
 
     Args:
         labels: ``[N]`` class numbers.
+        firsts: ``[N]`` positions: of the image that each one goes with, which is the first of those.
         config: The share to hold out, and the seed.
 
     Returns:
@@ -50,6 +32,18 @@ def hold_out(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.nda
     Raises:
         TinyTLError: The share leaves too few images to train on, or each image has a class of its own.
     """
+    leaders = np.unique(firsts)
+    if copies := len(labels) - len(leaders):
+        logger.info(
+            "%s changed by their names (flipped, turned): each is held out, or trained on, together with its original",
+            counted(copies, "image is a copy", "images are copies"),
+        )
+    is_held_out = np.isin(firsts, leaders[_held_out(labels[leaders], config)])
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+def _held_out(labels: np.ndarray, config: DataConfig) -> np.ndarray:
+    """Positions of the images to hold out, of which none is another's copy."""
     counts = np.bincount(labels)
     rest = np.flatnonzero(counts[labels] > 1)
     if not len(rest):
@@ -71,7 +65,7 @@ def hold_out(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.nda
             "data.eval_fraction=%s: less than one image of each class, so one of each is held out, %s of %s images",
             *(config.eval_fraction, f"{len(held_out):,}", f"{len(labels):,}"),
         )
-    return np.setdiff1d(np.arange(len(labels)), held_out), np.sort(held_out)
+    return held_out
 
 
 def _one_of_each(images: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:

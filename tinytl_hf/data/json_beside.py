@@ -10,13 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.beside import say_not_used, say_splits_not_taken
 from tinytl_hf.data.columns import LABEL, as_label
 from tinytl_hf.data.find import suffix_of
-from tinytl_hf.data.found import named
 from tinytl_hf.data.ids import images_by_id, images_by_name
 from tinytl_hf.data.listing import Listing
-from tinytl_hf.data.lists_beside import say_splits_beside
-from tinytl_hf.data.roles import role_of_table
+from tinytl_hf.data.roles import of_several_splits
 from tinytl_hf.errors import TinyTLError, first_line
 
 logger = logging.getLogger(__name__)
@@ -60,13 +59,9 @@ def check_json_beside(listing: Listing, by_folder: Mapping[str, str], config: Da
                     f"take those labels, or move {name} away to take the folders'"
                 )
     if unused:
-        logger.warning(
-            "%s %s %s of these images and %s not used: the folders are the classes; %s for other labels",
-            *(named(list(unused)), "names" if len(unused) == 1 else "name", f"{sum(unused.values()):,}"),
-            *("is" if len(unused) == 1 else "are", WRITE),
-        )
-    if len({role_of_table(name) for name in naming} - {None}) > 1 and not has_splits:
-        say_splits_beside(naming)
+        say_not_used(unused, f"{WRITE} for other labels")
+    if of_several_splits(naming) and not has_splits:
+        say_splits_not_taken(naming)
 
 
 def _few_in_a_folder(listing: Listing) -> list[str]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 
 from tinytl_hf.data.almost_splits import split_words
-from tinytl_hf.data.found import named
+from tinytl_hf.data.beside import say_splits_not_taken
 from tinytl_hf.data.ids import images_by_id
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.roles import role_of
-
-logger = logging.getLogger(__name__)
 
 FIRST_BYTES = 1000  # of a list, which can be long
 
@@ -24,16 +21,7 @@ def say_lists_beside(listing: Listing) -> None:
         return
     known = images_by_id(listing.images).keys() | set(listing.images)
     if lists := [path for path in called if not known.isdisjoint(_first_names(listing, path))]:
-        say_splits_beside(lists)
-
-
-def say_splits_beside(files: list[str]) -> None:
-    """Say that files which say what is for tests are not read."""
-    logger.warning(
-        "%s: which images are for tests is not taken from there, and the folders do not say it; put the images into "
-        "train/CLASS and test/CLASS, or write a table with columns path, label and split, and name that",
-        named(files),
-    )
+        say_splits_not_taken(lists)
 
 
 def _first_names(listing: Listing, path: str) -> list[str]:

@@ -38,6 +38,11 @@ def role_of_table(path: str) -> str | None:
     return None
 
 
+def of_several_splits(paths: Iterable[str]) -> bool:
+    """Whether the paths of tables name two splits or more."""
+    return len({role_of_table(path) for path in paths} - {None}) > 1
+
+
 def group_by_split(paths: Iterable[str]) -> dict[str | None, list[str]]:
     """Tables by the split that their paths name, those that name none under None; all to train on if none does."""
     groups: dict[str | None, list[str]] = defaultdict(list)

@@ -16,7 +16,7 @@ from tinytl_hf.data.columns import NoLabelsError, as_label, byte_sizes, class_or
 from tinytl_hf.data.copies import about_copies
 from tinytl_hf.data.find import Source
 from tinytl_hf.data.found import Found, named
-from tinytl_hf.data.holding_out import hold_out_with_copies
+from tinytl_hf.data.holding_out import hold_out
 from tinytl_hf.data.labels import label_values
 from tinytl_hf.data.odd_classes import about_names
 from tinytl_hf.data.roles import HOLDOUT, find_split, in_order
@@ -57,7 +57,8 @@ def open_data(config: DataConfig) -> Opened:
     """
     opened = _open_data(load(config), config)
     evaluated = [split for split in (opened.evaluation, opened.test) if split is not None]
-    about = (*about_copies(opened.train, evaluated), *about_changed_copies(opened.train, evaluated))
+    of_their_own = [split for split in evaluated if not split.held_out]  # held-out images have their copies with them
+    about = (*about_copies(opened.train, evaluated), *about_changed_copies(opened.train, of_their_own))
     for line in (*opened.warnings, *about):
         logger.warning("%s", line)
     logger.info("%s", opened.found)
@@ -77,7 +78,7 @@ def _open_data(tables: Tables, config: DataConfig) -> Opened:
             )
         alone = [train.label_names[number] for number in np.flatnonzero(np.bincount(train.labels) == 1)]
         warnings += _about(alone, "a single image, which is trained on and not evaluated")
-        kept, held_out = hold_out_with_copies(train.labels, firsts_of_copies(train), config)
+        kept, held_out = hold_out(train.labels, firsts_of_copies(train), config)
         train, evaluated = train.select(kept), [replace(train.select(held_out), held_out=True)]
     train = _subset(train, config.max_train_samples, config.split_seed)
     evaluated = [_subset(split, config.max_eval_samples, config.split_seed) for split in evaluated]

@@ -10,20 +10,21 @@ from collections.abc import Mapping
 import datasets
 
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.beside import say_not_used, say_splits_not_taken
 from tinytl_hf.data.columns import LABEL, as_label, is_string, path_columns, place_of
 from tinytl_hf.data.find import suffix_of
-from tinytl_hf.data.found import named
 from tinytl_hf.data.ids import images_by_id, images_by_name
 from tinytl_hf.data.json_beside import check_json_beside
 from tinytl_hf.data.listing import Listing
-from tinytl_hf.data.roles import role_of_table
+from tinytl_hf.data.roles import of_several_splits
 from tinytl_hf.data.split_column import says_splits
 from tinytl_hf.data.table_files import WHOLE, load_tables
 from tinytl_hf.errors import TinyTLError, first_line
 
 logger = logging.getLogger(__name__)
 
-NAMING_IMAGES = (".csv", ".tsv", ".jsonl", ".parquet")  # tables that can have the paths of images, but for .json
+# Tables that can have the paths of images; .json files, which can hold anything, are for json_beside.py.
+NAMING_IMAGES = (".csv", ".tsv", ".jsonl", ".parquet")
 TO_HAND_IN = re.compile(r"sample[-_ ]?sub(mission)?", re.I)  # as Kaggle calls it
 
 
@@ -71,19 +72,12 @@ def _check_tables(
                     f"take those labels, or move {name} away to take the folders'"
                 )
     if unused:
-        logger.warning(
-            "%s %s of these images and %s not used: the folders are the classes; name %s for %s labels",
-            *(f"{named(list(unused))} {'names' if len(unused) == 1 else 'name'}", f"{sum(unused.values()):,}"),
-            *("is" if len(unused) == 1 else "are", to_name(listing, list(unused))),
-            "its" if len(unused) == 1 else "their",
-        )
-    if len({role_of_table(name) for name in naming} - {None}) > 1:
+        name = to_name(listing, list(unused))
+        say_not_used(unused, f"name {name} for {'its' if len(unused) == 1 else 'their'} labels")
+    if of_several_splits(naming):
         with_splits = naming
     if with_splits and not has_splits:
-        logger.warning(
-            "%s: which images are for tests is not taken from there, and the folders do not say it; name %s for that",
-            *(named(with_splits), to_name(listing, with_splits)),
-        )
+        say_splits_not_taken(with_splits, f"name {to_name(listing, with_splits)} for that")
 
 
 def labelling_tables(listing: Listing) -> list[str]:
@@ -114,7 +108,7 @@ def to_name(listing: Listing, tables: list[str], one: str | None = None) -> str:
     folders = {os.path.dirname(name) for name in tables}
     if len(folders) > 1:
         folders = {"/".join("*" for _ in folder.split("/")) for folder in folders if folder}
-    if len(kinds) == len(folders) == 1 and len({role_of_table(name) for name in tables} - {None}) > 1:
+    if len(kinds) == len(folders) == 1 and of_several_splits(tables):
         return f"these files, '{listing.root / folders.pop() / f'*{kinds.pop()}'}'"
     return str(listing.root / (one or tables[0]))
 
