@@ -8,7 +8,6 @@ from shared import write_image
 from test_tables import opened
 
 from tinytl_hf import TinyTLError
-from tinytl_hf.data.changed_copies import original_name
 
 LABELS = {"cat/0.png": "cat", "cat/1.png": "cat", "dog/2.png": "dog", "dog/3.png": "dog"}
 OTHERS = dict(zip(LABELS, ["dog", "dog", "cat", "cat"], strict=True))
@@ -148,47 +147,3 @@ def test_masks_in_folders_of_a_class_are_named(image, mask, told, tmp_path, capl
     beside = f"({mask.format('cat', 0)} beside {image.format('cat', 0)})"
     assert (f"4 images are called as masks of others are {beside}" in caplog.text) is told
     assert ("called as masks" in caplog.text) is told
-
-
-@pytest.mark.parametrize(
-    ("copy", "told"),
-    [
-        *[
-            ("{}_flip", True),
-            ("{}-rotated90", True),
-            ("{}_90deg", True),
-            ("{}_new30degFlipLR", True),
-            ("{}_aug_3", True),
-        ],
-        *[("{}_Blurred_2", True), ("flipped_{}", True), ("{}_hflip_noise", True), ("{}_jpg.rf.0a1b2c", True)],
-        *[("{}_2", False), ("{}_front", False), ("rain{}flip", False), ("dark", False)],
-    ],
-)
-def test_changed_copies_on_both_sides_of_a_split_are_named_and_held_out_together(copy, told, tmp_path, caplog):
-    caplog.set_level("INFO")
-    names = [f"{label}/photo{number}" for label in ("cat", "dog") for number in range(4)]
-    copies = [f"{label}/{copy.format(f'photo{number}')}" for label in ("cat", "dog") for number in range(4)]
-    folders(
-        tmp_path / "a", [f"{top}/{name}.png" for top, part in (("train", names), ("val", copies)) for name in part]
-    )
-    opened(tmp_path / "a")
-    line = "8 of the 8 images of validation are, by the names, changed copies of images that are trained on"
-    assert (f"{line} ({tmp_path}/a/val/cat/" in caplog.text) is told and ("changed copies" in caplog.text) is told
-    caplog.clear()
-    folders(tmp_path / "b", [f"{name}.png" for name in [*names, *copies]])
-    data = opened(tmp_path / "b", eval_fraction=0.25)
-    assert ("8 images are copies changed by their names" in caplog.text) is told
-    assert "changed copies" not in caplog.text
-    if told:
-        held_out = {original_name(image["path"]) for image in data.evaluation.rows["image"]}
-        assert len(data.evaluation.labels) == 4 and len(held_out) == len(set(data.evaluation.labels)) == 2
-
-
-def test_changed_copies_on_one_side_alone_are_not_named(tmp_path, caplog):
-    names = ("photo{}", "photo{}_flip", "photo{}_rot90")
-    paths = [
-        f"train/{label}/{name.format(number)}.png" for label in ("cat", "dog") for number in range(2) for name in names
-    ]
-    folders(tmp_path, [*paths, *(f"val/{label}/photo{number}.png" for label in ("cat", "dog") for number in (7, 8))])
-    opened(tmp_path)
-    assert "changed copies" not in caplog.text

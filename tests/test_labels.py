@@ -354,3 +354,22 @@ def test_a_sheet_is_told_to_be_saved_as_csv(suffix, root):
     (root / f"labels{suffix}").write_bytes(b"PK")
     with pytest.raises(TinyTLError, match=r"save it as a .csv file, and name that"):
         opened(root / f"labels{suffix}")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+def test_numbers_are_no_classes_unless_their_column_is_called_so(kind, tmp_path):
+    paths = [str(write_image(tmp_path / f"{number}.png", size=(8, 8), seed=number)) for number in range(24)]
+    table = pd.DataFrame({"image": paths, "width": [8, 16] * 12, "number": range(24)})
+    file = tmp_path / f"x.{kind}"
+    write = {
+        "csv": lambda table: table.to_csv(file, index=False),
+        "parquet": lambda table: table.to_parquet(file),
+        "jsonl": lambda table: table.to_json(file, orient="records", lines=True),
+    }[kind]
+    write(table)
+    fix = r"if the whole numbers of width are classes, name the column, as --data.label_column width"
+    with pytest.raises(TinyTLError, match=rf"data.label_column: no column of image, width, number fits.*; {fix}"):
+        opened(file)
+    assert opened(file, label_column="width").found.classes == ["8", "16"]
+    write(table.assign(kind=["cat", "dog"] * 12))
+    assert opened(file).found.classes == ["cat", "dog"]

@@ -1,12 +1,10 @@
-"""Images that are, by their names, changed copies of others (``1_flip.jpg`` of ``1.jpg``) across a split."""
+"""Images that are, by their names, copies of others: changed ones (``1_flip.jpg`` of ``1.jpg``), or other formats."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator, Sequence
-
-import numpy as np
 
 from tinytl_hf.data.columns import image_paths
 from tinytl_hf.data.split import Split
@@ -46,23 +44,19 @@ def about_changed_copies(train: Split, evaluated: Sequence[Split]) -> list[str]:
     return lines
 
 
-def firsts_of_copies(split: Split) -> np.ndarray:
-    """For each image the first one that it is a changed copy of, or that is one of it; else itself.
-
-    Returns:
-        ``[N]`` positions.
-    """
-    groups: dict[tuple[int, str], list[int]] = {}
-    stems: list[str] = []
+def copies_by_names(split: Split) -> list[list[int]]:
+    """Positions of images that are copies of one another by their names: changed, or in another format (``1.png``)."""
+    changed: dict[tuple[int, str], list[int]] = {}
+    formats: dict[tuple[int, str], list[int]] = {}
+    paths: list[str | None] = []
     for number, (label, path) in enumerate(_labelled_paths(split)):
-        stems.append(_stem(path or ""))
+        paths.append(path)
         if path is not None:
-            groups.setdefault((label, original_name(path)), []).append(number)
-    firsts = np.arange(len(stems))
-    for numbers in groups.values():
-        if len({stems[number] for number in numbers}) > 1:  # else of one name, in several folders
-            firsts[numbers] = numbers[0]
-    return firsts
+            changed.setdefault((label, original_name(path)), []).append(number)
+            formats.setdefault((label, os.path.splitext(path)[0]), []).append(number)
+    # Images of one name in several folders are no copies, and tables can call all of theirs alike.
+    groups = [group for group in changed.values() if len({_stem(paths[number] or "") for number in group}) > 1]
+    return groups + [group for group in formats.values() if len(group) == len({paths[number] for number in group}) > 1]
 
 
 def original_name(path: str) -> str:

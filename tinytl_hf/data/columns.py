@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow.compute
 from PIL import Image
 
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.csv_files import NUMBER, WHOLE, is_of_texts
 from tinytl_hf.data.encoded import check_no_base64, pixel_columns
 from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.found import named
@@ -37,6 +39,7 @@ SEEN = 100  # rows that are looked at for a value
 SIZES_AT_ONCE = 10_000  # rows
 FEW = 20  # rows in which each text may be a class of its own, and columns that an error lists
 BYTES = {"binary", "large_binary"}
+INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
 class NoLabelsError(TinyTLError):
@@ -119,7 +122,10 @@ def _size_of_file(path: str | None) -> int:
 
 
 def label_column(table: datasets.Dataset, config: DataConfig, image_column: str) -> str:
-    """The named column, else ``label``, else the only one of classes, else WebDataset's, else the one of texts."""
+    """The named column, else ``label``, else the only one of classes, else WebDataset's, else the one of texts.
+
+    Numbers are counts and sizes as often as classes, so that no column of them is taken unless it is called so.
+    """
     if config.label_column is not None:
         return _chosen(table, "label_column", config.label_column)
     called_so = [name for name in table.column_names if name.lower() == LABEL and name != image_column]
@@ -132,15 +138,30 @@ def label_column(table: datasets.Dataset, config: DataConfig, image_column: str)
         texts = [name for name, feature in table.features.items() if is_string(feature)]
         classes = _repeating(table, [name for name in texts if name not in {*NO_LABELS, image_column}])
         check_one_class(table, classes)
+        classes = [name for name in classes if not (is_of_texts(table) and _are_all(NUMBER, table, name))]
     if len(classes) == 1:
         return classes[0]
     if classes:
         raise _several("label_column", classes)
-    raise _none("label_column", table)
+    raise _none("label_column", table, [name for name in _whole_numbers(table) if name != image_column])
+
+
+def _are_all(kind: re.Pattern[str], table: datasets.Dataset, column: str) -> bool:
+    """Whether all texts of a column, but those that are missing, match."""
+    return all(text is None or kind.fullmatch(text.strip()) for text in table[column][:])
+
+
+def _whole_numbers(table: datasets.Dataset) -> list[str]:
+    """Columns of whole numbers that may be classes."""
+    if is_of_texts(table):
+        found = [name for name in table.column_names if _are_all(WHOLE, table, name)]
+    else:
+        found = [name for name, feature in table.features.items() if getattr(feature, "dtype", "") in INTEGERS]
+    return _repeating(table, [name for name in found if name not in NO_LABELS])
 
 
 def _repeating(table: datasets.Dataset, columns: list[str]) -> list[str]:
-    """Those whose texts are classes: most occur more than once, unlike captions and names. Few rows do not tell."""
+    """Those whose values are classes: most occur more than once, unlike captions and names. Few rows do not tell."""
     if len(table) <= FEW or not columns:
         return columns
     texts = table.select_columns(columns).with_format("arrow")[:]
@@ -173,7 +194,7 @@ def _only(table: datasets.Dataset, key: str, kinds: Iterable[list[str]]) -> str:
             return found[0]
         if found:
             raise _several(key, found)
-    raise _none(key, table)
+    raise _none(key, table, [])
 
 
 def _seen(table: datasets.Dataset) -> dict[str, tuple[Any, Any]]:
@@ -189,7 +210,7 @@ def _several(key: str, found: Sequence[str]) -> TinyTLError:
     return TinyTLError(f"data.{key}: {named(found, shown=FEW)} all fit; name one, as --data.{key} {found[0]}")
 
 
-def _none(key: str, table: datasets.Dataset) -> TinyTLError:
+def _none(key: str, table: datasets.Dataset, whole_numbers: Sequence[str]) -> TinyTLError:
     columns = named(table.column_names, shown=FEW)
     if key == "label_column" and KEY in table.column_names:
         return NoLabelsError(
@@ -200,7 +221,11 @@ def _none(key: str, table: datasets.Dataset) -> TinyTLError:
     mixed = [name for name, feature in table.features.items() if isinstance(feature, datasets.Json)]
     aside = f" ({named(mixed)} with values of several kinds)" if mixed else ""
     fix = f"name one with --data.{key}"
-    pixels = pixel_columns({name: first for name, (_, first) in _seen(table).items()}) if key == "image_column" else []
+    if whole_numbers:
+        first = whole_numbers[0]
+        fix = f"if the whole numbers of {named(whole_numbers)} are classes, name the column, as --data.{key} {first}"
+    row = {name: first for name, (_, first) in _seen(table).items() if name.lower() != LABEL}
+    pixels = pixel_columns(row) if key == "image_column" else []
     if pixels:
         fix = f"if {named(pixels, shown=2)} are the pixels of images, write each row into an image file of its class"
     return kind(f"data.{key}: no column of {columns} fits by its type{aside}; {fix}")

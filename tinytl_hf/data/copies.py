@@ -26,23 +26,33 @@ def about_copies(train: Split, evaluated: Sequence[Split]) -> list[str]:
     return lines
 
 
-def _in_two_classes(splits: Sequence[Split]) -> list[tuple[str, str]]:
-    """Pairs of images that are one file and have two labels; looked for as in :func:`count_shared`."""
+def same_files(splits: Sequence[Split]) -> list[list[tuple[Split, int]]]:
+    """Images that are one file byte for byte: of each such file, the splits and positions where it is.
+
+    Files of one size are read to know, if they are no more than :data:`READ_WHOLE` bytes.
+    """
     sizes = [byte_sizes(split.rows) for split in splits]
     distinct, counts = np.unique(np.concatenate(sizes), return_counts=True)
     several = distinct[(counts > 1) & (distinct > 0)]
     places = [np.flatnonzero(np.isin(each, several)) for each in sizes]
     if sum(each[place].sum() for each, place in zip(sizes, places, strict=True)) > READ_WHOLE:
         return []
-    first: dict[bytes, tuple[Split, int]] = {}
-    pairs: dict[bytes, tuple[str, str]] = {}
+    found: dict[bytes, list[tuple[Split, int]]] = {}
     for split, place in zip(splits, places, strict=True):
         for number, content in zip(place.tolist(), contents(split, place), strict=True):
-            digest = hashlib.sha256(content).digest()
-            other, at = first.setdefault(digest, (split, number))
-            if other.labels[at] != split.labels[number]:
-                pairs.setdefault(digest, (_labelled(other, at), _labelled(split, number)))
-    return list(pairs.values())
+            found.setdefault(hashlib.sha256(content).digest(), []).append((split, number))
+    return [group for group in found.values() if len(group) > 1]
+
+
+def _in_two_classes(splits: Sequence[Split]) -> list[tuple[str, str]]:
+    """Pairs of images that are one file and have two labels."""
+    pairs = []
+    for (first, at), *others in same_files(splits):
+        label = first.labels[at]
+        other = next((place for place in others if place[0].labels[place[1]] != label), None)
+        if other is not None:
+            pairs.append((_labelled(first, at), _labelled(*other)))
+    return pairs
 
 
 def _labelled(split: Split, number: int) -> str:

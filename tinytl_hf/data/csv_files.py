@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # Excel's are those of the country
 
+WHOLE = re.compile(r"-?\d+(\.0*)?")
+NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[-+]\d+)?|-?inf|nan", re.I)  # as programs write numbers
 OF_TEXTS = "csv"  # what the library datasets calls a table's builder, of one whose numbers are texts
 
 

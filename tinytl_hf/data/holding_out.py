@@ -6,24 +6,29 @@ import logging
 import math
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import train_test_split
 
 from tinytl_hf.config.data import DataConfig
+from tinytl_hf.data.changed_copies import copies_by_names
+from tinytl_hf.data.copies import same_files
+from tinytl_hf.data.found import named
+from tinytl_hf.data.split import Split
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.words import counted
 
 logger = logging.getLogger(__name__)
 
 
-def hold_out(labels: np.ndarray, firsts: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(split: Split, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
     """Split images in two, with the same share of each class in both, and the copies of an image in one with it.
 
     Where the share is less than an image for each class, as with five photos a class, it is one of each. A class with
-    a single image stays whole in the first part.
+    a single image stays whole in the first part; one that is an image and its copies is split like others.
 
     Args:
-        labels: ``[N]`` class numbers.
-        firsts: ``[N]`` positions: of the image that each one goes with, which is the first of those.
+        split: The images.
         config: The share to hold out, and the seed.
 
     Returns:
@@ -32,14 +37,40 @@ def hold_out(labels: np.ndarray, firsts: np.ndarray, config: DataConfig) -> tupl
     Raises:
         TinyTLError: The share leaves too few images to train on, or each image has a class of its own.
     """
+    firsts = _without_classes_of_one(_firsts_of_copies(split), split)
     leaders = np.unique(firsts)
-    if copies := len(labels) - len(leaders):
+    if copies := len(firsts) - len(leaders):
         logger.info(
-            "%s changed by their names (flipped, turned): each is held out, or trained on, together with its original",
+            "%s of others (the same file, or by the names flipped, turned or in another format): an image and its "
+            "copies are held out, or trained on, together",
             counted(copies, "image is a copy", "images are copies"),
         )
-    is_held_out = np.isin(firsts, leaders[_held_out(labels[leaders], config)])
+    is_held_out = np.isin(firsts, leaders[_held_out(split.labels[leaders], config)])
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+def _firsts_of_copies(split: Split) -> np.ndarray:
+    """``[N]`` positions: for each image of the first among those that are copies of one another, else of itself."""
+    groups = [*copies_by_names(split), *([number for _, number in group] for group in same_files([split]))]
+    pairs = np.array([(group[0], other) for group in groups for other in group[1:]], dtype=np.int64).reshape(-1, 2)
+    count = len(split.labels)
+    _, components = connected_components(coo_array((np.ones(len(pairs)), pairs.T), shape=(count, count)))
+    _, first, inverse = np.unique(components, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+def _without_classes_of_one(firsts: np.ndarray, split: Split) -> np.ndarray:
+    """``firsts`` where the copies of a class that has nothing else go with no other, so that some can be held out."""
+    itself, classes = np.arange(len(firsts)), len(split.label_names)
+    images = np.bincount(split.labels, minlength=classes)
+    distinct = np.bincount(split.labels[firsts == itself], minlength=classes)
+    alike = np.flatnonzero((images > 1) & (distinct < 2))
+    if len(alike):
+        logger.warning(
+            "%s: all images of %s are copies of one, so that those held out say nothing of others",
+            *(named([split.label_names[number] for number in alike]), "it" if len(alike) == 1 else "each"),
+        )
+    return np.where(np.isin(split.labels, alike), itself, firsts)
 
 
 def _held_out(labels: np.ndarray, config: DataConfig) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.columns import NoLabelsError, as_label, class_order, label_column
-from tinytl_hf.data.csv_files import is_of_texts
+from tinytl_hf.data.csv_files import NUMBER, WHOLE, is_of_texts
 from tinytl_hf.data.found import named
 from tinytl_hf.data.json_files import KINDS
 from tinytl_hf.errors import TinyTLError
@@ -20,8 +20,6 @@ from tinytl_hf.errors import TinyTLError
 LABELS = re.compile(r"(large_)?string(_view)?|u?int\d+|float\d+|bool|null")  # types of values that can be classes
 A_CLASS = "a class is a text, a whole number, or true or false"
 MOST = 2.0**53  # up to which floats are whole numbers
-WHOLE = re.compile(r"-?\d+(\.0*)?")
-NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[-+]\d+)?|-?inf|nan", re.I)  # as programs write numbers
 DECIMAL_COMMA = re.compile(r"-?\d+,(\d{1,2}|\d{4,})")
 
 

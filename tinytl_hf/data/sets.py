@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.changed_copies import about_changed_copies, firsts_of_copies
+from tinytl_hf.data.changed_copies import about_changed_copies
 from tinytl_hf.data.columns import NoLabelsError, as_label, byte_sizes, class_order, image_rows
 from tinytl_hf.data.copies import about_copies
 from tinytl_hf.data.find import Source
@@ -78,7 +78,7 @@ def _open_data(tables: Tables, config: DataConfig) -> Opened:
             )
         alone = [train.label_names[number] for number in np.flatnonzero(np.bincount(train.labels) == 1)]
         warnings += _about(alone, "a single image, which is trained on and not evaluated")
-        kept, held_out = hold_out(train.labels, firsts_of_copies(train), config)
+        kept, held_out = hold_out(train, config)
         train, evaluated = train.select(kept), [replace(train.select(held_out), held_out=True)]
     train = _subset(train, config.max_train_samples, config.split_seed)
     evaluated = [_subset(split, config.max_eval_samples, config.split_seed) for split in evaluated]

@@ -1,0 +1,101 @@
+"""Images that are copies of one another, changed or not, across the splits of a data set and in its held-out part."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from shared import write_image
+from test_beside import folders
+from test_tables import opened
+
+from tinytl_hf.data.changed_copies import original_name
+
+
+@pytest.mark.parametrize(
+    ("copy", "told"),
+    [
+        *[
+            ("{}_flip", True),
+            ("{}-rotated90", True),
+            ("{}_90deg", True),
+            ("{}_new30degFlipLR", True),
+            ("{}_aug_3", True),
+        ],
+        *[("{}_Blurred_2", True), ("flipped_{}", True), ("{}_hflip_noise", True), ("{}_jpg.rf.0a1b2c", True)],
+        *[("{}_2", False), ("{}_front", False), ("rain{}flip", False), ("dark", False)],
+    ],
+)
+def test_changed_copies_on_both_sides_of_a_split_are_named_and_held_out_together(copy, told, tmp_path, caplog):
+    caplog.set_level("INFO")
+    names = [f"{label}/photo{number}" for label in ("cat", "dog") for number in range(4)]
+    copies = [f"{label}/{copy.format(f'photo{number}')}" for label in ("cat", "dog") for number in range(4)]
+    folders(
+        tmp_path / "a", [f"{top}/{name}.png" for top, part in (("train", names), ("val", copies)) for name in part]
+    )
+    opened(tmp_path / "a")
+    line = "8 of the 8 images of validation are, by the names, changed copies of images that are trained on"
+    assert (f"{line} ({tmp_path}/a/val/cat/" in caplog.text) is told and ("changed copies" in caplog.text) is told
+    caplog.clear()
+    folders(tmp_path / "b", [f"{name}.png" for name in [*names, *copies]])
+    data = opened(tmp_path / "b", eval_fraction=0.25)
+    assert ("8 images are copies of others" in caplog.text) is told
+    assert "changed copies" not in caplog.text
+    if told:
+        held_out = {original_name(image["path"]) for image in data.evaluation.rows["image"]}
+        assert len(data.evaluation.labels) == 4 and len(held_out) == len(set(data.evaluation.labels)) == 2
+
+
+@pytest.mark.parametrize("kind", ["same file", "same file in a table", "other format"])
+def test_images_that_are_there_twice_are_held_out_together(kind, tmp_path, caplog):
+    caplog.set_level("INFO")
+    folders(tmp_path, [f"{label}/{number}.png" for label in ("cat", "dog") for number in range(8)])
+    images = sorted(tmp_path.glob("*/*.png"))
+    for number, image in enumerate(images):
+        if kind == "other format":
+            write_image(image.with_suffix(".bmp"), size=(8, 8), seed=100 + number)
+        else:
+            shutil.copy(image, image.with_name(f"again{15 - number}.png"))
+    source = tmp_path
+    if kind == "same file in a table":
+        rows = [(path.read_bytes(), path.parent.name) for path in sorted(tmp_path.glob("*/*.png"))]
+        source = tmp_path / "x.parquet"
+        pd.DataFrame(rows, columns=["image", "label"]).to_parquet(source)
+    data = opened(source, eval_fraction=0.25)
+    assert "16 images are copies of others (the same file, or by the names" in caplog.text
+    assert "trained on as well" not in caplog.text
+    assert np.bincount(data.evaluation.labels).tolist() == [4, 4] and len(data.train.labels) == 24
+    if kind == "other format":
+        stems = [{Path(image["path"]).with_suffix("") for image in split.rows["image"]} for split in data[:2]]
+        assert len(stems[1]) == 4 and not stems[0] & stems[1]
+
+
+@pytest.mark.parametrize("name", ["{}.png", "1_flip_{}.png"])
+def test_a_class_of_one_image_and_its_copies_is_held_out_in_part_and_said(name, tmp_path, caplog):
+    folders(tmp_path, [*(f"{label}/{number}.png" for label in ("cat", "dog") for number in range(8)), "one/1.png"])
+    for number in range(2, 10):
+        shutil.copy(tmp_path / "one" / "1.png", tmp_path / "one" / name.format(number))
+    data = opened(tmp_path, eval_fraction=0.25)
+    assert "one: all images of it are copies of one, so that those held out say nothing of others" in caplog.text
+    assert np.bincount(data.train.labels).min() > 0 and np.bincount(data.evaluation.labels).tolist() == [2, 2, 3]
+
+
+@pytest.mark.parametrize("path", ["image.png", None])
+def test_images_that_a_table_calls_alike_are_not_copies(path, tmp_path, caplog):
+    folders(tmp_path, [f"{label}/{number}.png" for label in ("cat", "dog") for number in range(8)])
+    rows = [({"bytes": image.read_bytes(), "path": path}, image.parent.name) for image in tmp_path.glob("*/*.png")]
+    pd.DataFrame(rows, columns=["image", "label"]).to_parquet(tmp_path / "x.parquet")
+    caplog.set_level("INFO")
+    assert len(opened(tmp_path / "x.parquet", eval_fraction=0.25).evaluation.labels) == 4
+    assert "copies of others" not in caplog.text
+
+
+def test_changed_copies_on_one_side_alone_are_not_named(tmp_path, caplog):
+    names = ("photo{}", "photo{}_flip", "photo{}_rot90")
+    paths = [
+        f"train/{label}/{name.format(number)}.png" for label in ("cat", "dog") for number in range(2) for name in names
+    ]
+    folders(tmp_path, [*paths, *(f"val/{label}/photo{number}.png" for label in ("cat", "dog") for number in (7, 8))])
+    opened(tmp_path)
+    assert "changed copies" not in caplog.text
