@@ -268,7 +268,8 @@ def test_a_failed_push_is_one_line_with_the_command_that_retries(failure, server
     assert server.repos["me/flowers"].messages()[-1] == "a b"
 
 
-def test_a_model_whose_push_fails_is_kept_on_the_disk_for_the_retry(server, make_model):
+def test_a_model_whose_push_fails_is_kept_on_the_disk_for_the_retry(server, make_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     server.failures["repos/create"] = 503
     model = make_model("FT-Last", train_size=32)
     with pytest.raises(TinyTLError, match=r"server error \(503\)") as error:
