@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from shared import slow
 from torch.func import functional_call, grad, jvp, vmap
 
@@ -82,3 +83,41 @@ def test_a_copy_trains_as_the_model_does(method, backbone, make_model):
         each(IMAGES).square().sum().backward()
         found.append([parameter.grad for parameter in each.trainable_parameters()])
     assert found[0] and all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("method", "backbone"), NETWORKS)
+def test_gradients_of_gradients_are_refused_where_somebody_asks_for_them(method, backbone, make_model):
+    model = make_model(method, backbone).train()
+    model(IMAGES).square().sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    images = IMAGES.clone().requires_grad_()
+    model(images).square().sum().backward(create_graph=True)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad.detach(), gradient, rtol=1e-3, atol=1e-4)
+    with pytest.raises(TinyTLError, match=r"^create_graph=True: .* build the model with lean=False for that$"):
+        images.grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize(("method", "backbone"), NETWORKS[:3])
+def test_weights_on_another_device_than_the_images_are_named(method, backbone, backend, make_model):
+    model = make_model(method, backbone, backend=backend).train().to("meta")
+    with pytest.raises(TinyTLError, match=r"^images are on cpu and parameters of the model on meta: move them to one"):
+        model(IMAGES)
+
+
+def test_a_lite_residual_on_another_device_is_named(make_model):
+    model = make_model("TinyTL-L+B", "mobilenet_v2").train()
+    model.backbone.features[4].lite_residual.to("meta")
+    with pytest.raises(TinyTLError, match=r"^images are on cpu and parameters of the model on meta: move them to one"):
+        model(IMAGES)
+
+
+def test_weights_that_are_offloaded_evaluate_and_say_that_they_do_not_train(make_model):
+    model = make_model("TinyTL-L+B", "mobilenet_v2").eval()
+    expected = model(IMAGES)
+    model = cpu_offload(model, torch.device("cpu"))
+    assert torch.equal(model(IMAGES), expected)
+    with pytest.raises(TinyTLError, match=r"weights that are offloaded take model\.eval\(\) or lean=False$"):
+        model.train()(IMAGES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
@@ -159,14 +160,31 @@ def of_chain(chain: Chain, device: torch.device, dtype: torch.dtype, shape: torc
     """Who runs a chain with maps of ``dtype`` and an input of ``shape``; eager where it has no images."""
     if shape[0] == 0:
         return "eager"
+    check_device(device, (tensor for stage in chain.stages for tensor in stage.tensors))
     name = chosen(chain.backend, device)
     return _or_eager(name, named(name).fits(chain, dtype, shape))
 
 
 def of_branch(branch: Branch, device: torch.device, dtype: torch.dtype) -> BackendName:
     """Who runs a lite branch with maps of ``dtype``."""
+    check_device(device, branch.parameters)
     name = chosen(branch.backend, device)
     return _or_eager(name, named(name).branch_fits(branch, dtype))
+
+
+def check_device(device: torch.device, parameters: Iterable[Tensor | None]) -> None:
+    """Raise unless parameters are where the maps are: kernels take their addresses, and would read what lies there.
+
+    Raises:
+        TinyTLError: One is elsewhere, with the fix.
+    """
+    for tensor in parameters:
+        if tensor is not None and tensor.device != device:
+            raise TinyTLError(
+                f"images are on {device} and parameters of the model on {tensor.device}: move them to one device with "
+                ".to(); several GPUs take a process each (accelerate launch), not nn.DataParallel, and weights that "
+                "are offloaded take model.eval() or lean=False"
+            )
 
 
 def _or_eager(name: BackendName, reason: str | None) -> BackendName:

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tinytl_hf.config.engine import BackendName
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean import backend, operators
-from tinytl_hf.lean.function import LeanFunction, check_runs
+from tinytl_hf.lean.function import LeanFunction, check_runs, once_differentiable
 from tinytl_hf.lean.slices import compute_dtype, empty_maps, even_slices, slice_mb_on
 from tinytl_hf.lean.stage import SMOOTH, Stage
 

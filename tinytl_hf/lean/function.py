@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -32,6 +34,35 @@ class LeanFunction(Function):
             if _is_transformed():
                 raise TinyTLError(f"torch.func: it cannot transform a lean model in training mode; {FIX}") from error
             raise
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """As PyTorch's decorator of that name, whose error does not say what to do."""
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return found
+        of_inputs = found if isinstance(found, tuple) else (found,)
+        return _NotTwice.apply(torch.zeros((), requires_grad=True), *of_inputs)
+
+    return run
+
+
+class _NotTwice(Function):
+    """What it is given, of which there is no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *of_inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        return of_inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise TinyTLError(
+            "create_graph=True: a lean model has no gradients of gradients; build the model with lean=False for that"
+        )
 
 
 def check_runs(x: object) -> None:

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torchvision.ops.misc import Conv2dNormActivation
 
 from tinytl_hf.config.engine import BackendName
 from tinytl_hf.lean import backend, bits, operators
 from tinytl_hf.lean.again import is_computed_again
-from tinytl_hf.lean.function import LeanFunction
+from tinytl_hf.lean.function import LeanFunction, once_differentiable
 from tinytl_hf.lean.int8 import Int8Conv2d, Int8SameConv2d
 from tinytl_hf.lean.slices import compute_dtype
 from tinytl_hf.lean.stage import UPPER

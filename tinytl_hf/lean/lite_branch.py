@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tinytl_hf.config.engine import BackendName
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean import backend, operators
-from tinytl_hf.lean.function import LeanFunction
+from tinytl_hf.lean.function import LeanFunction, once_differentiable
 from tinytl_hf.lean.slices import compute_dtype, empty_maps
 from tinytl_hf.lean.stage import Stage
 from tinytl_hf.network.lite_residual import LiteResidual

@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.again import autocast_on, computed_again
-from tinytl_hf.lean.function import LeanFunction
+from tinytl_hf.lean.function import LeanFunction, once_differentiable
 from tinytl_hf.lean.inner_grad import inner_grad
 from tinytl_hf.lean.layers import upsample_add, upsample_gradient
 from tinytl_hf.lean.operators import check_own, versions_of

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.utils import _pair
 
-from tinytl_hf.lean.function import LeanFunction
+from tinytl_hf.lean.function import LeanFunction, once_differentiable
 from tinytl_hf.lean.slices import Gathered, even_slices, slice_mb_on
 
 LARGEST_WINDOW = 256  # places that a byte can tell apart

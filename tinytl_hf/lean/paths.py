@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from tinytl_hf.lean import bits
 from tinytl_hf.lean.again import is_computed_again
 from tinytl_hf.lean.chain import Chain
-from tinytl_hf.lean.function import LeanFunction
+from tinytl_hf.lean.function import LeanFunction, once_differentiable
 from tinytl_hf.lean.layers import average_pool, masked_relu, scales_output, upsample_add
 from tinytl_hf.lean.lite_branch import Branch
 from tinytl_hf.lean.recompute import Recomputed

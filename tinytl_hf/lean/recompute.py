@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from tinytl_hf.lean.again import autocast_on, computed_again
 from tinytl_hf.lean.chain import Chain
-from tinytl_hf.lean.function import LeanFunction
+from tinytl_hf.lean.function import LeanFunction, once_differentiable
 from tinytl_hf.lean.inner_grad import inner_grad
 from tinytl_hf.lean.layers import LeanConv2d, LeanConvNormActivation
 from tinytl_hf.lean.operators import check_own, versions_of
