@@ -5,10 +5,12 @@ import torch
 from safetensors.torch import load_file
 from shared import run_cli, slow, small_run
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from tinytl_hf import TinyTLModel
 from tinytl_hf.lean.int8 import Int8Conv2d, dequantise, quantise
 from tinytl_hf.measure.measured_step import random_batch
+from tinytl_hf.measure.paper_rule import paper_rule
 from tinytl_hf.measure.peak import measure_peak
 from tinytl_hf.network.lite_residual import LiteResidual
 
@@ -93,3 +95,27 @@ def test_adapters_on_int8_weights_share_them(make_model, tmp_path):
         assert model.backbone.features[1].conv[0][0].weight.data_ptr() == first.data_ptr()
     with torch.no_grad():
         assert torch.equal(model(x), second)
+
+
+@pytest.mark.parametrize("average", [None, get_swa_multi_avg_fn(), get_ema_multi_avg_fn(0.9)])
+def test_an_average_of_models_has_the_same_int8_weights(average, make_model):
+    model = make_model("TinyTL-L+B", frozen_weights="int8")
+    averaged = AveragedModel(model, multi_avg_fn=average)
+    for _ in range(3):
+        averaged.update_parameters(model)
+    stored = {name: tensor for name, tensor in model.state_dict().items() if tensor.dtype == torch.int8}
+    assert len(stored) == 52
+    assert all(torch.equal(averaged.module.state_dict()[name], tensor) for name, tensor in stored.items())
+
+
+def test_the_blocks_before_the_trained_ones_run_by_themselves_on_int8_weights(make_model):
+    model = make_model("TinyTL-B", frozen_weights="int8", trained_blocks=3).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert model.prefix is not None
+    assert torch.equal(model(model.prefix.maps(images)), model(images))
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
+
+
+def test_the_papers_rule_counts_int8_weights(make_model):
+    plain, small = (make_model("TinyTL-B", frozen_weights=kind) for kind in ("fp32", "int8"))
+    assert paper_rule(small, 8, 8) == paper_rule(plain, 8, 8)

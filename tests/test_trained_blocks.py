@@ -143,3 +143,12 @@ def test_a_run_of_the_last_blocks_is_resumed_evaluated_switched_merged_and_says_
 def test_the_last_blocks_of_the_head_alone_make_no_sense(colour_folder, tmp_path):
     done = run_cli(*small_run(colour_folder, tmp_path / "run", "--method", "FT-Last", "--trained_blocks", "3"))
     assert done.returncode == 1 and "trained_blocks=3: FT-Last trains no block" in done.stderr
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("lean", [True, False])
+def test_what_is_neither_an_image_nor_a_map_of_the_prefix_is_named(lean, channels, make_model):
+    model = make_model("TinyTL-B", trained_blocks=2, lean=lean)
+    for mode in (True, False):
+        with pytest.raises(TinyTLError, match=rf"shape \[2, {channels}, 64, 64\]: use \[images, 3, .*\[images, 160, "):
+            model.train(mode)(torch.zeros(2, channels, 64, 64))

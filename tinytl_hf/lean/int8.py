@@ -14,12 +14,13 @@ LARGEST = 127  # symmetric: -128 is not used
 
 
 class Int8Conv2d(nn.Conv2d):
-    """A convolution whose ``weight`` is int8.
+    """A convolution whose ``weight`` is int8, and a buffer: averages of models take it over as it is.
 
     Attributes:
         weight_scale: fp32 ``[out_channels]``; the weight is ``weight * weight_scale``.
     """
 
+    weight: Tensor
     weight_scale: Tensor
 
     def dequantised(self) -> Tensor:
@@ -52,7 +53,8 @@ def quantise(backbone: nn.Module) -> None:
             scale[scale == 0] = 1.0
             steps = (module.weight / scale[:, None, None, None]).round_().to(torch.int8)
             module.__class__ = STORED_AS_INT8[type(module)]
-            module.weight = nn.Parameter(steps, requires_grad=False)
+            del module.weight
+            module.register_buffer("weight", steps)
             module.register_buffer("weight_scale", scale)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.runs import LeanSequence
 from tinytl_hf.lean.slices import Gathered, even_slices, slice_mb_on
 from tinytl_hf.network.blocks import TinyTLBlock
@@ -28,10 +29,12 @@ class Prefix:
     Attributes:
         parts: The parts, in forward order; none of them trains.
         slice_mb: The engine's slices, in MB.
+        channels: Those of the maps at its end.
     """
 
     parts: Sequence[nn.Module]
     slice_mb: float | None
+    channels: int
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> Tensor:
@@ -54,8 +57,16 @@ class Prefix:
             inputs: Images ``[N, 3, H, W]`` or :meth:`maps` of them ``[N, C, h, w]``.
             lean: Whether images go through the prefix some at a time, without gradients; a graph that is compiled is
                 not sliced, and images whose gradient is wanted get it.
+
+        Raises:
+            TinyTLError: The inputs are neither.
         """
-        if inputs.shape[1] != 3:
+        if inputs.shape[1] not in (3, self.channels):
+            raise TinyTLError(
+                f"images are of shape {list(inputs.shape)}: use [images, 3, height, width], or prefix.maps of them, "
+                f"[images, {self.channels}, height, width]; model.preprocess makes RGB of images of any kind"
+            )
+        if inputs.shape[1] == self.channels:
             return self.rest_of(backbone)(inputs)
         if not lean or inputs.requires_grad or torch.compiler.is_compiling():
             return backbone(inputs)
@@ -78,7 +89,6 @@ def find_prefix(
         return None
     first = next(iter(last_blocks(blocks, trained_blocks).values()))
     parts = prefix_modules(backbone, blocks, trained_blocks)
-    prefix = Prefix(parts, slice_mb)
     found: list[Tensor] = []
     hook = first.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
     weight = next(backbone.parameters())
@@ -88,6 +98,7 @@ def find_prefix(
     try:
         with torch.no_grad():
             logits = backbone.eval()(image)
+            prefix = Prefix(parts, slice_mb, channels=found[0].shape[1])
             maps = prefix.maps(image)
             same = torch.equal(maps, found[0]) and torch.equal(prefix.rest_of(backbone)(maps), logits)
     except (RuntimeError, TypeError):  # its parts do not fit one another as they stand

@@ -11,7 +11,7 @@ from tinytl_hf.network.blocks import TinyTLBlock
 from tinytl_hf.network.head import Head
 from tinytl_hf.network.kinds import class_name
 from tinytl_hf.network.lite_residual import LiteResidual
-from tinytl_hf.network.methods import NORMS_OF_TIMM
+from tinytl_hf.network.methods import NORMS_OF_TIMM, weights_of
 
 FLOAT_BYTES = 4
 MASKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU)
@@ -55,7 +55,8 @@ def paper_rule(model: TinyTLModel, batch_size: int, frozen_bits: int = 8) -> flo
             hook.remove()
         for module, mode in modes.items():
             module.training = mode
-    weights = sum(p.numel() * (FLOAT_BYTES if p.requires_grad else frozen_bits / 8) for p in model.parameters())
+    stored = weights_of(model.backbone)
+    weights = sum(weight.numel() * (FLOAT_BYTES if weight.requires_grad else frozen_bits / 8) for weight in stored)
     return batch_size * walk.peak + weights
 
 

@@ -13,7 +13,7 @@ from enum import Enum
 from numbers import Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tinytl_hf.config.check import check
 from tinytl_hf.config.network import METHOD_ALIASES, LiteConfig, MethodName
@@ -183,10 +183,16 @@ def trained_names(backbone: nn.Module) -> frozenset[str]:
     return names
 
 
+def weights_of(backbone: nn.Module) -> list[Tensor]:
+    """All that are parameters of a backbone, some of them buffers by now: frozen weights that are stored as int8."""
+    frozen = (module._buffers.get(own_name) for module, own_name, _ in vars(backbone)["frozen_places"])
+    return [*backbone.parameters(), *(weight for weight in frozen if weight is not None)]
+
+
 def trained_share(backbone: nn.Module) -> str:
     """How many parameters train, of all that a backbone has, in the words of PEFT's models."""
     trained = sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in backbone.parameters())
+    total = sum(weight.numel() for weight in weights_of(backbone))
     return f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
 
 
