@@ -14,6 +14,7 @@ from shared import slow
 from started_runs import CONTEXT, HANG
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.optim.swa_utils import AveragedModel
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from tinytl_hf import TinyTLError, TinyTLModel
@@ -141,6 +142,21 @@ def test_freezing_between_the_passes_leaves_the_gradient_of_the_images(method, b
     model.requires_grad_(False)
     loss.backward()
     assert off({"images": images.grad}, {"images": expected}) < 1e-2
+
+
+def test_an_average_of_ones_own_formula_is_saved_by_the_model_as_the_readme_says(make, tmp_path):
+    model = make("TinyTL-L+B", "mobilenet_v2")
+    averaged = AveragedModel(model, avg_fn=lambda average, new, number: 0.9 * average + 0.1 * new)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.trainable_parameters():
+                parameter.add_(0.1)
+        averaged.update_parameters(model)
+    model.load_adapter_tensors(averaged.module.adapter_tensors(), source="the average")
+    model.save_pretrained(tmp_path)
+    loaded = TinyTLModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IMAGES), model.eval()(IMAGES))
+    torch.testing.assert_close(loaded(IMAGES), averaged.eval()(IMAGES), rtol=1e-3, atol=1e-3)
 
 
 class PlusRow(nn.Module):
