@@ -1,6 +1,7 @@
 """Training runs of seconds, in processes of their own as a user starts them."""
 
 import json
+import os
 import signal
 import time
 
@@ -18,6 +19,7 @@ from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.train.checkpoint import find_damage
 from tinytl_hf.train.loop import all_finite
 from tinytl_hf.train.schedule import lr_factor
+from tinytl_hf.train.stop_signal import StopSignal
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def test_accumulation_steps_change_no_frozen_norm_run(colour_folder, tmp_path):
     assert [line["step"] for line in metrics(tmp_path / "4")] == [3]
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_run_stopped_by_a_signal_saves_a_checkpoint_and_says_how_to_go_on(signum, code, colour_folder, tmp_path):
     arguments = small_run(colour_folder, tmp_path / "run", "--method", "FT-Last", "--train.epochs", "999")
     started = Run(arguments, tmp_path / "log")
@@ -111,6 +113,29 @@ def test_a_run_stopped_by_a_signal_saves_a_checkpoint_and_says_how_to_go_on(sign
     assert done.returncode == code and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert "stopped at step" in last and f"goes on from {checkpoints(tmp_path / 'run')[-1]}" in last
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_last_epoch_is_written_stops_before_the_last_evaluation(signum, colour_folder, tmp_path):
+    arguments = small_run(colour_folder, tmp_path / "run", "--method", "FT-Last", "--train.epochs", "1")
+    done = run(arguments, tmp_path / "log", kill=("tinytl_hf.reports.run_folder", "append_metrics", 1, signum))
+    assert done.returncode == 128 + signum and "stopped at step 3: --train.resume auto goes on" in done.stderr
+    assert not (tmp_path / "run" / "eval_results.json").exists()
+    done = run_cli(*arguments, "--train.resume", "auto")
+    assert done.returncode == 0 and len(metrics(tmp_path / "run")) == 1, done.stderr
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_as_with_nohup_stops_no_run(signum):
+    before = signal.signal(signum, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signum)
+            os.kill(os.getpid(), signum)
+            assert stop.signum == 0
+        assert signal.getsignal(signum) is signal.SIG_IGN
+    finally:
+        signal.signal(signum, before)
 
 
 def wait_for(condition):

@@ -52,7 +52,7 @@ def train(config: Config) -> dict[str, Any]:
 
     Raises:
         TinyTLError: Bad config, data or weights, before training starts, or a loss that is not finite.
-        Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint was saved.
     """
     with alone_in_process(), ExitStack() as held:
         return train_to_the_end(set_up(config, held))
@@ -68,9 +68,7 @@ def train_to_the_end(run: Run) -> dict[str, Any]:
             logits, labels = evaluate(run, run.evaluation, partial(stop_if_asked, run, stop, path))
             figures = compute_metrics(logits, labels, extra=run.metrics)
             finish_epoch(run, figures)
-            path = save_checkpoint(run)
-            if progress.epoch < config.train.plan.epochs:
-                stop_if_asked(run, stop, path)
+            stop_if_asked(run, stop, save_checkpoint(run))
     # The figures of a run are those of the file that it leaves behind.
     kept = Path(config.output_dir) / run_folder.ADAPTER
     run.model.load_adapter_tensors(read_tensors(kept), str(kept))

@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM as a wish that the training loop grants after one of the next steps."""
+"""Ctrl-C, SIGTERM and SIGHUP as a wish that the training loop grants after one of the next steps."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -9,11 +10,14 @@ from types import FrameType, TracebackType
 import torch
 from accelerate import Accelerator
 
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP") if os.name == "posix" else ("SIGINT", "SIGTERM")
+
 
 class StopSignal:
-    """Within it, the first SIGINT or SIGTERM is noted; a second SIGINT stops at once.
+    """Within it, the first SIGINT, SIGTERM or SIGHUP (a closed terminal's) is noted; a second SIGINT stops at once.
 
-    In a thread other than the main one, signals go where they went before: only the main thread can take them.
+    In a thread other than the main one, signals go where they went before: only the main thread can take them. One
+    that is ignored, as SIGHUP is with nohup, stays so.
     """
 
     def __init__(self) -> None:
@@ -21,7 +25,12 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         in_main = threading.current_thread() is threading.main_thread()
-        wanted = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+        # None is a handler that is not Python's, which could not be put back.
+        wanted = [
+            signum
+            for signum in map(signal.Signals.__getitem__, NAMES)
+            if in_main and signal.getsignal(signum) not in (signal.SIG_IGN, None)
+        ]
         self._previous = {signum: signal.signal(signum, self._note) for signum in wanted}
         return self
 
