@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from shared import ROOT, write_image
 
 from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, DataRecord, Preprocessing
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.config.network import LiteConfig
+from tinytl_hf.config.network import BackboneConfig, LiteConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.train import LrFactors, TrainConfig
 from tinytl_hf.hub.card import (
@@ -234,10 +235,11 @@ def test_a_wheel_is_made_without_a_c_compiler_and_carries_the_templates(tmp_path
     assert not [name for name in names if name.endswith(".so")]
 
 
-def settings(train=None, images=24, **options):
-    data = {"images": {"train": 24}, "trained_on": ["train", images]}
-    results = {"data": data, "precision": "no", "best_epoch_chosen_on": "test", "split": "test"}
-    return recipe(Config(train=TrainConfig(epochs=2, lr=1e-3, **(train or {})), **options), results)
+def settings(train=None, images=24, split="test", unreadable=0, epochs_done=None, **options):
+    data = {"images": {"train": 24}, "trained_on": ["train", images], "unreadable": {"train": unreadable}}
+    results = {"data": data, "precision": "no", "best_epoch_chosen_on": "test", "split": split}
+    train = {"epochs": 5, "lr": 1e-3, "global_batch_size": 8, **(train or {})}
+    return recipe(Config(train=TrainConfig(**train), **options), results, epochs_done)
 
 
 def test_the_settings_of_a_run_are_all_told_and_those_it_left_alone_are_not():
@@ -254,6 +256,69 @@ def test_the_settings_of_a_run_are_all_told_and_those_it_left_alone_are_not():
         "lite residuals": "kernel 5, groups 2, expand 1, group norm",
     }
     assert "lite residuals" not in settings(lite=LiteConfig(norm="group"), method="FT-Last")
+
+
+GROWS, INT8 = DataConfig(train_size=64, start_size=32), BackboneConfig(frozen_weights="int8")
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "options", "told", "leaves_nothing", "then"),
+    [
+        ("optimizer", {"optimizer": "muon"}, {}, "muon", {"method": "TinyTL-B"}, "adamw"),
+        (
+            "learning rates by role",
+            {"lr_factors": LrFactors(lite=2.0)},
+            {},
+            "lite times 2",
+            {"method": "FT-Last"},
+            None,
+        ),
+        ("norms and biases", {"decay_norms_and_biases": True}, {}, "decay too", {"weight_decay": 0.0}, None),
+        ("gradients clipped to", {"max_grad_norm": 1.0}, {}, "1", {"max_grad_norm": float("inf")}, None),
+        ("patience", {"patience": 3}, {}, "3 epochs", {"epochs": 4}, None),
+        ("frozen weights", {}, {"backbone": INT8}, "int8", {"method": "FT-Full"}, None),
+        ("image size", {}, {"data": GROWS}, "32 px growing to 64 px", {"epochs": 1}, "64 px"),
+    ],
+)
+def test_the_card_tells_no_setting_that_had_nothing_to_do(name, train, options, told, leaves_nothing, then):
+    assert settings(train, **options)[name] == told
+    methods = {key: value for key, value in leaves_nothing.items() if key == "method"}
+    train |= leaves_nothing if not methods else {}
+    assert settings(train, **options, **methods).get(name) == then
+
+
+def test_the_card_tells_of_epochs_warm_up_and_images_what_held():
+    assert settings()["learning rate"] == "0.001, cosine, warmup 0.5 epochs"
+    assert settings({"warmup_epochs": 1.0})["learning rate"].endswith(", warmup 1 epoch")
+    for train in ({"warmup_epochs": 0.0}, {"global_batch_size": 24}, {"epochs": 1, "global_batch_size": 24}):
+        assert settings(train)["learning rate"] == "0.001, cosine, no warmup"
+    assert settings()["epochs"] == settings(epochs_done=5)["epochs"] == 5
+    assert settings({"patience": 1}, epochs_done=3)["epochs"] == "3 of 5, as patience ended the run"
+    drawn = DataConfig(max_train_samples=20)
+    assert settings(images=22, split="holdout")["training images"] == "22 of 24, some held out"
+    assert settings(images=20, split="holdout", data=drawn)["training images"] == "20 of 24, drawn at random"
+    assert settings(images=23, unreadable=1)["training images"] == "23 of 24, 1 unreadable"
+    assert settings(images=19, unreadable=1, data=drawn)["training images"] == (
+        "19 of 24, drawn at random, 1 unreadable"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fraction", "asked", "words"),
+    [
+        (0.005, None, "evaluated on 0.5% of that, or an image of each class, held out."),
+        (0.125, 1, "evaluated on 12.5% of that, or an image of each class, held out, a random image of it."),
+        (0.07, None, "evaluated on 7% of that, or an image of each class, held out."),
+    ],
+)
+def test_what_was_held_out_is_told_as_it_was(fraction, asked, words):
+    data = DataRecord("digits", eval_split="holdout", eval_fraction=fraction, max_eval_samples=asked)
+    assert words in render_card(config(data=data), METRICS)
+
+
+def test_one_block_and_one_class_are_in_the_singular():
+    card = render_card(replace(config(), trained_blocks=1, label_names=["cat"]))
+    assert "only the last 1 block and what follows were trained" in card and "images into 1 class, at" in card
 
 
 @pytest.mark.parametrize(

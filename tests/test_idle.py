@@ -115,6 +115,11 @@ def idle(config, facts=DRAWN):
             Config(lite=LiteConfig(norm="group")),
             "lite.norm",
         ),
+        (
+            Config(train=TrainConfig(epochs=1), adapter=AdapterOptions(keep="last")),
+            Config(train=TrainConfig(epochs=2), adapter=AdapterOptions(keep="last")),
+            "adapter.keep",
+        ),
         (Config(hub=HubConfig(repo="a/b")), Config(hub=HubConfig(push=True, repo="a/b")), "hub.repo"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -51,6 +51,11 @@ def test_no_pushed_or_merged_file_names_a_place_or_a_file_of_the_pusher(home, se
     files = {name: file.content for name, file in server.repos["me/colours"].files().items()}
     assert {"adapter_config.json", "README.md", "eval_results.json", "curves.png"} < files.keys()
     assert '"unreadable": 1' in files["eval_results.json"].decode()
+    data = json.loads(files["eval_results.json"])["data"]
+    assert data["trained_on"] == ["train", data["images"]["train"] - 1] and data["unreadable"] == {"train": 1}
+    assert f"| training images | {data['trained_on'][1]} of {data['images']['train']}, 1 unreadable |" in (
+        files["README.md"].decode()
+    )
     files["merged"] = (home / "merged.safetensors").read_bytes()
     for name, content in files.items():
         for place in (str(tmp_path), home.name, str(ROOT), "holiday", "letters", "bob", "evaluate_f1.py"):

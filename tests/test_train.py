@@ -153,6 +153,8 @@ def test_the_held_out_part_is_the_runs_own_when_its_data_set_is_named(tmp_path):
     done = run_cli("eval", "--adapter", adapter, "--data.dataset", "digits", "--output", tmp_path / "r.json")
     assert done.returncode == 0, done.stderr
     results = [json.loads(path.read_text()) for path in (tmp_path / "r.json", tmp_path / "run" / "eval_results.json")]
+    assert results[1]["best_epoch_chosen_on"] is None  # there was one
+    assert "| adapter | of the last epoch |" in (adapter / "README.md").read_text()
     assert results[0]["n"] == 90 and results[0]["confusion_matrix"] == results[1]["confusion_matrix"]
 
 

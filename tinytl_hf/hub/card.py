@@ -28,6 +28,7 @@ from tinytl_hf.errors import TinyTLError, one_line
 from tinytl_hf.network.hub_weights import SOURCE
 from tinytl_hf.network.weights import is_weights_file
 from tinytl_hf.reports.run_folder import RESULTS_FILE
+from tinytl_hf.words import counted
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 BEGIN, END = "<!-- tinytl_hf: begin -->", "<!-- tinytl_hf: end -->"
@@ -101,12 +102,13 @@ def render_card(
         name=HERE,
         method=config.method,
         backbone=config.backbone.name,
-        trained_blocks=config.trained_blocks,
+        trained_blocks=counted(config.trained_blocks, "block") if config.trained_blocks else None,
         labels=[escaped(label) for label in config.label_names],
         shown_labels=SHOWN_LABELS,
         eval_size=config.preprocessing.eval_size,
         dtype=config.dtype,
         weights=_weights_in_words(config),
+        classes=counted(len(config.label_names), "class", "classes"),
         weights_file=json.dumps(Path(weights).name, ensure_ascii=False) if in_file else None,
         predict=_code(f"tinytl-hf predict --adapter {HERE}{option} image.png"),
         dataset=_dataset_in_words(data) if data else None,
@@ -148,7 +150,7 @@ def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _init_in_words(init: InitRecord) -> str:
     name = f"`{init.source}`" if init.source else "another adapter"
-    return f"{name} ({init.method}, {len(init.label_names)} classes)"
+    return f"{name} ({init.method}, {counted(len(init.label_names), 'class', 'classes')})"
 
 
 def read_card(folder: Path) -> str | None:
@@ -370,9 +372,10 @@ def _dataset_in_words(data: DataRecord) -> str:
 def _eval_data_in_words(data: DataRecord, count: int) -> str:
     """What it was evaluated on: so many images, or 0 where no run says how many."""
     asked = data.max_eval_samples
-    subset = f", a random {asked:,} images of it" if asked and count in (0, asked) else ""
+    drawn = "" if not asked else "a random image" if asked == 1 else f"a random {asked:,} images"
+    subset = f", {drawn} of it" if drawn and count in (0, asked) else ""
     if data.eval_split in (None, HOLDOUT):
-        part = f"{data.eval_fraction:.0%} of that, or an image of each class, held out"
+        part = f"{100 * data.eval_fraction:g}% of that, or an image of each class, held out"
         split = part if data.eval_split else f"its test or validation split (without one, {part})"
     else:
         split = f"split {_code(data.eval_split)}"

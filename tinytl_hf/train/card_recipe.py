@@ -6,46 +6,72 @@ from typing import Any
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.network import LiteConfig
+from tinytl_hf.config.recipe import warmup_steps
 from tinytl_hf.config.run import Config
+from tinytl_hf.data.roles import HOLDOUT
 from tinytl_hf.network.methods import METHODS
+from tinytl_hf.train.idle import Facts, in_effect, rules_of_run
 from tinytl_hf.words import counted
 
 
-def recipe(config: Config, results: dict[str, Any]) -> dict[str, Any]:
+def recipe(config: Config, results: dict[str, Any], epochs_done: int | None = None) -> dict[str, Any]:
     """What the card's table of settings says, from a run's config and its results.
 
-    What many runs leave at its default is there only where it is not.
+    What many runs leave at its default is there only where it is not, and what had nothing to do is not.
+
+    Args:
+        config: The run, with its recipe settled.
+        results: Its figures and their conditions.
+        epochs_done: How many epochs it trained for; None: all of them.
     """
+    steps = -(-results["data"]["trained_on"][1] // config.train.global_batch_size)
+    config = in_effect(config, rules_of_run(config, Facts(steps)))
     options, data = config.train, config.data
     gamma = f", gamma {options.gamma:g}" if options.schedule == "exponential" else ""
     low, high = data.crop_scale
-    warmup = counted(options.warmup_epochs, "epoch")
+    warms_up = warmup_steps(options, steps) > 0
+    warmup = f"warmup {counted(options.warmup_epochs, 'epoch')}" if warms_up else "no warmup"
+    is_whole = epochs_done in (None, options.epochs)
     crop = "none, features computed once" if options.cache_features else f"{low:g} to {high:g} of the area"
     return {
         "method": config.method,
         "trained blocks": "all" if config.trained_blocks == "all" else f"the last {config.trained_blocks}",
-        "epochs": options.epochs,
+        "epochs": options.epochs if is_whole else f"{epochs_done} of {options.epochs}, as patience ended the run",
         "batch size": options.global_batch_size,
         "optimizer": options.optimizer,
-        "learning rate": f"{options.lr:g}, {options.schedule}{gamma}, warmup {warmup}",
+        "learning rate": f"{options.lr:g}, {options.schedule}{gamma}, {warmup}",
         "weight decay": f"{options.weight_decay:g}",
         "label smoothing": f"{options.label_smoothing:g}",
         "head dropout": f"{config.head.dropout:g}",
         "image size": _sizes(data),
         "adapter": _epoch(config, results),
         "random crop": f"{crop}{', flipped' if data.flip else ''}",
-        "training images": _images(results["data"]),
+        "training images": _images(results["data"], data.max_train_samples, results["split"] == HOLDOUT),
         "precision": "fp32" if results["precision"] == "no" else results["precision"],
         "seed": config.seed,
         **_off_default(config),
     }
 
 
-def _images(data: dict[str, Any]) -> str:
-    """How many images the run trained on, of how many."""
+def _images(data: dict[str, Any], most: int | None, holds_out: bool) -> str:
+    """How many images the run trained on, of how many, and why not on the others.
+
+    Args:
+        data: What the data set holds.
+        most: How many were to be drawn.
+        holds_out: Whether it evaluated on a part of those that were there to train on.
+    """
     name, used = data["trained_on"]
+    lost = data.get("unreadable", {}).get(name, 0)
     every = data["images"].get(name, used)
-    return f"all {used:,}" if used == every else f"{used:,} of {every:,}, drawn at random"
+    if used == every:
+        return f"all {used:,}"
+    reasons = []
+    if used + lost < every:
+        reasons.append("some held out" if holds_out and most != used + lost else "drawn at random")
+    if lost:
+        reasons.append(f"{lost:,} unreadable")
+    return f"{used:,} of {every:,}, {', '.join(reasons)}"
 
 
 def _off_default(config: Config) -> dict[str, str]:

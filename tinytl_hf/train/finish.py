@@ -127,7 +127,7 @@ def write_card(output: Path, config: Config) -> None:
     curves, _ = PICTURES.values()
     # A run that was resumed into another folder with nothing left to train has no lines.
     facts = RunFacts(
-        recipe=recipe(config, results),
+        recipe=recipe(config, results, lines[-1]["epoch"] if lines else None),
         time=_time(lines, results) if lines and len(lines) == lines[-1]["epoch"] else "",  # not of a part
         split=results["split"],
         n=results["n"],

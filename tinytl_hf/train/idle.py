@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
-from dataclasses import asdict
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 from tinytl_hf.config.fit import FitConfig
 from tinytl_hf.config.run import Config, flat
@@ -60,14 +60,37 @@ def say_idle(config: Config, rules: Iterable[Idle]) -> None:
 
 def idle_options(config: Config, rules: Iterable[Idle]) -> list[str]:
     """The options that are not at their defaults and that a rule says have nothing to do, each with the reason."""
+    return [
+        f"{', '.join(f'{key}={value}' for key, value in values.items())} ({reason})"
+        for values, reason in _idle(config, rules)
+    ]
+
+
+def in_effect(config: Config, rules: Iterable[Idle]) -> Config:
+    """``config`` with the options that a rule says have nothing to do at their defaults, for what tells of a run."""
+    defaults = flat(Config().to_dict())
+    for values, _ in _idle(config, rules):
+        for key in values.keys() - {"train.schedule"}:  # whose default would do something
+            config = _with(config, key.split("."), defaults[key])
+    return config
+
+
+def _idle(config: Config, rules: Iterable[Idle]) -> list[tuple[dict[str, Any], str]]:
+    """Options with their values, and the reason why they do nothing."""
     defaults = flat(Config().to_dict())
     changed = {key: value for key, value in flat(config.to_dict()).items() if value != defaults[key]}
-    found: list[str] = []
+    found = []
     for rule in rules:
         names = [key for key in changed for name in rule.names if key == name or _is_group_of(name, key)]
         if rule.holds and names:
-            found.append(f"{', '.join(f'{key}={changed.pop(key)}' for key in names)} ({rule.reason})")
+            found.append(({key: changed.pop(key) for key in names}, rule.reason))
     return found
+
+
+def _with(options: Any, path: Sequence[str], value: Any) -> Any:
+    """Frozen options with another value of the one at ``path``."""
+    name, *rest = path
+    return replace(options, **{name: _with(getattr(options, name), rest, value) if rest else value})
 
 
 def _is_group_of(name: str, key: str) -> bool:
@@ -117,6 +140,7 @@ def rules_of_run(config: Config, facts: Facts) -> list[Idle]:
         Idle(("data.start_size",), epochs == 1, "an only epoch has images of data.train_size"),
         Idle(("data.eval_fraction",), not facts.holds_out, "another split is evaluated on"),
         Idle(("data.split_seed",), not facts.holds_out and not facts.draws, "no images are drawn"),
+        Idle(("adapter.keep",), epochs == 1, "an only epoch is the best and the last"),
         Idle(("adapter.init",), facts.goes_on, "a resumed run starts from its checkpoint"),
         Idle(("overwrite",), facts.in_place, "train.resume goes on with the run that is there"),
         Idle(("hub.repo", "hub.private"), not config.hub.push, "hub.push is not on"),

@@ -54,8 +54,11 @@ class Inputs:
         pairs = [(opened.train, self.train_images), (opened.evaluation, self.eval_images)]
         if opened.test is not None and self.test_images is not None:
             pairs.append((opened.test, self.test_images))
-        if unreadable := sum(len(split.labels) - len(images) for split, images in pairs):
-            found["left_out"]["unreadable"] = unreadable
+        lost = {split.title: len(split.labels) - len(images) for split, images in pairs}
+        if unreadable := {title: count for title, count in lost.items() if count}:
+            found["left_out"]["unreadable"] = sum(unreadable.values())
+            found["unreadable"] = unreadable
+        found["trained_on"] = [opened.train.name, len(self.train_images)]
         return found
 
 

@@ -182,8 +182,9 @@ def final_figures(run: Run) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     chosen_on = run.evaluation.evaluated
     logits, labels = evaluate(run, run.evaluation)
     figures = compute_metrics(logits, labels, tables=True, extra=run.metrics)
-    ended_early = run.progress.epoch < run.config.train.plan.epochs  # by train.patience
-    is_chosen = ended_early or run.config.adapter.keep == "best"
+    epochs = run.config.train.plan.epochs
+    ended_early = run.progress.epoch < epochs  # by train.patience
+    is_chosen = ended_early or (run.config.adapter.keep == "best" and epochs > 1)
     more: dict[str, Any] = {"best_epoch_chosen_on": chosen_on.split if is_chosen else None}
     if run.test is not None:
         selection = {"split": chosen_on.split, "n": chosen_on.n, "sha256": chosen_on.sha256}

@@ -147,13 +147,13 @@ def accelerator_for(config: Config) -> Accelerator:
 
 def settle(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
     """The config with what it leaves open chosen by the data and the budget, and its folder checked."""
-    if config.adapter.keep == "best":
+    config = recipe.resolve(config, len(opened.train.labels))
+    if config.adapter.keep == "best" and config.train.plan.epochs > 1:
         logger.info(
             "the adapter of the epoch that is best on %s is kept; its figures are of %s",
             opened.evaluation.title,
             "the same images" if opened.test is None else opened.test.title,
         )
-    config = recipe.resolve(config, len(opened.train.labels))
     if config.adapter.keep == "last" and can_stop_early(config.train):
         logger.info(
             "adapter.keep=last: train.patience chooses by the accuracy on %s which epoch that is",
