@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from shared import run_cli, small_run
-from started_runs import metrics
+from shared import run_cli, small_run, write_image
+from started_runs import as_launched, free_port, metrics, run
 
 from tinytl_hf import TinyTLError, device
 from tinytl_hf.config.data import DataConfig
@@ -118,6 +118,21 @@ def test_processes_on_a_cpu_see_no_gpu(told, launched, sees, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_first_process_of_a_launch_does_alone_what_is_not_shared(tmp_path, monkeypatch, make_model):
+    make_model("FT-Last", num_classes=2, train_size=32).save_pretrained(tmp_path / "adapter")
+    image = write_image(tmp_path / "1.png")
+    done = run(["predict", "--adapter", tmp_path / "adapter", image], tmp_path / "log", processes=2)
+    assert done.returncode == 0 and done.stderr.count("1.png") == 1, done.stderr
+    assert (tmp_path / "log.1").read_text() == ""
+    for verb, options in (("report", [tmp_path]), ("memory", ["--backbone.name", "nothing"])):
+        for rank in (0, 1):
+            for name, value in as_launched(rank, 2, free_port()).items():
+                monkeypatch.setenv(name, value)
+            done = run_cli(verb, *options)
+            assert (done.returncode, done.stderr.count("tinytl-hf: error: ")) == ((0, 0) if rank else (1, 1))
+            assert rank or not {"WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
+
+
 def test_runs_in_a_thread_and_one_after_the_other_with_another_precision_and_accumulation(colour_folder, tmp_path):
     options = [
         {"mixed_precision": "bf16"},

@@ -150,6 +150,12 @@ def execute(argv: list[str]) -> None:
     if VERBS[parsed.subcommand].has_data_options:
         given = parser.parse_args(argv, defaults=False)[parsed.subcommand].get("data", Namespace())
         values.given = list(given.keys())
+    if not VERBS[parsed.subcommand].is_shared and "LOCAL_RANK" in os.environ:
+        if not is_main_process():
+            return
+        from tinytl_hf.device import forget_launch
+
+        forget_launch()
     from tinytl_hf.hub.client import bound_waiting
 
     bound_waiting()

@@ -248,6 +248,7 @@ class Verb:
         options: Dataclasses whose fields are its options; those of a run can come from a file, too.
         takes: What it takes besides options, or None.
         has_data_options: Whether it has the options of a run's data, with what its adapter says as defaults.
+        is_shared: Whether the processes of a launch share its work; else the first does all of it.
     """
 
     does: Callable[[Namespace], None]
@@ -255,6 +256,7 @@ class Verb:
     options: tuple[type, ...]
     takes: Argument | None = None
     has_data_options: bool = False
+    is_shared: bool = False
 
 
 IMAGES = Argument("images", "IMAGE", "Files, folders, patterns, or - for an image on standard input.", "+")
@@ -263,8 +265,14 @@ RUNS = Argument("runs", "RUN", "Folders of finished runs.", "+")
 RUN = Argument("run", "RUN", "Folder of a finished run.")
 
 VERBS = {
-    "train": Verb(_train, "train an adapter", (Config,)),
-    "eval": Verb(_eval, "evaluate an adapter, by default on the data it names", (EvalConfig,), has_data_options=True),
+    "train": Verb(_train, "train an adapter", (Config,), is_shared=True),
+    "eval": Verb(
+        _eval,
+        "evaluate an adapter, by default on the data it names",
+        (EvalConfig,),
+        has_data_options=True,
+        is_shared=True,
+    ),
     "memory": Verb(
         _memory, "measure the training memory of every method, lean and stock", (MemoryTableConfig, Config)
     ),

@@ -27,6 +27,8 @@ from tinytl_hf.words import counted
 logger = logging.getLogger(__name__)
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # set by `accelerate launch` and `torchrun`
+# What tells a process that others work with it.
+LAUNCHED_AS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 # What `accelerate launch` sets for ways of training that runs do not have, and the values that stand for none of them.
 NOT_SUPPORTED = {
     "ACCELERATE_DYNAMO_BACKEND": "torch.compile (--dynamo_backend)",
@@ -149,6 +151,12 @@ def check_launch() -> None:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision.lower() not in PRECISIONS:
         raise TinyTLError(f"ACCELERATE_MIXED_PRECISION={precision}: use {', '.join(PRECISIONS)}")
+
+
+def forget_launch() -> None:
+    """Let this process, and those that it starts, work alone: Accelerate would wait for the others of a launch."""
+    for name in LAUNCHED_AS:
+        os.environ.pop(name, None)
 
 
 def say_what_launch_settings_do(mixed_precision: str | None, accumulation_steps: int) -> None:

@@ -6,7 +6,6 @@ first take the same.
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, replace
 from multiprocessing import get_all_start_methods, get_context
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tinytl_hf.config.run import Config
-from tinytl_hf.device import forward_in_parts, seconds_since
+from tinytl_hf.device import forget_launch, forward_in_parts, seconds_since
 from tinytl_hf.lean.evaluation import evaluated_by_chains
 from tinytl_hf.measure.measured_step import random_batch
 from tinytl_hf.measure.memory import build
@@ -26,8 +25,6 @@ from tinytl_hf.model import TinyTLModel
 
 TRAINING = "tinytl_hf.train.loop"  # the module that imports what a training does
 PASSES = 2  # of an accumulated step that are taken
-# What tells a process that others train with it; one that measures does so alone.
-LAUNCHED_AS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -83,8 +80,7 @@ def measure_step(
 
 
 def _take_step(config: Config, classes: int, photo_size: tuple[int, int], repeats: int) -> FreshStep:
-    for name in LAUNCHED_AS:
-        os.environ.pop(name, None)
+    forget_launch()
     before, options = process_high_water(), config.train
     batch = options.global_batch_size // options.gradient_accumulation_steps
     passes = min(PASSES, options.gradient_accumulation_steps)
