@@ -302,6 +302,10 @@ def test_more_epochs_say_that_the_curve_changes(colour_folder, tmp_path):
     rates = [line["lr"] for line in metrics(tmp_path / "run")]
     done = resume(colour_folder, tmp_path / "run", *cosine, "2")
     assert "in place of" not in done.stderr and rates[0] > rates[1] > 0
+    mixed = ["--train.schedule", "constant", "--train.mixup", "0.2", "--train.epochs"]
+    assert resume(colour_folder, tmp_path / "mixed", *mixed, "1").returncode == 0
+    done = resume(colour_folder, tmp_path / "mixed", *mixed, "2")
+    assert "in place of 1: the changing of the images now spans that many" in done.stderr
 
 
 def other_processes(data, tmp_path, method, before, after):

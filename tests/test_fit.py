@@ -82,6 +82,14 @@ def test_a_budget_that_nothing_fits_ends_with_the_least_that_works(colour_folder
         (["--memory_mb", "8", "--backbone.name", "nothing"], "backbone.name=nothing"),
         (["--memory_mb", "8", "--train_sizes", "[]"], "train_sizes=[]: use sizes"),
         (["--memory_mb", "8", "--train_sizes", "[96, 16]"], " train_sizes=16: mobilenet_v2 reduces an image 32"),
+        (
+            ["--memory_mb", "8", "--train.mixup", "0.2", "--train.global_batch_size", "15"],
+            "train.global_batch_size=15: mixup and cutmix blend pairs; use an even number",
+        ),
+        (
+            ["--memory_mb", "8", "--train.warmup_epochs", "25"],
+            "train.warmup_epochs=25.0: use 0 or more, and less than",
+        ),
         (["--memory_mb", "8", "--train_sizes", "[96, 4000]"], " train_sizes=4000: use 2048 or less"),
     ],
 )

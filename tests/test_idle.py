@@ -134,6 +134,14 @@ def test_an_option_that_others_leave_nothing_to_do_is_named(config, works, name)
         (Config(data=DataConfig(eval_fraction=0.3)), WHOLE, DRAWN, "data.eval_fraction"),
         (Config(data=DataConfig(split_seed=3)), WHOLE, WHOLE._replace(draws=True), "data.split_seed"),
         (Config(data=DataConfig(split_seed=3)), WHOLE, WHOLE._replace(holds_out=True), "data.split_seed"),
+        (trained(class_weights="balanced"), DRAWN._replace(alike=True), DRAWN, "train.class_weights"),
+        (Config(memory=MemoryConfig(cuda_graph=False)), DRAWN._replace(has_gpu=False), DRAWN, "memory.cuda_graph"),
+        (
+            Config(data=DataConfig(max_eval_samples=99)),
+            DRAWN._replace(takes_all=("data.max_eval_samples",)),
+            DRAWN,
+            "data.max_eval_samples",
+        ),
         (Config(overwrite=True), RESUMED, RESUMED._replace(in_place=False), "overwrite"),
         (Config(adapter=AdapterOptions(init="x")), RESUMED, DRAWN, "adapter.init"),
     ],
@@ -218,8 +226,15 @@ def test_an_evaluation_names_the_options_that_are_of_training(caplog):
 
 def test_a_run_says_it_in_one_line_and_that_it_starts(colour_folder, tmp_path):
     options = ["--method", "FT-Last", "--train.mixup", "0.2", "--lite.norm", "group", "--train.resume", "auto"]
+    options += ["--data.workers", "3", "--train.class_weights", "balanced", "--data.split_seed", "4"]
+    options += ["--data.max_train_samples", "24", "--data.max_eval_samples", "11"]
     lines = run_cli(*small_run(colour_folder, tmp_path / "run", *options, "--train.epochs", "1")).stderr
-    assert "set, and of no effect: lite.norm=group (FT-Last has no lite residuals)\n" in lines
+    of_no_effect = [line.partition(": ")[2] for line in lines.splitlines() if line.startswith("set, and of no effect")]
+    assert of_no_effect == [
+        "lite.norm=group (FT-Last has no lite residuals); train.class_weights=balanced (all classes have as many "
+        "training images); data.max_eval_samples=11 (there are fewer)",
+        "data.workers=3 (all decoded images stay in memory)",
+    ]
     assert "images are changed or blended in all epochs" in lines and "1 epoch of 3 steps" in lines
     assert f"train.resume=auto: there is no checkpoint in {tmp_path / 'run'}, so the run starts" in lines
 

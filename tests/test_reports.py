@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 
@@ -15,6 +16,7 @@ from PIL import Image
 from shared import run_cli, small_run
 
 from tinytl_hf.reports.compare import _pictures
+from tinytl_hf.reports.finished_run import read_run
 
 PEAK = {"frozen_weights": 9, "trained_weights": 1, "gradients": 1, "optimizer_state": 2, "kept_activations": 4}
 
@@ -359,6 +361,14 @@ def test_pictures_of_rows_with_long_and_like_names_have_files_of_their_own(runs)
     done = run_cli("compare", *(runs / f"last{seed}" for seed in range(3)), "--output", runs / "out")
     assert done.returncode == 0, done.stderr
     assert len(list((runs / "out").glob("confusion_*.png"))) == 3
+
+
+def test_folders_with_spaces_can_be_told_apart_in_the_table(runs, tmp_path):
+    names = sorted(folder for folder in runs.iterdir() if read_run(folder).method == "FT-Last")
+    places = [shutil.copytree(run, tmp_path / f"my {number}") for number, run in enumerate(names)]
+    assert run_cli("compare", *places, "--output", tmp_path / "out").returncode == 0
+    (row,) = csv.DictReader((tmp_path / "out" / "compare.csv").read_text().splitlines())
+    assert len(places) > 1 and shlex.split(row["runs"]) == [str(place) for place in places]
 
 
 def test_a_picture_keeps_its_name_beside_one_whose_name_is_longer():

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain, count
@@ -254,7 +255,7 @@ def _tables(comparison: Comparison, left_out: list[str]) -> dict[str, bytes]:
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, list(plain[0]))
     writer.writeheader()
-    writer.writerows({**values, "runs": " ".join(values["runs"])} for values in plain)
+    writer.writerows({**values, "runs": shlex.join(values["runs"])} for values in plain)
     lines = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *map(_cells, comparison.rows)]
     markdown = [_as_markdown(cells) for cells in lines]
     texts = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tinytl_hf.adapter.build import network_without_values
 from tinytl_hf.config.fit import FitConfig
-from tinytl_hf.config.recipe import epochs_for
+from tinytl_hf.config.recipe import resolve
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.yaml12 import dump_yaml
 from tinytl_hf.data.sets import Opened, open_data
@@ -25,7 +25,7 @@ from tinytl_hf.network.backbones import check_size, check_takes, takes
 from tinytl_hf.network.blocks import convert_blocks
 from tinytl_hf.network.methods import METHODS, possible_methods
 from tinytl_hf.train.fresh_step import TRAINING, FreshStep, measure_step, quick_processes
-from tinytl_hf.train.plans import Plan, families, sizes_to_try
+from tinytl_hf.train.plans import Plan, families, passes_of, sizes_to_try
 from tinytl_hf.train.search import Budget, DataFacts, Family, Row, search
 from tinytl_hf.train.warm_start import has_place_for, trained_by
 
@@ -73,15 +73,18 @@ def fit(config: Config, options: FitConfig) -> Fit:
         raise TinyTLError("fit: no budget; name --memory_mb, for a training step, or --process_mb")
     if config.train.cache_features:
         logger.info("train.cache_features is not used: steps are measured with images as they come")
+    if not passes_of(config):
+        batch = f"train.global_batch_size={config.train.global_batch_size}"
+        raise TinyTLError(f"{batch}: mixup and cutmix blend pairs; use an even number")
     options, blocks = fitted_to_backbone(options, config)
     opened = open_data(config.data)
+    epochs = resolve(config, len(opened.train.labels)).train.plan.epochs
     facts = {size: facts_of(opened, config, size) for size in sizes_to_try(options, config.data.train_size)}
     import_module(TRAINING)  # so that this process has resident what a training has
     seconds = None if options.minutes is None else options.minutes * 60
     step = None if options.memory_mb is None else options.memory_mb * MB
     budget = Budget(step, process, seconds, base=process_high_water())
     tried = make_families(config, options, blocks, facts, budget)
-    epochs = config.train.epochs or epochs_for(len(opened.train.labels))
     rows = list(search(tried, lambda row: row.training(epochs)))
     if not rows:
         rows = [_least(tried)]

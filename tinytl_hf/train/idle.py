@@ -41,6 +41,9 @@ class Facts(NamedTuple):
         steps: Optimizer steps an epoch.
         holds_out: Whether it evaluates on a part of the training split.
         draws: Whether it trains or evaluates on a random subset.
+        takes_all: The options of the two that leave nothing out, as there are not so many images.
+        alike: Whether all classes have as many training images.
+        has_gpu: Whether it runs on CUDA.
         goes_on: Whether it goes on from a checkpoint.
         in_place: Whether it does so in the folder of that checkpoint.
     """
@@ -48,6 +51,9 @@ class Facts(NamedTuple):
     steps: int
     holds_out: bool = True
     draws: bool = True
+    takes_all: tuple[str, ...] = ()
+    alike: bool = False
+    has_gpu: bool = True
     goes_on: bool = False
     in_place: bool = False
 
@@ -132,9 +138,12 @@ def rules_of_run(config: Config, facts: Facts) -> list[Idle]:
             options.checkpoint_every >= epochs * facts.steps,
             f"of {counted(epochs * facts.steps, 'step')}, and each epoch ends with a checkpoint",
         ),
+        Idle(("train.class_weights",), facts.alike, "all classes have as many training images"),
         Idle(("train.gradient_checkpointing",), config.method == "FT-Last", "FT-Last goes back through no block"),
         Idle(("backbone.frozen_weights",), all_trains, f"{config.method} freezes no weight"),
         Idle(("memory.backend", "memory.slice_mb"), not config.memory.lean, "memory.lean is off"),
+        Idle(("memory.cuda_graph",), not facts.has_gpu, "of a GPU alone"),
+        Idle(facts.takes_all, True, "there are fewer"),
         Idle(("data.crop_scale",), caches, "train.cache_features takes no random crops"),
         Idle(("data.start_size",), data.start_size == data.train_size, "it is data.train_size"),
         Idle(("data.start_size",), epochs == 1, "an only epoch has images of data.train_size"),
@@ -145,6 +154,15 @@ def rules_of_run(config: Config, facts: Facts) -> list[Idle]:
         Idle(("overwrite",), facts.in_place, "train.resume goes on with the run that is there"),
         Idle(("hub.repo", "hub.private"), not config.hub.push, "hub.push is not on"),
     ]
+
+
+def rules_of_reading(streams: bool) -> list[Idle]:
+    """What can have nothing to do in a training once its images are read.
+
+    Args:
+        streams: Whether those of a split are decoded each time they are used.
+    """
+    return [Idle(("data.workers",), not streams, "all decoded images stay in memory")]
 
 
 def can_stop_early(options: TrainConfig) -> bool:

@@ -48,6 +48,12 @@ class Inputs:
             held["test"] = self.test_images.in_memory
         return DataMemory(held, self.train_images.photo_size)
 
+    @property
+    def streams(self) -> bool:
+        """Whether the images of a split are decoded each time they are used."""
+        images = (self.train_images, self.eval_images, self.test_images)
+        return any(isinstance(each, StreamedImages) for each in images)
+
     def found(self, opened: Opened) -> dict[str, Any]:
         """What the data set holds, for the results, with the images among it that could not be read."""
         found = opened.found.to_json()

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
@@ -42,7 +43,7 @@ from tinytl_hf.train import checkpoint
 from tinytl_hf.train.budget import within_budget
 from tinytl_hf.train.checkpoint import Progress
 from tinytl_hf.train.finish import save_adapters
-from tinytl_hf.train.idle import Facts, can_stop_early, check_trains, rules_of_run, say_idle
+from tinytl_hf.train.idle import Facts, can_stop_early, check_trains, rules_of_reading, rules_of_run, say_idle
 from tinytl_hf.train.inputs import Inputs, read_inputs
 from tinytl_hf.train.output_dir import (
     TRACKED_AS,
@@ -78,8 +79,9 @@ def set_up(config: Config, held: ExitStack) -> Run:
     resume_from = checkpoint.find(config)
     set_seed(config.seed)
     model = make_model(config, opened.train.label_names, resume_from)
-    log_recipe(asked, config, opened, resume_from)
+    log_recipe(asked, config, opened, resume_from, accelerator.device)
     inputs = read_inputs(accelerator, model, opened, config)
+    say_idle(asked, rules_of_reading(inputs.streams))
     images = len(inputs.train_images)
     shuffled = batches.ShuffledBatches(
         images, options.global_batch_size, options.gradient_accumulation_steps, config.seed
@@ -274,7 +276,7 @@ def go_on(
     return progress
 
 
-def log_recipe(asked: Config, config: Config, opened: Opened, resume_from: Path | None) -> None:
+def log_recipe(asked: Config, config: Config, opened: Opened, resume_from: Path | None, device: torch.device) -> None:
     """Say what is trained with: what was asked for, what was settled of the rest, and what of it does nothing."""
     options, data, images = config.train, config.data, len(opened.train.labels)
     steps = -(-images // options.global_batch_size)
@@ -288,14 +290,30 @@ def log_recipe(asked: Config, config: Config, opened: Opened, resume_from: Path 
     if changes.epochs:
         which = "all epochs" if changes.epochs == epochs else f"the first {changes.epochs} of {epochs} epochs"
         logger.info("images are changed or blended in %s", which)
+    takes_all = _options_that_take_all(config, opened)
+    asked_for = {"data.max_train_samples": data.max_train_samples, "data.max_eval_samples": data.max_eval_samples}
+    of_class = np.bincount(opened.train.labels)
     facts = Facts(
         steps,
         holds_out=opened.evaluation.held_out,
-        draws=data.max_train_samples is not None or data.max_eval_samples is not None,
+        draws=any(most is not None and name not in takes_all for name, most in asked_for.items()),
+        takes_all=takes_all,
+        alike=len(set(of_class[of_class > 0])) == 1,
+        has_gpu=device.type == "cuda",
         goes_on=resume_from is not None,
         in_place=resume_from is not None and checkpoint.is_of(resume_from, Path(config.output_dir)),
     )
     say_idle(asked, rules_of_run(config, facts))
+
+
+def _options_that_take_all(config: Config, opened: Opened) -> tuple[str, ...]:
+    """Which of the most images to train and to evaluate on are more than there are."""
+    evaluated = [len(split.labels) for split in (opened.evaluation, opened.test) if split is not None]
+    pairs = {
+        "data.max_train_samples": (config.data.max_train_samples, len(opened.train.labels)),
+        "data.max_eval_samples": (config.data.max_eval_samples, max(evaluated)),
+    }
+    return tuple(name for name, (most, found) in pairs.items() if most is not None and found < most)
 
 
 def log_conditions(accelerator: Accelerator, config: Config) -> None:
