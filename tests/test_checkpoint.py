@@ -18,6 +18,7 @@ from tinytl_hf.config.recipe import resolve
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.sets import earlier_sha256, open_data, sha256
 from tinytl_hf.device import make_accelerator
+from tinytl_hf.measure.metrics import compute_metrics
 from tinytl_hf.step import make_optimizer
 from tinytl_hf.train import checkpoint
 from tinytl_hf.train.checkpoint import Progress, find_damage
@@ -191,6 +192,34 @@ def test_going_on_from_before_a_better_epoch_leaves_its_adapter_behind(colour_fo
     assert done.returncode == 0 and len(metrics(output)) == 1, done.stderr
     kept = load_file(output / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(kept[name], tensor) for name, tensor in load_file(first / "delta.safetensors").items())
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "is_gone"),
+    [((0.9, 0.8), False), ((0.8, 0.9, 0.7), False), ((0.9, 0.6, 0.7), True)],
+)
+def test_the_best_epoch_is_lost_only_if_its_adapter_is_and_that_is_said(
+    accuracies, is_gone, colour_folder, tmp_path, monkeypatch
+):
+    """The checkpoint of the last epoch but one goes on where no adapter is left."""
+    of_epochs, before = iter(accuracies), len(accuracies) - 1
+
+    def compute(*arguments, tables=False, **options):
+        figures = compute_metrics(*arguments, tables=tables, **options)
+        return figures if tables else {**figures, "accuracy": next(of_epochs)}
+
+    monkeypatch.setattr("tinytl_hf.train.loop.compute_metrics", compute)
+    options = [*OPTIONS, "--train.schedule", "constant", "--train.lr", "1e-2", "--train.epochs"]
+    first = tmp_path / "first"
+    assert run_cli(*small_run(colour_folder, first, *options, before)).returncode == 0
+    last = checkpoints(first)[-1]
+    weights = load_file(last / "delta.safetensors")
+    shutil.rmtree(first / "adapter")
+    done = run_cli(*small_run(colour_folder, tmp_path / "on", *options, before + 1, "--train.resume", last))
+    assert done.returncode == 0, done.stderr
+    assert ("the adapter of the best epoch so far (accuracy 0.9000) is gone" in done.stderr) == is_gone
+    kept = load_file(tmp_path / "on" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in weights.items()) != is_gone
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])

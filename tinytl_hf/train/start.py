@@ -269,7 +269,13 @@ def go_on(
     accelerator.wait_for_everyone()  # all have seen that, before it is written
     if is_missing or is_of_later_epoch:
         # Resumed into another folder, and the best so far is not in the first, or from before a better epoch.
-        if config.adapter.keep == "best":
+        is_best = progress.batch == 0 and progress.epochs_since_best == 0  # which the checkpoint has itself
+        if config.adapter.keep == "best" and not is_best:
+            if progress.best_accuracy >= 0:
+                logger.warning(
+                    "the adapter of the best epoch so far (accuracy %.4f) is gone: the best is chosen from here on",
+                    progress.best_accuracy,
+                )
             progress.best_accuracy, progress.epochs_since_best = -1.0, 0
         save_adapters(model, config, record, [ADAPTER], accelerator)
     accelerator.wait_for_everyone()  # the main process writes it, and all will read it
