@@ -97,24 +97,33 @@ def image_rows(
 def byte_sizes(rows: datasets.Dataset) -> np.ndarray:
     """The size of each image's file in bytes, without reading one; -1 of a file that is not there."""
     sizes: list[int] = []
-    for table in rows.with_format("arrow").iter(batch_size=SIZES_AT_ONCE):
-        for images in table.column("image").chunks:
-            held, paths = (pyarrow.compute.struct_field(images, name) for name in ("bytes", "path"))
-            lengths = pyarrow.compute.binary_length(held).to_pylist()
-            sizes += [
-                length if length is not None else _size_of_file(path)
-                for length, path in zip(lengths, paths.to_pylist(), strict=True)
-            ]
+    for held, paths in _parts(rows):
+        lengths = pyarrow.compute.binary_length(held).to_pylist()
+        sizes += [
+            length if length is not None else _size_of_file(path)
+            for length, path in zip(lengths, paths.to_pylist(), strict=True)
+        ]
     return np.array(sizes, dtype=np.int64)
 
 
 def image_paths(rows: datasets.Dataset) -> list[str | None]:
     """The path of each image, or what it was called before it came into the table, without reading one."""
-    paths: list[str | None] = []
+    return [path for _, paths in _parts(rows) for path in paths.to_pylist()]
+
+
+def image_files(rows: datasets.Dataset) -> list[str | None]:
+    """The file of each image, without reading one; None of those that are in the table itself."""
+    files: list[str | None] = []
+    for held, paths in _parts(rows):
+        files += pyarrow.compute.if_else(held.is_null(), paths, None).to_pylist()
+    return files
+
+
+def _parts(rows: datasets.Dataset) -> Iterator[tuple[pyarrow.Array, pyarrow.Array]]:
+    """The bytes and the paths of images, some at a time."""
     for table in rows.with_format("arrow").iter(batch_size=SIZES_AT_ONCE):
         for images in table.column("image").chunks:
-            paths += pyarrow.compute.struct_field(images, "path").to_pylist()
-    return paths
+            yield pyarrow.compute.struct_field(images, "bytes"), pyarrow.compute.struct_field(images, "path")
 
 
 def _size_of_file(path: str | None) -> int:

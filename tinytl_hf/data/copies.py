@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from tinytl_hf.data.columns import byte_sizes
+from tinytl_hf.data.columns import byte_sizes, image_files
 from tinytl_hf.data.split import READ_WHOLE, Split, contents
 from tinytl_hf.words import counted
 
@@ -29,19 +29,30 @@ def about_copies(train: Split, evaluated: Sequence[Split]) -> list[str]:
 def same_files(splits: Sequence[Split]) -> list[list[tuple[Split, int]]]:
     """Images that are one file byte for byte: of each such file, the splits and positions where it is.
 
-    Files of one size are read to know, if they are no more than :data:`READ_WHOLE` bytes.
+    Files of one size are read to know, if they are no more than :data:`READ_WHOLE` bytes; of more, those that several
+    rows name are known by their paths.
     """
     sizes = [byte_sizes(split.rows) for split in splits]
     distinct, counts = np.unique(np.concatenate(sizes), return_counts=True)
     several = distinct[(counts > 1) & (distinct > 0)]
     places = [np.flatnonzero(np.isin(each, several)) for each in sizes]
-    if sum(each[place].sum() for each, place in zip(sizes, places, strict=True)) > READ_WHOLE:
-        return []
-    found: dict[bytes, list[tuple[Split, int]]] = {}
+    is_read = sum(each[place].sum() for each, place in zip(sizes, places, strict=True)) <= READ_WHOLE
+    found: dict[bytes | str, list[tuple[Split, int]]] = {}
     for split, place in zip(splits, places, strict=True):
-        for number, content in zip(place.tolist(), contents(split, place), strict=True):
-            found.setdefault(hashlib.sha256(content).digest(), []).append((split, number))
+        marks: Iterable[bytes | str | None] = _hashes(split, place) if is_read else _paths(split, place)
+        for number, mark in zip(place.tolist(), marks, strict=True):
+            if mark is not None:
+                found.setdefault(mark, []).append((split, number))
     return [group for group in found.values() if len(group) > 1]
+
+
+def _hashes(split: Split, places: np.ndarray) -> Iterator[bytes]:
+    return (hashlib.sha256(content).digest() for content in contents(split, places))
+
+
+def _paths(split: Split, places: np.ndarray) -> list[str | None]:
+    """The files of images; None for one that is in the table itself."""
+    return image_files(split.rows.select(places))
 
 
 def _in_two_classes(splits: Sequence[Split]) -> list[tuple[str, str]]:
@@ -64,7 +75,7 @@ def _labelled(split: Split, number: int) -> str:
 def count_shared(one: Split, other: Split) -> int:
     """How many images of a part of a data set are in another: the same rows, or the same files byte for byte.
 
-    Files are compared where those of one size are no more than :data:`READ_WHOLE` bytes.
+    Files are compared where those of one size are no more than :data:`READ_WHOLE` bytes, else their paths.
     """
     same = one.name == other.name
     shared = np.isin(one.numbers, other.numbers) if same else np.zeros(len(one.labels), dtype=bool)
@@ -72,6 +83,9 @@ def count_shared(one: Split, other: Split) -> int:
     ours = np.flatnonzero(np.isin(sizes, others) & (sizes > 0) & ~shared)
     theirs = np.flatnonzero(np.isin(others, sizes[ours]))
     if sizes[ours].sum() + others[theirs].sum() <= READ_WHOLE:
-        known = {hashlib.sha256(content).digest() for content in contents(other, theirs)}
-        shared[ours] = [hashlib.sha256(content).digest() in known for content in contents(one, ours)]
+        known = set(_hashes(other, theirs))
+        shared[ours] = [digest in known for digest in _hashes(one, ours)]
+    else:
+        paths = {path for path in _paths(other, theirs) if path is not None}
+        shared[ours] = [path in paths for path in _paths(one, ours)]
     return int(shared.sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -45,15 +46,21 @@ def hold_out(split: Split, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
             "copies are held out, or trained on, together",
             counted(copies, "image is a copy", "images are copies"),
         )
-    is_held_out = np.isin(firsts, leaders[_held_out(split.labels[leaders], config)])
+    labels, sizes = split.labels[leaders], np.unique(firsts, return_counts=True)[1]
+    is_held_out = np.isin(firsts, leaders[_without_most(_held_out(labels, config), labels, sizes)])
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 def _firsts_of_copies(split: Split) -> np.ndarray:
     """``[N]`` positions: for each image of the first among those that are copies of one another, else of itself."""
-    groups = [*copies_by_names(split), *([number for _, number in group] for group in same_files([split]))]
+    alike = [[number for _, number in group] for group in same_files([split])]
+    files = _firsts(alike, len(split.labels))
+    return _firsts([*alike, *copies_by_names(split, files)], len(split.labels))
+
+
+def _firsts(groups: Sequence[Sequence[int]], count: int) -> np.ndarray:
+    """``[count]`` for each number the first of those that it is in a group with, directly or through others."""
     pairs = np.array([(group[0], other) for group in groups for other in group[1:]], dtype=np.int64).reshape(-1, 2)
-    count = len(split.labels)
     _, components = connected_components(coo_array((np.ones(len(pairs)), pairs.T), shape=(count, count)))
     _, first, inverse = np.unique(components, return_index=True, return_inverse=True)
     return first[inverse]
@@ -97,6 +104,16 @@ def _held_out(labels: np.ndarray, config: DataConfig) -> np.ndarray:
             *(config.eval_fraction, f"{len(held_out):,}", f"{len(labels):,}"),
         )
     return held_out
+
+
+def _without_most(held_out: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """``held_out``, where an image whose copies are most of its class is exchanged for another of it."""
+    found = set(held_out.tolist())
+    of_class = np.bincount(labels, weights=sizes)
+    for position in held_out[2 * sizes[held_out] > of_class[labels[held_out]]].tolist():
+        others = [other for other in np.flatnonzero(labels == labels[position]).tolist() if other not in found]
+        found = (found - {position}) | set(others[:1]) if others else found
+    return np.array(sorted(found))
 
 
 def _one_of_each(images: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
