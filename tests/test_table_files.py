@@ -1,5 +1,7 @@
 """Files that hold tables: the images that they name, splits of which one lacks columns, and saved data sets."""
 
+import shutil
+
 import datasets
 import pandas as pd
 import pytest
@@ -198,3 +200,52 @@ def test_a_folder_whose_readme_names_its_files_is_read_as_it_is_now(tmp_path):
         table = pd.DataFrame({"image": [png(number) for number in range(8)], "label": labels * 4})
         table.to_parquet(root / "data" / "train-0.parquet")
         assert opened(root).train.label_names == labels
+
+
+def numbered(names, images=8):
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+    rows = {"image": [{"bytes": png(n), "path": None} for n in range(images)], "label": [0, 1] * (images // 2)}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+@pytest.mark.parametrize("names", [["dog", "cat"], ["cat", "dog", "emu"], None])
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "readme"])
+def test_files_that_number_their_classes_otherwise_are_refused(kind, names, tmp_path):
+    suffix = "arrow" if kind == "arrow" else "parquet"
+    table = numbered(names or ["cat", "dog"])
+    table = table if names else table.cast_column("label", datasets.Value("int64"))
+    for name, each in (("train-0", numbered(["cat", "dog"])), ("train-1", table)):
+        file = tmp_path / "data" / f"{name}.{suffix}"
+        file.parent.mkdir(exist_ok=True)
+        if kind == "arrow":
+            each.save_to_disk(tmp_path / "saved" / name)
+            shutil.copy(next((tmp_path / "saved" / name).glob("*.arrow")), file)
+        else:
+            each.to_parquet(file)
+    if kind == "readme":
+        files = "".join(f"  - split: {s}\n    path: train-{n}.parquet\n" for n, s in enumerate(("train", "test")))
+        (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n- config_name: all\n  data_files:\n{files}---\n")
+    number, one, other = {2: (0, "'dog'", "'cat'"), 3: (2, "'emu'", "no class"), 0: (0, "no class", "'cat'")}[
+        len(names or "")
+    ]
+    with pytest.raises(TinyTLError, match=f"train-1.{suffix} has {one} for {number} in column label, and .* {other};"):
+        opened(tmp_path / "data")
+
+
+def test_files_that_number_their_classes_alike_are_one_split(tmp_path):
+    for number in range(2):
+        numbered(["cat", "dog"]).to_parquet(tmp_path / f"train-{number}.parquet")
+    train = opened(tmp_path).train
+    assert train.label_names == ["cat", "dog"] and len(train.labels) == 8
+
+
+def test_metadata_in_parquet_has_the_names_of_its_classes(tmp_path):
+    features = datasets.Features(file_name=datasets.Value("string"), label=datasets.ClassLabel(names=["dog", "cat"]))
+    for number in range(8):
+        write_image(tmp_path / f"{number}.png", size=(8, 8), seed=number)
+    rows = {"file_name": [f"{number}.png" for number in range(8)], "label": [0, 1] * 4}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "metadata.parquet")
+    train = opened(tmp_path).train
+    assert train.label_names == ["cat", "dog"]
+    odd = [int(image["path"].removesuffix(".png")[-1]) % 2 for image in train.rows["image"]]
+    assert [train.label_names[label] for label in train.labels] == [("dog", "cat")[number] for number in odd]

@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import pandas as pd
+import pyarrow.parquet
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.almost_splits import say_odd_names
@@ -24,7 +25,7 @@ from tinytl_hf.data.labels import check_one_kind
 from tinytl_hf.data.listing import Listing
 from tinytl_hf.data.pointers import check_is_here
 from tinytl_hf.data.roles import chosen_splits, role_of
-from tinytl_hf.data.table_files import with_whole_numbers
+from tinytl_hf.data.table_files import class_names, with_whole_numbers
 from tinytl_hf.disk import path_of
 from tinytl_hf.errors import TinyTLError, first_line
 
@@ -85,7 +86,7 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
         elif path.lower().endswith(".jsonl"):
             frame = pd.DataFrame(json_columns([str(place)]), dtype=object)
         else:
-            frame = pd.read_parquet(place)
+            frame = _read_parquet(place)
     except TinyTLError:
         raise
     except Exception as error:  # damaged files can make pandas raise almost anything
@@ -111,6 +112,15 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
             name if name in there else spelled.get(_with_slashes(as_label(name.rstrip())), name) for name in names
         ]
     frame[FILE_NAME] = names
+    return frame
+
+
+def _read_parquet(place: Path) -> pd.DataFrame:
+    """A parquet file with the names of classes in place of the numbers that stand for them."""
+    frame = pd.read_parquet(place)
+    for column, names in class_names(pyarrow.parquet.read_schema(place)).items():
+        known = dict(enumerate(names))  # without a label are those of other numbers, such as -1
+        frame[column] = [known.get(number) for number in frame[column]]
     return frame
 
 

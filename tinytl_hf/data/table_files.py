@@ -9,11 +9,13 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import datasets
 import httpx2
+import pyarrow.ipc
 import pyarrow.parquet
 
 from tinytl_hf.data.columns import FEW, is_string, path_columns
@@ -25,6 +27,7 @@ from tinytl_hf.data.pointers import check_is_here
 from tinytl_hf.disk import StrPath
 from tinytl_hf.errors import TinyTLError, first_line
 
+WITH_CLASSES = ("parquet", "arrow")  # kinds of files that can say which class a number is
 WHOLE = re.compile(r"-?\d+(\.0+)?")
 
 
@@ -63,14 +66,50 @@ def _load_split(files: list[str], kind: str, base: Path) -> datasets.Dataset:
 
 def _check_same_columns(files: list[str]) -> None:
     first, *others = files
-    expected = set(pyarrow.parquet.read_schema(first).names)
+    expected = set(_schema(first).names)
     for other in others:
-        found = set(pyarrow.parquet.read_schema(other).names)
+        found = set(_schema(other).names)
         if found != expected:
             raise TinyTLError(
                 f"{other} has columns {named(sorted(found), shown=FEW)}, and {first} of the same split has "
                 f"{named(sorted(expected), shown=FEW)}; give them the same columns, or name one of the two"
             )
+
+
+def check_same_classes(files: Sequence[str]) -> None:
+    """Raise if files number the classes of a column otherwise: the library datasets takes the names of the first."""
+    first, *others = [file for file in files if TABLES.get(suffix_of(file)) in WITH_CLASSES] or [""]
+    expected = class_names(_schema(first)) if others else {}
+    for other in others:
+        found = class_names(_schema(other))
+        for column in sorted(expected.keys() | found.keys()):
+            ours, theirs = expected.get(column, []), found.get(column, [])
+            if ours != theirs:
+                number = next(n for n, pair in enumerate(zip_longest(ours, theirs)) if len(set(pair)) > 1)
+                calls = [repr(names[number]) if number < len(names) else "no class" for names in (theirs, ours)]
+                raise TinyTLError(
+                    f"{other} has {calls[0]} for {number} in column {column}, and {first} has {calls[1]}; write the "
+                    "names of the classes as texts, or name one of the two"
+                )
+
+
+def _schema(file: str) -> pyarrow.Schema:
+    if suffix_of(file) == ".parquet":
+        return pyarrow.parquet.read_schema(file)
+    try:
+        with pyarrow.memory_map(file) as content:
+            return pyarrow.ipc.open_stream(content).schema
+    except pyarrow.ArrowInvalid:  # of the other format that Arrow has
+        with pyarrow.memory_map(file) as content:
+            return pyarrow.ipc.open_file(content).schema
+
+
+def class_names(schema: pyarrow.Schema) -> dict[str, list[str]]:
+    """Names of the classes that stand for the numbers in a file's columns, as the library datasets writes them."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    features = datasets.Features.from_arrow_schema(schema)
+    return {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
 
 
 def _load(files: list[str], kind: str) -> datasets.Dataset:
@@ -83,7 +122,9 @@ def _load(files: list[str], kind: str) -> datasets.Dataset:
         if len(empty) == len(files):
             return datasets.Dataset(pyarrow.parquet.read_table(files[0]))
         files = [file for file in files if file not in empty]
+    if kind in WITH_CLASSES and len(files) > 1:
         _check_same_columns(files)
+        check_same_classes(files)
     patterns = [glob.escape(file) for file in files]
     return datasets.load_dataset(kind, state_of(files), data_files={"train": patterns})["train"]
 

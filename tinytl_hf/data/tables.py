@@ -34,7 +34,7 @@ from tinytl_hf.data.pointers import check_is_here
 from tinytl_hf.data.roles import group_by_split, role_of, role_of_table
 from tinytl_hf.data.saved import is_saved, load_saved, open_saved, saved_below
 from tinytl_hf.data.split_column import by_split_column
-from tinytl_hf.data.table_files import load_tables, state_of, table_at
+from tinytl_hf.data.table_files import check_same_classes, load_tables, state_of, table_at
 from tinytl_hf.data.tables_beside import check_tables_beside, is_to_hand_in, labelling_tables, to_name
 from tinytl_hf.errors import TinyTLError
 
@@ -221,7 +221,10 @@ def _load_tables_in(source: Source, listing: Listing, config: DataConfig) -> Tab
             )
         for name in listing.tables:
             check_is_here(listing.root / name)
-        splits = _load_any(source.name, config, _cache_of(listing))
+        cache = _cache_of(listing)
+        builder = datasets.load_dataset_builder(source.name, config.subset, cache_dir=cache)
+        check_same_classes([str(file) for files in (builder.config.data_files or {}).values() for file in files])
+        splits = _load_any(source.name, config, cache)
     elif saved := saved_below(listing):
         splits = load_saved(listing, saved)
     else:
