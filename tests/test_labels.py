@@ -373,3 +373,23 @@ def test_numbers_are_no_classes_unless_their_column_is_called_so(kind, tmp_path)
     assert opened(file, label_column="width").found.classes == ["8", "16"]
     write(table.assign(kind=["cat", "dog"] * 12))
     assert opened(file).found.classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+@pytest.mark.parametrize("name", ["class", "class_id", "Target", "y"])
+def test_numbers_called_classes_are_asked_about_beside_texts_of_another_name(name, kind, tmp_path):
+    def write(**columns):
+        table, file = pd.DataFrame({"image": paths, name: [0, 1] * 12, **columns}), tmp_path / f"x.{kind}"
+        options = {"csv": {"index": False}, "jsonl": {"orient": "records", "lines": True}}.get(kind, {})
+        getattr(table, "to_json" if kind == "jsonl" else f"to_{kind}")(file, **options)
+        return file
+
+    paths = [f"{number}.png" for number in range(24)]
+    for number, path in enumerate(paths):
+        write_image(tmp_path / path, size=(8, 8), seed=number)
+    cameras = ["a", "b", "b", "a"] * 6
+    with pytest.raises(TinyTLError, match=f"data.label_column: camera, {name} all fit; name one"):
+        opened(write(camera=cameras))
+    assert opened(write(camera=cameras), label_column=name).found.classes == ["0", "1"]
+    assert opened(write(animal=["cat", "dog"] * 12)).found.classes == ["cat", "dog"]  # the names of those numbers
+    assert opened(write(species=cameras)).found.classes == ["a", "b"]

@@ -34,6 +34,11 @@ SPLIT = "split"
 OF_WEBDATASET = "cls"
 KEY = "__key__"  # of WebDataset, too
 NO_LABELS = {KEY, "__url__", "file_name"}  # they name an image each
+CALLED_CLASSES = re.compile(
+    r"(class(es)?|target|category|labels?|y|gt|ground[-_ ]?truth|diagnosis|grade|species|breed)"
+    r"([-_ ]?(id|idx|index|no|num(ber)?|code|name)s?)?",
+    re.I,
+)
 STRINGS = {"string", "large_string", "string_view"}
 SEEN = 100  # rows that are looked at for a value
 SIZES_AT_ONCE = 10_000  # rows
@@ -133,7 +138,8 @@ def _size_of_file(path: str | None) -> int:
 def label_column(table: datasets.Dataset, config: DataConfig, image_column: str) -> str:
     """The named column, else ``label``, else the only one of classes, else WebDataset's, else the one of texts.
 
-    Numbers are counts and sizes as often as classes, so that no column of them is taken unless it is called so.
+    Numbers are counts and sizes as often as classes, so that no column of them is taken unless it is called so. One
+    that is called ``class`` or ``target`` is asked about, where the only texts may be those of cameras.
     """
     if config.label_column is not None:
         return _chosen(table, "label_column", config.label_column)
@@ -148,6 +154,7 @@ def label_column(table: datasets.Dataset, config: DataConfig, image_column: str)
         classes = _repeating(table, [name for name in texts if name not in {*NO_LABELS, image_column}])
         check_one_class(table, classes)
         classes = [name for name in classes if not (is_of_texts(table) and _are_all(NUMBER, table, name))]
+        classes += _numbers_called_classes(table, classes[0]) if len(classes) == 1 else []
     if len(classes) == 1:
         return classes[0]
     if classes:
@@ -167,6 +174,20 @@ def _whole_numbers(table: datasets.Dataset) -> list[str]:
     else:
         found = [name for name, feature in table.features.items() if getattr(feature, "dtype", "") in INTEGERS]
     return _repeating(table, [name for name in found if name not in NO_LABELS])
+
+
+def _numbers_called_classes(table: datasets.Dataset, guessed: str) -> list[str]:
+    """Columns of numbers that are called as classes are, where the only one of texts is not and says other things."""
+    if CALLED_CLASSES.fullmatch(guessed):
+        return []
+    called_so = [name for name in _whole_numbers(table) if CALLED_CLASSES.fullmatch(name)]
+    texts = table[guessed][:] if called_so else []
+    return [name for name in called_so if not _is_one_to_one(table[name][:], texts)]
+
+
+def _is_one_to_one(numbers: Sequence[Any], texts: Sequence[Any]) -> bool:
+    """Whether each number stands for one text, and each text for one number."""
+    return len(set(zip(numbers, texts, strict=True))) == len(set(numbers)) == len(set(texts))
 
 
 def _repeating(table: datasets.Dataset, columns: list[str]) -> list[str]:
