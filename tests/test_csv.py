@@ -122,7 +122,7 @@ def test_columns_and_texts_without_end_are_not_listed_to_the_end(tmp_path):
     )
     with pytest.raises(
         TinyTLError,
-        match=r"no column of label, pixel0, .* and 765 more fits.*; if label, pixel0 and 783 more are the pixels",
+        match=r"no column of label, pixel0, .* and 765 more fits.*; if pixel0, pixel1 and 782 more are the pixels",
     ) as error:
         opened(tmp_path / "x.csv")
     assert len(str(error.value)) < 500

@@ -197,14 +197,15 @@ def test_folders_without_an_image_are_named(tmp_path):
 
 def test_every_suffix_that_pillow_reads_is_read(tmp_path):
     names = ["a.avif", "b.MPO", "c.webp", "d.JPG", "e.tiff", "f.bmp", "g.gif", "h.jp2", "i.ppm", "j.tga"]
+    names += ["k.pjpeg", "l.PJP"]
     for folder in ("cat", "dog"):
         for name in names:
-            kind = "JPEG" if name.endswith("MPO") else None
+            kind = "JPEG" if name.endswith(("MPO", "pjpeg", "PJP")) else None
             (tmp_path / folder).mkdir(exist_ok=True)
-            Image.new("RGB", (9, 9), "red").save(tmp_path / folder / name, kind)
+            Image.new("RGB", (9, 9), (255, names.index(name), 0)).save(tmp_path / folder / name, kind)
     train, _ = open_data(DataConfig(dataset=str(tmp_path), eval_fraction=0.1))[:2]
     images = read_images(train, DataConfig(), 32)
-    assert len(images) == 18 and min(image[0].float().mean() for image in images.images) > 200
+    assert len(images) == 21 and min(image[0].float().mean() for image in images.images) > 200
 
 
 @pytest.mark.parametrize(

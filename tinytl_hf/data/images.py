@@ -31,13 +31,13 @@ FORMATS = [name for name in Image.ID if name != "EPS"]  # Pillow hands EPS files
 _NOT_READ = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows no more than the header of the others
 IMAGE_SUFFIXES = frozenset(
     suffix for suffix, name in Image.EXTENSION.items() if name in {*Image.OPEN, "MPO"} and name not in _NOT_READ
-)
+) | {".pjpeg", ".pjp"}  # JPEG files, as Chrome calls some
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 # What holds pictures and Pillow cannot read: it is counted where it is left out.
 UNREAD_SUFFIXES = {
     *HEIF_SUFFIXES,
-    *(".svg", ".eps", ".jxl", ".wmf", ".emf", ".dcm", ".xcf"),
-    *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".srw"),
+    *(".svg", ".eps", ".jxl", ".wmf", ".emf", ".dcm", ".xcf", ".exr", ".hdr", ".psb"),
+    *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".srw", ".3fr"),
     *(".npy", ".npz", ".pdf", ".nii", ".mp4", ".mov", ".avi", ".mkv", ".webm"),
 } - IMAGE_SUFFIXES
 
