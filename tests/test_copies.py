@@ -10,6 +10,7 @@ from shared import write_image
 from test_beside import folders
 from test_tables import opened
 
+from tinytl_hf import TinyTLError
 from tinytl_hf.data import copies
 from tinytl_hf.data.changed_copies import original_name
 
@@ -24,7 +25,13 @@ from tinytl_hf.data.changed_copies import original_name
             ("{}_new30degFlipLR", True),
             ("{}_aug_3", True),
         ],
-        *[("{}_Blurred_2", True), ("flipped_{}", True), ("{}_hflip_noise", True), ("{}_jpg.rf.0a1b2c", True)],
+        *[
+            ("{}_crop_12_0", True),
+            ("{}_Blurred_2", True),
+            ("flipped_{}", True),
+            ("{}_hflip_noise", True),
+            ("{}_jpg.rf.0a1b2c", True),
+        ],
         *[("{}_2", False), ("{}_front", False), ("rain{}flip", False), ("dark", False)],
     ],
 )
@@ -46,6 +53,15 @@ def test_changed_copies_on_both_sides_of_a_split_are_named_and_held_out_together
     if told:
         held_out = {original_name(image["path"]) for image in data.evaluation.rows["image"]}
         assert len(data.evaluation.labels) == 4 and len(held_out) == len(set(data.evaluation.labels)) == 2
+
+
+def test_the_images_that_are_held_out_are_counted_with_their_copies(tmp_path, caplog):
+    names = [f"{label}/{number}{copy}" for label in ("cat", "dog") for number in range(4) for copy in ("", "_flip")]
+    folders(tmp_path, [f"{name}.png" for name in names])
+    assert len(opened(tmp_path, eval_fraction=0.1).evaluation.labels) == 4
+    assert "one of each is held out, 4 of 16 images" in caplog.text
+    with pytest.raises(TinyTLError, match=r"leaves fewer of 16 images to train on than one of each class; use 0\.75"):
+        opened(tmp_path, eval_fraction=0.9)
 
 
 @pytest.mark.parametrize("kind", ["same file", "same file in a table", "other format"])

@@ -357,9 +357,10 @@ def test_a_sheet_is_told_to_be_saved_as_csv(suffix, root):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
-def test_numbers_are_no_classes_unless_their_column_is_called_so(kind, tmp_path):
+@pytest.mark.parametrize(("name", "values"), [("width", [8, 16]), ("sold", [True, False])])
+def test_numbers_and_truths_are_no_classes_unless_their_column_is_called_so(name, values, kind, tmp_path):
     paths = [str(write_image(tmp_path / f"{number}.png", size=(8, 8), seed=number)) for number in range(24)]
-    table = pd.DataFrame({"image": paths, "width": [8, 16] * 12, "number": range(24)})
+    table = pd.DataFrame({"image": paths, name: values * 12, "number": range(24)})
     file = tmp_path / f"x.{kind}"
     write = {
         "csv": lambda table: table.to_csv(file, index=False),
@@ -367,10 +368,10 @@ def test_numbers_are_no_classes_unless_their_column_is_called_so(kind, tmp_path)
         "jsonl": lambda table: table.to_json(file, orient="records", lines=True),
     }[kind]
     write(table)
-    fix = r"if the whole numbers of width are classes, name the column, as --data.label_column width"
-    with pytest.raises(TinyTLError, match=rf"data.label_column: no column of image, width, number fits.*; {fix}"):
+    fix = f"if the numbers or truths of {name} are classes, name the column, as --data.label_column {name}"
+    with pytest.raises(TinyTLError, match=f"data.label_column: no column of image, {name}, number fits.*; {fix}"):
         opened(file)
-    assert opened(file, label_column="width").found.classes == ["8", "16"]
+    assert opened(file, label_column=name).found.classes == [str(value) for value in sorted(values)]
     write(table.assign(kind=["cat", "dog"] * 12))
     assert opened(file).found.classes == ["cat", "dog"]
 
@@ -390,6 +391,8 @@ def test_numbers_called_classes_are_asked_about_beside_texts_of_another_name(nam
     cameras = ["a", "b", "b", "a"] * 6
     with pytest.raises(TinyTLError, match=f"data.label_column: camera, {name} all fit; name one"):
         opened(write(camera=cameras))
+    with pytest.raises(TinyTLError, match=f"data.label_column: camera, {name} all fit; name one"):
+        opened(write(camera=cameras, **{name: [True, False] * 12}))
     assert opened(write(camera=cameras), label_column=name).found.classes == ["0", "1"]
     assert opened(write(animal=["cat", "dog"] * 12)).found.classes == ["cat", "dog"]  # the names of those numbers
     assert opened(write(species=cameras)).found.classes == ["a", "b"]

@@ -232,6 +232,33 @@ def test_files_that_number_their_classes_otherwise_are_refused(kind, names, tmp_
         opened(tmp_path / "data")
 
 
+@pytest.mark.parametrize(
+    ("first", "other", "found", "expected"),
+    [
+        ([True, False], [0, 2], "numbers", "true and false"),  # else 2 is read as true
+        ([0, 2], [True, False], "true and false", "numbers"),
+        (["a", "b"], [True, False], "true and false", "texts"),
+        (["1", "2"], [1.0, 2.0], "numbers", "texts"),
+        (pd.Categorical(["a", "b"]), [1, 2], "numbers", "texts"),
+    ],
+)
+def test_files_with_other_kinds_of_labels_are_refused(first, other, found, expected, tmp_path):
+    for number, labels in enumerate((first, other)):
+        rows = {"image": [png(2 * number), png(2 * number + 1)], "label": labels}
+        pd.DataFrame(rows).to_parquet(tmp_path / f"train-{number}.parquet")
+    with pytest.raises(TinyTLError, match=f"train-1.parquet has {found} in column label, and .*-0.* has {expected};"):
+        opened(tmp_path)
+
+
+def test_files_whose_numbers_are_of_other_types_are_one_split(tmp_path):
+    for number, labels in enumerate(
+        ([0, 1] * 10, [0.0, 1.0] * 10, [None] * 20)
+    ):  # pandas writes floats beside nothing
+        rows = {"image": [png(20 * number + i) for i in range(20)], "label": [0, 1] * 10, "size": labels}
+        pd.DataFrame(rows).to_parquet(tmp_path / f"train-{number}.parquet")
+    assert opened(tmp_path).train.label_names == ["0", "1"]
+
+
 def test_files_that_number_their_classes_alike_are_one_split(tmp_path):
     for number in range(2):
         numbered(["cat", "dog"]).to_parquet(tmp_path / f"train-{number}.parquet")

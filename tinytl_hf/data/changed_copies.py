@@ -16,11 +16,11 @@ from tinytl_hf.words import counted
 
 logger = logging.getLogger(__name__)
 
-# What programs that write changed copies of images put into their names, such as 90deg, flipLR, rotated, aug_3.
+# What programs that write changed copies of images put into their names, such as 90deg, flipLR, aug_3, crop_12_0.
 _CHANGE = (
     r"(new)?(\d+ ?deg(rees?)?|rot(at(ed?|ion))?|([hv]|lr|ud)?[-_]?flip(ped)?([-_]?([hv]|lr|tb|ud))?|mirror(ed)?|"
     r"aug(mented|mentation)?|crop(ped)?|nois[ey]|blur(red|ry)?|bright(ness|er)?|dark(er)?|contrast|shear(ed)?|"
-    r"zoom(ed)?|shift(ed)?|jitter(ed)?)([-_ ]?\d+)?"
+    r"zoom(ed)?|shift(ed)?|jitter(ed)?)([-_ ]?\d+){0,2}"
 )
 BEHIND = re.compile(rf"([-_ ]{_CHANGE})({_CHANGE}|[-_ ]{_CHANGE})*$", re.I)
 BEFORE = re.compile(rf"^{_CHANGE}[-_ ]+(?=.)", re.I)

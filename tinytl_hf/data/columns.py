@@ -17,7 +17,7 @@ import pyarrow.compute
 from PIL import Image
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.csv_files import NUMBER, WHOLE, is_of_texts
+from tinytl_hf.data.csv_files import NUMBER, TRUTH, WHOLE, is_of_texts
 from tinytl_hf.data.encoded import check_no_base64, pixel_columns
 from tinytl_hf.data.find import suffix_of
 from tinytl_hf.data.found import named
@@ -44,7 +44,7 @@ SEEN = 100  # rows that are looked at for a value
 SIZES_AT_ONCE = 10_000  # rows
 FEW = 20  # rows in which each text may be a class of its own, and columns that an error lists
 BYTES = {"binary", "large_binary"}
-INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+NUMBERS_OR_TRUTHS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)} | {"bool"}
 
 
 class NoLabelsError(TinyTLError):
@@ -138,8 +138,8 @@ def _size_of_file(path: str | None) -> int:
 def label_column(table: datasets.Dataset, config: DataConfig, image_column: str) -> str:
     """The named column, else ``label``, else the only one of classes, else WebDataset's, else the one of texts.
 
-    Numbers are counts and sizes as often as classes, so that no column of them is taken unless it is called so. One
-    that is called ``class`` or ``target`` is asked about, where the only texts may be those of cameras.
+    Numbers and truths say as often what an image has beside its class, so that no column of them is taken unless it is
+    called so. One that is called ``class`` or ``target`` is asked about, where the only texts may be those of cameras.
     """
     if config.label_column is not None:
         return _chosen(table, "label_column", config.label_column)
@@ -153,13 +153,14 @@ def label_column(table: datasets.Dataset, config: DataConfig, image_column: str)
         texts = [name for name, feature in table.features.items() if is_string(feature)]
         classes = _repeating(table, [name for name in texts if name not in {*NO_LABELS, image_column}])
         check_one_class(table, classes)
-        classes = [name for name in classes if not (is_of_texts(table) and _are_all(NUMBER, table, name))]
+        if is_of_texts(table):
+            classes = [name for name in classes if not any(_are_all(kind, table, name) for kind in (NUMBER, TRUTH))]
         classes += _numbers_called_classes(table, classes[0]) if len(classes) == 1 else []
     if len(classes) == 1:
         return classes[0]
     if classes:
         raise _several("label_column", classes)
-    raise _none("label_column", table, [name for name in _whole_numbers(table) if name != image_column])
+    raise _none("label_column", table, [name for name in _numbers_or_truths(table) if name != image_column])
 
 
 def _are_all(kind: re.Pattern[str], table: datasets.Dataset, column: str) -> bool:
@@ -167,20 +168,21 @@ def _are_all(kind: re.Pattern[str], table: datasets.Dataset, column: str) -> boo
     return all(text is None or kind.fullmatch(text.strip()) for text in table[column][:])
 
 
-def _whole_numbers(table: datasets.Dataset) -> list[str]:
-    """Columns of whole numbers that may be classes."""
+def _numbers_or_truths(table: datasets.Dataset) -> list[str]:
+    """Columns of whole numbers, or of true and false, that may be classes."""
     if is_of_texts(table):
-        found = [name for name in table.column_names if _are_all(WHOLE, table, name)]
+        found = [name for name in table.column_names if any(_are_all(kind, table, name) for kind in (WHOLE, TRUTH))]
     else:
-        found = [name for name, feature in table.features.items() if getattr(feature, "dtype", "") in INTEGERS]
+        types = {name: getattr(feature, "dtype", "") for name, feature in table.features.items()}
+        found = [name for name, dtype in types.items() if dtype in NUMBERS_OR_TRUTHS]
     return _repeating(table, [name for name in found if name not in NO_LABELS])
 
 
 def _numbers_called_classes(table: datasets.Dataset, guessed: str) -> list[str]:
-    """Columns of numbers that are called as classes are, where the only one of texts is not and says other things."""
+    """Columns of numbers or truths called as classes are, where the only one of texts is not and says other things."""
     if CALLED_CLASSES.fullmatch(guessed):
         return []
-    called_so = [name for name in _whole_numbers(table) if CALLED_CLASSES.fullmatch(name)]
+    called_so = [name for name in _numbers_or_truths(table) if CALLED_CLASSES.fullmatch(name)]
     texts = table[guessed][:] if called_so else []
     return [name for name in called_so if not _is_one_to_one(table[name][:], texts)]
 
@@ -240,7 +242,7 @@ def _several(key: str, found: Sequence[str]) -> TinyTLError:
     return TinyTLError(f"data.{key}: {named(found, shown=FEW)} all fit; name one, as --data.{key} {found[0]}")
 
 
-def _none(key: str, table: datasets.Dataset, whole_numbers: Sequence[str]) -> TinyTLError:
+def _none(key: str, table: datasets.Dataset, others: Sequence[str]) -> TinyTLError:
     columns = named(table.column_names, shown=FEW)
     if key == "label_column" and KEY in table.column_names:
         return NoLabelsError(
@@ -251,9 +253,8 @@ def _none(key: str, table: datasets.Dataset, whole_numbers: Sequence[str]) -> Ti
     mixed = [name for name, feature in table.features.items() if isinstance(feature, datasets.Json)]
     aside = f" ({named(mixed)} with values of several kinds)" if mixed else ""
     fix = f"name one with --data.{key}"
-    if whole_numbers:
-        first = whole_numbers[0]
-        fix = f"if the whole numbers of {named(whole_numbers)} are classes, name the column, as --data.{key} {first}"
+    if others:
+        fix = f"if the numbers or truths of {named(others)} are classes, name the column, as --data.{key} {others[0]}"
     row = {name: first for name, (_, first) in _seen(table).items() if name.lower() != LABEL}
     pixels = pixel_columns(row) if key == "image_column" else []
     if pixels:

@@ -24,6 +24,7 @@ SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # Ex
 
 WHOLE = re.compile(r"-?\d+(\.0*)?")
 NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[-+]\d+)?|-?inf|nan", re.I)  # as programs write numbers
+TRUTH = re.compile(r"true|false", re.I)
 OF_TEXTS = "csv"  # what the library datasets calls a table's builder, of one whose numbers are texts
 
 

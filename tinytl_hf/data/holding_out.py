@@ -46,8 +46,8 @@ def hold_out(split: Split, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
             "copies are held out, or trained on, together",
             counted(copies, "image is a copy", "images are copies"),
         )
-    labels, sizes = split.labels[leaders], np.unique(firsts, return_counts=True)[1]
-    is_held_out = np.isin(firsts, leaders[_without_most(_held_out(labels, config), labels, sizes)])
+    sizes = np.unique(firsts, return_counts=True)[1]
+    is_held_out = np.isin(firsts, leaders[_held_out(split.labels[leaders], sizes, config)])
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
@@ -80,29 +80,29 @@ def _without_classes_of_one(firsts: np.ndarray, split: Split) -> np.ndarray:
     return np.where(np.isin(split.labels, alike), itself, firsts)
 
 
-def _held_out(labels: np.ndarray, config: DataConfig) -> np.ndarray:
-    """Positions of the images to hold out, of which none is another's copy."""
-    counts = np.bincount(labels)
+def _held_out(labels: np.ndarray, sizes: np.ndarray, config: DataConfig) -> np.ndarray:
+    """Positions to hold out of images of which none is another's copy; ``sizes``: how many images each stands for."""
+    counts, images = np.bincount(labels), sizes.sum()
     rest = np.flatnonzero(counts[labels] > 1)
     if not len(rest):
         raise TinyTLError(
-            f"cannot hold out a part of {len(labels)} images, as each has a class of its own; use more images of each "
+            f"cannot hold out a part of {images} images, as each has a class of its own; use more images of each "
             "class, or name the column of the classes with --data.label_column"
         )
     wanted, classes = math.ceil(config.eval_fraction * len(rest)), int((counts > 1).sum())
     if wanted > len(rest) - classes:
         raise TinyTLError(
-            f"data.eval_fraction={config.eval_fraction}: leaves fewer of {len(labels)} images to train on than one of "
+            f"data.eval_fraction={config.eval_fraction}: leaves fewer of {images} images to train on than one of "
             f"each class; use {math.floor(1000 * (len(rest) - classes) / len(rest)) / 1000:g} or less"
         )
     if wanted >= classes:
-        held_out = train_test_split(rest, test_size=wanted, random_state=config.split_seed, stratify=labels[rest])[1]
-    else:
-        held_out = _one_of_each(rest, labels, config.split_seed)
-        logger.warning(
-            "data.eval_fraction=%s: less than one image of each class, so one of each is held out, %s of %s images",
-            *(config.eval_fraction, f"{len(held_out):,}", f"{len(labels):,}"),
-        )
+        drawn = train_test_split(rest, test_size=wanted, random_state=config.split_seed, stratify=labels[rest])[1]
+        return _without_most(drawn, labels, sizes)
+    held_out = _without_most(_one_of_each(rest, labels, config.split_seed), labels, sizes)
+    logger.warning(
+        "data.eval_fraction=%s: less than one image of each class, so one of each is held out, %s of %s images",
+        *(config.eval_fraction, f"{sizes[held_out].sum():,}", f"{images:,}"),
+    )
     return held_out
 
 

@@ -76,21 +76,54 @@ def _check_same_columns(files: list[str]) -> None:
             )
 
 
-def check_same_classes(files: Sequence[str]) -> None:
-    """Raise if files number the classes of a column otherwise: the library datasets takes the names of the first."""
+def check_alike(files: Sequence[str]) -> None:
+    """Raise if files have other kinds of values in a column, or number its classes otherwise.
+
+    The library datasets reads the values of all as what the first holds: 2 as true, or by the names of its classes.
+    """
     first, *others = [file for file in files if TABLES.get(suffix_of(file)) in WITH_CLASSES] or [""]
-    expected = class_names(_schema(first)) if others else {}
     for other in others:
-        found = class_names(_schema(other))
-        for column in sorted(expected.keys() | found.keys()):
-            ours, theirs = expected.get(column, []), found.get(column, [])
-            if ours != theirs:
-                number = next(n for n, pair in enumerate(zip_longest(ours, theirs)) if len(set(pair)) > 1)
-                calls = [repr(names[number]) if number < len(names) else "no class" for names in (theirs, ours)]
-                raise TinyTLError(
-                    f"{other} has {calls[0]} for {number} in column {column}, and {first} has {calls[1]}; write the "
-                    "names of the classes as texts, or name one of the two"
-                )
+        _check_same_classes(first, other)
+        _check_same_kinds(first, other)
+
+
+def _check_same_kinds(first: str, other: str) -> None:
+    expected, found = _kinds(_schema(first)), _kinds(_schema(other))
+    for column in sorted(expected.keys() & found.keys()):
+        if expected[column] != found[column]:
+            raise TinyTLError(
+                f"{other} has {found[column]} in column {column}, and {first} has {expected[column]}; write values of "
+                "one kind, or name one of the two"
+            )
+
+
+def _kinds(schema: pyarrow.Schema) -> dict[str, str]:
+    """What columns hold, of those that hold truths, numbers or texts."""
+    types = pyarrow.types
+    tests = {
+        "true and false": (types.is_boolean,),
+        "numbers": (types.is_integer, types.is_floating),
+        "texts": (types.is_string, types.is_large_string, types.is_string_view),
+    }
+    return {
+        field.name: kind
+        for field in schema
+        for kind, fits in tests.items()
+        if any(fit(field.type.value_type if types.is_dictionary(field.type) else field.type) for fit in fits)
+    }
+
+
+def _check_same_classes(first: str, other: str) -> None:
+    expected, found = class_names(_schema(first)), class_names(_schema(other))
+    for column in sorted(expected.keys() | found.keys()):
+        ours, theirs = expected.get(column, []), found.get(column, [])
+        if ours != theirs:
+            number = next(n for n, pair in enumerate(zip_longest(ours, theirs)) if len(set(pair)) > 1)
+            calls = [repr(names[number]) if number < len(names) else "no class" for names in (theirs, ours)]
+            raise TinyTLError(
+                f"{other} has {calls[0]} for {number} in column {column}, and {first} has {calls[1]}; write the "
+                "names of the classes as texts, or name one of the two"
+            )
 
 
 def _schema(file: str) -> pyarrow.Schema:
@@ -124,7 +157,7 @@ def _load(files: list[str], kind: str) -> datasets.Dataset:
         files = [file for file in files if file not in empty]
     if kind in WITH_CLASSES and len(files) > 1:
         _check_same_columns(files)
-        check_same_classes(files)
+        check_alike(files)
     patterns = [glob.escape(file) for file in files]
     return datasets.load_dataset(kind, state_of(files), data_files={"train": patterns})["train"]
 

@@ -34,7 +34,7 @@ from tinytl_hf.data.pointers import check_is_here
 from tinytl_hf.data.roles import group_by_split, role_of, role_of_table
 from tinytl_hf.data.saved import is_saved, load_saved, open_saved, saved_below
 from tinytl_hf.data.split_column import by_split_column
-from tinytl_hf.data.table_files import check_same_classes, load_tables, state_of, table_at
+from tinytl_hf.data.table_files import check_alike, load_tables, state_of, table_at
 from tinytl_hf.data.tables_beside import check_tables_beside, is_to_hand_in, labelling_tables, to_name
 from tinytl_hf.errors import TinyTLError
 
@@ -223,7 +223,7 @@ def _load_tables_in(source: Source, listing: Listing, config: DataConfig) -> Tab
             check_is_here(listing.root / name)
         cache = _cache_of(listing)
         builder = datasets.load_dataset_builder(source.name, config.subset, cache_dir=cache)
-        check_same_classes([str(file) for files in (builder.config.data_files or {}).values() for file in files])
+        check_alike([str(file) for files in (builder.config.data_files or {}).values() for file in files])
         splits = _load_any(source.name, config, cache)
     elif saved := saved_below(listing):
         splits = load_saved(listing, saved)
