@@ -106,6 +106,15 @@ def test_saved_sets_in_folders_are_read_without_the_files_of_their_cache(tmp_pat
     assert (len(train.labels), train.label_names, len(test.labels)) == (8, AB, 4)
 
 
+def test_saved_sets_in_folders_may_have_the_places_of_images_alone(tmp_path):
+    paths = [str(write_image(tmp_path / "images" / f"{number}.png", seed=number)) for number in range(8)]
+    for name in ("train", "test"):
+        images = [{"bytes": None, "path": path} for path in paths]
+        datasets.Dataset.from_dict({"image": images, "label": AB * 4}).save_to_disk(tmp_path / "sets" / name)
+    train, test = opened(tmp_path / "sets")[:2]
+    assert [image["path"] for image in train.rows["image"]] == [image["path"] for image in test.rows["image"]] == paths
+
+
 @pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
 def test_a_file_of_another_tool_makes_no_saved_set(name, tmp_path):
     for folder in ("cat", "dog"):

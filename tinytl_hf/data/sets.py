@@ -20,6 +20,7 @@ from tinytl_hf.data.holding_out import hold_out
 from tinytl_hf.data.labels import label_values
 from tinytl_hf.data.odd_classes import about_names
 from tinytl_hf.data.roles import HOLDOUT, find_split, in_order
+from tinytl_hf.data.series import about_series
 from tinytl_hf.data.split import READ_WHOLE, Split, contents
 from tinytl_hf.data.tables import Tables, load
 from tinytl_hf.errors import TinyTLError
@@ -59,7 +60,7 @@ def open_data(config: DataConfig) -> Opened:
     evaluated = [split for split in (opened.evaluation, opened.test) if split is not None]
     of_their_own = [split for split in evaluated if not split.held_out]  # held-out images have their copies with them
     about = (*about_copies(opened.train, evaluated), *about_changed_copies(opened.train, of_their_own))
-    for line in (*opened.warnings, *about):
+    for line in (*opened.warnings, *about, *about_series(opened.train, evaluated)):
         logger.warning("%s", line)
     logger.info("%s", opened.found)
     return opened
