@@ -1,6 +1,7 @@
 """Training runs of seconds, in processes of their own as a user starts them."""
 
 import json
+import logging
 import os
 import signal
 import time
@@ -15,7 +16,11 @@ from started_runs import HANG, Run, checkpoints, delta, metrics, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinytl_hf import TinyTLModel, device, step
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.run import Config, MemoryConfig
 from tinytl_hf.config.train import TrainConfig
+from tinytl_hf.device import make_accelerator
+from tinytl_hf.train import start
 from tinytl_hf.train.checkpoint import find_damage
 from tinytl_hf.train.loop import all_finite
 from tinytl_hf.train.schedule import lr_factor
@@ -288,3 +293,23 @@ def test_an_fp16_adapter_reports_the_figures_of_what_is_on_disk(colour_folder, t
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["accuracy"] == json.loads((tmp_path / "run" / "eval_results.json").read_text())["accuracy"]
     assert TinyTLModel.from_pretrained(tmp_path / "run" / "adapter").config.dtype == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("options", "multiplies", "told"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"train": TrainConfig(mixed_precision="no")}, True, False),
+        ({"train": TrainConfig(mixed_precision="bf16")}, True, False),
+        ({"memory": MemoryConfig(backend="eager")}, True, False),
+        ({"memory": MemoryConfig(lean=False)}, True, False),
+    ],
+)
+def test_where_bf16_is_quicker_a_run_in_fp32_says_so(options, multiplies, told, monkeypatch, caplog):
+    monkeypatch.setattr(start, "has_bf16", lambda device: multiplies)
+    monkeypatch.setattr(start, "chosen", lambda name, device: "native" if name == "auto" else name)
+    config = Config(data=DataConfig(dataset="digits"), **options)
+    with caplog.at_level(logging.INFO):
+        start.log_conditions(make_accelerator(config.train.mixed_precision), config)
+    assert ("--train.mixed_precision bf16 would take less memory and less time here" in caplog.messages) is told

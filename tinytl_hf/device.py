@@ -232,13 +232,6 @@ def check_divides(batch_size: int, key: str, processes: int, accumulation_steps:
         )
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions for bf16: others emulate it, which takes no less time."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
 def memory_limit(root: Path = Path("/")) -> int | None:
     """The most memory that the container or control group of this process may use, in bytes; None: no limit.
 

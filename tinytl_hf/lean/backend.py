@@ -124,6 +124,13 @@ def chosen(name: BackendName, device: torch.device) -> BackendName:
     return name
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the fastest back-end has products of bf16 values there: elsewhere bf16 takes no less time."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and "AVX-512 BF16" in instruction_sets()
+
+
 def check(name: BackendName, device: torch.device) -> None:
     """Raise if a back-end that is named cannot run on a device.
 

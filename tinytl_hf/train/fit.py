@@ -14,9 +14,10 @@ from tinytl_hf.config.recipe import resolve
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.yaml12 import dump_yaml
 from tinytl_hf.data.sets import Opened, open_data
-from tinytl_hf.device import device_of_figures, has_bf16, memory_limit
+from tinytl_hf.device import device_of_figures, memory_limit
 from tinytl_hf.disk import write_text
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.lean.backend import has_bf16
 from tinytl_hf.measure.data_memory import data_memory
 from tinytl_hf.measure.memory import MB
 from tinytl_hf.measure.peak import process_high_water

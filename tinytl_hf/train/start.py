@@ -32,7 +32,7 @@ from tinytl_hf.device import (
 )
 from tinytl_hf.disk import writing
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.lean.backend import chosen, describe
+from tinytl_hf.lean.backend import chosen, describe, has_bf16
 from tinytl_hf.measure.metrics import load_metrics
 from tinytl_hf.measure.results import Evaluated
 from tinytl_hf.model import TinyTLModel
@@ -345,8 +345,17 @@ def log_conditions(accelerator: Accelerator, config: Config) -> None:
         counted(processes, "process", "processes"),
         counted(steps, "step"),
     )
-    if config.engine.lean and chosen(config.engine.backend, accelerator.device) == "triton":
+    backend = chosen(config.engine.backend, accelerator.device)
+    if _is_quicker_in_bf16(config, accelerator, backend):
+        logger.info("--train.mixed_precision bf16 would take less memory and less time here")
+    if config.engine.lean and backend == "triton":
         logger.info("the first steps wait for kernels to be compiled: up to a minute, once for a backbone and machine")
+
+
+def _is_quicker_in_bf16(config: Config, accelerator: Accelerator, backend: str) -> bool:
+    """Whether a run computes in fp32, though nothing says that it is to, where bf16 has products and kernels."""
+    in_fp32 = accelerator.mixed_precision == "no" and config.train.mixed_precision is None
+    return in_fp32 and config.engine.lean and backend != "eager" and has_bf16(accelerator.device)
 
 
 def start_tracker(accelerator: Accelerator, config: Config) -> None:
