@@ -9,7 +9,7 @@ from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.data.changes import Changes, changing_epochs
-from tinytl_hf.step import Loss
+from tinytl_hf.step import Loss, right_answers
 
 IMAGES = 400
 
@@ -104,6 +104,18 @@ def test_a_blend_counts_both_labels_by_their_shares(smoothing):
     targets = shares * F.one_hot(LABELS, 3) + (1 - shares) * F.one_hot(LABELS[[1, 0, 3, 2]], 3)
     loss = Loss(options, LABELS, 3)(LOGITS, batch, 16, changes)
     torch.testing.assert_close(loss, F.cross_entropy(LOGITS, targets, label_smoothing=smoothing))
+
+
+def test_an_answer_on_a_blend_is_as_right_as_the_share_of_its_label():
+    changes, batch = make_changes(mixup=1.0), {"labels": LABELS, "index": torch.tensor([8, 1, 4, 2])}
+    shares = changes.shares(batch["index"], 16)
+    right = right_answers(LOGITS, batch, 16, changes)  # the answers are 0, 2, 1 and 0, all of the image's own label
+    torch.testing.assert_close(right, shares)
+    swapped = right_answers(LOGITS[[1, 0, 3, 2]], batch, 16, changes)  # and here of its neighbour's
+    torch.testing.assert_close(swapped, 1 - shares)
+    assert right_answers(torch.eye(3)[[1, 1, 0, 1]], batch, 16, changes).tolist()[:2] == [0, 0]
+    changes.set_epoch(9)
+    assert right_answers(LOGITS, batch, 16, changes).tolist() == [1, 1, 1, 1]
 
 
 def test_balanced_classes_weigh_alike_whatever_their_number_of_images():

@@ -3,11 +3,16 @@
 import dataclasses
 
 import pytest
+from jsonargparse import ArgumentError
 from shared import run_cli
 
 from tinytl_hf import TinyTLError, cli
 from tinytl_hf.commands import VERBS
-from tinytl_hf.explained import explained
+from tinytl_hf.config.fit import FitConfig
+from tinytl_hf.config.run import Config, flat
+from tinytl_hf.config.train import TrainConfig
+from tinytl_hf.config.verbs import BenchConfig, MemoryTableConfig
+from tinytl_hf.explained import OTHERS, explained
 
 
 @pytest.fixture
@@ -127,3 +132,55 @@ def test_weights_that_are_not_there_are_told_by_the_options_own_name(tmp_path, m
     make_model("FT-Last").save_pretrained(tmp_path)
     done = run_cli("predict", "--adapter", tmp_path, "--weights", "nosuch", "x.png")
     assert done.stderr.startswith("tinytl-hf: error: weights=nosuch: use imagenet")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--train.lr", ""], "train.lr=: use a number or null"),
+        (["--data.workers="], "data.workers=: use a whole number"),
+        (["--config="], "config=: it is empty, as of a variable that is not set; name a file"),
+        (["--config", ""], "config=: it is empty, as of a variable that is not set; name a file"),
+        (["--lr", "1"], "lr: no such option; did you mean train.lr?"),
+        (["--learning-rate", "1"], "learning-rate: no such option; did you mean train.lr?"),
+        (["--train.learning_rate=1"], "train.learning_rate: no such option; did you mean train.lr?"),
+        (["--train.warmup-epochs", "1"], "train.warmup-epochs: no such option; did you mean train.warmup_epochs?"),
+        (["--no-data.flip"], "no-data.flip: no such option; did you mean data.flip?"),
+        (
+            ["--batch_size", "8"],
+            "batch_size: this verb has no such option (eval, memory, export have); it has train.global_batch_size",
+        ),
+        (["a/b c"], "a/b: no option stands before it; --data.dataset a/b names data; see --help"),
+        (["data.dataset=digits"], "data.dataset=digits: write --data.dataset=digits"),
+        (["--data", "digits"], "data=digits: it is a group of options; name one, as --data.dataset digits"),
+        (["--backbone", "x"], "backbone=x: it is a group of options; name one, as --backbone.name x"),
+    ],
+)
+def test_what_was_meant_is_told(words, told):
+    with pytest.raises(ArgumentError) as error:
+        cli.execute(["train", *words])
+    assert explained(error.value, "train") == told
+
+
+def test_what_other_programs_call_an_option_is_one_of_a_run():
+    assert (
+        set(OTHERS.values()) <= flat(Config().to_dict()).keys() and not OTHERS.keys() & flat(Config().to_dict()).keys()
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            lambda: MemoryTableConfig(methods=["FT-Last", "TinyTL-B", "FT-Last"]),
+            "FT-Last is there twice; name it once",
+        ),
+        (lambda: FitConfig(methods=["FT-Last", "FT-Last"]), "FT-Last is there twice"),
+        (lambda: BenchConfig(batch_sizes=[8, 1, 8]), "batch_sizes=.*8 is there twice"),
+        (lambda: BenchConfig(train_sizes=[96, 96]), "train_sizes=.*96 is there twice"),
+        (lambda: TrainConfig(epochs=10**9), "train.epochs=1000000000: use at most 1,000,000"),
+    ],
+)
+def test_what_would_be_measured_twice_or_never_ends_is_refused(options, told):
+    with pytest.raises(TinyTLError, match=told):
+        options()

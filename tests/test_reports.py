@@ -15,8 +15,10 @@ import yaml
 from PIL import Image
 from shared import run_cli, small_run
 
-from tinytl_hf.reports.compare import _pictures
+from tinytl_hf import TinyTLError
+from tinytl_hf.reports.compare import Comparison, _pictures
 from tinytl_hf.reports.finished_run import read_run
+from tinytl_hf.reports.page import render
 
 PEAK = {"frozen_weights": 9, "trained_weights": 1, "gradients": 1, "optimizer_state": 2, "kept_activations": 4}
 
@@ -390,3 +392,65 @@ def test_memory_says_at_its_start_that_a_picture_of_mine_is_there(tmp_path):
     done = run_cli("memory", "--plot", mine, "--backbone.weights", "none")
     assert done.returncode == 1 and f"plot={mine}: is there, and was not written by this command" in done.stderr
     assert mine.read_bytes() == before
+
+
+def test_runs_of_one_seed_have_no_spread_over_seeds(runs):
+    for number in (1, 2):
+        config = yaml.safe_load((runs / f"last{number}" / "config.yaml").read_text())
+        (runs / f"last{number}" / "config.yaml").write_text(yaml.safe_dump({**config, "seed": number // 2}))
+    read = [read_run(runs / f"last{number}") for number in range(3)]
+    accuracies = [run.results["accuracy"] for run in read]
+    (row,) = Comparison(read[:2]).rows  # both of seed 0
+    assert row.seeds == 1 and row.accuracy_std is None and row.accuracy == pytest.approx(np.mean(accuracies[:2]))
+    assert "2 runs of 1 seed, 0" in str(Comparison(read[:2]))
+    (row,) = Comparison(read).rows
+    of_seeds = [np.mean(accuracies[:2]), accuracies[2]]
+    assert row.accuracy == pytest.approx(np.mean(of_seeds)) and row.accuracy_std == pytest.approx(
+        np.std(of_seeds, ddof=1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "figure", "value"),
+    [
+        ("eval_results.json", "accuracy", float("nan")),
+        ("eval_results.json", "ece", float("inf")),
+        ("metrics.jsonl", "seconds", float("nan")),
+        ("metrics.jsonl", "loss", float("-inf")),
+    ],
+)
+def test_what_is_no_number_is_no_figure(file, figure, value, runs):
+    path = runs / "last0" / file
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    (lines[0]["eval"] if figure == "loss" else lines[0])[figure] = value
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(TinyTLError, match=f"is damaged: {file}: {figure} is no number"):
+        read_run(runs / "last0")
+
+
+def test_epochs_that_took_no_time_are_damaged(runs):
+    path = runs / "last0" / "metrics.jsonl"
+    lines = [json.loads(line) | {"seconds": 0.0} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(TinyTLError, match=r"is damaged: metrics.jsonl: its epochs took no time"):
+        read_run(runs / "last0")
+
+
+@pytest.mark.parametrize(("lines", "patience"), [(slice(1, None), None), (slice(0, 1), None), (slice(1, None), 5)])
+def test_lines_that_are_lost_are_said_to_be(lines, patience, runs):
+    run, whole = runs / "last0", read_run(runs / "last0")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["train"]["patience"] = patience
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert whole.what_is_missing == "" and "lacks" not in str(Comparison([whole]))
+    kept = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[lines]
+    (run / "metrics.jsonl").write_text("".join(kept))
+    told = "metrics.jsonl lacks 1 of 2 epochs; curves, images/s and training time are of the rest"
+    assert f"{run}: {told}" in str(Comparison([read_run(run)])) and told in render(read_run(run))
+
+
+def test_an_option_of_another_type_in_a_config_is_no_path(runs):
+    config = yaml.safe_load((runs / "last0" / "config.yaml").read_text())
+    config["data"]["dataset"] = 5
+    (runs / "last0" / "config.yaml").write_text(yaml.safe_dump(config))
+    assert len(Comparison([read_run(runs / "last0"), read_run(runs / "last1")]).rows) == 2

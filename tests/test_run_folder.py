@@ -208,3 +208,38 @@ def test_where_no_folder_can_be_the_run_ends_with_one_line_and_changes_nothing(n
 
 def files(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_the_rate_of_an_epoch_is_that_of_train_lr_whatever_the_roles_have(colour_folder, tmp_path):
+    options = ["--train.epochs", "1", "--train.lr", "0.01", "--train.warmup_epochs", "0"]
+    rates = []
+    for name, factor in (("plain", "1"), ("head", "3")):
+        done = run_cli(
+            *small_run(colour_folder, tmp_path / name, *OPTIONS, *options, "--train.lr_factors.head", factor)
+        )
+        assert done.returncode == 0, done.stderr
+        rates += [line["lr"] for line in metrics(tmp_path / name)]
+    assert rates == [0.01, 0.01]
+    assert (metrics(tmp_path / "plain")[0]["train"]["loss"]) != (metrics(tmp_path / "head")[0]["train"]["loss"])
+
+
+def test_the_config_of_a_run_that_replaced_another_replaces_none(finished, colour_folder):
+    done = run_cli(*small_run(colour_folder, finished, *OPTIONS, "--train.epochs", "1", "--overwrite", "true"))
+    assert done.returncode == 0 and len(metrics(finished)) == 1, done.stderr
+    before = (finished / "metrics.jsonl").read_bytes()
+    done = run_cli("train", "--config", finished / "config.yaml")
+    assert done.returncode == 1 and f"output_dir={finished}: holds a run already" in done.stderr
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_metrics_that_were_changed_are_said_to_be(finished, colour_folder):
+    lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (finished / "metrics.jsonl").write_text(lines[0] + lines[1][:30] + "\n" + lines[2])
+    done = go_on(colour_folder, finished, "auto", "--train.epochs", "4")
+    assert (
+        done.returncode == 1 and "wrote, or not as it is now; choose another folder, or move that away" in done.stderr
+    )
+    (finished / "metrics.jsonl").unlink()
+    done = go_on(colour_folder, finished, "auto", "--train.epochs", "4")
+    assert done.returncode == 0 and "metrics.jsonl lacks 3 of the 3 epochs done" in done.stderr
+    assert [line["epoch"] for line in metrics(finished)] == [4]

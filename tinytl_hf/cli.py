@@ -175,13 +175,14 @@ def _with_config_first(argv: list[str]) -> list[str]:
     others: list[str] = []
     words = iter(argv)
     for word in words:
-        name, equals, value = word.partition("=")
-        if name == "--config" and not equals:
-            value = next(words, "")
-        if name == "--config" and value:
+        name, equals, text = word.partition("=")
+        value = text if equals else next(words, None) if name == "--config" else None
+        if name != "--config" or value is None:  # of one at the end the parser says that a file is missing
+            others.append(word)
+        elif value:
             files.append(value)
         else:
-            others.append(word)
+            raise ArgumentError(None, "config=: it is empty, as of a variable that is not set; name a file")
     for file in files:
         _check_file(file, VERBS[verb].options)
     at = others.index(verb) + 1
@@ -207,6 +208,8 @@ def _check_file(file: str, kinds: Sequence[type]) -> None:
         raise ArgumentError(None, f"config={file}: cannot be read as YAML: {error}") from error
     if values is None:
         raise ArgumentError(None, f"config={file}: empty config file: it sets no option")
+    if not isinstance(values, dict):
+        raise ArgumentError(None, f"config={file}: holds no options by name; write them as `method: TinyTL-B`")
     twice = [name for name, count in Counter(_names(values)).items() if count > 1]
     if twice:  # of which the parser would take the last
         raise ArgumentError(None, f"config={file}: {twice[0]} is there twice, with and without a dot; leave one")

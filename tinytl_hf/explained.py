@@ -22,6 +22,19 @@ KINDS = {
     "NoneType": "null",
 }
 
+# What Transformers, PEFT and timm call options of a run.
+OTHERS = {
+    "learning_rate": "train.lr",
+    "num_train_epochs": "train.epochs",
+    "batch_size": "train.global_batch_size",
+    "per_device_train_batch_size": "train.global_batch_size",
+    "model": "backbone.name",
+    "model_name_or_path": "backbone.name",
+    "img_size": "data.train_size",
+    "warmup_ratio": "train.warmup_epochs",
+    "warmup_steps": "train.warmup_epochs",
+}
+
 
 def explained(error: Exception, verb: str | None) -> str:
     """What went wrong with a command of this verb and how to mend it, without the library's own layout."""
@@ -32,13 +45,18 @@ def explained(error: Exception, verb: str | None) -> str:
         return _with_own_names(text, verb)
     if not isinstance(error, ArgumentError):
         return f"{type(error).__name__}: {text} (unexpected: --debug shows where)"
-    unknown = re.search(r"does not accept option '([^']+)'|unrecognized arguments: -*([\w.]+)", text)
+    unknown = re.search(r"does not accept option '([^']+)'|unrecognized arguments: (-*)([^\s=]+)", text)
+    if unknown and unknown[2] == "":
+        return _no_option(text.partition("unrecognized arguments: ")[2].split()[0], verb)
     if unknown:
-        return _no_such_option(unknown[1] or unknown[2], verb)
+        return _no_such_option(unknown[1] or unknown[3], verb)
     text = re.sub(r"<class '([^']+)'>", r"\1", text).replace("typing.", "")
     text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
     if text.startswith("adapter: Unable to load config"):
         return "adapter: train makes one; --adapter.init PATH_OR_NAME goes on from another"
+    if group := re.match(r"(\w+): Unable to load config '([^']*)'", text):
+        example = next(name for name in flat(Config().to_dict()) if name.startswith(f"{group[1]}."))
+        return f"{group[1]}={group[2]}: it is a group of options; name one, as --{example} {group[2]}"
     return _with_fix(text)
 
 
@@ -56,10 +74,10 @@ def _with_own_names(text: str, verb: str | None) -> str:
 def _with_fix(text: str) -> str:
     """What is wrong with an option's value, with a value of the right form where that is not plain to see."""
     key, colon, _ = text.partition(": ")
-    value = re.split(r"(?:Got|Given) value: ", text)[-1]
+    value = re.split(r"(?:Got|Given) value:(?: |$)", text)[-1]
     if not colon or value == text:
         return text
-    expected = re.split(r" Errors: |\.? (?:Got|Given) value: ", text)[0]  # the library cuts the value out of the rest
+    expected = re.split(r" Errors: |\.? (?:Got|Given) value:", text)[0]  # the library cuts the value out of the rest
     if "NoneType" in expected and value.lower() == "none":
         return f"{key}={value}: use null"
     if "Expected a tuple" in text:
@@ -84,12 +102,26 @@ def _no_such_option(key: str, verb: str | None) -> str:
     options = {name: _options(name) for name in VERBS}
     own = options[verb] if verb is not None else [name for names in options.values() for name in names]
     last = key.rpartition(".")[2]
-    near = [last] if last in own else difflib.get_close_matches(key, own, n=1)
+    spelled = key.replace("-", "_")
+    word = spelled.rpartition(".")[2]
+    alike = [name for name in own if name == spelled or name.rpartition(".")[2] == word]
+    theirs = [OTHERS[word]] if OTHERS.get(word) in own else []
+    near = [last] if last in own else alike or theirs or difflib.get_close_matches(spelled, own, n=1)
     owners = [name for name, names in options.items() if key in names]
     if owners:
         has = f"{', '.join(owners)} {'have' if len(owners) > 1 else 'has'}"
-        return f"{key}: this verb has no such option ({has}){f'; it has {last}' if last in own else ''}"
+        own_name = last if last in own else "".join(theirs)
+        return f"{key}: this verb has no such option ({has}){f'; it has {own_name}' if own_name else ''}"
     return f"{key}: no such option{f'; did you mean {near[0]}?' if near else '; see --help'}"
+
+
+def _no_option(word: str, verb: str | None) -> str:
+    """What to say of a word that no option stands before."""
+    own = [] if verb is None else _options(verb)
+    if word.partition("=")[0] in own:
+        return f"{word}: write --{word}"
+    of_data = f"; --data.dataset {word} names data" if "data.dataset" in own else ""
+    return f"{word}: no option stands before it{of_data}; see --help"
 
 
 def _options(name: str) -> list[str]:

@@ -126,6 +126,19 @@ class Loss:
         return losses if self.weights is None else losses * self.weights.to(labels.device)[labels]
 
 
+def right_answers(logits: Tensor, batch: Mapping[str, Tensor], size: int, changes: Changes) -> Tensor:
+    """How right the answer of each image is ``[N]``: 1 or 0 or, of a blend, the share of it that has that label.
+
+    Arguments are those of :meth:`Loss.__call__`.
+    """
+    labels, answers = batch["labels"], logits.argmax(1)
+    right = (answers == labels).float()
+    if not (changes.acts and changes.mixes):
+        return right
+    others = (answers == labels[changes.partners(len(labels), labels.device)]).float()
+    return torch.lerp(others, right, changes.shares(batch["index"], size))
+
+
 class MuonAdamW(AdamW):
     """AdamW that leaves the groups with ``matrices`` to PyTorch's Muon, which takes matrices only.
 

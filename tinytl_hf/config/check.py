@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral, Real
 from os import PathLike, fspath
 from types import UnionType
@@ -17,6 +18,12 @@ def check(holds: bool, key: str, value: object, fix: str) -> None:
     """Raise unless an option's value holds, with what to do."""
     if not holds:
         raise TinyTLError(f"{key}={value}: {fix}")
+
+
+def check_once(key: str, values: Sequence[object]) -> None:
+    """Raise if a value stands twice in a list of what is to be measured, which would cost time and tell nothing."""
+    twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
+    check(twice is None, key, values, f"{twice} is there twice; name it once")
 
 
 def check_types(config: object, prefix: str = "") -> None:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tinytl_hf.config.check import check, check_text, check_types, expand_paths
+from tinytl_hf.config.check import check, check_once, check_text, check_types, expand_paths
 from tinytl_hf.config.network import MethodName
 
 
@@ -38,6 +38,7 @@ class FitConfig:
             value = getattr(self, name)
             check(value is None or 0 < value < float("inf"), name, value, "use a number above 0, or null")
         check(bool(self.methods), "methods", self.methods, "name one or more")
+        check_once("methods", self.methods)
         sizes = self.train_sizes
         check(sizes is None or (bool(sizes) and min(sizes) >= 1), "train_sizes", sizes, "use sizes in px, such as 224")
         if self.output is not None:

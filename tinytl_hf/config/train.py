@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 from tinytl_hf.config.check import check, check_types, expand_paths
 from tinytl_hf.config.engine import Engine
 
+MOST_EPOCHS = 1_000_000  # more than anybody trains: a slip, as of a finger
+
 
 class Plan(NamedTuple):
     """What a run is about to do.
@@ -114,6 +116,8 @@ class TrainConfig:
         for name in at_least_one:
             value = getattr(self, name)
             check(value is None or value >= 1, f"train.{name}", value, "use 1 or more")
+        fits = self.epochs is None or self.epochs <= MOST_EPOCHS
+        check(fits, "train.epochs", self.epochs, f"use at most {MOST_EPOCHS:,}; train.patience can end them earlier")
         check(self.checkpoint_every >= 0, "train.checkpoint_every", self.checkpoint_every, "use 0 or more steps")
         check(
             self.global_batch_size % self.gradient_accumulation_steps == 0,

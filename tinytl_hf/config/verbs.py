@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tinytl_hf.config.check import check, check_text, check_types, expand_paths
+from tinytl_hf.config.check import check, check_once, check_text, check_types, expand_paths
 from tinytl_hf.config.network import MethodName
 
 
@@ -149,6 +149,7 @@ class MemoryTableConfig:
         expand_paths(self, "plot")
         check_types(self)
         check(self.methods is None or bool(self.methods), "methods", self.methods, "name one or more, or null for all")
+        check_once("methods", self.methods or [])
         for name in ("batch_size", "num_classes", "repeats"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
         is_size = self.photo_size is None or re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.photo_size) is not None
@@ -182,6 +183,7 @@ class BenchConfig:
         for name in ("train_sizes", "batch_sizes"):
             values = getattr(self, name)
             check(bool(values) and min(values) >= 1, name, values, "use numbers of 1 or more")
+            check_once(name, values)
         check(self.repeats >= 1, "repeats", self.repeats, "use 1 or more")
 
 

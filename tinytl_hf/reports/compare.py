@@ -22,6 +22,7 @@ from tinytl_hf.errors import TinyTLError, one_line
 from tinytl_hf.reports.finished_run import FinishedRun, read_run
 from tinytl_hf.reports.plots import MB, SOFTWARE, AccuracyMemory, draw_accuracy_memory, draw_confusion, draw_curves
 from tinytl_hf.reports.table import aligned
+from tinytl_hf.words import counted
 
 # Runs that differ in these options alone are one row: the seed, and what changes no figure.
 NOT_COMPARED = {
@@ -160,7 +161,7 @@ def _options(runs: Iterable[dict[str, Any]]) -> list[str]:
 def _compared(run: FinishedRun) -> dict[str, Any]:
     options = {key: value for key, value in run.config.items() if key not in NOT_COMPARED and key[:4] != "hub."}
     for key in ("data.dataset", "backbone.weights", "adapter.init"):
-        if options[key] is not None and expanded(options[key]).exists():
+        if isinstance(options[key], str) and expanded(options[key]).exists():
             options[key] = str(local_path(options[key]))  # however it was spelled
     results, labels = run.results, run.results["label_names"]
     images = f"{results.get('n')} ({str(results.get('sha256'))[:8]})"
@@ -169,14 +170,17 @@ def _compared(run: FinishedRun) -> dict[str, Any]:
 
 
 def _row(name: str, runs: Sequence[FinishedRun]) -> Row:
-    accuracies = [run.results["accuracy"] for run in runs]
+    of_seed: dict[Any, list[float]] = {}  # a seed that ran twice counts once
+    for run in runs:
+        of_seed.setdefault(run.config.get("seed"), []).append(run.results["accuracy"])
+    accuracies = [mean(each) for each in of_seed.values()]
     return Row(
         name=name,
         trained_parameters=runs[0].results.get("trained_parameters"),
         adapter_mb=runs[0].adapter_bytes / MB,
         accuracy=mean(accuracies),
-        accuracy_std=stdev(accuracies) if len(runs) > 1 else None,
-        seeds=len({run.config.get("seed") for run in runs}),
+        accuracy_std=stdev(accuracies) if len(accuracies) > 1 else None,
+        seeds=len(accuracies),
         peak_mb=_peak_mb(runs, runs[0].engine),
         stock_peak_mb=_peak_mb(runs, "stock"),
         images_per_second=sum(run.images for run in runs) / sum(run.seconds for run in runs),
@@ -218,11 +222,12 @@ def _notes(runs: Sequence[FinishedRun], groups: dict[str, list[FinishedRun]]) ->
     for name, members in groups.items():
         seeds = [run.config.get("seed") for run in members]
         if len(set(seeds)) < len(seeds):
-            notes.append(f"{name}: {len(seeds)} runs of {len(set(seeds))} seeds, {_values(seeds)}")
+            notes.append(f"{name}: {len(seeds)} runs of {counted(len(set(seeds)), 'seed')}, {_values(seeds)}")
         lengths = {len(run.epochs) for run in members}
         if len(lengths) > 1:  # by train.patience
             least, most = min(lengths), max(lengths)
             notes.append(f"{name}: runs of {least} to {most} epochs; curves show the first {least}, which all have")
+    notes += [f"{run.folder}: {run.what_is_missing}" for run in runs if run.what_is_missing]
     firsts = [_compared(members[0]) for members in groups.values()]
     for key in _options(firsts):
         found = _values(first.get(key) for first in firsts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tinytl_hf.reports.run_folder import (
     read_metrics,
     seconds_of,
 )
+from tinytl_hf.words import counted
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,17 @@ class FinishedRun:
     def images(self) -> float:
         """Images trained on, over all epochs."""
         return images_of(self.epochs)
+
+    @property
+    def what_is_missing(self) -> str:
+        """That lines of ``metrics.jsonl`` are lost, and what that does to figures; empty where all are there."""
+        planned, last = self.config["train.epochs"], self.epochs[-1]["epoch"]
+        is_known = isinstance(planned, int) and self.config["train.patience"] is None  # which can end a run earlier
+        done = max(planned, last) if is_known else last
+        if (lost := done - len(self.epochs)) <= 0:
+            return ""
+        of = f"{lost} of {counted(done, 'epoch')}"
+        return f"{METRICS_FILE} lacks {of}; curves, images/s and training time are of the rest"
 
     @property
     def memory_rows(self) -> list[dict[str, Any]]:
@@ -129,6 +142,8 @@ def _check_complete(run: FinishedRun) -> None:
         for part in ("train", "eval"):
             _check_numbers(METRICS_FILE, line[part], "accuracy", "loss")
         float(sum(line["train_curve"]["accuracy"] + line["train_curve"]["loss"]))
+    if seconds_of(run.epochs) <= 0:
+        raise ValueError(f"{METRICS_FILE}: its epochs took no time")
     _check_results(run.results)
     if run.memory is not None:
         if not isinstance(run.memory["conditions"], dict):
@@ -142,7 +157,9 @@ def _check_results(results: dict[str, Any]) -> None:
     _check_numbers(RESULTS_FILE, results, "accuracy", "top5", "f1", "loss", "ece", "n", "adapter_bytes")
     added = [name for name in results if name.startswith("evaluate_")]
     later = [name for name in ("trained_parameters", "balanced_accuracy") if name in results]  # 0.1 had none
-    _check_numbers(RESULTS_FILE, results, *added, *later)
+    _check_numbers(RESULTS_FILE, results, *later)
+    for name in added:  # a figure of the user's own can be no number, as a precision of nothing is
+        float(results[name])
     labels, by_class = results["label_names"], results["per_class_accuracy"]
     if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
         raise ValueError(f"{RESULTS_FILE}: label_names is no list of names")
@@ -158,5 +175,5 @@ def _check_numbers(file: str, values: dict[str, Any], *names: str) -> None:
     if not isinstance(values, dict):
         raise ValueError(f"{file}: {str(values)[:60]} is no mapping")
     for name in names:
-        if not isinstance(values[name], (int, float)):
+        if not isinstance(values[name], (int, float)) or not math.isfinite(values[name]):
             raise ValueError(f"{file}: {name} is no number")

@@ -97,6 +97,8 @@ def _figures(run: FinishedRun) -> dict[str, str]:
     peak = run.peak_bytes(run.engine)
     shown["peak memory, measured"] = "-" if peak is None else f"{peak / MB:.1f} MB"
     shown["training"] = f"{run.seconds:,.0f} s, {run.images / run.seconds:.0f} images/s"
+    if run.what_is_missing:
+        shown["not complete"] = run.what_is_missing
     return shown
 
 

@@ -27,10 +27,11 @@ class EpochSums:
         start = before[process] if before else [[0.0, 0.0, 0.0]] * min(PARTS, batches)
         self.parts = torch.tensor(start, device=device)
 
-    def add(self, batch: int, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch, the epoch's ``batch``-th from 0."""
-        right, images = (logits.argmax(1) == labels).sum(), torch.ones_like(loss) * len(logits)
-        self.parts[batch * len(self.parts) // self.batches] += torch.stack([loss.detach() * images, right, images])
+    def add(self, batch: int, loss: Tensor, right: Tensor) -> None:
+        """Count a batch, the epoch's ``batch``-th from 0; ``right`` is 1 or 0 for an image, or a share of 1."""
+        images = torch.ones_like(loss) * len(right)
+        part = batch * len(self.parts) // self.batches
+        self.parts[part] += torch.stack([loss.detach() * images, right.sum(), images])
 
     def accuracy(self) -> float:
         """Accuracy of this process so far; waits for the device."""

@@ -26,12 +26,13 @@ from tinytl_hf.measure.metrics import compute_metrics
 from tinytl_hf.measure.mistakes import save_mistakes
 from tinytl_hf.measure.results import save_results
 from tinytl_hf.reports import run_folder
-from tinytl_hf.step import training_view
+from tinytl_hf.step import right_answers, training_view
 from tinytl_hf.train import checkpoint, epoch_sums
 from tinytl_hf.train.cached_features import drawn_view
 from tinytl_hf.train.epoch_sums import EpochSums
 from tinytl_hf.train.finish import draw_pictures, report_memory, save_adapters, write_card
 from tinytl_hf.train.run import EvalSet, Run
+from tinytl_hf.train.schedule import learning_rate
 from tinytl_hf.train.start import set_up
 from tinytl_hf.train.stop_signal import StopSignal
 from tinytl_hf.words import counted
@@ -113,11 +114,11 @@ def train_epoch(run: Run, stop: StopSignal) -> None:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and options.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(run.model.trainable_parameters(), options.max_grad_norm)
-                progress.learning_rate = run.scheduler.get_last_lr()[-1]
+                progress.learning_rate = learning_rate(run.scheduler.scheduler, options)
                 run.optimizer.step()
                 run.scheduler.step()
                 run.optimizer.zero_grad()
-            sums.add(progress.batch, loss, logits, batch["labels"])
+            sums.add(progress.batch, loss, right_answers(logits, batch, size, run.changes))
             progress.batch += 1
             bar.update(run.batches.batch_size)
             if accelerator.sync_gradients:
@@ -254,8 +255,9 @@ def raise_not_finite(run: Run) -> None:
     """End a run whose loss is infinite or not a number; what it saved before stays."""
     output = run.config.output_dir
     kept = checkpoint.list_checkpoints(Path(output) / run_folder.CHECKPOINTS)
+    rate = learning_rate(run.scheduler.scheduler, run.config.train)
     raise TinyTLError(
-        f"the loss is not finite at step {run.progress.step} (lr {run.scheduler.get_last_lr()[-1]:.2g}); use a "
+        f"the loss is not finite at step {run.progress.step} (lr {rate:.2g}); use a "
         f"lower --train.lr or --train.max_grad_norm 1{f', the last good state is in {output}' if kept else ''}"
     )
 

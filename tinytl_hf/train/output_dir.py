@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def check_free(config: Config) -> None:
     _check_can_be_a_folder(output)
     if others := _others(output):
         raise TinyTLError(
-            f"output_dir={output}: holds {', '.join(others)}, which no run of tinytl-hf wrote; choose another folder"
+            f"output_dir={output}: holds {', '.join(others)}, which no run of tinytl-hf wrote, or not as it is now; "
+            "choose another folder, or move that away"
         )
     if config.overwrite or not (output / CONFIG_FILE).exists():
         return
@@ -167,7 +169,8 @@ def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> No
             _remove_curves(output / TRACKED_AS)
         for name in KEYS:
             (output / name).unlink(missing_ok=True)
-        config.save(output / CONFIG_FILE)  # written first: the other files count as a run's only beside it
+        # Written first: the other files count as a run's only beside it. To replace a run was allowed this once.
+        replace(config, overwrite=False).save(output / CONFIG_FILE)
         write_text(output / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -22,6 +22,11 @@ def set_learning_rates(scheduler: LambdaLR) -> None:
     scheduler._last_lr = rates
 
 
+def learning_rate(scheduler: LambdaLR, options: TrainConfig) -> float:
+    """``train.lr`` as the schedule has it at the next step; the rates of roles and depths are multiples of it."""
+    return options.plan.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
+
+
 def lr_factor(options: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate as a factor of its highest, by optimizer step."""
     total = options.plan.epochs * steps_per_epoch
