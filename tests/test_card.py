@@ -235,11 +235,11 @@ def test_a_wheel_is_made_without_a_c_compiler_and_carries_the_templates(tmp_path
     assert not [name for name in names if name.endswith(".so")]
 
 
-def settings(train=None, images=24, split="test", unreadable=0, epochs_done=None, **options):
+def settings(train=None, images=24, split="test", unreadable=0, epochs_done=None, planned=(), **options):
     data = {"images": {"train": 24}, "trained_on": ["train", images], "unreadable": {"train": unreadable}}
     results = {"data": data, "precision": "no", "best_epoch_chosen_on": "test", "split": split}
     train = {"epochs": 5, "lr": 1e-3, "global_batch_size": 8, **(train or {})}
-    return recipe(Config(train=TrainConfig(**train), **options), results, epochs_done)
+    return recipe(Config(train=TrainConfig(**train), **options), results, epochs_done, planned)
 
 
 def test_the_settings_of_a_run_are_all_told_and_those_it_left_alone_are_not():
@@ -294,6 +294,8 @@ def test_the_card_tells_of_epochs_warm_up_and_images_what_held():
         assert settings(train)["learning rate"] == "0.001, cosine, no warmup"
     assert settings()["epochs"] == settings(epochs_done=5)["epochs"] == 5
     assert settings({"patience": 1}, epochs_done=3)["epochs"] == "3 of 5, as patience ended the run"
+    assert settings(planned=[5])["epochs"] == 5
+    assert settings(planned=[2, 5])["epochs"] == "5; its schedule was for 2, then for 5"
     drawn = DataConfig(max_train_samples=20)
     assert settings(images=22, split="holdout")["training images"] == "22 of 24, some held out"
     assert settings(images=20, split="holdout", data=drawn)["training images"] == "20 of 24, drawn at random"

@@ -19,6 +19,8 @@ from tinytl_hf.config.run import Config
 from tinytl_hf.data.sets import earlier_sha256, open_data, sha256
 from tinytl_hf.device import make_accelerator
 from tinytl_hf.measure.metrics import compute_metrics
+from tinytl_hf.reports.compare import Comparison
+from tinytl_hf.reports.finished_run import read_run
 from tinytl_hf.step import make_optimizer
 from tinytl_hf.train import checkpoint
 from tinytl_hf.train.checkpoint import Progress, find_damage
@@ -328,6 +330,12 @@ def test_more_epochs_say_that_the_curve_changes(colour_folder, tmp_path):
     done = resume(colour_folder, tmp_path / "run", *cosine, "2")
     assert done.returncode == 0
     assert "train.epochs=2 in place of 1: the cosine schedule now spans that many, so the run goes on" in done.stderr
+    assert [line["of_epochs"] for line in metrics(tmp_path / "run")] == [1, 2]
+    assert "| epochs | 2; its schedule was for 1, then for 2 |" in (tmp_path / "run/adapter/README.md").read_text()
+    whole = run_cli(*small_run(colour_folder, tmp_path / "whole", *OPTIONS, *cosine, "2"))
+    assert whole.returncode == 0 and "| epochs | 2 |" in (tmp_path / "whole/adapter/README.md").read_text()
+    rows = Comparison([read_run(tmp_path / "run"), read_run(tmp_path / "whole")]).rows
+    assert [row.name.partition("train.epochs ")[2] for row in rows] == ["2 (scheduled for 1, then 2)", "2"]
     rates = [line["lr"] for line in metrics(tmp_path / "run")]
     done = resume(colour_folder, tmp_path / "run", *cosine, "2")
     assert "in place of" not in done.stderr and rates[0] > rates[1] > 0

@@ -106,6 +106,11 @@ def idle(config, facts=DRAWN):
             "backbone.frozen_weights",
         ),
         (
+            Config(method="FT-Full", memory=MemoryConfig(backend="eager")),
+            Config(method="FT-Full", memory=MemoryConfig(backend="eager"), trained_blocks=2),
+            "memory.backend",
+        ),
+        (
             Config(memory=MemoryConfig(lean=False, slice_mb=3.0)),
             Config(memory=MemoryConfig(slice_mb=3.0)),
             "memory.slice_mb",
@@ -143,6 +148,12 @@ def test_an_option_that_others_leave_nothing_to_do_is_named(config, works, name)
             "data.max_eval_samples",
         ),
         (Config(overwrite=True), RESUMED, RESUMED._replace(in_place=False), "overwrite"),
+        (
+            Config(method="FT-Layerwise", memory=MemoryConfig(lean=False)),
+            DRAWN._replace(has_gpu=False),
+            DRAWN,  # whose passes a CUDA graph replays
+            "memory.lean",
+        ),
         (Config(adapter=AdapterOptions(init="x")), RESUMED, DRAWN, "adapter.init"),
     ],
 )

@@ -416,6 +416,7 @@ def test_runs_of_one_seed_have_no_spread_over_seeds(runs):
         ("eval_results.json", "accuracy", float("nan")),
         ("eval_results.json", "ece", float("inf")),
         ("metrics.jsonl", "seconds", float("nan")),
+        ("metrics.jsonl", "of_epochs", [2]),
         ("metrics.jsonl", "loss", float("-inf")),
     ],
 )

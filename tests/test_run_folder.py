@@ -243,3 +243,12 @@ def test_metrics_that_were_changed_are_said_to_be(finished, colour_folder):
     done = go_on(colour_folder, finished, "auto", "--train.epochs", "4")
     assert done.returncode == 0 and "metrics.jsonl lacks 3 of the 3 epochs done" in done.stderr
     assert [line["epoch"] for line in metrics(finished)] == [4]
+
+
+def test_the_page_of_the_run_before_goes_and_one_of_mine_stays(finished, colour_folder):
+    assert run_cli("report", finished, "--html").returncode == 0 and (finished / "report.html").is_file()
+    assert go_on(colour_folder, finished, "auto", "--train.epochs", "4").returncode == 0
+    assert not (finished / "report.html").exists()
+    (finished / "report.html").write_text("<p>my notes</p>")
+    done = run_cli(*small_run(colour_folder, finished, *OPTIONS, "--train.epochs", "1", "--overwrite", "true"))
+    assert done.returncode == 0 and (finished / "report.html").read_text() == "<p>my notes</p>"

@@ -143,6 +143,17 @@ class Config:
             return end
         return min(end, TOTAL_STRIDE * round((start + (end - start) * epoch / last) / TOTAL_STRIDE))
 
+    @property
+    def spans_epochs(self) -> list[str]:
+        """What of the run is spread over all of its epochs, so that another number of them changes the first ones."""
+        changes = self.train.mixup or self.train.cutmix or self.data.auto_augment != "none"
+        parts = {
+            "the cosine schedule": self.train.schedule == "cosine",
+            "the growth of the images": self.data.start_size is not None,
+            "the changing of the images": changes,
+        }
+        return [name for name, is_on in parts.items() if is_on]
+
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values that YAML and JSON can hold."""
         plain = asdict(self)

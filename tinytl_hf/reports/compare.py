@@ -21,6 +21,7 @@ from tinytl_hf.disk import check_ours, encoded, expanded, local_path, write_toge
 from tinytl_hf.errors import TinyTLError, one_line
 from tinytl_hf.reports.finished_run import FinishedRun, read_run
 from tinytl_hf.reports.plots import MB, SOFTWARE, AccuracyMemory, draw_accuracy_memory, draw_confusion, draw_curves
+from tinytl_hf.reports.run_folder import planned_epochs
 from tinytl_hf.reports.table import aligned
 from tinytl_hf.words import counted
 
@@ -166,6 +167,8 @@ def _compared(run: FinishedRun) -> dict[str, Any]:
     results, labels = run.results, run.results["label_names"]
     images = f"{results.get('n')} ({str(results.get('sha256'))[:8]})"
     ran = {"precision": results.get("precision"), "images": images}  # a launcher can say the one, and data can change
+    if len(planned := planned_epochs(run.epochs)) > 1:
+        options["train.epochs"] = f"{options['train.epochs']} (scheduled for {', then '.join(map(str, planned))})"
     return {**options, **ran, "classes": f"{len(labels)} ({', '.join(labels)})"}
 
 

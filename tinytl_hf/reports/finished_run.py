@@ -137,7 +137,7 @@ def _check_complete(run: FinishedRun) -> None:
     if not run.epochs:
         raise ValueError("metrics.jsonl has no line")
     for line in run.epochs:
-        _check_numbers(METRICS_FILE, line, "epoch", "seconds")
+        _check_numbers(METRICS_FILE, line, "epoch", "seconds", *({"of_epochs"} & line.keys()))
         _check_numbers(METRICS_FILE, line["train"], "images_per_second")
         for part in ("train", "eval"):
             _check_numbers(METRICS_FILE, line[part], "accuracy", "loss")

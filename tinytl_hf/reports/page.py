@@ -16,11 +16,10 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.reports.compare import CONDITIONS, Comparison
 from tinytl_hf.reports.finished_run import FinishedRun, read_run
 from tinytl_hf.reports.plots import MB, draw_confusion, draw_curves, draw_memory_bars
-from tinytl_hf.reports.run_folder import MISTAKES_FILE, RESULTS_FILE
+from tinytl_hf.reports.run_folder import MISTAKES_FILE, PAGE_FILE, PAGE_MARK, RESULTS_FILE
 from tinytl_hf.version import __version__
 
 TEMPLATE = "report_template.html"
-MARK = '<p class="note">tinytl_hf '  # at the end of every page
 
 
 def report(config: ReportConfig, folder: str) -> str:
@@ -35,8 +34,8 @@ def report(config: ReportConfig, folder: str) -> str:
     run = read_run(expanded(folder))
     if not config.html and config.output is None:
         return str(Comparison([run]))
-    path = Path(config.output or run.folder / "report.html")
-    check_ours("output", path, MARK)
+    path = Path(config.output or run.folder / PAGE_FILE)
+    check_ours("output", path, PAGE_MARK)
     with writing(f"output={path}", "name another file"):
         write_text(path, render(run))
     return str(path)

@@ -19,6 +19,8 @@ METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "eval_results.json"
 MEMORY_FILE = "memory.json"
 MISTAKES_FILE = "mistakes.json"
+PAGE_FILE = "report.html"  # where the verb report writes it if no other place is named
+PAGE_MARK = '<p class="note">tinytl_hf '  # at the end of every page
 ADAPTER = "adapter"
 LAST_ADAPTER = "adapter_last"
 CHECKPOINTS = "checkpoints"
@@ -57,6 +59,14 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def planned_epochs(lines: list[dict[str, Any]]) -> list[int]:
+    """Over how many epochs the schedule of these spans, in turn: more than one number if a run was given more epochs.
+
+    Empty where nothing spans them, or an earlier version did not write it.
+    """
+    return list(dict.fromkeys(line["of_epochs"] for line in lines if "of_epochs" in line))
 
 
 def seconds_of(lines: list[dict[str, Any]]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tinytl_hf.config.data import DataConfig
@@ -14,7 +15,9 @@ from tinytl_hf.train.idle import Facts, in_effect, rules_of_run
 from tinytl_hf.words import counted
 
 
-def recipe(config: Config, results: dict[str, Any], epochs_done: int | None = None) -> dict[str, Any]:
+def recipe(
+    config: Config, results: dict[str, Any], epochs_done: int | None = None, planned: Sequence[int] = ()
+) -> dict[str, Any]:
     """What the card's table of settings says, from a run's config and its results.
 
     What many runs leave at its default is there only where it is not, and what had nothing to do is not.
@@ -23,6 +26,7 @@ def recipe(config: Config, results: dict[str, Any], epochs_done: int | None = No
         config: The run, with its recipe settled.
         results: Its figures and their conditions.
         epochs_done: How many epochs it trained for; None: all of them.
+        planned: How many its schedule spanned, in turn.
     """
     steps = -(-results["data"]["trained_on"][1] // config.train.global_batch_size)
     config = in_effect(config, rules_of_run(config, Facts(steps)))
@@ -33,10 +37,13 @@ def recipe(config: Config, results: dict[str, Any], epochs_done: int | None = No
     warmup = f"warmup {counted(options.warmup_epochs, 'epoch')}" if warms_up else "no warmup"
     is_whole = epochs_done in (None, options.epochs)
     crop = "none, features computed once" if options.cache_features else f"{low:g} to {high:g} of the area"
+    epochs = options.epochs if is_whole else f"{epochs_done} of {options.epochs}, as patience ended the run"
+    if len(planned) > 1:
+        epochs = f"{epochs}; its schedule was for {', then for '.join(map(str, planned))}"
     return {
         "method": config.method,
         "trained blocks": "all" if config.trained_blocks == "all" else f"the last {config.trained_blocks}",
-        "epochs": options.epochs if is_whole else f"{epochs_done} of {options.epochs}, as patience ended the run",
+        "epochs": epochs,
         "batch size": options.global_batch_size,
         "optimizer": options.optimizer,
         "learning rate": f"{options.lr:g}, {options.schedule}{gamma}, {warmup}",

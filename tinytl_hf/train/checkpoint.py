@@ -329,16 +329,11 @@ def _say_what_changes(path: Path, config: Config) -> None:
     """Log what goes on otherwise than it began, though the run may go on."""
     before, now = with_new_names(_record(path).get("run", {})), flat(config.to_dict())
     epochs = before.get("train.epochs", config.train.epochs)
-    if epochs != config.train.epochs:
-        spread = ["the cosine schedule"] if config.train.schedule == "cosine" else []
-        spread += ["the growth of the images"] if config.data.start_size is not None else []
-        changes = config.train.mixup or config.train.cutmix or config.data.auto_augment != "none"
-        spread += ["the changing of the images"] if changes else []
-        if spread:
-            logger.info(
-                "train.epochs=%s in place of %s: %s now %s that many, so the run goes on elsewhere on its curve",
-                *(config.train.epochs, epochs, " and ".join(spread), "spans" if len(spread) == 1 else "span"),
-            )
+    if epochs != config.train.epochs and (spread := config.spans_epochs):
+        logger.info(
+            "train.epochs=%s in place of %s: %s now %s that many, so the run goes on elsewhere on its curve",
+            *(config.train.epochs, epochs, " and ".join(spread), "spans" if len(spread) == 1 else "span"),
+        )
     hashes = {"processes", "backbone.sha256", "data.train_sha256", "data.eval_sha256", "precision"}
     if unknown := sorted(before.keys() - now.keys() - hashes):
         logger.warning("checkpoint %s: options that are not known here: %s", path, ", ".join(unknown))

@@ -21,7 +21,15 @@ from tinytl_hf.measure.peak import process_high_water
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports import run_folder
 from tinytl_hf.reports.plots import draw_confusion, draw_curves
-from tinytl_hf.reports.run_folder import ADAPTER, MEMORY_FILE, RESULTS_FILE, images_of, read_metrics, seconds_of
+from tinytl_hf.reports.run_folder import (
+    ADAPTER,
+    MEMORY_FILE,
+    RESULTS_FILE,
+    images_of,
+    planned_epochs,
+    read_metrics,
+    seconds_of,
+)
 from tinytl_hf.train.card_recipe import recipe
 from tinytl_hf.train.run import Run
 from tinytl_hf.words import counted
@@ -127,7 +135,7 @@ def write_card(output: Path, config: Config) -> None:
     curves, _ = PICTURES.values()
     # A run that was resumed into another folder with nothing left to train has no lines.
     facts = RunFacts(
-        recipe=recipe(config, results, lines[-1]["epoch"] if lines else None),
+        recipe=recipe(config, results, lines[-1]["epoch"] if lines else None, planned_epochs(lines)),
         time=_time(lines, results) if lines and len(lines) == lines[-1]["epoch"] else "",  # not of a part
         split=results["split"],
         n=results["n"],

@@ -141,6 +141,8 @@ def rules_of_run(config: Config, facts: Facts) -> list[Idle]:
         Idle(("train.class_weights",), facts.alike, "all classes have as many training images"),
         Idle(("train.gradient_checkpointing",), config.method == "FT-Last", "FT-Last goes back through no block"),
         Idle(("backbone.frozen_weights",), all_trains, f"{config.method} freezes no weight"),
+        Idle(("memory.lean",), all_trains and not facts.has_gpu, f"{config.method} keeps what stock PyTorch keeps"),
+        Idle(("memory.backend", "memory.slice_mb"), all_trains, f"{config.method} has no frozen blocks"),
         Idle(("memory.backend", "memory.slice_mb"), not config.memory.lean, "memory.lean is off"),
         Idle(("memory.cuda_graph",), not facts.has_gpu, "of a GPU alone"),
         Idle(facts.takes_all, True, "there are fewer"),

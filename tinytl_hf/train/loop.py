@@ -217,6 +217,8 @@ def finish_epoch(run: Run, figures: dict[str, float]) -> None:
     save_adapters(run.model, config, run.record, [run_folder.LAST_ADAPTER, *kept], run.accelerator, figures)
     if run.accelerator.is_main_process:
         line["train_curve"] = epoch_sums.curve(progress.sums)
+        if config.spans_epochs:
+            line["of_epochs"] = config.train.plan.epochs  # which a resumed run can have changed
         run_folder.append_metrics(Path(config.output_dir), line)
     logger.info(
         "epoch %d: train loss %.3f, accuracy %.4f, %.0f images/s; eval loss %.3f, accuracy %.4f%s%s",

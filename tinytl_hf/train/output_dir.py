@@ -34,6 +34,8 @@ from tinytl_hf.reports.run_folder import (
     MEMORY_FILE,
     METRICS_FILE,
     MISTAKES_FILE,
+    PAGE_FILE,
+    PAGE_MARK,
     RESULTS_FILE,
     read_metrics,
 )
@@ -169,6 +171,7 @@ def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> No
             _remove_curves(output / TRACKED_AS)
         for name in KEYS:
             (output / name).unlink(missing_ok=True)
+        _remove_page(output / PAGE_FILE)
         # Written first: the other files count as a run's only beside it. To replace a run was allowed this once.
         replace(config, overwrite=False).save(output / CONFIG_FILE)
         write_text(output / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
@@ -261,6 +264,12 @@ def _remove_adapter(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _remove_page(page: Path) -> None:
+    """Remove the page of the run as it was, which says what no longer holds; a file of somebody else's stays."""
+    if page.is_file() and PAGE_MARK.encode() in page.read_bytes():
+        page.unlink()
 
 
 def _remove_curves(folder: Path) -> None:
