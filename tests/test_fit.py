@@ -25,7 +25,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.native_library import instruction_sets
 from tinytl_hf.measure.peak import Peak
 from tinytl_hf.train import ranking
-from tinytl_hf.train.fit import fitted_to_backbone, make_families, recommend
+from tinytl_hf.train.fit import about_lr, fitted_to_backbone, make_families, recommend
 from tinytl_hf.train.fresh_step import FreshStep
 from tinytl_hf.train.plans import families
 from tinytl_hf.train.search import BYTES, Budget, DataFacts, Family, search
@@ -385,3 +385,11 @@ def test_within_a_real_limit_stock_full_training_dies_and_what_fit_recommends_en
     code, told = train_within(ROOM, tmp_path / "fitted.log", "train", *fitted)
     assert code == 0, told
     assert (tmp_path / "fitted" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_rate_that_was_set_for_another_method_is_said_to_be_kept():
+    set_for = Config(method="TinyTL-L+B", train=TrainConfig(lr=4e-4))
+    told = "train.lr=0.0004 is kept, which was set for TinyTL-L+B; --train.lr null takes what suits FT-Last"
+    assert about_lr(set_for, "FT-Last") == told
+    assert about_lr(set_for, "TinyTL-L+B") == about_lr(Config(), "FT-Last") == ""
+    assert about_lr(Config(train=TrainConfig(lr=2e-3)), "TinyTL-B") == ""  # which it suits

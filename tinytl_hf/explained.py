@@ -50,6 +50,8 @@ def explained(error: Exception, verb: str | None) -> str:
         return _no_option(text.partition("unrecognized arguments: ")[2].split()[0], verb)
     if unknown:
         return _no_such_option(unknown[1] or unknown[3], verb)
+    if missing := re.match(r"the following arguments are required: (.*)", text):
+        return _missing(missing[1].split(", "))
     text = re.sub(r"<class '([^']+)'>", r"\1", text).replace("typing.", "")
     text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text)
     if text.startswith("adapter: Unable to load config"):
@@ -122,6 +124,17 @@ def _no_option(word: str, verb: str | None) -> str:
         return f"{word}: write --{word}"
     of_data = f"; --data.dataset {word} names data" if "data.dataset" in own else ""
     return f"{word}: no option stands before it{of_data}; see --help"
+
+
+def _missing(keys: list[str]) -> str:
+    """What to say where something that a verb cannot do without is missing; the library names it ``verb.name``."""
+    verb = VERBS.get(keys[0].partition(".")[0])
+    if verb is None:
+        return f"name what to do: {', '.join(VERBS)}"
+    names = [key.partition(".")[2] for key in keys]
+    takes = verb.takes
+    wanted = [takes.metavar if takes is not None and name == takes.name else f"--{name}" for name in names]
+    return f"{' and '.join(wanted)} {'is' if len(wanted) == 1 else 'are'} missing; see --help"
 
 
 def _options(name: str) -> list[str]:

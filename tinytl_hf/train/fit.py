@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tinytl_hf.adapter.build import network_without_values
 from tinytl_hf.config.fit import FitConfig
-from tinytl_hf.config.recipe import resolve
+from tinytl_hf.config.recipe import LEARNING_RATES, resolve
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.yaml12 import dump_yaml
 from tinytl_hf.data.sets import Opened, open_data
@@ -92,12 +92,22 @@ def fit(config: Config, options: FitConfig) -> Fit:
     rows.sort(key=lambda row: (-row.plan.points, row.seconds))
     row, its_epochs = recommend(rows, epochs, seconds)
     run = _run_of(row.plan, config, options, its_epochs if its_epochs < epochs else config.train.epochs)
+    if said := about_lr(config, row.plan.method):
+        logger.info(said)
     if options.output is not None and config.output_dir == Config().output_dir:  # it replaces no run of the defaults
         run = replace(run, output_dir=f"runs/{Path(options.output).stem}")
     found = Fit(rows, budget, epochs, row, its_epochs, facts, run)
     if options.output is not None:
         write_text(Path(options.output), f"# Recommended by tinytl-hf fit: {row.plan}\n{dump_yaml(run.to_dict())}")
     return found
+
+
+def about_lr(config: Config, method: str) -> str:
+    """That a learning rate was set for another method than the one that is recommended; else empty."""
+    lr = config.train.lr
+    if lr is None or method == config.method or lr == LEARNING_RATES[method]:  # type: ignore[index]
+        return ""
+    return f"train.lr={lr:g} is kept, which was set for {config.method}; --train.lr null takes what suits {method}"
 
 
 def recommend(rows: list[Row], epochs: int, seconds: float | None) -> tuple[Row, int]:

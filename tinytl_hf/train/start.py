@@ -374,4 +374,4 @@ def check_tracker(tracker: str) -> None:
         TinyTLError: With the command that installs it.
     """
     if tracker != "none" and find_spec(tracker) is None:
-        raise TinyTLError(f"tracker={tracker}: not installed; run pip install tinytl-hf[{tracker}]")
+        raise TinyTLError(f"tracker={tracker}: not installed; run pip install 'tinytl-hf[{tracker}]'")
