@@ -237,6 +237,61 @@ def test_the_photos_of_a_folder_are_read_by_class(tmp_path, caplog):
         read_folder(tmp_path / "cat", LABELS, SIZE)
 
 
+def test_beside_the_folders_of_classes_others_are_left_out_and_said(tmp_path, caplog):
+    from tinytl_hf.deploy.device_training import read_folder
+
+    caplog.set_level("INFO", "tinytl_hf")
+    for name in ("red/1.png", "2.png", ".ipynb_checkpoints/3.png", "__MACOSX/4.png"):
+        write_image(tmp_path / name, seed=0)
+    photos, labels = read_folder(tmp_path, LABELS, SIZE)
+    assert len(photos) == 1 and labels == [1]
+    left_out = "left out, as they are no folder of a class: '.ipynb_checkpoints', '2.png', '__MACOSX'"
+    assert caplog.messages == [f"{tmp_path}: {left_out}"]
+    with pytest.raises(TinyTLError, match="images=: it is empty"):
+        read_folder("", LABELS, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("labels", "photos", "message"),
+    [
+        ([], 0, "photos=0: use one or more"),
+        ([0, 1], 3, r"labels=int64 \[2\]: use a class number for each of 3 photos"),
+        ([0.0, 1.0], 2, r"labels=float64 \[2\]: use a class number"),
+        (["red"], 1, "use a class number for each of 1 photo"),
+        ([0, 4], 2, r"labels=\[4\]: use class numbers from 0 to 3"),
+        (np.array([-1]), 1, r"labels=\[-1\]: use class numbers"),
+    ],
+)
+def test_numbers_of_no_class_never_reach_a_device(labels, photos, message):
+    from tinytl_hf.deploy.device_training import class_numbers
+
+    with pytest.raises(TinyTLError, match=message):
+        class_numbers(labels, photos, len(LABELS))
+    assert class_numbers(np.array([3, 0], np.uint8), 2, len(LABELS)).tolist() == [3, 0]
+
+
+def test_an_adapter_that_is_there_ends_a_training_on_a_device_before_it_begins(make_model, tmp_path):
+    from tinytl_hf.deploy.device_training import DeviceTraining, main
+
+    model = make_model("FT-Last", "resnet18")
+    model.save_pretrained(tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    (tmp_path / "file").write_text("mine")
+    for output, message in (
+        ("adapter", "holds an adapter; name another folder, or replace it with --overwrite"),
+        ("file/adapter", "cannot be written"),
+    ):
+        words = ["--step", "lost.pte", "--images", "lost", "--output", str(tmp_path / output)]
+        with pytest.raises(SystemExit, match=f"error: output={tmp_path / output}: {message}"):
+            main(words)
+    with pytest.raises(SystemExit, match="output=: it is empty"):
+        main(["--step", "lost.pte", "--images", "lost", "--output", ""])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
+    for options, message in (({"lr": -0.1}, "lr=-0.1: use"), ({"lr": 0.1, "momentum": 1.0}, "momentum=1.0: use")):
+        with pytest.raises(TinyTLError, match=message):
+            DeviceTraining("lost.pte", **options)
+
+
 def test_eval_does_not_say_what_a_device_trained_on(colour_folder, tmp_path):
     from tinytl_hf.deploy.device_training import trained_further
 

@@ -172,6 +172,31 @@ def test_a_link_that_leads_nowhere_is_not_replaced(make_model, tmp_path):
         assert link.is_symlink() and not (tmp_path / "away").exists()
 
 
+@pytest.mark.parametrize(("method", "kept"), [("TinyTL-B", True), ("FT-Full", False)])
+def test_the_weights_that_an_adapter_needs_are_not_replaced(method, kept, make_model, tmp_path, monkeypatch):
+    weights = tmp_path / "weights.safetensors"
+    tensors = make_model("FT-Full").backbone.state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
+    before = weights.read_bytes()
+    make_model(method, weights=str(weights)).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "link.safetensors").symlink_to(weights)
+    monkeypatch.chdir(tmp_path)
+    for name in ("link.safetensors", "weights.safetensors"):
+        done = run_cli("merge", "--adapter", "adapter", "--output", name, "--overwrite")
+        assert (f"output={name}: holds the backbone's weights" in done.stderr) is kept is (done.returncode == 1)
+        assert (weights.read_bytes() == before) is (kept or name.startswith("link"))
+
+
+@pytest.mark.parametrize(("format", "name"), [("onnx", "m.onnx"), ("executorch", "m.pte"), ("timm", "m")])
+def test_what_can_be_no_export_is_not_said_to_be_replaced_on_request(format, name, tmp_path):
+    path = tmp_path / name
+    path.write_text("mine") if format == "timm" else path.mkdir()
+    kind = "no folder" if format == "timm" else "a folder"
+    for overwrite in (False, True):
+        with pytest.raises(TinyTLError, match=f"output={path}: exists and is {kind}, so no {format} export; name"):
+            check_output(ExportConfig("adapter", format, str(path), overwrite=overwrite))
+
+
 def test_a_json_file_of_mine_beside_a_pte_file_is_not_replaced(tmp_path):
     mine = tmp_path / "memory.json"
     mine.write_text("mine")

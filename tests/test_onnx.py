@@ -191,6 +191,12 @@ def test_int8_is_smaller_and_its_loss_is_measured(converted, exported, tmp_path)
     assert session.run(None, {"images": IMAGES.numpy()})[0].shape == (3, 4)
 
 
+def test_a_temporary_folder_without_room_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "away"))
+    with pytest.raises(TinyTLError, match=r"quantize=int8: there is no room in .*away to try it out .* TMPDIR"):
+        deploy_onnx._quantised(b"", IMAGES)
+
+
 def test_without_data_the_check_uses_photos_and_says_so(converted, tmp_path, caplog):
     model = TinyTLModel.from_pretrained(converted).eval()
     model.config = replace(model.config, data=None)

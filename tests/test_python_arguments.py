@@ -47,6 +47,28 @@ def test_what_is_no_path_is_named_where_an_adapter_is_loaded_or_saved(name, make
             call(name)
 
 
+@pytest.mark.parametrize(
+    ("output", "options", "message"),
+    [
+        *((name, {}, r"output=.*: name the .onnx file, the .pte file or the folder") for name in (5, None, b"m.onnx")),
+        ("a\0.onnx", {}, r"output=a\\0\.onnx: no path can have a NUL"),
+        ("m.onnx", {"data": "digits"}, r"data=digits: use a DataConfig of tinytl_hf.config.data"),
+        ("m.onnx", {"weights": "lost.pth"}, r"weights=lost.pth: export has no such option; it has train"),
+        ("m.onnx", {"revision": "main"}, r"revision=main: export has no such option"),
+        ("m.onnx", {"quantize": "int8", "check_images": 4}, r"check_images=4: 8 bits are checked on the whole"),
+        ("m", {"format": "timm", "layout": "NHWC"}, r"^layout=NHWC: a timm model gets"),
+        ("m.pte", {"format": "executorch", "train": True, "layout": "NHWC"}, r"^layout=NHWC: a training step gets"),
+        ("m.pte", {"format": "executorch", "train": True, "input": "uint8"}, r"^input=uint8: a training step gets"),
+        ("m.safetensors", {"format": "timm"}, r"output=m.safetensors: name a folder"),
+    ],
+)
+def test_what_an_export_cannot_use_is_named(output, options, message, make_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TinyTLError, match=message):
+        make_model("FT-Last").export(output, **{"format": "onnx", **options})
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["", " "])
 def test_an_empty_path_is_not_the_current_folder(name, make_model, adapter, monkeypatch):
     monkeypatch.chdir(adapter)

@@ -12,7 +12,7 @@ from tinytl_hf.errors import Terminated
 from tinytl_hf.hub.transfer import folder_to_push
 
 TIMM = ("export", "--format", "timm", "--check_images", "2")
-ONNX = ("export", "--format", "onnx", "--quantize", "int8", "--check_images", "2")
+ONNX = ("export", "--format", "onnx", "--quantize", "int8")
 
 
 @pytest.fixture(scope="module")

@@ -104,9 +104,20 @@ def test_files_of_mine_in_a_folder_are_not_replaced(file, make_model, tmp_path, 
         (tmp_path / file).write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(TinyTLError, match=r"output=.*: (is there, and was not written by this|holds a model)"):
+    with pytest.raises(
+        TinyTLError, match=r"output=.*: (is there, and was not written by this|holds a \w+\.\w+ without)"
+    ):
         model.export(".", format="timm", check_images=1, overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_model_that_timm_itself_saved_is_not_replaced(make_model, tmp_path):
+    labels = {"label_names": LABELS}
+    timm.models.save_for_hf(timm.create_model("resnet18"), tmp_path, model_config=labels, safe_serialization=True)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(TinyTLError, match=r"holds a config.json without the README.md of an export"):
+        make_model("FT-Last", "resnet18").export(tmp_path, format="timm", check_images=1, overwrite=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_current_folder_and_one_behind_a_link_can_get_an_export_again(exported, make_model, tmp_path, monkeypatch):

@@ -98,6 +98,7 @@ def in_words(kind: Any) -> str:
 def check_text(key: str, value: str) -> None:
     """Raise unless a path is UTF-8 text, which libraries that read and write there need, and can be a file's."""
     check(bool(value.strip()), key, value, "it is empty, as of a variable that is not set; name a path")
+    check("\0" not in value, key, value.replace("\0", "\\0"), "no path can have a NUL in it; name another")
     is_text = value == value.encode("utf-8", "replace").decode("utf-8")
     check(is_text, key, value, "use a path that is UTF-8 text")
     longest = max(len(name.encode()) for name in value.split("/"))

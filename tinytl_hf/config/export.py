@@ -9,6 +9,7 @@ from tinytl_hf.config.check import check, check_text, check_types, expand_paths
 
 ExportFormat = Literal["onnx", "executorch", "timm"]
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "executorch": ".pte", "timm": ""}
+FILES = (".onnx", ".pte", ".safetensors")  # what nobody calls a folder
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class ExportConfig:
         check_types(self)
         check_text("output", self.output)
         suffix = SUFFIXES[self.format]
-        fits = self.output.endswith(suffix) and (suffix != "" or not self.output.endswith((".onnx", ".pte")))
+        fits = self.output.endswith(suffix) and (suffix != "" or not self.output.endswith(FILES))
         check(fits, "output", self.output, f"name a {suffix} file" if suffix else "name a folder")
         executorch, onnx = self.format == "executorch", self.format == "onnx"
         check(executorch or not self.train, "train", self.train, "a training step needs --format executorch")
@@ -57,8 +58,14 @@ class ExportConfig:
             own = self.check_images == type(self).check_images
             check(own, "check_images", self.check_images, "a training step is checked on its own batch; leave it out")
         check(onnx or self.quantize is None, "quantize", self.quantize, "it needs --format onnx")
-        plain = self.input == "float" and self.layout == "NCHW"
-        check(plain or self.format != "timm", "input", self.input, "a timm model gets normalised images, NCHW")
-        check(plain or not self.train, "input", self.input, "a training step gets normalised images, NCHW")
+        if self.quantize is not None:
+            own = self.check_images == type(self).check_images
+            fix = "8 bits are checked on the whole evaluation split, of which --data.max_eval_samples takes a part"
+            check(own, "check_images", self.check_images, f"{fix}; leave it out")
+        for name in ("input", "layout"):
+            value = getattr(self, name)
+            plain = value == getattr(type(self), name)
+            check(plain or self.format != "timm", name, value, "a timm model gets normalised images, NCHW")
+            check(plain or not self.train, name, value, "a training step gets normalised images, NCHW")
         for name in ("batch_size", "check_images"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")

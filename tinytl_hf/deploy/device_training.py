@@ -9,24 +9,30 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tinytl_hf.adapter.format import write_adapter
+from tinytl_hf.adapter.format import CONFIG_FILE, folder_named, write_adapter
 from tinytl_hf.adapter.record import AdapterConfig, InitRecord, config_from
 from tinytl_hf.config.check import check
 from tinytl_hf.data.images import UnreadableImageError, decode_pixels
+from tinytl_hf.data.listing import is_of_system
 from tinytl_hf.data.view import centre_view, normalised
 from tinytl_hf.deploy.sources import images_in
-from tinytl_hf.disk import StrPath, expanded
+from tinytl_hf.disk import StrPath, check_writable, expanded, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import read_card, render_card
 from tinytl_hf.words import counted
+
+logger = logging.getLogger(__name__)
 
 
 class DeviceTraining:
@@ -43,10 +49,13 @@ class DeviceTraining:
         size: Side of the images in px.
 
     Raises:
-        TinyTLError: ExecuTorch is not installed, or a file is absent, damaged or of another kind.
+        TinyTLError: ExecuTorch is not installed, a file is absent, damaged or of another kind, or a number does not
+            fit.
     """
 
     def __init__(self, path: StrPath, lr: float, momentum: float = 0.0) -> None:
+        check(0 < lr < float("inf"), "lr", lr, "use a number above 0")
+        check(0 <= momentum < 1, "momentum", momentum, "use 0 or more, below 1")
         try:
             from executorch.extension import training
         except ImportError as error:
@@ -92,8 +101,12 @@ class DeviceTraining:
 
         Returns:
             The mean loss before the step.
+
+        Raises:
+            TinyTLError: A number of no class.
         """
-        inputs = [torch.from_numpy(np.ascontiguousarray(views)), torch.from_numpy(np.asarray(labels, np.int64))]
+        numbers = class_numbers(labels, len(views), len(self.label_names))
+        inputs = [torch.from_numpy(np.ascontiguousarray(views)), torch.from_numpy(numbers)]
         loss = float(self._module.forward_backward("forward", inputs)[0])
         self._optimizer.step(self._module.named_gradients())
         return loss
@@ -111,10 +124,11 @@ class DeviceTraining:
             The mean loss of each step's batch, before the step.
 
         Raises:
-            TinyTLError: No step.
+            TinyTLError: No step, no photo, or a number of no class.
         """
         check(steps >= 1, "steps", steps, "use 1 or more")
-        views, numbers = np.stack([self.view(photo) for photo in photos]), np.asarray(labels)
+        numbers = class_numbers(labels, len(photos), len(self.label_names))
+        views = np.stack([self.view(photo) for photo in photos])
         random, losses = np.random.default_rng(seed), []
         order: np.ndarray = np.empty(0, int)
         for _ in range(steps):
@@ -135,10 +149,25 @@ class DeviceTraining:
         Raises:
             TinyTLError: The folder cannot be written, or training went to values that are not finite.
         """
-        target = expanded(folder)
+        target = folder_named("folder", folder)
         config = trained_further(self._config)
         card = render_card(config, None, read_card(target))
         write_adapter(target, config, self.adapter_tensors(), card)
+
+
+def class_numbers(labels: Any, photos: int, classes: int) -> np.ndarray:
+    """Class numbers of photos, ``int64``; with one of no class, ExecuTorch's kernels would read other memory.
+
+    Raises:
+        TinyTLError: There is no photo, or not one number of a class for each.
+    """
+    numbers = np.asarray(labels)
+    check(photos >= 1, "photos", photos, "use one or more")
+    fits = numbers.shape == (photos,) and np.issubdtype(numbers.dtype, np.integer)
+    check(fits, "labels", f"{numbers.dtype} {list(numbers.shape)}", f"use a class number for each of {photos} photos")
+    wrong = numbers[(numbers < 0) | (numbers >= classes)]
+    check(not wrong.size, "labels", wrong[:1].tolist(), f"use class numbers from 0 to {classes - 1}")
+    return numbers.astype(np.int64)
 
 
 def trained_further(config: AdapterConfig) -> AdapterConfig:
@@ -157,8 +186,12 @@ def read_folder(folder: StrPath, label_names: Sequence[str], size: int) -> tuple
     Raises:
         TinyTLError: No such folder, one of another class, a photo that cannot be read, or a class without photos.
     """
-    root = expanded(folder)
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    root = folder_named("images", folder)
+    inside = sorted(root.iterdir()) if root.is_dir() else []
+    others = [path.name for path in inside if _is_no_class(path)]
+    if others:
+        logger.info("%s: left out, as they are no folder of a class: %s", root, ", ".join(map(ascii, others[:5])))
+    classes = [path.name for path in inside if path.name not in others]
     unknown = [name for name in classes if name not in label_names]
     if not classes or unknown:
         what = f"has a sub-folder {unknown[0]}" if unknown else "has no sub-folder"
@@ -177,6 +210,25 @@ def read_folder(folder: StrPath, label_names: Sequence[str], size: int) -> tuple
     return photos, labels
 
 
+def _is_no_class(path: Path) -> bool:
+    """Whether something beside the classes is a file, or a folder of a system or tool."""
+    return not path.is_dir() or path.name.startswith(".") or is_of_system(path.name)
+
+
+def _output_folder(name: str, overwrite: bool) -> Path:
+    """The folder to write an adapter to, once it is known that this can be done.
+
+    Raises:
+        TinyTLError: It holds an adapter that is not to be replaced, or cannot be written.
+    """
+    folder = folder_named("output", name)
+    if os.path.lexists(folder / CONFIG_FILE) and not overwrite:
+        raise TinyTLError(f"output={folder}: holds an adapter; name another folder, or replace it with --overwrite")
+    with writing(f"output={folder}", "name another folder"):
+        check_writable(folder / CONFIG_FILE)
+    return folder
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train on a folder of photos from the command line."""
     parser = argparse.ArgumentParser(description="Train an adapter with an exported training step.")
@@ -186,14 +238,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=50, help="Steps of SGD.")
     parser.add_argument("--lr", type=float, default=0.01, help="Learning rate.")
     parser.add_argument("--momentum", type=float, default=0.0, help="Momentum.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace an adapter that is there.")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("tinytl_hf").setLevel(logging.INFO)
     try:
+        output = _output_folder(options.output, options.overwrite)
         training = DeviceTraining(options.step, options.lr, options.momentum)
         photos, labels = read_folder(options.images, training.label_names, training.size)
         losses = training.train(photos, labels, options.steps)
-        training.save_adapter(options.output)
+        training.save_adapter(output)
     except TinyTLError as error:
         sys.exit(f"error: {error}")
     share = max(1, len(losses) // 10)

@@ -18,6 +18,9 @@ from tinytl_hf.disk import StrPath
 from tinytl_hf.measure.eval_view import with_view
 from tinytl_hf.model import TinyTLModel
 
+# Options that say what to load, and those that are arguments of their own: the model is there already.
+OF_THE_VERB = ("adapter", "weights", "revision", "format", "output")
+
 
 def export(config: ExportConfig, data: DataConfig) -> str:
     """Export the adapter at ``config.adapter``.
@@ -55,7 +58,11 @@ def export_as(
     Raises:
         TinyTLError: An option does not fit, a package is missing, the result differs, or writing fails.
     """
-    names = [field.name for field in fields(ExportConfig) if field.name not in ("adapter", "format", "output")]
+    is_path = isinstance(output, (str, os.PathLike))
+    check(is_path, "output", output, "name the .onnx file, the .pte file or the folder to write")
+    takes = "use a DataConfig of tinytl_hf.config.data, such as DataConfig(dataset='path/to/images')"
+    check(data is None or isinstance(data, DataConfig), "data", data, takes)
+    names = [field.name for field in fields(ExportConfig) if field.name not in OF_THE_VERB]
     for name, value in options.items():
         check(name in names, name, value, f"export has no such option; it has {', '.join(names)}")
     config = ExportConfig(adapter="", format=format, output=os.fspath(output), **options)

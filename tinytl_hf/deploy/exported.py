@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
@@ -118,14 +119,27 @@ def check_output(config: ExportConfig) -> Path:
     """
     path = expanded(config.output)
     for target in (path, described_by(path)) if config.format == "executorch" else (path,):
-        is_there = os.path.lexists(target)  # a link that leads nowhere, too, which is somebody's all the same
-        if is_there and (not config.overwrite or target.is_dir() != (config.format == "timm")):
+        if not os.path.lexists(target):  # a link that leads nowhere is somebody's all the same
+            continue
+        is_other = target.is_dir() != (config.format == "timm")
+        if is_other and target.exists():
+            kind = "a folder" if target.is_dir() else "no folder"
+            raise TinyTLError(f"output={target}: exists and is {kind}, so no {config.format} export; name another")
+        if is_other or not config.overwrite:
             raise TinyTLError(f"output={target}: exists; name another, or replace an export with --overwrite true")
     if config.format == "executorch":
         check_ours("output", described_by(path), '"adapter_config"')  # nobody named that file
     with writing(f"output={path}", ANOTHER):
         check_writable(path)
     return path
+
+
+def no_room(what: str, error: Exception) -> TinyTLError:
+    """That nothing can be tried out before it is written, as there is no room where files go that nobody keeps."""
+    place = tempfile.tempdir or "any folder for temporary files"  # None where none could be written
+    return TinyTLError(
+        f"{what}: there is no room in {place} to try it out ({error}); name a folder with more in TMPDIR"
+    )
 
 
 def described_by(path: Path) -> Path:

@@ -33,6 +33,7 @@ from tinytl_hf.network import proxylessnas
 from tinytl_hf.network.backbones import sha256
 from tinytl_hf.network.methods import METHODS
 from tinytl_hf.network.timm_nets import PREFIX, architecture
+from tinytl_hf.network.weights import is_weights_file
 
 ASKS_FOR_VERSION = "mnasnet"  # of torchvision: loads no state dict without the version that its own has beside it
 OWN_WEIGHTS = "holds_frozen_weights"  # in the metadata of a file of int8 weights, whose values are nowhere else
@@ -53,6 +54,7 @@ def merge(config: MergeConfig) -> str:
     if os.path.lexists(path) and not config.overwrite:  # a link that leads nowhere, too
         raise TinyTLError(f"output={path}: exists; name another file, or replace it with --overwrite true")
     model = TinyTLModel.from_pretrained(config.adapter, weights=config.weights, revision=config.revision)
+    _check_not_needed(path, model)
     is_int8 = model.config.backbone.frozen_weights == "int8"
     if is_int8:
         dequantise(model.backbone)  # so that the file holds plain layers, with other frozen tensors than before
@@ -69,6 +71,15 @@ def merge(config: MergeConfig) -> str:
     with writing(f"output={path}", "name another file"):
         write_bytes(path, save(tensors, metadata=metadata))
     return f"{path}: {what}; load it with {_description(model.config, str(path))[1]}"
+
+
+def _check_not_needed(path: Path, model: TinyTLModel) -> None:
+    """Raise if a file holds the very weights that the adapter needs, as others may."""
+    weights, needed = expanded(model._weights_from), model.config.backbone.sha256 is not None
+    if needed and is_weights_file(str(weights)) and path.exists() and weights.exists() and path.samefile(weights):
+        raise TinyTLError(
+            f"output={path}: holds the backbone's weights, without which the adapter does not load; name another file"
+        )
 
 
 def load_merged(path: StrPath) -> TinyTLModel:

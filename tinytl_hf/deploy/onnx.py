@@ -7,7 +7,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tinytl_hf.deploy.exported import (
     check_output,
     description,
     layer_of,
+    no_room,
     require,
     write_files,
 )
@@ -138,9 +139,13 @@ def _quantised(content: bytes, inputs: Tensor) -> bytes:
             batch = next(self.batches, None)
             return None if batch is None else {INPUT: batch.numpy()}
 
-    with tempfile.TemporaryDirectory(prefix="tinytl-onnx-") as folder:
-        source, target = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
-        source.write_bytes(content)
+    with ExitStack() as held:
+        try:
+            folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tinytl-onnx-")))
+            source, target = folder / "fp32.onnx", folder / "int8.onnx"
+            source.write_bytes(content)
+        except OSError as error:
+            raise no_room("quantize=int8", error) from error
         # Weights of 7 bits: CPUs without VNNI add pairs of products in 16 bits, which 8-bit weights overflow.
         options = {"per_channel": True, "reduce_range": True, "op_types_to_quantize": QUANTIZED}
         try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from tinytl_hf.adapter.format import CARD_FILE
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.export import ExportConfig
 from tinytl_hf.deploy.check import compare, evaluation_images
-from tinytl_hf.deploy.exported import Deployed, check_output, require, write_files
+from tinytl_hf.deploy.exported import Deployed, check_output, no_room, require, write_files
 from tinytl_hf.disk import check_ours
 from tinytl_hf.errors import TinyTLError, quoted
 from tinytl_hf.hub.card import BEGIN, END, LICENCE, escaped, has_our_part, read_card, update_card
@@ -46,8 +48,8 @@ transformers loads it as well: `pipeline("image-classification", model="user/nam
 {end}
 """
 SHOWN_LABELS = 20
-# What files of an export hold: another folder can have files of these names, such as a project's own README.md.
-MARKS = {CARD_FILE: "fine-tuned with tinytl_hf", "config.json": '"label_names"'}
+# What the card of an export holds; another folder can have a file of its name, such as a project's own README.md.
+MARK = "fine-tuned with tinytl_hf"
 
 
 def export_timm(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> str:
@@ -68,14 +70,12 @@ def export_timm(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> s
     deployed = Deployed(model)
     network = timm.create_model(name, pretrained=False, num_classes=len(model.label_names))
     _fill(network, deployed.backbone.state_dict(), model.config.backbone.name, name)
-    with tempfile.TemporaryDirectory(prefix="tinytl-timm-") as folder:
+    with ExitStack() as held:
         try:
+            folder = held.enter_context(tempfile.TemporaryDirectory(prefix="tinytl-timm-"))
             _save(timm, network, model, Path(folder))
         except (OSError, SafetensorError) as error:
-            raise TinyTLError(
-                f"output={path}: there is no room in {tempfile.gettempdir()} to try it out ({error}); name a folder "
-                "with more in TMPDIR"
-            ) from error
+            raise no_room(f"output={path}", error) from error
         loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         comparison = compare("timm", model, deployed, lambda inputs: loaded(torch.from_numpy(inputs)).numpy(), images)
         comparison.check()
@@ -92,11 +92,14 @@ def export_timm(model: TinyTLModel, config: ExportConfig, data: DataConfig) -> s
 
 
 def _check_is_export(path: Path) -> None:
-    """Raise if a folder holds files of these names that no export wrote."""
-    for file, mark in MARKS.items():
-        check_ours("output", path / file, mark)
-    if (path / "model.safetensors").exists() and not (path / "config.json").exists():
-        raise TinyTLError(f"output={path}: holds a model.safetensors that is of no export; name another folder")
+    """Raise if a folder holds files of these names that no export wrote, of which the card alone surely tells."""
+    check_ours("output", path / CARD_FILE, MARK)
+    others = [file for file in TIMM_FILES if os.path.lexists(path / file)]
+    if others and CARD_FILE not in others:
+        raise TinyTLError(
+            f"output={path}: holds a {others[0]} without the {CARD_FILE} of an export, so it may be another's; name "
+            "another folder"
+        )
 
 
 def _check_fits(model: TinyTLModel) -> str:
