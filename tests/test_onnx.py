@@ -191,6 +191,35 @@ def test_int8_is_smaller_and_its_loss_is_measured(converted, exported, tmp_path)
     assert session.run(None, {"images": IMAGES.numpy()})[0].shape == (3, 4)
 
 
+def test_a_file_tells_the_weights_that_are_in_it_and_the_model_stays_as_it_was(make_model, tmp_path, caplog):
+    model = make_model("FT-Last", "resnet18")
+    before = model.config
+    with torch.no_grad():
+        model.backbone.layer1[0].conv1.weight.mul_(1.5)
+    model.export(tmp_path / "m.onnx", format="onnx", check_images=1)
+    assert "the frozen weights are not those of none any more" in caplog.text and model.config == before
+    model.save_pretrained(tmp_path / "adapter")
+    about = ort.InferenceSession(str(tmp_path / "m.onnx")).get_modelmeta().custom_metadata_map
+    told = json.loads(about["adapter_config"])["backbone"]["sha256"]
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["backbone"]["sha256"]
+    assert told == saved != before.backbone.sha256
+
+
+@pytest.mark.parametrize("change", ["parametrized", "with a bias", "wider"])
+def test_a_network_that_was_changed_is_named(change, make_model, tmp_path):
+    model = make_model("FT-Last", "resnet18")
+    if change == "with a bias":
+        model.backbone.layer2[0].conv2 = nn.Conv2d(128, 128, 3, padding=1)
+    elif change == "wider":
+        model.backbone.layer2[0].conv2 = nn.Conv2d(128, 128, 5, padding=2, bias=False)
+    else:
+        nn.utils.parametrizations.weight_norm(model.backbone.layer2[0].conv2)
+    for format, name in (("onnx", "m.onnx"), ("timm", "m")):
+        with pytest.raises(TinyTLError, match=r"is not the resnet18 that it was built as \(layer2.0.conv2"):
+            model.export(tmp_path / name, format=format, check_images=1)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_temporary_folder_without_room_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "away"))
     with pytest.raises(TinyTLError, match=r"quantize=int8: there is no room in .*away to try it out .* TMPDIR"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tinytl_hf.adapter.build import as_it_is
 from tinytl_hf.config.check import check
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.export import ExportConfig, ExportFormat
@@ -76,6 +77,7 @@ def export_as(
 
 def export_model(model: TinyTLModel, config: ExportConfig, data: DataConfig | None = None) -> str:
     """As :func:`export_as`, with the options of the verb; of one that was cast, or is on a GPU, a copy is exported."""
+    as_exported = as_it_is(model.config, model.backbone)  # a file says, as an adapter, which weights are in it
     tensors = model.state_dict().values()
     if any(not t.is_cpu or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors):
         model = copy.deepcopy(model).float().cpu()
@@ -85,8 +87,9 @@ def export_model(model: TinyTLModel, config: ExportConfig, data: DataConfig | No
         data = DataConfig(train_size=sizes.train_size, eval_size=sizes.eval_size, crop_pct=sizes.crop_pct)
         data = data if record is None else replace(record.as_trained(data), dataset=record.dataset)
     before, training = model.config, model.training
-    model.config = with_view(model, data)
+    model.config = as_exported
     try:
+        model.config = with_view(model, data)
         with torch.no_grad():
             return _export_in_format(model.eval(), config, data)
     finally:

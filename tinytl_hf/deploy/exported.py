@@ -68,13 +68,25 @@ class Deployed(nn.Module):
 
 
 def stock_backbone(model: TinyTLModel) -> nn.Module:
-    """The model's network with layers of PyTorch and torchvision or timm only, in fp32 on the CPU, as a copy."""
+    """The model's network with layers of PyTorch and torchvision or timm only, in fp32 on the CPU, as a copy.
+
+    Raises:
+        TinyTLError: It has other tensors by now than it was built with.
+    """
     backbone, _ = build_network(model.config, "none")
     filled = model.backbone
     if model.config.backbone.frozen_weights == "int8":
         filled = copy.deepcopy(filled)
         dequantise(filled)
-    backbone.load_state_dict(filled.state_dict())
+    try:
+        backbone.load_state_dict(filled.state_dict())
+    except RuntimeError as error:
+        built, found = ({name: t.shape for name, t in net.state_dict().items()} for net in (backbone, filled))
+        names = sorted(name for name in built.keys() | found.keys() if built.get(name) != found.get(name))
+        raise TinyTLError(
+            f"the network is not the {model.config.backbone.name} that it was built as ({', '.join(names[:2])}): undo "
+            "what replaced or parametrized its layers before it is exported (parametrize.remove_parametrizations)"
+        ) from error
     return backbone
 
 
