@@ -24,7 +24,7 @@ from tinytl_hf.data.view import centre_view, normalised
 from tinytl_hf.deploy import export as deploy_export
 from tinytl_hf.deploy import exported as exported_network
 from tinytl_hf.deploy import onnx as deploy_onnx
-from tinytl_hf.deploy.check import evaluation_images
+from tinytl_hf.deploy.check import Comparison, RealImages, evaluation_images
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 ort = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
@@ -189,6 +189,13 @@ def test_int8_is_smaller_and_its_loss_is_measured(converted, exported, tmp_path)
     assert "int8 loses" in printed and "accuracy there" in printed
     assert "the ranges of 8 bits are those of" in done.stderr and "training on" not in done.stderr
     assert session.run(None, {"images": IMAGES.numpy()})[0].shape == (3, 4)
+
+
+@pytest.mark.parametrize(("of_8_bits", "words"), [(0.5, "loses 25.00"), (0.75, "loses 0.00"), (1.0, "gains 25.00")])
+def test_what_8_bits_cost_has_no_double_negative(of_8_bits, words):
+    images = RealImages("photos", 4, [], np.zeros(4, int))
+    plain, small = (Comparison("ort", images, 0.0, 1.0, 4, (0.75, share), (1.0, 1.0)) for share in (0.75, of_8_bits))
+    assert deploy_onnx._loss(plain, small).endswith(f"int8 {words} points of accuracy")
 
 
 def test_a_file_tells_the_weights_that_are_in_it_and_the_model_stays_as_it_was(make_model, tmp_path, caplog):

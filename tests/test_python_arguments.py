@@ -88,11 +88,19 @@ def test_an_empty_path_is_not_the_current_folder(name, make_model, adapter, monk
         ("adapter/adapter_config.json", "as it is a file; name adapter$"),
         ("photo.png", "as it is a file; name the folder of an adapter$"),
         ("model.onnx", "which predict alone takes; name the adapter that it was exported from$"),
+        ("model.pte", "as it is an exported file for ExecuTorch; name the adapter that it was exported from$"),
+        ("merged.safetensors", "as it is a file of weights; .* with tinytl_hf.load_merged$"),
+        ("adapter/adapter_model.safetensors", "as it is a file; name adapter$"),
+        ("timm", "timm is no adapter: .* as it is a model for timm; name the adapter that it was exported from$"),
+        ("other", "other is no adapter: it has no adapter_config.json$"),
     ],
 )
 def test_what_leads_to_no_adapter_says_why(name, message, adapter, monkeypatch):
     monkeypatch.chdir(adapter.parent)
-    for file in ("photo.png", "model.onnx"):
+    for folder in ("timm", "other"):
+        (adapter.parent / folder).mkdir()
+    of_timm = ("timm/config.json", "timm/model.safetensors")
+    for file in ("photo.png", "model.onnx", "model.pte", "merged.safetensors", "other/model.safetensors", *of_timm):
         (adapter.parent / file).touch()
     with pytest.raises(TinyTLError, match=message):
         TinyTLModel.from_pretrained(name)

@@ -31,6 +31,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 MAX_CONFIG_BYTES = 16_000_000
+INSTEAD = "name the adapter that it was exported from"
 URLS = ("http://", "https://", "hf://", "hf-hub:")
 
 
@@ -98,12 +99,17 @@ def read_config(folder: Path) -> AdapterConfig:
 
 def _why_not(folder: Path) -> str:
     if folder.is_dir():
-        return ""
+        is_for_timm = all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+        return f", as it is a model for timm; {INSTEAD}" if is_for_timm else ""
     if not folder.is_file():
         return ", as there is no such folder"
     if folder.suffix == ".onnx":
-        return ", as it is an exported file, which predict alone takes; name the adapter that it was exported from"
+        return f", as it is an exported file, which predict alone takes; {INSTEAD}"
     is_in_one = (folder.parent / CONFIG_FILE).is_file()
+    if folder.suffix == ".pte":
+        return f", as it is an exported file for ExecuTorch; {INSTEAD}"
+    if folder.suffix == ".safetensors" and not is_in_one:
+        return ", as it is a file of weights; name the adapter, or load what merge wrote with tinytl_hf.load_merged"
     return f", as it is a file; name {folder.parent if is_in_one else 'the folder of an adapter'}"
 
 

@@ -161,4 +161,4 @@ def _loss(plain: Comparison, small: Comparison) -> str:
     """What 8 bits cost, in words."""
     assert plain.accuracy is not None and small.accuracy is not None
     lost = 100 * (plain.accuracy[1] - small.accuracy[1])
-    return f"{small}\nint8 loses {lost:.2f} points of accuracy"
+    return f"{small}\nint8 {'loses' if lost >= 0 else 'gains'} {abs(lost):.2f} points of accuracy"
