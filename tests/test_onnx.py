@@ -191,6 +191,27 @@ def test_int8_is_smaller_and_its_loss_is_measured(converted, exported, tmp_path)
     assert session.run(None, {"images": IMAGES.numpy()})[0].shape == (3, 4)
 
 
+@pytest.mark.parametrize("found", ["other classes", "nothing"])
+def test_another_folder_of_the_name_of_an_adapters_data_ends_no_export(
+    found, make_model, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for number in range(2 * (found == "other classes")):
+        write_image(tmp_path / "images" / "xy"[number] / "1.png", seed=number)
+    model = make_model("FT-Last", "resnet18", num_classes=None, label_names=["blue", "red"])
+    model.config = replace(model.config, data=DataRecord("images", source="local"))
+    caplog.set_level("INFO", "tinytl_hf")
+    data = DataConfig(dataset="images", train_size=64)
+    assert evaluation_images(model, data, 3).source == "crops of scikit-learn's photos"
+    assert "images here is not the data set of the adapter (" in caplog.text and "--data.dataset names" in caplog.text
+    with pytest.raises(TinyTLError):  # of what 8 bits cost, photos without classes say nothing
+        evaluation_images(model, data, None)
+    model.config = replace(model.config, data=DataRecord("others", source="local"))
+    with pytest.raises(TinyTLError, match=r"x|holds no image"):
+        evaluation_images(model, data, 3)
+
+
 @pytest.mark.parametrize(("of_8_bits", "words"), [(0.5, "loses 25.00"), (0.75, "loses 0.00"), (1.0, "gains 25.00")])
 def test_what_8_bits_cost_has_no_double_negative(of_8_bits, words):
     images = RealImages("photos", 4, [], np.zeros(4, int))

@@ -119,7 +119,8 @@ def evaluation_images(model: TinyTLModel, data: DataConfig, count: int | None) -
 
     Args:
         model: Whose classes and preprocessing they get.
-        data: The data set that was named, or that of the adapter. The adapter's is used where it is on this disk.
+        data: The data set that was named, or that of the adapter. The adapter's is used where it is on this disk and
+            has its classes.
         count: How many; None: the whole evaluation split.
 
     Raises:
@@ -130,11 +131,16 @@ def evaluation_images(model: TinyTLModel, data: DataConfig, count: int | None) -
     at_hand = data.dataset == "digits" or is_there(data.dataset)
     if count is not None and (not data_named(data, record) or (of_adapter and not at_hand)):
         why = f"its data set {data.dataset} is not on this disk" if of_adapter else "the adapter names no data set"
-        logger.info("%s: the check uses crops of scikit-learn's two photos; --data.dataset names others", why)
-        return _photos(model, count)
+        return _photos(model, count, why)
     if count is not None:
         data = replace(data, max_eval_samples=min(count, data.max_eval_samples or count))
-    split = sets.with_label_names(sets.open_eval_split(data, whole=not of_adapter), model.label_names)
+    try:
+        split = sets.with_label_names(sets.open_eval_split(data, whole=not of_adapter), model.label_names)
+    except TinyTLError as error:
+        if count is None or not of_adapter:
+            raise
+        # An adapter that was pulled says the name of a folder alone: the one here can be another.
+        return _photos(model, count, f"{data.dataset} here is not the data set of the adapter ({error})")
     return _views(model, split, data)
 
 
@@ -208,7 +214,8 @@ def _views(model: TinyTLModel, split: Split, data: DataConfig) -> RealImages:
     return RealImages(f"{split.title} of {data.dataset}", len(images), batches, images.split.labels)
 
 
-def _photos(model: TinyTLModel, count: int) -> RealImages:
+def _photos(model: TinyTLModel, count: int, why: str) -> RealImages:
+    logger.info("%s: the check uses crops of scikit-learn's two photos; --data.dataset names others", why)
     photos = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     draws = np.random.default_rng(0).random((count, 2))
     crops = []
