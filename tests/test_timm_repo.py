@@ -3,10 +3,12 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from shared import run_cli
 from test_methods import train_steps
@@ -54,6 +56,21 @@ def test_timm_loads_the_folder_with_equal_logits(method, backbone, theirs, expor
     assert tuple(cfg["input_size"]) == (3, 64, 64) and cfg["crop_pct"] == options.crop_pct
     assert (tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"]) == options.normal
     assert "same label for 4 of 4" in text and f"timm's {theirs}" in text
+
+
+@pytest.mark.parametrize(
+    ("licence", "said"),
+    [(None, "whose licence is not known here: write it above"), ("cc-by-nc-4.0", "under cc-by-nc-4.0")],
+)
+def test_the_licence_is_that_of_the_weights_or_none(licence, said, make_model, tmp_path):
+    model = make_model("FT-Last", "timm/test_efficientnet", num_classes=None, label_names=LABELS)
+    model.config = replace(model.config, backbone=replace(model.config.backbone, license=licence))
+    for overwrite in (False, True):
+        model.export(tmp_path / "repo", format="timm", check_images=1, overwrite=overwrite)
+        card = (tmp_path / "repo" / "README.md").read_text()
+        assert ModelCard(card).data.license == (licence or "unknown") and said in card
+        cfg = json.loads((tmp_path / "repo" / "config.json").read_text())["pretrained_cfg"]
+        assert cfg.get("license") == licence
 
 
 def test_a_photo_is_cropped_as_here_where_the_weights_of_timm_were_evaluated_otherwise(exported):
@@ -188,7 +205,7 @@ def test_what_a_person_wrote_into_the_card_stays_here_and_on_the_hub(make_model,
         if label == "one":
             server.add_repo("me/flowers", {"README.md": f"{there}\nOf the garden.\n".encode()})
     assert "Of the garden." in there
-    card.write_text(card.read_text().replace("license: apache-2.0", "license: mit") + "\nWritten here.\n")
+    card.write_text(card.read_text().replace("license: unknown", "license: mit") + "\nWritten here.\n")
     model.export(folder, format="timm", check_images=1, overwrite=True)
     text = card.read_text()
     assert "license: mit" in text and "Written here." in text and text.count("fine-tuned with tinytl_hf") == 1

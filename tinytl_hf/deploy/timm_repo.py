@@ -22,7 +22,7 @@ from tinytl_hf.deploy.check import compare, evaluation_images
 from tinytl_hf.deploy.exported import Deployed, check_output, no_room, require, write_files
 from tinytl_hf.disk import check_ours
 from tinytl_hf.errors import TinyTLError, quoted
-from tinytl_hf.hub.card import BEGIN, END, LICENCE, escaped, has_our_part, read_card, update_card
+from tinytl_hf.hub.card import BEGIN, END, UNKNOWN, escaped, has_our_part, read_card, update_card
 from tinytl_hf.hub.transfer import TIMM_FILES
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.backbones import SAME_TENSORS
@@ -37,6 +37,8 @@ CARD = """---
 # {name}, fine-tuned with tinytl_hf
 
 {method} on {backbone}: {count} classes ({labels}), {size} px.
+
+Its weights hold those of the backbone, {licence}.
 
 ```python
 import timm
@@ -138,13 +140,15 @@ def _fill(network: nn.Module, tensors: dict[str, Tensor], ours: str, theirs: str
 
 def _save(timm: Any, network: Any, model: TinyTLModel, folder: Path) -> None:
     options, labels = model.config.preprocessing, model.label_names
-    licence = model.config.backbone.license or LICENCE
-    about = {"label_names": labels, "pretrained_cfg": {"license": licence}}
+    licence = model.config.backbone.license  # of the weights, nearly all of which another trained
+    about = {"label_names": labels, "pretrained_cfg": {} if licence is None else {"license": licence}}
     size = (3, options.eval_size, options.eval_size)
     view = {"input_size": size, "crop_pct": options.crop_pct, "interpolation": options.interpolation}
     view |= {"mean": options.mean, "std": options.std, "crop_mode": "center"}  # the network's own can be another
     network.pretrained_cfg = {
-        key: value for key, value in network.pretrained_cfg.items() if not key.startswith(("test_", "tag", "origin"))
+        key: value
+        for key, value in network.pretrained_cfg.items()
+        if not key.startswith(("test_", "tag", "origin", "license"))
     }
     timm.models.save_for_hf(network, str(folder), model_config=about, safe_serialization=True, data_config=view)
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -152,7 +156,9 @@ def _save(timm: Any, network: Any, model: TinyTLModel, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     shown = ", ".join(map(escaped, labels[:SHOWN_LABELS])) + ", ..." * (len(labels) > SHOWN_LABELS)
     tags = ["image-classification", "timm", "tinytl", model.config.method]
-    metadata = ModelCardData(library_name="timm", license=licence, pipeline_tag="image-classification", tags=tags)
+    metadata = ModelCardData(
+        library_name="timm", license=licence or UNKNOWN, pipeline_tag="image-classification", tags=tags
+    )
     backbone = model.config.backbone.name
     text = CARD.format(
         metadata=metadata.to_yaml(),
@@ -164,5 +170,8 @@ def _save(timm: Any, network: Any, model: TinyTLModel, folder: Path) -> None:
         count=len(labels),
         labels=shown,
         size=options.eval_size,
+        licence="whose licence is not known here: write it above in place of `unknown`"
+        if licence is None
+        else f"under {licence}",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

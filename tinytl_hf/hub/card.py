@@ -35,7 +35,7 @@ BEGIN, END = "<!-- tinytl_hf: begin -->", "<!-- tinytl_hf: end -->"
 PICTURES = {"accuracy and loss by epoch": "curves.png", "confusion matrix": "confusion_matrix.png"}
 ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE, CARD_FILE, RESULTS_FILE, *PICTURES.values())  # all that one can have
 HERE = "."  # stands for the adapter's name in the card's examples until it is pushed
-LICENCE = "apache-2.0"  # until a person names another
+LICENCE, UNKNOWN = "apache-2.0", "unknown"  # of an adapter, and of weights; until a person names another
 SHOWN_LABELS = 100
 METRICS = {  # our name: the Hub's name of the metric, and the reader's
     "accuracy": ("accuracy", "accuracy"),
@@ -275,7 +275,7 @@ def _merged(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
     """Their metadata with ours in it: our fields, our entries of lists, our results, and what else is in ours."""
     persons = {key: value for key, value in own.items() if key not in OUR_KEYS}
     merged = {**theirs, **persons}
-    if own.get("license", LICENCE) != LICENCE or "license" not in theirs:
+    if own.get("license", LICENCE) not in (LICENCE, UNKNOWN) or "license" not in theirs:
         merged["license"] = own.get("license", LICENCE)
     if str(theirs.get("base_model")).startswith("timm/") and theirs.get("base_model_relation") == "adapter":
         del merged["base_model"], merged["base_model_relation"]  # ours, of the adapter that was there
