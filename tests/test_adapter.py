@@ -267,3 +267,18 @@ def test_arguments_that_loading_does_not_take_are_named(saved):
     model = TinyTLModel.from_pretrained(saved[1], cache_dir="x", local_files_only=True)
     with pytest.raises(TinyTLError, match="is_trainable=True: loading an adapter has no such argument"):
         model.load_adapter(saved[1], "again", is_trainable=True)
+
+
+def test_a_pointer_in_place_of_the_tensors_is_called_so(saved):
+    path = saved[1] / "adapter_model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(TinyTLError, match=r"safetensors: is not the file, but a pointer to it; git lfs pull"):
+        TinyTLModel.from_pretrained(saved[1])
+
+
+def test_complex_numbers_are_no_adapter(saved):
+    path = saved[1] / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "classifier.1.bias": tensors["classifier.1.bias"].to(torch.complex64)}, path)
+    with pytest.raises(TinyTLError, match=r"1 tensor is of another type, such as classifier\.1\.bias"):
+        TinyTLModel.from_pretrained(saved[1])

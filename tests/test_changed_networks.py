@@ -201,3 +201,58 @@ def test_a_head_of_another_kind_is_named(make):
     ):
         with pytest.raises(TinyTLError, match="the network's head was replaced by a layer of another kind"):
             call()
+
+
+# By what is to happen to a layer with another forward pass: those that the lean pass calls are followed.
+FOLLOWED = [
+    *(("TinyTL-L+B", "mobilenet_v2", name) for name in ("features.0", "features.3", "features.3.lite_residual")),
+    *(("TinyTL-B", "mobilenet_v2", name) for name in ("features.0", "features.18", "features")),
+    *(("TinyTL-L+B", "mobilenet_v3_small", f"features.4.block.{name}") for name in ("0", "1", "2", "2.fc1")),
+    *(("TinyTL-L", "resnet18", name) for name in ("layer1", "layer2.1", "maxpool")),
+]
+REFUSED = [
+    *(("TinyTL-B", "mobilenet_v2", f"features.{name}") for name in ("0.0", "0.2", "3.conv", "3.conv.0", "3.conv.1.1")),
+    ("TinyTL-L+B", "mobilenet_v2", "features.3.lite_residual.norm1"),
+    *(("TinyTL-B", "mobilenet_v3_small", f"features.4.block.{name}") for name in ("0.0", "3")),
+    *(("TinyTL-L", "resnet18", f"layer2.0.{name}") for name in ("conv1", "bn2", "downsample", "downsample.1")),
+    *(("TinyTL-B", "timm/mobilenetv3_small_100", name) for name in ("conv_stem", "bn1.act", "blocks.3.1.drop_path")),
+]
+
+
+def replace_forward(model, name):
+    module = model.backbone.get_submodule(name)
+    before = module.forward
+    module.forward = lambda *inputs, **options: (1.5 * before(*inputs, **options)).sin()
+
+
+@pytest.mark.parametrize(("method", "backbone", "name"), FOLLOWED)
+def test_a_forward_pass_that_was_replaced_is_followed(method, backbone, name, make):
+    results = []
+    for lean in (True, False):
+        model = make(method, backbone, lean=lean)
+        replace_forward(model, name)
+        logits = model(IMAGES)
+        logits.square().sum().backward()
+        results.append([logits, *(p.grad for p in model.trainable_parameters())])
+    for found, expected in zip(*results, strict=True):
+        least = 1e-2 * max(float(each.detach().norm()) for each in results[1][1:])
+        assert (found - expected).norm() <= 1e-2 * max(float(expected.detach().norm()), least)
+
+
+@pytest.mark.parametrize(("method", "backbone", "name"), REFUSED)
+def test_a_forward_pass_that_would_not_be_called_is_refused_where_it_was_replaced(method, backbone, name, make):
+    model = make(method, backbone)
+    replace_forward(model, name)
+    with pytest.raises(TinyTLError, match=rf"^{name} \(.*\): its forward pass was replaced, .* or lean=False$"):
+        model.train()(IMAGES)
+    replaced, expected = model.eval()(IMAGES), make(method, backbone, lean=False)
+    replace_forward(expected, name)
+    torch.testing.assert_close(replaced, expected.eval()(IMAGES), atol=1e-6, rtol=1e-5)
+    assert torch.isfinite(expected.train()(IMAGES)).all()
+
+
+def test_a_layer_of_another_class_is_refused(make):
+    model = make("TinyTL-B", "mobilenet_v2")
+    model.backbone.features[3].conv[0][2].__class__ = nn.ReLU
+    with pytest.raises(TinyTLError, match=r"^features.3.conv.0.2 \(ReLU6\): its forward pass was replaced"):
+        model(IMAGES)

@@ -325,3 +325,46 @@ def test_a_model_says_how_many_parameters_train(frozen_weights, capsys):
     options = {"method": "TinyTL-B", "num_classes": 10, "weights": "none", "frozen_weights": frozen_weights}
     TinyTLModel.from_backbone("mobilenet_v2", **options).print_trainable_parameters()
     assert capsys.readouterr().out == "trainable params: 29,866 || all params: 2,236,682 || trainable%: 1.3353\n"
+
+
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", ["TinyTL-L+B", "FT-Full"])
+def test_images_of_another_type_than_the_model_are_named_with_the_fix(method, training, make_model):
+    model = make_model(method).train(training)
+    for own in FLOATS:
+        model.to(own)
+        for other in FLOATS:
+            if other is own:
+                assert model(IMAGES.to(other)).dtype == model.features(IMAGES.to(other)).dtype == own
+                continue
+            message = rf"^images are of {other} and the model of {own}: use images.to\({own}\)"
+            for call in (model, model.features):
+                with pytest.raises(TinyTLError, match=message):
+                    call(IMAGES.to(other))
+    with pytest.raises(TinyTLError, match=r"the model of torch\.bfloat16"):
+        model(torch.randn(4, 1280))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("frozen_weights", ["fp32", "int8"])
+def test_mixed_precision_takes_images_of_any_type_but_float64(frozen_weights, training, make_model):
+    model = make_model("TinyTL-L+B", frozen_weights=frozen_weights).train(training)
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in FLOATS[1:]:
+            assert model(IMAGES.to(dtype)).dtype == torch.bfloat16
+        with pytest.raises(TinyTLError, match=r"^images are of torch.float64 and the model of torch.float32"):
+            model(IMAGES.double())
+
+
+def test_an_adapter_of_more_classes_than_logits_is_not_saved(make_model, tmp_path):
+    model = make_model("FT-Last", num_classes=None, label_names=["cat", "dog"])
+    model.label_names[0] = "lion"
+    model.save_pretrained(tmp_path / "renamed")
+    assert TinyTLModel.from_pretrained(tmp_path / "renamed").label_names == ["lion", "dog"]
+    model.label_names.append("bird")
+    with pytest.raises(TinyTLError, match=r"^label_names: there are 3, and the head has 2 logits; build a model with"):
+        model.save_pretrained(tmp_path / "added")
+    assert not (tmp_path / "added").exists()

@@ -6,10 +6,11 @@ import pickle
 import pytest
 import torch
 from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
 from shared import slow
 from torch.func import functional_call, grad, jvp, vmap
 
-from tinytl_hf import TinyTLError
+from tinytl_hf import TinyTLError, TinyTLModel
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 FIX = r"call model\.eval\(\) first, or build the model with lean=False"
@@ -121,3 +122,32 @@ def test_weights_that_are_offloaded_evaluate_and_say_that_they_do_not_train(make
     assert torch.equal(model(IMAGES), expected)
     with pytest.raises(TinyTLError, match=r"weights that are offloaded take model\.eval\(\) or lean=False$"):
         model.train()(IMAGES)
+
+
+def test_weights_that_are_offloaded_are_neither_saved_nor_loaded_nor_trained_beside(make_model, tmp_path):
+    make_model("TinyTL-B").save_pretrained(tmp_path / "other")
+    model, other = make_model("TinyTL-L+B"), TinyTLModel.from_pretrained(tmp_path / "other")
+    model.save_pretrained(tmp_path / "before")
+    offloaded = cpu_offload(model, torch.device("cpu"))
+    tensors = {name: torch.ones(tensor.shape) for name, tensor in offloaded.adapter_tensors().items()}
+    message = r"is on the meta device, and holds no values; .* call accelerate\.hooks\.remove_hook_from_module"
+    for call in (
+        lambda: offloaded.save_pretrained(tmp_path / "offloaded"),
+        lambda: offloaded.load_adapter_tensors(tensors, source="ones"),
+        lambda: offloaded.load_adapter(tmp_path / "other", "other"),
+        lambda: other.to("meta").save_pretrained(tmp_path / "offloaded"),
+    ):
+        with pytest.raises(TinyTLError, match=message):
+            call()
+    assert not (tmp_path / "offloaded").exists()
+    remove_hook_from_module(offloaded, recurse=True)
+    offloaded.save_pretrained(tmp_path / "after")
+    before, after = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("before", "after"))
+    assert before == after
+
+
+@pytest.mark.parametrize("method", ["TinyTL-B", "FT-Full"])
+def test_a_model_is_not_made_without_values(method, make_model, tmp_path):
+    make_model(method).save_pretrained(tmp_path)
+    with torch.device("meta"), pytest.raises(TinyTLError, match="on the meta device, and holds no values; build the"):
+        TinyTLModel.from_pretrained(tmp_path)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tinytl_hf.adapter.build import as_it_is, build_network, check_fits, check_weights, new_config, recorded, source_of
-from tinytl_hf.adapter.delta import adapter_tensors, frozen_tensors, load_tensors
+from tinytl_hf.adapter.delta import adapter_tensors, check_values, frozen_tensors, load_tensors
 from tinytl_hf.adapter.format import folder_named, holds, read_config, read_tensors, write_adapter
 from tinytl_hf.adapter.record import AdapterConfig, DataRecord
 from tinytl_hf.adapter.switching import Adapters, LoadedAdapter
@@ -58,6 +58,7 @@ class TinyTLModel(nn.Module):
         super().__init__()
         self.engine = engine = engine or Engine()
         self.backbone, self._blocks = build_network(config, config.backbone.weights, engine.gradient_checkpointing)
+        check_values(frozen_tensors(self.backbone))
         self.config = replace(config, backbone=replace(config.backbone, sha256=sha256(frozen_tensors(self.backbone))))
         if config.backbone.frozen_weights == "int8":
             quantise(self.backbone)
@@ -252,7 +253,7 @@ class TinyTLModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``[N, 3, H, W]``, or :meth:`features` or ``prefix.maps`` of them, to logits."""
-        check_normalised(images)
+        check_normalised(images, self.backbone)
         if images.ndim == 2:
             return self._head(images)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -270,7 +271,7 @@ class TinyTLModel(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """What the head gets of normalised images: ``[N, features]``, without gradients; in any thread."""
-        check_normalised(images)
+        check_normalised(images, self.backbone)
         with torch.no_grad():
             return without_head(self.backbone)(channels_last(images)).flatten(1)
 

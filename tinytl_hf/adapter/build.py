@@ -12,7 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tinytl_hf.adapter.delta import check_complete, check_tensors, frozen_tensors, remember_complete
+from tinytl_hf.adapter.delta import (
+    adapter_tensors,
+    check_complete,
+    check_tensors,
+    check_values,
+    frozen_tensors,
+    remember_complete,
+)
 from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, Preprocessing, checked, label_strings
 from tinytl_hf.config.check import check, whole_number
 from tinytl_hf.config.network import HeadConfig, LiteConfig
@@ -21,8 +28,10 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network import methods
 from tinytl_hf.network.backbones import check_size, check_takes, create_backbone, find_backbone, sha256
 from tinytl_hf.network.blocks import TinyTLBlock, convert_blocks
+from tinytl_hf.network.head import head_of
 from tinytl_hf.network.no_values import NoRandomValues
 from tinytl_hf.network.weights import is_weights_file
+from tinytl_hf.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +110,16 @@ def as_it_is(config: AdapterConfig, backbone: nn.Module) -> AdapterConfig:
     """The config with the hash of the frozen tensors as they are now, where they have kept their type.
 
     Raises:
-        TinyTLError: As of :func:`check_complete`.
+        TinyTLError: As of :func:`check_complete` and :func:`check_values`; or it has other classes than logits.
     """
     check_complete(backbone)
     tensors = frozen_tensors(backbone)
+    check_values({**adapter_tensors(backbone), **tensors})
+    if (count := head_of(backbone)[1].out_features) != len(config.label_names):
+        raise TinyTLError(
+            f"label_names: there are {len(config.label_names)}, and the head has {counted(count, 'logit')}; build a "
+            "model with label_names= for other classes"
+        )
     floats = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if config.backbone.sha256 is None or config.backbone.frozen_weights == "int8" or floats != {torch.float32}:
         return config

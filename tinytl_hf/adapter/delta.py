@@ -55,14 +55,28 @@ def frozen_tensors(backbone: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless tensors hold values: those of the meta device are read as nothing, and written to in silence.
+
+    Raises:
+        TinyTLError: One does not, with the fix.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise TinyTLError(
+                f"{name} is on the meta device, and holds no values; build the model on another, or, where weights "
+                "are offloaded, call accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
+            )
+
+
 def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy a delta into ``backbone``, after checking all of it.
 
     Raises:
-        TinyTLError: Missing, unexpected or misshapen tensors; nothing was copied.
+        TinyTLError: Missing, unexpected or misshapen tensors, or no memory to copy them to; nothing was copied.
     """
+    check_values(own := adapter_tensors(backbone))
     check_tensors(backbone, tensors, source)
-    own = adapter_tensors(backbone)
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
@@ -76,12 +90,13 @@ def check_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], source: st
     """
     own = adapter_tensors(backbone)
     shared = own.keys() & tensors.keys()
+    of_own_type = {name for name in shared if own[name].dtype == tensors[name].dtype}
     problems = {
         "missing": sorted(own.keys() - tensors.keys()),
         "unexpected": sorted(tensors.keys() - own.keys()),
         "of another shape": sorted(n for n in shared if own[n].shape != tensors[n].shape),
-        "of another type": sorted(n for n in shared if own[n].dtype != tensors[n].dtype),
-        "not finite": sorted(n for n, t in tensors.items() if not is_finite(t)),
+        "of another type": sorted(shared - of_own_type),
+        "not finite": sorted(n for n in of_own_type if not is_finite(tensors[n])),
     }
     for what, names in problems.items():
         if names:

@@ -22,6 +22,7 @@ from torch import Tensor
 from tinytl_hf.adapter.delta import is_finite
 from tinytl_hf.adapter.record import LONGEST, AdapterConfig, checked, config_from
 from tinytl_hf.config.check import check
+from tinytl_hf.data.pointers import check_is_here
 from tinytl_hf.disk import encoded, expanded, write_together
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.weights import without_folder
@@ -124,7 +125,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read ``adapter_model.safetensors`` as float32 (counters stay integers).
 
     Raises:
-        TinyTLError: The file is absent, truncated or not safetensors.
+        TinyTLError: The file is absent, truncated, a pointer of Git LFS or not safetensors.
     """
     path = folder / TENSORS_FILE
     if not path.is_file():
@@ -132,6 +133,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         tensors = load(path.read_bytes())  # not by its path, which the library takes in UTF-8 only
     except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, SafetensorError):
+            check_is_here(path)
         raise TinyTLError(f"{path} is truncated or not a safetensors file: {error}") from error
     return {name: _as_read(tensor) for name, tensor in tensors.items()}
 

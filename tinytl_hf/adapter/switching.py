@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tinytl_hf.adapter.delta import frozen_tensors
+from tinytl_hf.adapter.delta import check_values, frozen_tensors
 from tinytl_hf.adapter.record import AdapterConfig
 from tinytl_hf.config.check import check
 from tinytl_hf.errors import TinyTLError
@@ -87,13 +87,13 @@ class Adapters:
             trained_on: Hash of the frozen tensors that it was trained on.
 
         Raises:
-            TinyTLError: These are not the ones in memory.
+            TinyTLError: These are not the ones in memory, or none is there, as they are offloaded.
         """
         found = new.config.backbone.sha256
         if found != trained_on:
             why = f"sha256 of its frozen tensors is {trained_on}, and of these {found}"
             raise _other_backbone(folder, current.config, why)
-        pool = self._frozen(current, new.config)
+        check_values(pool := self._frozen(current, new.config))
         for key, tensor in frozen_tensors(new.backbone).items():
             if key in pool and not torch.equal(tensor.to(pool[key]), pool[key]):
                 raise _other_backbone(folder, current.config, f"{key} differs")

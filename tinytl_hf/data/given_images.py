@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 from tinytl_hf.data.images import UnreadableImageError
@@ -23,8 +24,12 @@ TAKEN = (
 CHANNELS = (1, 3, 4)  # grey, RGB, RGB with transparency
 
 
-def check_normalised(images: Tensor) -> None:
+def check_normalised(images: Tensor, network: nn.Module) -> None:
     """Raise unless a tensor can be what a network takes: of pixels from 0 to 255, an engine would make nonsense.
+
+    Args:
+        images: What the network is called with.
+        network: What is called, whose weights are to be of their type, but in mixed precision.
 
     Raises:
         TinyTLError: With what to use.
@@ -39,6 +44,16 @@ def check_normalised(images: Tensor) -> None:
         raise TinyTLError(
             f"images are of {of}: use normalised ones [N, 3, H, W] in floating point, as preprocess() gives them"
         )
+    own = next(p.dtype for p in network.parameters() if p.is_floating_point())  # frozen weights can be int8
+    if images.dtype != own and not _is_cast(images, own):
+        raise TinyTLError(
+            f"images are of {images.dtype} and the model of {own}: use images.to({own}), or model.to({images.dtype})"
+        )
+
+
+def _is_cast(images: Tensor, dtype: torch.dtype) -> bool:
+    """Whether mixed precision brings images and weights of ``dtype`` to one type: all but float64."""
+    return torch.float64 not in (images.dtype, dtype) and torch.is_autocast_enabled(images.device.type)
 
 
 def pixels_of(images: Any, input_size: int) -> list[Tensor]:

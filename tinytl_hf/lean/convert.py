@@ -16,6 +16,7 @@ from torchvision.ops import Permute, StochasticDepth
 from torchvision.ops.misc import Conv2dNormActivation
 
 from tinytl_hf.config.engine import Engine
+from tinytl_hf.lean.bypassed import bypassed
 from tinytl_hf.lean.chain import Chain
 from tinytl_hf.lean.fusing import fuse, join_norm, train_by
 from tinytl_hf.lean.grouping import ACTIVATIONS, CONVOLUTIONS, NORMS, as_stages, chain_of, is_frozen_convolution
@@ -106,7 +107,7 @@ def convert(
     conversion.convert_the_rest()
     fuse(backbone, conversion.again, conversion.read_again, engine)
     conversion.join_stems()
-    remember_parts(backbone, conversion.again)
+    remember_parts(backbone, conversion.again, bypassed(backbone))
     return conversion.stock_layers()
 
 

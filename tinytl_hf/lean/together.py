@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from tinytl_hf.network.blocks import TinyTLBlock
+from tinytl_hf.network.parts import has_own_forward
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at what a module is given or gives, or at their gradients."""
+    """Whether somebody looks at what a module is given or gives, or at its gradients, or replaced its forward pass."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(hooks)
+    return any(hooks) or has_own_forward(module)
 
 
 def is_watched(unit: nn.Module) -> bool:

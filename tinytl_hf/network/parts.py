@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -25,19 +25,22 @@ class Parts:
         places: Each module with the one that holds it, and its name there; without those that hold the head.
         orders: Sequences, and the names of what they run.
         again: Modules that the backward pass runs a second time.
+        bypassed: Modules whose own forward pass is not called, and what class each was of.
     """
 
     places: tuple[tuple[nn.Module, str, nn.Module], ...]
     orders: tuple[tuple[nn.Sequential, tuple[str, ...]], ...]
     again: frozenset[nn.Module]
+    bypassed: tuple[tuple[nn.Module, type[nn.Module]], ...]
 
 
-def remember_parts(backbone: nn.Module, again: Collection[nn.Module]) -> None:
+def remember_parts(backbone: nn.Module, again: Collection[nn.Module], bypassed: Iterable[nn.Module]) -> None:
     """Note what a network is made of, for :func:`check_parts`; copies of the network have it too.
 
     Args:
         backbone: The network.
         again: Modules that the backward pass runs a second time.
+        bypassed: Modules whose work another one does in training, which does not call them.
     """
     with_head = {module for module in backbone.modules() if any(isinstance(part, Head) for part in module.modules())}
     places = tuple(
@@ -51,14 +54,16 @@ def remember_parts(backbone: nn.Module, again: Collection[nn.Module]) -> None:
         for module in backbone.modules()
         if isinstance(module, nn.Sequential) and module not in with_head
     )
-    vars(backbone)["lean_parts"] = Parts(places, orders, frozenset(again))
+    kinds = tuple((module, type(module)) for module in bypassed)
+    vars(backbone)["lean_parts"] = Parts(places, orders, frozenset(again), kinds)
 
 
 def check_parts(backbone: nn.Module) -> None:
     """Raise if a network is not made of what its training pass was worked out for.
 
     Raises:
-        TinyTLError: A layer was replaced, added or taken out, or draws random numbers where it runs twice.
+        TinyTLError: A layer was replaced, added or taken out, has another forward pass by now, or draws random numbers
+            where it runs twice.
     """
     parts: Parts | None = vars(backbone).get("lean_parts")
     if parts is None:
@@ -75,12 +80,24 @@ def check_parts(backbone: nn.Module) -> None:
                 f"{_name_of(backbone, sequence).rstrip('.')}: layers were added or taken out, which the lean training "
                 f"pass does not know; {FIX}"
             )
+    for module, kind in parts.bypassed:
+        if has_own_forward(module) or type(module).forward is not kind.forward:
+            raise TinyTLError(
+                f"{_name_of(backbone, module).rstrip('.')} ({kind.__name__}): its forward pass was replaced, and the "
+                "lean training pass would not call it; other forward passes and weights that are offloaded take "
+                "model.eval() or lean=False"
+            )
     for name, module in backbone.named_modules():
         if module in parts.again and module.training and (share := _dropped(module)):
             raise TinyTLError(
                 f"{name} ({type(module).__name__}) drops at random (p={share:g}), "
                 f"and the backward pass would run it again with other numbers; {FIX}, or set it to 0"
             )
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody gave a module, not its class, a forward pass."""
+    return "forward" in vars(module)
 
 
 def _dropped(module: nn.Module) -> float:
