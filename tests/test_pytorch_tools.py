@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from shared import slow
 from torch.func import functional_call, grad, jvp, vmap
@@ -151,3 +151,27 @@ def test_a_model_is_not_made_without_values(method, make_model, tmp_path):
     make_model(method).save_pretrained(tmp_path)
     with torch.device("meta"), pytest.raises(TinyTLError, match="on the meta device, and holds no values; build the"):
         TinyTLModel.from_pretrained(tmp_path)
+
+
+def test_images_for_weights_that_are_offloaded_are_images(make_model):
+    model, image = make_model("TinyTL-B").eval(), torch.full((3, 70, 80), 200, dtype=torch.uint8)
+    expected = model.preprocess(image)
+    assert torch.equal(cpu_offload(model, torch.device("cpu")).preprocess(image), expected)
+
+
+def test_features_of_a_network_whose_forward_was_replaced_are_refused_not_its_logits(make_model):
+    message = r"its forward pass was replaced, by hand or by Accelerate's hooks, and features\(\) and trained_blocks"
+    model = make_model("TinyTL-B").eval()
+    logits, features = model(IMAGES), model.features(IMAGES)
+    dispatched = dispatch_model(model, {"backbone.features": "cpu", "backbone.classifier": "cpu"}, force_hooks=True)
+    assert torch.equal(dispatched(IMAGES), logits)
+    with pytest.raises(TinyTLError, match=message):
+        dispatched.features(IMAGES)
+    assert torch.equal(remove_hook_from_module(dispatched, recurse=True).features(IMAGES), features)
+    last = make_model("TinyTL-B", trained_blocks=3).train()
+    forward = last.backbone.features.forward
+    last.backbone.features.forward = lambda images: forward(images)
+    with pytest.raises(TinyTLError, match=f"^Sequential: {message}"):
+        last(IMAGES)
+    last.backbone.features.forward = forward
+    assert last(IMAGES).shape == (len(IMAGES), 4)

@@ -380,7 +380,8 @@ class TinyTLModel(nn.Module):
         """
         options, head = self.config.preprocessing, self._head.weight
         boxes = centre_boxes(sizes, options.crop_pct)
-        return resample(pixels.to(head.device), sizes, boxes, options.eval_size, *options.normal).to(head.dtype)
+        device = "cpu" if head.is_meta else head.device  # of weights that are offloaded
+        return resample(pixels.to(device), sizes, boxes, options.eval_size, *options.normal).to(head.dtype)
 
     @property
     def _head(self) -> Head:

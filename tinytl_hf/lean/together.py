@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from tinytl_hf.network.blocks import TinyTLBlock
-from tinytl_hf.network.parts import has_own_forward
+from tinytl_hf.network.kinds import has_own_forward
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.network.kinds import has_own_forward
 
 
 class Head(nn.Linear):
@@ -77,8 +78,19 @@ def without_head(backbone: nn.Module) -> nn.Module:
 
 
 def with_own_children(module: nn.Module) -> nn.Module:
-    """A module with the same parameters and children, of which children can be exchanged."""
+    """A module with the same parameters and children, of which children can be exchanged.
+
+    Raises:
+        TinyTLError: Its forward pass was replaced, by one that would run the module and its own children.
+    """
+    if has_own_forward(module):
+        raise TinyTLError(
+            f"{type(module).__name__}: its forward pass was replaced, by hand or by Accelerate's hooks, and "
+            "features() and trained_blocks run parts of it alone; put it back first, for example by "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        )
     alone = copy.copy(module)
+    vars(alone).pop("forward", None)  # one that was put back is bound to the module itself
     alone._modules = dict(module._modules)
     return alone
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
+from torch import nn
+
 
 def class_name(kind: type) -> str:
     """A class's module and name: ``torchvision.models.resnet.BasicBlock``. Subclasses have one of their own."""
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody gave a module another forward pass than its class has; one that was put back is none."""
+    return vars(module).get("forward") not in (None, MethodType(type(module).forward, module))

@@ -11,7 +11,7 @@ from torchvision.ops import StochasticDepth
 
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network.head import Head
-from tinytl_hf.network.kinds import class_name
+from tinytl_hf.network.kinds import class_name, has_own_forward
 
 DROP_PATH = "timm.layers.drop.DropPath"
 FIX = "build the model with lean=False for that"
@@ -93,11 +93,6 @@ def check_parts(backbone: nn.Module) -> None:
                 f"{name} ({type(module).__name__}) drops at random (p={share:g}), "
                 f"and the backward pass would run it again with other numbers; {FIX}, or set it to 0"
             )
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether somebody gave a module, not its class, a forward pass."""
-    return "forward" in vars(module)
 
 
 def _dropped(module: nn.Module) -> float:
