@@ -261,3 +261,31 @@ def test_a_layer_of_another_class_is_refused(make):
     model.backbone.features[3].conv[0][2].__class__ = nn.ReLU
     with pytest.raises(TinyTLError, match=r"^features.3.conv.0.2 \(ReLU6\): its forward pass was replaced"):
         model(IMAGES)
+
+
+GEOMETRIES = [
+    *(
+        ("TinyTL-B", "mobilenet_v2", "features.3.conv.1.0", change)
+        for change in ("stride", "padding_mode", "dilation")
+    ),
+    ("TinyTL-L+B", "mobilenet_v2", "features.3.lite_residual.conv1", "dilation"),
+    ("TinyTL-B", "mobilenet_v3_small", "features.4.block.0.0", "stride"),
+    ("FT-Last", "timm/mobilenetv3_small_100", "conv_stem", "stride"),
+]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("method", "backbone", "name", "what"), GEOMETRIES)
+def test_a_convolution_of_another_geometry_is_refused(method, backbone, name, what, first, make):
+    model = make(method, backbone)
+    if first:
+        model(IMAGES)
+    conv = model.backbone.get_submodule(name)
+    before, other = getattr(conv, what), {"stride": (3, 3), "padding_mode": "reflect", "dilation": (2, 2)}[what]
+    setattr(conv, what, other)
+    with pytest.raises(
+        TinyTLError, match=rf"^{name} \(stride, padding, .* and is .*; build the model with lean=False"
+    ):
+        model.train()(IMAGES)
+    setattr(conv, what, before)
+    model.train()(IMAGES)

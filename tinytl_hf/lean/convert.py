@@ -107,7 +107,10 @@ def convert(
     conversion.convert_the_rest()
     fuse(backbone, conversion.again, conversion.read_again, engine)
     conversion.join_stems()
-    remember_parts(backbone, conversion.again, bypassed(backbone))
+    not_called = bypassed(backbone)
+    by_chains = [each for each in backbone.modules() if isinstance(each, LeanConv2d) or each in not_called]
+    convolutions = [each for each in by_chains if isinstance(each, nn.Conv2d)]
+    remember_parts(backbone, conversion.again, not_called, convolutions)
     return conversion.stock_layers()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -26,21 +27,29 @@ class Parts:
         orders: Sequences, and the names of what they run.
         again: Modules that the backward pass runs a second time.
         bypassed: Modules whose own forward pass is not called, and what class each was of.
+        geometries: Convolutions whose geometry was worked with, and what it was.
     """
 
     places: tuple[tuple[nn.Module, str, nn.Module], ...]
     orders: tuple[tuple[nn.Sequential, tuple[str, ...]], ...]
     again: frozenset[nn.Module]
     bypassed: tuple[tuple[nn.Module, type[nn.Module]], ...]
+    geometries: tuple[tuple[nn.Conv2d, tuple[Any, ...]], ...]
 
 
-def remember_parts(backbone: nn.Module, again: Collection[nn.Module], bypassed: Iterable[nn.Module]) -> None:
+def remember_parts(
+    backbone: nn.Module,
+    again: Collection[nn.Module],
+    bypassed: Iterable[nn.Module],
+    convolutions: Iterable[nn.Conv2d],
+) -> None:
     """Note what a network is made of, for :func:`check_parts`; copies of the network have it too.
 
     Args:
         backbone: The network.
         again: Modules that the backward pass runs a second time.
         bypassed: Modules whose work another one does in training, which does not call them.
+        convolutions: Those that train by chains, whose geometry is worked out once.
     """
     with_head = {module for module in backbone.modules() if any(isinstance(part, Head) for part in module.modules())}
     places = tuple(
@@ -54,8 +63,9 @@ def remember_parts(backbone: nn.Module, again: Collection[nn.Module], bypassed: 
         for module in backbone.modules()
         if isinstance(module, nn.Sequential) and module not in with_head
     )
+    geometries = tuple((conv, _geometry(conv)) for conv in convolutions)
     kinds = tuple((module, type(module)) for module in bypassed)
-    vars(backbone)["lean_parts"] = Parts(places, orders, frozenset(again), kinds)
+    vars(backbone)["lean_parts"] = Parts(places, orders, frozenset(again), kinds, geometries)
 
 
 def check_parts(backbone: nn.Module) -> None:
@@ -87,12 +97,22 @@ def check_parts(backbone: nn.Module) -> None:
                 "lean training pass would not call it; other forward passes and weights that are offloaded take "
                 "model.eval() or lean=False"
             )
+    for conv, geometry in parts.geometries:
+        if _geometry(conv) != geometry:
+            raise TinyTLError(
+                f"{_name_of(backbone, conv).rstrip('.')} (stride, padding, dilation, padding_mode): was "
+                f"{geometry} and is {_geometry(conv)}, which the lean training pass does not know; {FIX}"
+            )
     for name, module in backbone.named_modules():
         if module in parts.again and module.training and (share := _dropped(module)):
             raise TinyTLError(
                 f"{name} ({type(module).__name__}) drops at random (p={share:g}), "
                 f"and the backward pass would run it again with other numbers; {FIX}, or set it to 0"
             )
+
+
+def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
+    return conv.stride, conv.padding, conv.dilation, conv.padding_mode
 
 
 def _dropped(module: nn.Module) -> float:
