@@ -289,3 +289,14 @@ def test_a_convolution_of_another_geometry_is_refused(method, backbone, name, wh
         model.train()(IMAGES)
     setattr(conv, what, before)
     model.train()(IMAGES)
+
+
+def test_a_geometry_that_changes_between_two_passes_is_followed(make):
+    logits = []
+    for lean in (True, False):
+        model = make("TinyTL-B", "mobilenet_v2", lean=lean)
+        model(IMAGES)
+        for conv in (model.backbone.features[name].conv[1][0] for name in (2, 4)):
+            conv.stride = (1, 1)
+        logits.append(model(IMAGES))
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-4)
