@@ -139,13 +139,12 @@ class Chain:
     def _forget_other_geometry(self) -> None:
         """Work out anew what was worked out for other strides or paddings: kernels would write beyond their maps."""
         geometry = [(stage.conv.stride, stage.conv.padding, stage.conv.dilation) for stage in self.stages]
-        if not torch.compiler.is_compiling() and self.facts.get("geometry") != geometry:
+        if self.facts.get("geometry") != geometry:
             self.facts.clear()
             self.facts["geometry"] = geometry
 
     def _run(self, x: Tensor, pools: bool) -> tuple[Tensor, Tensor | None]:
         check_runs(x)
-        self._forget_other_geometry()
         read = self.read_backward
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in read):
             raise TinyTLError(  # the model was called past its own check
@@ -154,6 +153,7 @@ class Chain:
             )
         if torch.compiler.is_compiling():
             return operators.run_chain(self, x, compute_dtype(x), pools)
+        self._forget_other_geometry()
         unread, keeps = False, torch.is_grad_enabled()
         return _ChainFunction.apply(x, self, read, pools, unread, keeps, *(stage.bias for stage in self.stages))
 
