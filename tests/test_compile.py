@@ -104,6 +104,25 @@ def test_a_whole_model_is_one_graph(backbone, backend, make_model, caplog):
     assert not [record for record in caplog.records if "recompile" in record.getMessage()]
 
 
+@pytest.mark.parametrize(
+    ("backbone", "method"),
+    [
+        ("mobilenet_v3_small", "TinyTL-B"),
+        slow("mobilenet_v3_small", "TinyTL-L+B"),
+        slow("efficientnet_b0", "TinyTL-B"),
+        slow("convnext_tiny", "TinyTL-B"),
+        slow("convnext_tiny", "TinyTL-L+B"),
+    ],
+)
+def test_what_is_computed_again_stays_outside_of_the_graphs(backbone, method, make_model):
+    model = make_model(method, backbone).train()
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    x = torch.randn(4, 3, 64, 64)
+    assert_equal(train_step(compiled, model, x), train_step(plain, plain, x), rtol=1e-3)
+    assert counters["stats"]["unique_graphs"] > 1
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, slow("triton")])
 def test_the_operators_keep_pytorchs_rules(backend, make_model):
     path = models(make_model, backend)[0].backbone.features[2].lean_path

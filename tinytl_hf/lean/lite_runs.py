@@ -90,6 +90,7 @@ class LiteRun:
                 head.append(unit)
         return cls(parts, Recomputed(nn.Sequential(*units), Mains(parts), slice_mb, SHARE_FOR_RUNS))
 
+    @torch.compiler.disable  # as :class:`~tinytl_hf.lean.recompute.Recomputed` is
     def __call__(self, x: Tensor) -> Tensor:
         """As the blocks and layers."""
         return _LiteRunFunction.apply(x, self, *self.all_trained())

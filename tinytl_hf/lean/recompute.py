@@ -50,6 +50,7 @@ class Recomputed:
     share: float = SHARE_OF_CHAIN
     widest: dict[torch.Size, int] = field(default_factory=dict)
 
+    @torch.compiler.disable  # no graph can hold a second pass, slice by slice: one ends before it, and another follows
     def __call__(self, x: Tensor) -> Tensor:
         """As the module."""
         held = own_parameters(self.module)
