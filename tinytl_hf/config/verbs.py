@@ -53,7 +53,7 @@ class PredictConfig:
     top_k: int = 3
     """Most likely labels to show for each image."""
     json: bool = False
-    """Print a JSON object for each image instead of a table."""
+    """Print a JSON object for each image instead of a line of text."""
     csv: str | None = None
     """CSV file that gets a line for each image as well: image, label and probability of the likeliest, label_2 and
     probability_2 and so on up to top_k (empty where there are fewer classes), and error if it could not be read."""

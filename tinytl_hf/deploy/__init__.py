@@ -1,1 +1,1 @@
-"""What a finished adapter is for: labels of images, one file of weights."""
+"""What a finished adapter is for: labels of images, one file of weights, models for other runtimes."""

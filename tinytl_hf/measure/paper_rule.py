@@ -35,8 +35,8 @@ def paper_rule(model: TinyTLModel, batch_size: int, frozen_bits: int = 8) -> flo
     has one but adds nothing back itself, its input.
 
     MobileNetV2 of torchvision, 10 classes, 224 px, batch 8: FT-Full 447.2 MB, FT-Norm+Last 224.1, TinyTL-L+B 63.9,
-    TinyTL-L 63.9, TinyTL-B 48.1, FT-Last 47.2 MB. Of the paper's own figures only FT-Full's can be compared (447.8 MB
-    with 100 classes, figure 4); its table 2 is for ProxylessNAS-Mobile, which torchvision does not have.
+    TinyTL-L 63.9, TinyTL-B 48.1, FT-Last 47.2 MB. The paper has FT-Full's of this network (447.8 MB with 100 classes,
+    figure 4); its table 2, of ProxylessNAS-Mobile, stands next to ours in ``network/README.md``.
 
     Args:
         model: The model; it may be lean or stock.

@@ -325,7 +325,7 @@ def _read_weights(name: str, weights: str, backbone: nn.Module, head: str) -> Ma
         of_hub = "hf-hub:user/repo"
         raise TinyTLError(
             f"backbone.weights={weights}: use {', '.join(['imagenet', *names, *own_wheels, 'none', of_hub])}, or the "
-            "path of a .safetensors or .pth file"
+            "path of a .safetensors, .pth, .pt or .bin file"
         )
     return _translated(torchvision_nets.download(network, source), architecture, backbone)
 
