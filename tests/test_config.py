@@ -29,6 +29,7 @@ def test_every_config_loads_and_its_header_says_how_to_run_it_and_what_it_gave(p
     config = load(path)
     header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert f"accelerate launch -m tinytl_hf train --config configs/{path.name}" in header
+    assert f"`{path.name}`" in (ROOT / "configs" / "README.md").read_text()
     assert re.search(r"Result: (not run here\.|.*\d\.\d)", header)
     assert config.output_dir.startswith("runs/")
 
