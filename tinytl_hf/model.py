@@ -18,11 +18,12 @@ from tinytl_hf.adapter.format import folder_named, holds, read_config, read_tens
 from tinytl_hf.adapter.record import AdapterConfig, DataRecord
 from tinytl_hf.adapter.switching import Adapters, LoadedAdapter
 from tinytl_hf.config.engine import BackendName, Engine
+from tinytl_hf.config.export import ExportFormat
 from tinytl_hf.config.hub import PushConfig
 from tinytl_hf.config.network import HeadConfig, LiteConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import centre_boxes, resample
-from tinytl_hf.data.given_images import check_normalised, pixels_of
+from tinytl_hf.data.given_images import GivenImages, check_normalised, pixels_of
 from tinytl_hf.data.tensors import channels_last, pad_images
 from tinytl_hf.disk import StrPath
 from tinytl_hf.hub.card import read_card, render_card
@@ -247,7 +248,7 @@ class TinyTLModel(nn.Module):
         self.folder = before
         return url
 
-    def export(self, output: StrPath, *, format: str, **options: Any) -> str:
+    def export(self, output: StrPath, *, format: ExportFormat, **options: Any) -> str:
         """Write it for another runtime; the options are those of :func:`tinytl_hf.deploy.export.export_as`."""
         return import_module("tinytl_hf.deploy.export").export_as(self, output, format, **options)  # a room above
 
@@ -367,7 +368,7 @@ class TinyTLModel(nn.Module):
         """Copy a delta in, strictly; ``source`` names it in errors."""
         load_tensors(self.backbone, tensors, source)
 
-    def preprocess(self, images: Any) -> Tensor:
+    def preprocess(self, images: GivenImages) -> Tensor:
         """What :mod:`tinytl_hf.data.given_images` takes, to normalised ``[N, 3, eval_size, eval_size]``."""
         return self.normalise(*pad_images(pixels_of(images, self.config.preprocessing.eval_size)))
 

@@ -59,6 +59,12 @@ def folder_named(key: str, name: object) -> Path:
 def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], card: str) -> None:
     """Write an adapter folder; its files appear together or not at all, and other files there stay.
 
+    Args:
+        folder: The folder, which is made if there is none.
+        config: What the adapter says of itself; the version of this package is put into it.
+        tensors: The delta by the backbone's own names.
+        card: Its model card; empty to leave the one that is there.
+
     Raises:
         TinyTLError: The folder cannot be written or holds an adapter of another library, or a value is not finite or
             does not fit ``config.dtype``.

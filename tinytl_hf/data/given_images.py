@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -14,8 +14,11 @@ from torch.fx import Proxy
 
 from tinytl_hf.data.images import UnreadableImageError
 from tinytl_hf.data.tensors import decode, to_rgb
-from tinytl_hf.disk import expanded, path_of
+from tinytl_hf.disk import StrPath, expanded, path_of
 from tinytl_hf.errors import TinyTLError
+
+GivenImage: TypeAlias = Image.Image | StrPath | np.ndarray | Tensor
+GivenImages: TypeAlias = GivenImage | Iterable[GivenImage]  # arrays and tensors of four dimensions hold several
 
 TAKEN = (
     "use PIL images, paths, arrays [height, width, 3] or tensors [3, height, width] (integers from 0 to 255, or "
@@ -56,7 +59,7 @@ def _is_cast(images: Tensor, dtype: torch.dtype) -> bool:
     return torch.float64 not in (images.dtype, dtype) and torch.is_autocast_enabled(images.device.type)
 
 
-def pixels_of(images: Any, input_size: int) -> list[Tensor]:
+def pixels_of(images: GivenImages, input_size: int) -> list[Tensor]:
     """Decode what a caller calls images.
 
     Args:
@@ -70,17 +73,15 @@ def pixels_of(images: Any, input_size: int) -> list[Tensor]:
     Raises:
         TinyTLError: Something else, or a file that cannot be read.
     """
-    is_one = isinstance(images, (Image.Image, str, os.PathLike)) or (_is_array(images) and images.ndim < 4)
+    is_one = isinstance(images, (Image.Image, str, os.PathLike))
+    is_one = is_one or (isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4)
     if not is_one and (isinstance(images, (bytes, Mapping)) or not isinstance(images, Iterable)):
         raise TinyTLError(f"{type(images).__name__} is no image: {TAKEN}")
-    found = [_decoded(image, input_size) for image in ([images] if is_one else images)]
+    several = [images] if is_one else cast("Iterable[object]", images)
+    found = [_decoded(image, input_size) for image in several]
     if not found:
         raise TinyTLError(f"there is no image: {TAKEN}")
     return found
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (np.ndarray, Tensor))
 
 
 def _decoded(image: Any, input_size: int) -> Tensor:
@@ -93,7 +94,7 @@ def _decoded(image: Any, input_size: int) -> Tensor:
             return decode({"bytes": None, "path": str(path)}, input_size)
         except UnreadableImageError as error:
             raise TinyTLError(f"{path} cannot be read as an image ({error})") from error
-    if _is_array(image):
+    if isinstance(image, (np.ndarray, Tensor)):
         image = _from_array(image)
     if not isinstance(image, Image.Image):
         raise TinyTLError(f"{type(image).__name__} is no image: {TAKEN}")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def description(model: TinyTLModel, input: str, layout: str) -> dict[str, Any]:
     }
 
 
-def require(module: str, extra: str) -> Any:
+def require(module: str, extra: str) -> ModuleType:
     """Import a module of an optional package.
 
     Raises:

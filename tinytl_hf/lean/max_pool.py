@@ -5,12 +5,11 @@ Stock PyTorch keeps the input and an index of eight bytes for each value of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
 from tinytl_hf.lean.function import LeanFunction, once_differentiable
 from tinytl_hf.lean.slices import Gathered, even_slices, slice_mb_on
@@ -36,14 +35,20 @@ class LeanMaxPool2d(nn.MaxPool2d):
 
 def is_plain(pool: nn.MaxPool2d) -> bool:
     """Whether the lean layer can take its place."""
-    height, width = _pair(pool.kernel_size)
-    return _pair(pool.dilation) == (1, 1) and not pool.return_indices and height * width <= LARGEST_WINDOW
+    height, width = _both(pool.kernel_size)
+    return _both(pool.dilation) == (1, 1) and not pool.return_indices and height * width <= LARGEST_WINDOW
+
+
+def _both(size: int | Sequence[int]) -> tuple[int, int]:
+    """A size of a window for rows and columns, which PyTorch takes as one number, too."""
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return rows, columns
 
 
 class _MaxPool(LeanFunction):
     @staticmethod
     def forward(ctx: Any, input: Tensor, pool: LeanMaxPool2d) -> Tensor | None:
-        geometry = (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), (1, 1), pool.ceil_mode)
+        geometry = (_both(pool.kernel_size), _both(pool.stride), _both(pool.padding), (1, 1), pool.ceil_mode)
         ctx.geometry, ctx.shape = geometry, input.shape
         outputs, places = Gathered(len(input)), []
         for part in _slices(input, pool.slice_mb):

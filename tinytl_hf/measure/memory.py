@@ -155,7 +155,14 @@ def measure(
 
 
 def build(config: Config, method: str, num_classes: int, lean: bool) -> TinyTLModel:
-    """The model of a run, with another method and engine, on CUDA or else the CPU, in the run's precision."""
+    """The model of a run, with another method and engine, on CUDA or else the CPU, in the run's precision.
+
+    Args:
+        config: The run.
+        method: The method.
+        num_classes: Outputs of the head.
+        lean: Whether it trains on the lean engine, or in stock PyTorch.
+    """
     config = replace(
         config,
         method=method,  # type: ignore[arg-type]

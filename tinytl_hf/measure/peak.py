@@ -106,7 +106,10 @@ def measure_peak(model: TinyTLModel, pixels: Tensor, labels: Tensor, config: Con
 def measure_speed(
     model: TinyTLModel, pixels: Tensor, labels: Tensor, config: Config | None = None, repeats: int = 5
 ) -> float:
-    """Images a second in the step of :func:`measure_peak`: the median of ``repeats`` steps, after a warm-up."""
+    """Images a second in the step of :func:`measure_peak`, whose arguments these are, after a warm-up.
+
+    ``repeats`` is the number of steps, whose median time counts.
+    """
     seconds = []
     with left_as_found(model):
         step = MeasuredStep(model, pixels, labels, config or Config())

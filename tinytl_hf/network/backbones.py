@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -340,7 +341,7 @@ def _translated(tensors: Mapping[str, Tensor], architecture: str, backbone: nn.M
     return renamed(tensors, theirs, backbone) if set(tensor_names(theirs)) & tensors.keys() else tensors
 
 
-def _library(name: str) -> Any:
+def _library(name: str) -> ModuleType:
     """The module that builds a network of that name."""
     if name == proxylessnas.NAME:
         return proxylessnas

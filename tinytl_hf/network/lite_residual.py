@@ -100,10 +100,10 @@ def _pools_maps(pools: bool, size: Sequence[int]) -> bool:
     return pools and min(size) > 1
 
 
-def _round_channels(channels: float, divisor: int = 8) -> int:
-    """The nearest multiple of ``divisor``, never more than 10 % below ``channels``."""
-    rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
-    return rounded if rounded >= 0.9 * channels else rounded + divisor
+def _round_channels(channels: float) -> int:
+    """The nearest multiple of 8, never more than 10 % below ``channels``."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded if rounded >= 0.9 * channels else rounded + 8
 
 
 def _norm(channels: int, kind: str) -> GlobalBatchNorm2d | nn.GroupNorm:

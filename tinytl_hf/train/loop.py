@@ -254,7 +254,11 @@ def show_progress(run: Run, bar: tqdm, loss: float, sums: EpochSums) -> None:
 
 
 def raise_not_finite(run: Run) -> None:
-    """End a run whose loss is infinite or not a number; what it saved before stays."""
+    """End a run whose loss is infinite or not a number; what it saved before stays.
+
+    Raises:
+        TinyTLError: Always.
+    """
     output = run.config.output_dir
     kept = checkpoint.list_checkpoints(Path(output) / run_folder.CHECKPOINTS)
     rate = learning_rate(run.scheduler.scheduler, run.config.train)

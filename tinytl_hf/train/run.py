@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from evaluate import EvaluationModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -48,8 +50,8 @@ class Run:
     model: TinyTLModel
     prepared: nn.Module
     passes: Callable[[Tensor], Tensor]  # in training, in place of the prepared model
-    optimizer: Any
-    scheduler: Any
+    optimizer: AcceleratedOptimizer
+    scheduler: AcceleratedScheduler
     train_loader: DataLoader
     evaluation: EvalSet  # after each epoch
     test: EvalSet | None  # at the end, where it is another split

@@ -19,7 +19,6 @@ def set_learning_rates(scheduler: LambdaLR) -> None:
     ]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    scheduler._last_lr = rates
 
 
 def learning_rate(scheduler: LambdaLR, options: TrainConfig) -> float:
