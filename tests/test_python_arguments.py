@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -12,6 +13,7 @@ import torch
 import torchvision
 from shared import run_cli
 
+import tinytl_hf
 from tinytl_hf import TinyTLError, TinyTLModel, load_merged
 from tinytl_hf.config.data import DataConfig
 
@@ -237,3 +239,11 @@ def test_paths_of_any_kind_are_taken(make_model, tmp_path):
     built = TinyTLModel.from_backbone("mobilenet_v2", num_classes=2, weights=Place(tmp_path / "weights.pth"))
     assert built.config.backbone.weights == str(tmp_path / "weights.pth")
     assert DataConfig(dataset=Place(tmp_path)).dataset == str(tmp_path)
+
+
+def test_the_package_exports_what_its_page_lists():
+    page = (Path(tinytl_hf.__file__).parent / "adapter" / "README.md").read_text()
+    table = page.partition("What `tinytl_hf` exports:")[2].partition("\nThe method alone")[0]
+    listed = {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"\w+", row)}
+    assert listed == set(tinytl_hf.__all__) - {"__version__"}
+    assert all(getattr(tinytl_hf, name).__module__.startswith("tinytl_hf.") for name in listed)

@@ -11,12 +11,34 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.version import __version__
 
 if TYPE_CHECKING:
+    from tinytl_hf.config.data import DataConfig
+    from tinytl_hf.config.network import HeadConfig, LiteConfig
+    from tinytl_hf.config.train import LrFactors
+    from tinytl_hf.cuda_graph import ReplayedPasses
     from tinytl_hf.deploy.merge import load_merged
     from tinytl_hf.model import TinyTLModel
 
-__all__ = ["TinyTLError", "TinyTLModel", "__version__", "load_merged"]
+__all__ = [
+    "DataConfig",
+    "HeadConfig",
+    "LiteConfig",
+    "LrFactors",
+    "ReplayedPasses",
+    "TinyTLError",
+    "TinyTLModel",
+    "__version__",
+    "load_merged",
+]
 
-_WHERE = {"TinyTLModel": "tinytl_hf.model", "load_merged": "tinytl_hf.deploy.merge"}
+_WHERE = {
+    "DataConfig": "tinytl_hf.config.data",
+    "HeadConfig": "tinytl_hf.config.network",
+    "LiteConfig": "tinytl_hf.config.network",
+    "LrFactors": "tinytl_hf.config.train",
+    "ReplayedPasses": "tinytl_hf.cuda_graph",
+    "TinyTLModel": "tinytl_hf.model",
+    "load_merged": "tinytl_hf.deploy.merge",
+}
 
 
 def __getattr__(name: str) -> Any:
