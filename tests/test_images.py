@@ -83,6 +83,15 @@ def test_twelve_bits_in_sixteen_are_noted(caplog):
     assert caplog.text.count("16-bit images whose values stay below 4,096: white is 65,535") == 1
 
 
+@pytest.mark.parametrize(("bits", "shown"), [(12, 128), (16, 8)])
+def test_a_tiff_file_says_how_many_bits_it_has(bits, shown):
+    row = bytes([0x80, 0x08, 0x00]) * 2 if bits == 12 else struct.pack("<H", 0x800) * 4  # four times 2,048
+    tags = [(256, 4), (257, 1), (258, bits), (259, 1), (262, 1), (273, 122), (277, 1), (278, 1), (279, len(row))]
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
+    content = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + row
+    assert decode_pixels({"bytes": content, "path": None}, 32).tolist() == [[[shown] * 3] * 4]
+
+
 def test_the_limit_of_pixels_is_named_with_the_option_that_lifts_it(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400_000)
     file = io.BytesIO()
@@ -131,6 +140,55 @@ def test_an_orientation_that_is_a_text_says_nothing():
     assert decoded_size(encoded, 32) == decode(encoded, 32).shape[1:] == (10, 20)
 
 
+ODD_EXIF = {
+    "a text where numbers are due": [(0x0112, 3, struct.pack("<HH", 6, 0)), (0x0128, 2, b"2\0\0\0")],
+    "a number below zero": [(0x0101, 9, struct.pack("<i", -5)), (0x0112, 3, struct.pack("<HH", 6, 0))],
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("tags", ODD_EXIF.values(), ids=ODD_EXIF)
+def test_a_photo_whose_exif_has_values_of_other_types_is_turned_all_the_same(kind, tags):
+    entries = b"".join(struct.pack("<HHI", tag, of_type, 1) + value for tag, of_type, value in tags)
+    exif, file = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4), io.BytesIO()
+    Image.new("RGB", (20, 10)).save(file, kind, exif=exif)
+    encoded = {"bytes": file.getvalue(), "path": None}
+    assert decoded_size(encoded, 32) == decode(encoded, 32).shape[1:] == (20, 10)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_photo_with_damaged_exif_is_read_as_it_lies(kind):
+    file = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(file, kind, exif=b"Exif\0\0XXXXXXXX" * 4)
+    encoded = {"bytes": file.getvalue(), "path": None}
+    assert decoded_size(encoded, 32) == decode(encoded, 32).shape[1:] == (10, 20)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize(
+    ("orientation", "stored_as"),
+    [
+        (1, lambda upright: upright),
+        (2, np.fliplr),
+        (3, lambda upright: np.rot90(upright, 2)),
+        (4, np.flipud),
+        (5, lambda upright: upright.swapaxes(0, 1)),
+        (6, np.rot90),
+        (7, lambda upright: np.rot90(upright, 2).swapaxes(0, 1)),
+        (8, lambda upright: np.rot90(upright, 3)),
+    ],
+)
+def test_a_photo_is_upright_however_it_is_stored(kind, orientation, stored_as):
+    upright = np.zeros((40, 24, 3), dtype=np.uint8)
+    upright[:10, :8], upright[:10, 16:], upright[30:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored_as(upright))).save(file, kind, exif=exif, quality=95)
+    pixels = decode_pixels({"bytes": file.getvalue(), "path": None}, 32)
+    assert pixels.shape == upright.shape
+    assert np.abs(pixels.astype(int) - upright).mean() < 12
+
+
 def test_large_images_are_reduced_with_their_shape_kept(tmp_path):
     path = tmp_path / "large.jpg"
     Image.new("RGB", (1600, 800), "red").save(path)
@@ -173,6 +231,13 @@ def test_frames_and_pages_behind_the_first_are_said(kind, caplog):
         (b"", "the file is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "it is a pointer, and git lfs pull downloads the image"),
         (b"\n<!DOCTYPE html>", "it is a web page or the like"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is HEIC, and pip install pillow-heif reads that"),
+        (b"\0\0\0\x18ftypqt  \0\0\0\0", "it is a film"),
+        (b"%PDF-1.4\n", "it is a PDF file"),
+        (b"PK\3\4\x14\0", "it is a .zip archive"),
+        (b"\x1f\x8b\x08\0", "it is a .gz archive"),
+        (bytes(128) + b"DICM", "it is a DICOM file"),
+        (bytes(4000), "it begins with nothing but zeros, as what was not copied or downloaded to its end"),
     ],
 )
 def test_what_lies_in_the_place_of_an_image_is_named(content, what, tmp_path):

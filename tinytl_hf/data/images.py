@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +20,19 @@ logger = logging.getLogger(__name__)
 REDUCE_ABOVE = 2
 MAX_ASPECT = 4  # longer images are cropped to it at their centre: a batch takes the size of its largest image
 LFS = b"version https://git-lfs"  # what a pointer of Git LFS starts with, which a clone may have in place of a file
-PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF, and a value of it
+WHITE_IS_ZERO, TWELVE_BITS = (262, 0), (258, (12,))  # tags of TIFF with a value of each
 GREYS = {"L;2": 85, "L;4": 17}  # by how Pillow calls greys of few bits in a PNG, what brings them to 8
-TURNED = {5, 6, 7, 8}  # EXIF's orientations that swap width and height
+# What brings a picture upright, by EXIF's orientation.
+UPRIGHT: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPPING = {UPRIGHT[orientation] for orientation in (5, 6, 7, 8)}
 
 Image.init()
 if find_spec("pillow_heif") is not None:
@@ -40,6 +50,16 @@ UNREAD_SUFFIXES = {
     *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".srw", ".3fr"),
     *(".npy", ".npz", ".pdf", ".nii", ".mp4", ".mov", ".avi", ".mkv", ".webm"),
 } - IMAGE_SUFFIXES
+# What files that are called .jpg can be: bytes in them, where those are, and what to say.
+OTHERS = (
+    *((b"ftyp" + brand, 4, "it is a film") for brand in (b"isom", b"mp4", b"qt  ", b"M4V", b"3gp")),
+    (b"%PDF", 0, "it is a PDF file"),
+    (b"PK\3\4", 0, "it is a .zip archive"),
+    (b"\x1f\x8b", 0, "it is a .gz archive"),
+    (b"DICM", 128, "it is a DICOM file"),
+    (bytes(64), 0, "it begins with nothing but zeros, as what was not copied or downloaded to its end"),
+)
+HEIC = (b"ftyphei", b"ftyphev", b"ftypmif1")
 
 
 class UnreadableImageError(ValueError):
@@ -79,14 +99,18 @@ def _what_it_is(encoded: dict[str, Any]) -> str:
     if start is None:
         try:
             with open(encoded["path"] or "", "rb") as file:
-                start = file.read(len(LFS))
+                start = file.read(256)
         except (OSError, ValueError):
             return ""
     if not start:
         return "; the file is empty"
     if start.startswith(LFS):
         return "; it is a pointer, and git lfs pull downloads the image"
-    return "; it is a web page or the like" if start.lstrip().startswith(b"<") else ""
+    if start.lstrip().startswith(b"<"):
+        return "; it is a web page or the like"
+    if start[4:].startswith(HEIC) and ".heic" in UNREAD_SUFFIXES:
+        return "; it is HEIC, and pip install pillow-heif reads that"
+    return next((f"; {what}" for mark, place, what in OTHERS if start[place:].startswith(mark)), "")
 
 
 def _opened(encoded: dict[str, Any]) -> Image.Image:
@@ -124,8 +148,9 @@ def to_pixels(image: Image.Image, input_size: int) -> np.ndarray:
     """Turn an image of any mode upright and into RGB pixels.
 
     Transparency is laid over white, unless it hides a whole picture; EXIF rotation is applied, and of very long images
-    the middle is kept. White is 65,535 in images of 16 bits, and in those of 32 bits that go beyond 255; it is 1.0 in
-    images of floats, whose values must lie between 0 and 1. Nothing is clipped.
+    the middle is kept. White is 65,535 in images of 16 bits (4,095 where a TIFF file says that it has 12), and in
+    those of 32 bits that go beyond 255; it is 1.0 in images of floats, whose values must lie between 0 and 1. Nothing
+    is clipped.
 
     Args:
         image: A PIL image.
@@ -137,12 +162,16 @@ def to_pixels(image: Image.Image, input_size: int) -> np.ndarray:
     Raises:
         UnreadableImageError: Its values go beyond those ranges.
     """
-    is_netpbm, is_inverted = image.format == "PPM", _is_inverted(image)
+    # Zero is white as scanners write TIFF: Pillow inverts such images of up to 8 bits alone.
+    is_inverted, is_netpbm = _has_tag(image, WHITE_IS_ZERO), image.format == "PPM"
+    has_twelve = _has_tag(image, TWELVE_BITS)
     if isinstance(image, PngImagePlugin.PngImageFile):
         _scale_transparent_colour(image)
-    image = ImageOps.exif_transpose(image)
+    image.load()  # which turns TIFF files
+    if (method := _upright(image)) is not None:
+        image = image.transpose(method)
     if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image, is_netpbm, is_inverted)
+        image = _eight_bits(image, is_netpbm, is_inverted, has_twelve)
     image = _limit_aspect(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -157,12 +186,23 @@ def to_pixels(image: Image.Image, input_size: int) -> np.ndarray:
     return np.array(image)
 
 
+def _upright(image: Image.Image) -> Image.Transpose | None:
+    """What brings an image upright by its EXIF; None: nothing, or it says nothing that can be read.
+
+    Pillow's own function writes all of the EXIF anew, and fails where a value has another type than its tag.
+    """
+    try:
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged EXIF can make Pillow raise almost anything, and the picture is whole
+        return None
+
+
 def decoded_size(encoded: dict[str, Any], input_size: int) -> tuple[int, int] | None:
     """Height and width in px that :func:`decode_pixels` gives, by the file's header; None: it cannot be read."""
     try:
         with _opened(encoded) as image:
-            size, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation)
-            is_turned = orientation in TURNED and image.format != "TIFF"  # whose size Pillow gives upright
+            size, method = image.size, _upright(image)
+            is_turned = method in SWAPPING and image.format != "TIFF"  # whose size Pillow gives upright
     except Exception:  # a damaged file can make Pillow raise almost anything; who decodes it says what is wrong
         return None
     longest = MAX_ASPECT * min(size)
@@ -204,12 +244,11 @@ def _note_hidden() -> None:
     logger.warning("there are images that are transparent all over: their colours are used as if they were not")
 
 
-def _is_inverted(image: Image.Image) -> bool:
-    """Whether 0 is white, as scanners write TIFF: Pillow inverts such images of up to 8 bits alone."""
-    return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
+def _has_tag(image: Image.Image, tag: tuple[int, Any]) -> bool:
+    return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(tag[0]) == tag[1]
 
 
-def _eight_bits(image: Image.Image, is_netpbm: bool, is_inverted: bool) -> Image.Image:
+def _eight_bits(image: Image.Image, is_netpbm: bool, is_inverted: bool, has_twelve: bool) -> Image.Image:
     """The same with 8 bits; Pillow scales what Netpbm files hold to 65,535 as their white."""
     values = np.asarray(image).astype(np.float64)
     low, high = float(values.min()), float(values.max())
@@ -224,8 +263,8 @@ def _eight_bits(image: Image.Image, is_netpbm: bool, is_inverted: bool) -> Image
     if is_float:
         white = 1.0
     elif image.mode.startswith("I;16") or is_netpbm or high > 255:  # mode I does not say how many bits are used
-        white = 65535.0
-        if 255 < high < 4096:
+        white = 4095.0 if has_twelve else 65535.0
+        if not has_twelve and 255 < high < 4096:
             _note_few_bits()
     else:
         white = 255.0
