@@ -82,6 +82,25 @@ def test_each_split_may_have_its_own_metadata(tmp_path):
     assert (len(train.labels), len(test.labels), test.name) == (8, 4, "test")
 
 
+def test_images_whose_own_metadata_has_no_column_of_labels_are_said_to_be_left_out_for_that(tmp_path):
+    of_each_split(tmp_path)
+    labels = tmp_path / "test/metadata.csv"
+    labels.write_text(labels.read_text().replace("label", "species"))
+    found = opened(tmp_path).found
+    assert found.images == {"train": 8}
+    assert found.left_out == {"named by test/metadata.csv, which has no column label": 4}
+
+
+def test_a_table_of_pandas_may_have_the_files_as_its_index(tmp_path):
+    names = [f"{i}.png" for i in range(8)]
+    for number, name in enumerate(names):
+        write_image(tmp_path / name, seed=number)
+    table = pd.DataFrame({"file_name": names, "label": ["a", "b"] * 4})
+    table.set_index("file_name").to_parquet(tmp_path / "metadata.parquet")
+    data = opened(tmp_path)
+    assert data.train.label_names == ["a", "b"] and data.found.images == {"train": 8}
+
+
 def write_splits(root, folder="", column="label", image_prefix=""):
     """Eight images to train on and four to test on, of cats and dogs, by a metadata file in ``folder``."""
     names = [f"{split}/{i}.png" for split, count in (("train", 8), ("test", 4)) for i in range(count)]

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import re
+import stat
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ SEEN = 100  # rows that are looked at for a value
 SIZES_AT_ONCE = 10_000  # rows
 FEW = 20  # rows in which each text may be a class of its own, and columns that an error lists
 BYTES = {"binary", "large_binary"}
+ARRAYS = (datasets.List, datasets.LargeList, datasets.Array2D, datasets.Array3D, datasets.Array4D)
 NUMBERS_OR_TRUTHS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)} | {"bool"}
 
 
@@ -132,7 +134,11 @@ def _parts(rows: datasets.Dataset) -> Iterator[tuple[pyarrow.ChunkedArray, pyarr
 
 
 def _size_of_file(path: str | None) -> int:
-    return Path(path).stat().st_size if path is not None and Path(path).is_file() else -1
+    try:
+        state = os.stat(path or "")
+    except (OSError, ValueError):
+        return -1
+    return state.st_size if stat.S_ISREG(state.st_mode) else -1
 
 
 def label_column(table: datasets.Dataset, config: DataConfig, image_column: str) -> str:
@@ -257,6 +263,11 @@ def _none(key: str, table: datasets.Dataset, others: Sequence[str]) -> TinyTLErr
         fix = f"if the numbers or truths of {named(others)} are classes, name the column, as --data.{key} {others[0]}"
     row = {name: first for name, (_, first) in _seen(table).items() if name.lower() != LABEL}
     pixels = pixel_columns(row) if key == "image_column" else []
+    arrays = [name for name, feature in table.features.items() if isinstance(feature, ARRAYS)]
+    if arrays and key == "image_column":
+        fix = (
+            f"if {named(arrays, shown=2)} holds pixels or lists of images, write the bytes of one image into each row"
+        )
     if pixels:
         fix = f"if {named(pixels, shown=2)} are the pixels of images, write each row into an image file of its class"
     return kind(f"data.{key}: no column of {columns} fits by its type{aside}; {fix}")

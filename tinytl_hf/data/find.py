@@ -22,6 +22,8 @@ DIGITS = "digits"
 TABLES = {
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
     ".tar": "webdataset",
     ".csv": "csv",
     ".tsv": "csv",

@@ -277,7 +277,8 @@ def _tables(root: Path, found: dict[str, dict[str, list[str]]]) -> datasets.Data
     for split, classes in found.items():
         labels = {folder: as_label(folder) for folder in classes}
         names = class_order(set(labels.values()))  # of this split: a run takes in those of the splits that it uses
-        number = {folder: names.index(label) for folder, label in labels.items()}
+        numbers = {name: number for number, name in enumerate(names)}
+        number = {folder: numbers[label] for folder, label in labels.items()}
         features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=names))
         rows = sorted((number[folder], path) for folder, paths in classes.items() for path in paths)
         columns = {"image": [f"{root}/{path}" for _, path in rows], "label": [label for label, _ in rows]}

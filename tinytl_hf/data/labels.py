@@ -54,8 +54,8 @@ def label_values(
                 f"row {outside[0]} of split {name} has label {labels[outside[0]]}, outside 0 to "
                 f"{len(names) - 1}; this split may be unlabelled, use another (data.eval_split)"
             )
-        distinct = list(dict.fromkeys(names))
-        return column, np.array([distinct.index(name) for name in names])[labels], distinct
+        number = {name: at for at, name in enumerate(dict.fromkeys(names))}
+        return column, np.array([number[name] for name in names])[labels], list(number)
     values = np.asarray(values)
     return column, *_numbered(_as_numbers(values, column) if is_of_texts(table) else values, column)
 

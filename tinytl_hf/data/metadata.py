@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,12 @@ def read_metadata(listing: Listing, config: DataConfig, has_classes: bool) -> tu
     table = pd.concat(used.values(), ignore_index=True)
     if table.empty:
         raise TinyTLError(f"{listing.root / name}: names no image; write a line for each, or take it away")
-    _check_files(listing, table, name, config.skip_corrupt)
+    why_not = {
+        image: f"named by {path}, which has no column {wanted}"
+        for path, frame in frames.items()
+        for image in frame[FILE_NAME]
+    }
+    _check_files(listing, table, name, config.skip_corrupt, why_not)
     if wanted in table.columns and SPLIT not in table.columns:  # whose test images have often none
         _check_labels(table, name, wanted)
     splits = _split(listing, table, config)
@@ -118,6 +124,8 @@ def _read(listing: Listing, path: str) -> pd.DataFrame | None:
 def _read_parquet(place: Path) -> pd.DataFrame:
     """A parquet file with the names of classes in place of the numbers that stand for them."""
     frame = pd.read_parquet(place)
+    if FILE_NAME in frame.index.names:  # as pandas writes it where it stands for the rows
+        frame = frame.reset_index()
     for column, names in class_names(pyarrow.parquet.read_schema(place)).items():
         known = dict(enumerate(names))  # without a label are those of other numbers, such as -1
         frame[column] = [known.get(number) for number in frame[column]]
@@ -151,8 +159,18 @@ def _with_slashes(path: str) -> str:
     return os.path.normpath(path.replace("\\", "/"))
 
 
-def _check_files(listing: Listing, table: pd.DataFrame, metadata: str, skip_missing: bool) -> None:
-    """Compare the files that metadata names with those that are there, both ways."""
+def _check_files(
+    listing: Listing, table: pd.DataFrame, metadata: str, skip_missing: bool, why_not: Mapping[str, str]
+) -> None:
+    """Compare the files that metadata names with those that are there, both ways.
+
+    Args:
+        listing: The files; what is left out is added to it.
+        table: The metadata.
+        metadata: Where that is from.
+        skip_missing: Whether images that are not there are left out.
+        why_not: Why images are left out that only metadata names which is not used.
+    """
     names, there = list(table[FILE_NAME]), set(listing.images)
     if twice := table.loc[table[FILE_NAME].duplicated(), FILE_NAME].tolist():
         others = f" (also {', '.join(listing.metadata[1:])})" if len(listing.metadata) > 1 else ""
@@ -166,8 +184,9 @@ def _check_files(listing: Listing, table: pd.DataFrame, metadata: str, skip_miss
     if missing:
         listing.left_out.add("named by metadata, but not there", missing[0], len(missing))
     labelled = set(names)
-    if unnamed := [path for path in listing.images if path not in labelled]:
-        listing.left_out.add(f"not named by {os.path.basename(metadata)}", unnamed[0], len(unnamed))
+    for path in listing.images:
+        if path not in labelled:
+            listing.left_out.add(why_not.get(path, f"not named by {os.path.basename(metadata)}"), path)
 
 
 def _check_labels(table: pd.DataFrame, metadata: str, column: str) -> None:

@@ -24,6 +24,7 @@ from tinytl_hf.data.find import TABLES, suffix_of
 from tinytl_hf.data.found import named
 from tinytl_hf.data.json_files import check_holds_rows, load_json
 from tinytl_hf.data.pointers import check_is_here
+from tinytl_hf.data.tars import check_tars
 from tinytl_hf.disk import StrPath
 from tinytl_hf.errors import TinyTLError, first_line
 
@@ -158,6 +159,8 @@ def _load(files: list[str], kind: str) -> datasets.Dataset:
     if kind in WITH_CLASSES and len(files) > 1:
         _check_same_columns(files)
         check_alike(files)
+    if kind == "webdataset":
+        check_tars(files)
     patterns = [glob.escape(file) for file in files]
     return datasets.load_dataset(kind, state_of(files), data_files={"train": patterns})["train"]
 

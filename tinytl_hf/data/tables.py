@@ -15,8 +15,6 @@ from urllib.parse import urlparse
 import datasets
 import datasets.exceptions
 import numpy as np
-import yaml
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -26,6 +24,7 @@ from tinytl_hf.data.columns import images_named
 from tinytl_hf.data.find import ARCHIVES, TABLES, Source, find, suffix_of
 from tinytl_hf.data.folder import class_folders
 from tinytl_hf.data.found import LeftOut, named
+from tinytl_hf.data.hub_layout import check_subset, has_configs, say_configs_not_taken, say_missing_parts
 from tinytl_hf.data.images import IMAGE_SUFFIXES, allow_megapixels
 from tinytl_hf.data.listing import Listing, list_folder
 from tinytl_hf.data.lists_beside import say_lists_beside
@@ -34,7 +33,7 @@ from tinytl_hf.data.pointers import check_is_here
 from tinytl_hf.data.roles import group_by_split, role_of, role_of_table
 from tinytl_hf.data.saved import is_saved, load_saved, open_saved, saved_below
 from tinytl_hf.data.split_column import by_split_column
-from tinytl_hf.data.table_files import check_alike, load_tables, state_of, table_at
+from tinytl_hf.data.table_files import WITH_CLASSES, check_alike, load_tables, state_of, table_at
 from tinytl_hf.data.tables_beside import check_tables_beside, is_to_hand_in, labelling_tables, to_name
 from tinytl_hf.errors import TinyTLError
 
@@ -80,6 +79,7 @@ def load(config: DataConfig) -> Tables:
     except TinyTLError:
         raise
     except Exception as error:  # damaged files can make datasets raise almost anything
+        check_subset(error, config)
         where = "no such folder here, and from the Hub: " if source.place == "hub" else ""
         raise TinyTLError(
             f"data.dataset={config.dataset}: cannot be loaded ({where}{_reason(error)}); use a Hub id, the path of a "
@@ -140,9 +140,9 @@ def _holds_images(listing: Listing) -> bool:
     large = [name for name in listing.tables if suffix_of(name) not in TEXTS]
     if not listing.images or not large or listing.metadata:
         return bool(listing.images)
-    if len(_tops(listing)) < 2 or _has_configs(listing.root):
+    if len(_tops(listing)) < 2 or has_configs(listing.root):
         return False
-    splits = [name for name in large if role_of_table(name) and suffix_of(name) in (".parquet", ".arrow")]
+    splits = [name for name in large if role_of_table(name) and TABLES[suffix_of(name)] in WITH_CLASSES]
     if len({role_of_table(name) for name in splits}) > 1:
         raise TinyTLError(
             f"data.dataset={listing.root}: the folders of its images can be classes ({named(sorted(_tops(listing)))}) "
@@ -179,6 +179,7 @@ def _label_images(source: Source, listing: Listing, config: DataConfig) -> Table
     check_tables_beside(listing, splits, config)
     if splits.keys() == {"train"}:
         say_lists_beside(listing)
+        say_configs_not_taken(listing.root)
     return Tables(source, splits, listing.root, listing.left_out, hint=hint)
 
 
@@ -214,7 +215,8 @@ def _hint(listing: Listing) -> str:
 
 def _load_tables_in(source: Source, listing: Listing, config: DataConfig) -> Tables:
     """The tables of a folder; images that lie beside them are left out, unless the tables name them."""
-    if config.subset is not None or _has_configs(listing.root):
+    say_missing_parts(listing.tables)
+    if config.subset is not None or has_configs(listing.root):
         if glob.has_magic(source.name):
             raise TinyTLError(
                 f"data.dataset={listing.root}: its README names files by patterns; take [, ], * and ? out of the path"
@@ -316,16 +318,6 @@ def _cache_of(listing: Listing) -> str:
 
 def _as_splits(loaded: Any) -> datasets.DatasetDict:
     return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
-
-
-def _has_configs(folder: Path) -> bool:
-    """Whether the README of a data set in the Hub's layout says which files are which split."""
-    try:
-        head = REGEX_YAML_BLOCK.search((folder / "README.md").read_text(encoding="utf-8-sig"))
-        values = yaml.safe_load(head[2]) if head else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False
-    return isinstance(values, dict) and "configs" in values
 
 
 def _digits() -> datasets.Dataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def _open(config: DataConfig, given: Collection[str], record: DataRecord | None)
     """The split to evaluate on and, if they are of the same data set and known, the images that were trained on.
 
     If this is the training data set (known by its name or its hash) and it has no test or validation split, only the
-    held-out part is used. Any other data set without such a split is used whole.
+    held-out part is used. Any other data set without such a split, or another subset of this one, is used whole.
     """
     if record is None:
         return sets.open_eval_split(config, whole=True), None
@@ -115,6 +116,9 @@ def _open(config: DataConfig, given: Collection[str], record: DataRecord | None)
         train = sets.find_training_split(record.as_trained(config), record.train_sha256)
     if train is not None and not named:
         config = record.fill_in(config, given)
+    if config.subset != record.subset:  # of other rows, which some files of that may be among
+        split = sets.open_eval_split(config, whole=True)
+        return split, None if train is None else replace(train, numbers=np.full_like(train.numbers, -1))
     split = sets.open_eval_split(config, whole=train is None and not named)
     if named and train is None:
         logger.warning(
