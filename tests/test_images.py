@@ -1,4 +1,5 @@
 import io
+import pickle
 import struct
 import zlib
 
@@ -14,6 +15,7 @@ from tinytl_hf.data.images import (
     allow_megapixels,
     decode_pixels,
     decoded_size,
+    to_pixels,
 )
 from tinytl_hf.data.tensors import decode, pad_images, to_rgb
 
@@ -187,6 +189,17 @@ def test_a_photo_is_upright_however_it_is_stored(kind, orientation, stored_as):
     pixels = decode_pixels({"bytes": file.getvalue(), "path": None}, 32)
     assert pixels.shape == upright.shape
     assert np.abs(pixels.astype(int) - upright).mean() < 12
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_an_image_that_comes_from_another_process_or_was_read_before_gives_the_same_pixels(kind):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 20, 3), dtype=np.uint8)).save(file, kind, exif=exif)
+    expected = decode_pixels({"bytes": file.getvalue(), "path": None}, 32)
+    with Image.open(file) as image:
+        for form in (image, image.copy(), pickle.loads(pickle.dumps(image)), image):
+            assert np.array_equal(to_pixels(form, 32), expected)
 
 
 def test_large_images_are_reduced_with_their_shape_kept(tmp_path):

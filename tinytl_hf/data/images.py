@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +245,7 @@ def _note_hidden() -> None:
 
 
 def _has_tag(image: Image.Image, tag: tuple[int, Any]) -> bool:
-    return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(tag[0]) == tag[1]
+    return getattr(image, "tag_v2", {}).get(tag[0]) == tag[1]  # which a TIFF image that was pickled lacks
 
 
 def _eight_bits(image: Image.Image, is_netpbm: bool, is_inverted: bool, has_twelve: bool) -> Image.Image:
