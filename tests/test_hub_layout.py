@@ -58,6 +58,17 @@ def test_another_subset_is_evaluated_whole_and_its_rows_are_not_those_trained_on
     assert results["trained_on"] == (18 if is_trained_on else 0)
 
 
+@pytest.mark.parametrize("trained_with", ["the subset", "its file"])
+def test_a_subset_is_known_by_its_file_and_the_other_way_round(trained_with, subsets, tmp_path):
+    file, subset = (["--data.dataset", subsets / "a/train.parquet"], ["--data.dataset", subsets, "--data.subset", "a"])
+    first, second = (subset, file) if trained_with == "the subset" else (file, subset)
+    options = [*first[2:], "--method", "FT-Last", "--train.epochs", "1"]
+    assert run_cli(*small_run(first[1], tmp_path / "run", *options)).returncode == 0
+    done = run_cli("eval", "--adapter", tmp_path / "run/adapter", *second)
+    assert done.returncode == 0, done.stderr
+    assert "evaluating on 2 images" in done.stderr and "split holdout; it was trained on none of them" in done.stderr
+
+
 def test_a_part_that_was_not_downloaded_is_said(tmp_path, caplog):
     for number in (0, 1, 3):
         write_table(tmp_path / f"data/train-0000{number}-of-00005.parquet", first=20 * number)

@@ -113,7 +113,7 @@ def _open(config: DataConfig, given: Collection[str], record: DataRecord | None)
         )
     train = None
     if named or record.train_sha256 is not None:
-        train = sets.find_training_split(record.as_trained(config), record.train_sha256)
+        train, record = _training_split(config, record, named)
     if train is not None and not named:
         config = record.fill_in(config, given)
     if config.subset != record.subset:  # of other rows, which some files of that may be among
@@ -126,6 +126,19 @@ def _open(config: DataConfig, given: Collection[str], record: DataRecord | None)
             config.dataset,
         )
     return split, train
+
+
+def _training_split(config: DataConfig, record: DataRecord, named: bool) -> tuple[Split | None, DataRecord]:
+    """The images that were trained on, if the data set holds them, and the record with the subset that they are there.
+
+    In another place, what was a subset can be the whole, such as its file, and the other way round.
+    """
+    for subset in (record.subset,) if named else dict.fromkeys((record.subset, config.subset)):
+        there = replace(record, subset=subset)
+        train = sets.find_training_split(there.as_trained(config), record.train_sha256)
+        if train is not None:
+            return train, there
+    return None, record
 
 
 def _trained_on(split: Split, digest: str, record: DataRecord | None, count: int) -> int | None:
