@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tinytl_hf.config.check import check, check_text, check_types, expand_paths
 from tinytl_hf.config.data import TOTAL_STRIDE, DataConfig
-from tinytl_hf.config.engine import BackendName, Engine
+from tinytl_hf.config.engine import LARGEST_SLICE_MB, BackendName, Engine
 from tinytl_hf.config.hub import HubConfig
 from tinytl_hf.config.network import METHOD_ALIASES, BackboneConfig, HeadConfig, LiteConfig, MethodAlias, MethodName
 from tinytl_hf.config.train import TrainConfig
@@ -52,8 +52,8 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "memory.")
-        fits = self.slice_mb is None or self.slice_mb > 0
-        check(fits, "memory.slice_mb", self.slice_mb, "use a number of MB above 0, such as 5, or null")
+        fits = self.slice_mb is None or 0 < self.slice_mb <= LARGEST_SLICE_MB
+        check(fits, "memory.slice_mb", self.slice_mb, "use a number of MB above 0 and up to 1e9, such as 5, or null")
         fits = self.budget_mb is None or self.budget_mb > 0
         check(fits, "memory.budget_mb", self.budget_mb, "use a number of MB above 0, such as 64, or null")
 

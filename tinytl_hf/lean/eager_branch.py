@@ -84,8 +84,9 @@ class _Statistics:
 
     def native_backward(self, maps: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of a norm's input ``maps``, its bias and its weight, on one process."""
+        factors = weight.contiguous()  # PyTorch's kernel for channels-last maps takes it for that
         grad_maps, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, maps, weight, None, None, self.mean, self.inverse, True, 0.0, [True] * 3
+            grad, maps, factors, None, None, self.mean, self.inverse, True, 0.0, [True] * 3
         )
         return grad_maps, grad_bias, grad_weight
 

@@ -28,7 +28,7 @@ from tinytl_hf.lean.native_library import (
     StageArguments,
     UpsamplingArguments,
     channels_last,
-    unfit_types,
+    unfit_tensors,
 )
 from tinytl_hf.lean.slices import empty_maps
 from tinytl_hf.lean.stage import SMOOTH, UPPER, Stage
@@ -52,7 +52,7 @@ def cache_bytes() -> int:
 
 def fits(chain: Chain, dtype: torch.dtype, shape: torch.Size) -> str | None:
     """Why the kernels cannot run a chain; None if they can."""
-    if (reason := unfit_types(dtype, (tensor for stage in chain.stages for tensor in stage.tensors))) is not None:
+    if (reason := unfit_tensors(dtype, (tensor for stage in chain.stages for tensor in stage.tensors))) is not None:
         return reason
     if "unfit" not in chain.facts:
         chain.facts["unfit"] = _unfit_geometry(chain)
@@ -76,6 +76,9 @@ def _unfit_geometry(chain: Chain) -> str | None:
         fits_taps = conv.stride[0] <= conv.kernel_size[0] <= LARGEST_KERNEL - room
         if not fits_taps or int(padding[0]) >= conv.kernel_size[0]:
             return "a convolution that skips pixels, or a large kernel"
+        may_pad = isinstance(conv, SameConv2d) or int(padding[0]) > 0
+        if may_pad and conv.stride[0] == conv.kernel_size[0] > 1:  # shares of the rows would part pairs to be pooled
+            return "a padded convolution whose kernel is no larger than its stride"
         if stage.activation in UPPER and conv.out_channels % 8:
             return "a number of channels that is no multiple of 8"
     return None

@@ -15,7 +15,7 @@ from tinytl_hf.lean.native_library import (
     NormArguments,
     Reduce,
     channels_last,
-    unfit_types,
+    unfit_tensors,
 )
 from tinytl_hf.lean.slices import empty_maps
 from tinytl_hf.network.norms import GlobalBatchNorm2d, sum_over_processes
@@ -34,7 +34,7 @@ def branch_fits(branch: Branch, dtype: torch.dtype) -> str | None:
     if parameters[0].numel() > MOST_WEIGHTS:
         return f"lite residuals with more than {MOST_WEIGHTS:,} weights in the grouped convolution"
     statistics = [tensor for norm in (branch.norm1, branch.norm2) for tensor in (norm.running_mean, norm.running_var)]
-    return unfit_types(dtype, [*parameters, *statistics])
+    return unfit_tensors(dtype, [*parameters, *statistics])
 
 
 def branch_forward(branch: Branch, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:

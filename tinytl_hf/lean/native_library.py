@@ -169,12 +169,15 @@ class Call:
         getattr(found, kernel)(self.arguments)
 
 
-def unfit_types(dtype: torch.dtype, parameters: Iterable[Tensor | None]) -> str | None:
-    """Why maps of ``dtype`` or these parameters are of types that the kernels cannot read; None if they can."""
+def unfit_tensors(dtype: torch.dtype, parameters: Iterable[Tensor | None]) -> str | None:
+    """Why maps of ``dtype`` or these parameters are not as the kernels can read them; None if they are."""
     if dtype not in DTYPES:
         return f"{str(dtype).removeprefix('torch.')} maps (only fp32 and bf16)"
-    if any(tensor is not None and tensor.dtype not in (torch.float32, torch.int8) for tensor in parameters):
-        return "parameters that are not fp32"
+    for tensor in parameters:
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.int8):
+            return "parameters that are not fp32"
+        if tensor is not None and tensor.dim() == 1 and not tensor.is_contiguous():  # weights come with their strides
+            return "norms and biases whose values do not lie one after the other"
     return None
 
 

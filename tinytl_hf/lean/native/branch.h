@@ -288,10 +288,14 @@ static void reduce(const Branch *b, double *sums, i64 channels) {
     if (b->reduce) b->reduce(sums, 2 * channels);
 }
 
+/* A variance that rounding brought below 0 is 0; what is not a number stays so. */
+static double no_less_than_zero(double var) { return var < 0 ? 0 : var; }
+
 /* From sums about `centre`: the batch's statistics, which the running ones follow. */
 static void set_statistics(const Branch *b, const Norm *norm, const double *sums, const float *centre, i64 channels) {
     for (i64 i = 0; i < channels; i++) {
-        const double shift = sums[i] / b->values, var = fmax(sums[channels + i] / b->values - shift * shift, 0);
+        const double shift = sums[i] / b->values;
+        const double var = no_less_than_zero(sums[channels + i] / b->values - shift * shift);
         norm->mean[i] = (float)(centre[i] + shift);
         norm->inverse[i] = (float)(1 / sqrt(var + norm->eps));
         if (!norm->running_mean || norm->rate == 0) continue;
@@ -336,7 +340,7 @@ static int moves_centre(const Branch *b, const Norm *norm, const double *sums, i
     int is_far = 0;
     for (i64 i = 0; i < channels; i++) {
         const double shift = sums[i] / b->values, square = shift * shift;
-        is_far |= square > 16 * (fmax(sums[channels + i] / b->values - square, 0) + norm->eps);
+        is_far |= square > 16 * (no_less_than_zero(sums[channels + i] / b->values - square) + norm->eps);
     }
     for (i64 i = 0; is_far && i < channels; i++) centre[i] += (float)(sums[i] / b->values);
     return is_far;

@@ -91,7 +91,9 @@ static i64 set_windows(Plan *p, i64 rows) {
         if (map < p->steps) {
             const Stage *s = stage_of(p, map);
             const i64 n = p->capacity[map + 1];
-            const i64 wanted = p->backward ? (n + s->kernel - 1) / s->stride + 2 : (n - 1) * s->stride + s->kernel;
+            const i64 beyond = (p->height[map] + 2 * s->padding - s->kernel) % s->stride - s->padding; /* of all taps */
+            const i64 wanted = p->backward ? (n + s->kernel - 1) / s->stride + 2
+                                           : (n - 1) * s->stride + s->kernel + max_of(beyond, 0);
             p->capacity[map] = n == p->height[map + 1] ? p->height[map] : min_of(wanted, p->height[map]);
         }
         p->window[map] = -1;
