@@ -41,7 +41,7 @@ def adapter(colour_folder, tmp_path_factory):
             ["train", "--memory.budget_mb", "0"],
             "memory.budget_mb=0.0: use a number of MB above 0, such as 64, or null",
         ),
-        (["train", "--memory.slice_mb", "1e300"], "memory.slice_mb=1e+300: use a number of MB above 0 and up to 1e9"),
+        (["train", "--memory.slice_mb", "1e300"], "memory.slice_mb=1e+300: use a finite number of MB, up to 1e9"),
         (["train", "--config", "nowhere.yaml"], "config: File does not exist: "),
         (["train", "--data.dataset", "digits", "--data.train_size", "16"], "data.train_size=16: mobilenet_v2 reduces"),
         (["train", "--data.start_size", "16"], "data.start_size=16: use a multiple of 32"),

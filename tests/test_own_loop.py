@@ -250,7 +250,7 @@ def test_other_frozen_weights_are_recorded_so_that_the_adapter_is_not_loaded_ove
         ({"lean": "no"}, "lean=no: use true or false"),
         ({"backend": "cuda"}, "backend=cuda: use one of auto"),
         ({"slice_mb": 0}, "slice_mb=0: use a number of MB above 0"),
-        ({"slice_mb": float("inf")}, "slice_mb=inf: use a number of MB above 0 and up to 1e9"),
+        ({"slice_mb": float("inf")}, "slice_mb=inf: use a finite number of MB, up to 1e9"),
     ],
 )
 def test_arguments_of_a_wrong_type_are_named(options, message, make_model):

@@ -31,5 +31,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         check_types(self)
-        fits = self.slice_mb is None or 0 < self.slice_mb <= LARGEST_SLICE_MB
-        check(fits, "slice_mb", self.slice_mb, "use a number of MB above 0 and up to 1e9, such as 5, or null")
+        fits = self.slice_mb is None or self.slice_mb > 0
+        check(fits, "slice_mb", self.slice_mb, "use a number of MB above 0, such as 5, or null")
+        fits = self.slice_mb is None or self.slice_mb <= LARGEST_SLICE_MB
+        check(fits, "slice_mb", self.slice_mb, "use a finite number of MB, up to 1e9")

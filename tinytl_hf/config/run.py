@@ -52,8 +52,10 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "memory.")
-        fits = self.slice_mb is None or 0 < self.slice_mb <= LARGEST_SLICE_MB
-        check(fits, "memory.slice_mb", self.slice_mb, "use a number of MB above 0 and up to 1e9, such as 5, or null")
+        fits = self.slice_mb is None or self.slice_mb > 0
+        check(fits, "memory.slice_mb", self.slice_mb, "use a number of MB above 0, such as 5, or null")
+        fits = self.slice_mb is None or self.slice_mb <= LARGEST_SLICE_MB
+        check(fits, "memory.slice_mb", self.slice_mb, "use a finite number of MB, up to 1e9")
         fits = self.budget_mb is None or self.budget_mb > 0
         check(fits, "memory.budget_mb", self.budget_mb, "use a number of MB above 0, such as 64, or null")
 
