@@ -78,7 +78,7 @@ def _unfit_geometry(chain: Chain) -> str | None:
             return "a convolution that skips pixels, or a large kernel"
         may_pad = isinstance(conv, SameConv2d) or int(padding[0]) > 0
         if may_pad and conv.stride[0] == conv.kernel_size[0] > 1:  # shares of the rows would part pairs to be pooled
-            return "a padded convolution whose kernel is no larger than its stride"
+            return "a padded convolution whose kernel is as large as its stride"
         if stage.activation in UPPER and conv.out_channels % 8:
             return "a number of channels that is no multiple of 8"
     return None
