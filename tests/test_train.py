@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from started_runs import HANG, Run, checkpoints, delta, metrics, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinytl_hf import TinyTLModel, device, step
+from tinytl_hf.config import recipe
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.run import Config, MemoryConfig
 from tinytl_hf.config.train import TrainConfig
-from tinytl_hf.device import make_accelerator
+from tinytl_hf.data.sets import open_data
 from tinytl_hf.train import start
 from tinytl_hf.train.checkpoint import find_damage
 from tinytl_hf.train.loop import all_finite
@@ -310,6 +312,11 @@ def test_where_bf16_is_quicker_a_run_in_fp32_says_so(options, multiplies, told, 
     monkeypatch.setattr(start, "has_bf16", lambda device: multiplies)
     monkeypatch.setattr(start, "chosen", lambda name, device: "native" if name == "auto" else name)
     config = Config(data=DataConfig(dataset="digits"), **options)
-    with caplog.at_level(logging.INFO):
-        start.log_conditions(make_accelerator(config.train.mixed_precision), config)
-    assert ("--train.mixed_precision bf16 would take less memory and less time here" in caplog.messages) is told
+    opened = open_data(config.data)
+    settled = recipe.resolve(config, len(opened.train.labels))
+    line = "--train.mixed_precision bf16 would take less memory and less time here"
+    for resume_from in (None, Path("checkpoint")):  # which goes on in its own precision
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            start.log_recipe(config, settled, opened, resume_from, torch.device("cpu"))
+        assert (line in caplog.messages) is (told and resume_from is None)

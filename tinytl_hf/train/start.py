@@ -28,6 +28,7 @@ from tinytl_hf.device import (
     check_divides,
     device_name,
     make_accelerator,
+    precision_of,
     say_what_launch_settings_do,
 )
 from tinytl_hf.disk import writing
@@ -292,6 +293,8 @@ def log_recipe(asked: Config, config: Config, opened: Opened, resume_from: Path 
             "train.global_batch_size=%d: the data have %s to train on, so a step shows some of them again",
             *(options.global_batch_size, counted(images, "image")),
         )
+    if resume_from is None and _is_quicker_in_bf16(config, device):
+        logger.info("--train.mixed_precision bf16 would take less memory and less time here")
     changes, epochs = Changes(0, config), options.plan.epochs
     if changes.epochs:
         which = "all epochs" if changes.epochs == epochs else f"the first {changes.epochs} of {epochs} epochs"
@@ -310,6 +313,13 @@ def log_recipe(asked: Config, config: Config, opened: Opened, resume_from: Path 
         in_place=resume_from is not None and checkpoint.is_of(resume_from, Path(config.output_dir)),
     )
     say_idle(asked, rules_of_run(config, facts))
+
+
+def _is_quicker_in_bf16(config: Config, device: torch.device) -> bool:
+    """Whether a run computes in fp32, though nothing says that it is to, where bf16 has products and kernels."""
+    in_fp32 = config.train.mixed_precision is None and precision_of(None) == "no"
+    has_kernels = config.engine.lean and chosen(config.engine.backend, device) != "eager"
+    return in_fp32 and has_kernels and has_bf16(device)
 
 
 def _options_that_take_all(config: Config, opened: Opened) -> tuple[str, ...]:
@@ -345,17 +355,8 @@ def log_conditions(accelerator: Accelerator, config: Config) -> None:
         counted(processes, "process", "processes"),
         counted(steps, "step"),
     )
-    backend = chosen(config.engine.backend, accelerator.device)
-    if _is_quicker_in_bf16(config, accelerator, backend):
-        logger.info("--train.mixed_precision bf16 would take less memory and less time here")
-    if config.engine.lean and backend == "triton":
+    if config.engine.lean and chosen(config.engine.backend, accelerator.device) == "triton":
         logger.info("the first steps wait for kernels to be compiled: up to a minute, once for a backbone and machine")
-
-
-def _is_quicker_in_bf16(config: Config, accelerator: Accelerator, backend: str) -> bool:
-    """Whether a run computes in fp32, though nothing says that it is to, where bf16 has products and kernels."""
-    in_fp32 = accelerator.mixed_precision == "no" and config.train.mixed_precision is None
-    return in_fp32 and config.engine.lean and backend != "eager" and has_bf16(accelerator.device)
 
 
 def start_tracker(accelerator: Accelerator, config: Config) -> None:
