@@ -84,6 +84,8 @@ class HubServer(ThreadingHTTPServer):
         stored: Large files by sha256.
         xet: Folder of a xet store that the client works on itself, or null for plain LFS.
         failures: Answer by a part of the address, as ``{"preupload": 503}``.
+        codes: What the Hub calls an answer of ``failures``, by its status.
+        meanwhile: What happens once before an answer, by a part of the address.
         stall_s: Wait so long before each answer.
         requests: ``(verb, path)`` of each request.
     """
@@ -93,6 +95,7 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self, xet: Path | None = None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos, self.stored, self.failures, self.requests = {}, {}, {}, []
+        self.codes, self.meanwhile = {}, {}
         self.xet, self.stall_s, self.lock = xet, 0.0, threading.Lock()
 
     @property
@@ -143,10 +146,13 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.server.requests.append((self.command, url.path))
         time.sleep(self.server.stall_s)
+        for part in [part for part in self.server.meanwhile if part in self.path]:
+            self.server.meanwhile.pop(part)()
         try:
             for part, status in self.server.failures.items():
                 if part in self.path:
-                    raise Refused(status, "as the test asked for")
+                    message, code = self.server.codes.get(status, ("as the test asked for", None))
+                    raise Refused(status, message, code)
             with self.server.lock:
                 status, content, headers = self._route(url.path, parse_qs(url.query), body)
         except Refused as refused:
@@ -263,6 +269,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _commit(self, name, repo, revision, create_pr, body):
         lines = [json.loads(line) for line in body.splitlines()]
+        if lines[0]["value"].get("parentCommit", self._oid(repo, revision)) != self._oid(repo, revision):
+            raise Refused(412, "A commit has happened since. Please refresh and try again.")
         files = dict(repo.files(self._oid(repo, revision)))
         for line in lines[1:]:
             value = line["value"]

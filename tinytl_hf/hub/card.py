@@ -50,6 +50,7 @@ OUR_KEYS = {"library_name", "license", "pipeline_tag", "tags", "base_model", "ba
 OUR_KEYS |= {"model-index"}
 # torchvision's networks whose very weight files timm has on the Hub, under the same names.
 ON_THE_HUB = re.compile(r"(wide_)?res(net|next)\d")
+HUB_DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # an adapter of somebody else's can say anything
 
 
 @dataclass(frozen=True)
@@ -149,18 +150,19 @@ def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _init_in_words(init: InitRecord) -> str:
-    name = f"`{init.source}`" if init.source else "another adapter"
+    name = _code(init.source) if init.source else "another adapter"
     return f"{name} ({init.method}, {counted(len(init.label_names), 'class', 'classes')})"
 
 
 def read_card(folder: Path) -> str | None:
-    """The card in a folder, if there is one; one that is no text is a person's, and an empty card to us.
+    """The card in a folder, if there is one that is not empty; one that is no text is a person's, and "" to us.
 
     Raises:
         TinyTLError: It is there and cannot be read.
     """
     try:
-        return (folder / CARD_FILE).read_text(encoding="utf-8-sig")
+        card = (folder / CARD_FILE).read_text(encoding="utf-8-sig")
+        return card if card.strip() else None
     except (FileNotFoundError, NotADirectoryError):
         return None
     except UnicodeDecodeError:
@@ -175,13 +177,13 @@ def update_card(existing: str, new: str) -> str:
     Args:
         existing: A card. One without our two marks belongs to a person, and is returned as it is, unless it has
             metadata only, such as the licence that the Hub asks for where a repository is made.
-        new: A card with our part. What a person wrote into its metadata comes along.
+        new: A card with our part, else nothing comes of it. What a person wrote into its metadata comes along.
     """
     if REGEX_YAML_BLOCK.search(existing) and not has_our_part(existing) and not text_around(existing):
         existing = f"{existing.rstrip()}\n\n{BEGIN}{END}\n"
     before, begin, rest = existing.partition(BEGIN)
     _, end, after = rest.partition(END)
-    if not (begin and end):
+    if not (begin and end and has_our_part(new)):
         return existing
     text = f"{before}{BEGIN}{_block(new)}{END}{after}"
     head, own = REGEX_YAML_BLOCK.search(text), REGEX_YAML_BLOCK.search(new)
@@ -350,7 +352,8 @@ def _weights_in_words(config: AdapterConfig) -> str:
 
 def _hub_dataset(data: DataRecord | None) -> str | None:
     """The name of the data set if it was taken from the Hub; old adapters do not say that, and have no link."""
-    return data.dataset if data is not None and data.source == "hub" else None
+    is_on_hub = data is not None and data.source == "hub" and HUB_DATASET.fullmatch(data.dataset)
+    return data.dataset if data is not None and is_on_hub else None
 
 
 def dataset_name(data: DataRecord | None) -> str:

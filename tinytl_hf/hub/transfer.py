@@ -12,7 +12,6 @@ import functools
 import inspect
 import logging
 import os
-import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,33 +22,26 @@ from typing import Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, RevisionNotFoundError
 
 from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE, folder_named, read_config, read_tensors
 from tinytl_hf.adapter.record import AdapterConfig
 from tinytl_hf.config.hub import REPO_NAME, PullConfig, PushConfig
 from tinytl_hf.disk import StrPath, write_together, writing
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.hub import client
 from tinytl_hf.hub.card import (
     ADAPTER_FILES,
     dataset_name,
     files_of_card,
     has_our_part,
     read_card,
+    render_card,
     text_around,
     update_card,
     with_name,
 )
+from tinytl_hf.hub.failures import LOGIN, command, in_one_line, reason
+from tinytl_hf.network.hub_weights import COMMIT
 from tinytl_hf.network.weights import without_folder
 from tinytl_hf.reports.run_folder import ADAPTER
 from tinytl_hf.version import __version__
@@ -63,9 +55,6 @@ EXAMPLE_NAME = "user/name"  # which stands there until it has one
 LOADING = ("weights", "lean", "backend", "slice_mb", "gradient_checkpointing", "revision", "token")
 # What a download is told here, and what gives no folder.
 OURS = {"repo_id", "repo_type", "allow_patterns", "library_name", "library_version", "dry_run"}
-# What the client raises: the last is for an argument of another type.
-FAILURES = (httpx2.HTTPError, EntryNotFoundError, OSError, ValueError, RuntimeError, KeyError, TypeError)
-LOGIN = "run `hf auth login` or set HF_TOKEN"
 
 
 def push(config: PushConfig, token: str | None = None) -> str:
@@ -90,7 +79,7 @@ def push(config: PushConfig, token: str | None = None) -> str:
         read_tensors(folder)
     what = "timm model" if record is None else f"{record.method} adapter for {record.backbone.name}"
     message = config.message or f"Upload {what}"
-    with _explained(f"pushing {folder} to {config.repo}", _command("push", config)):
+    with in_one_line(f"pushing {folder} to {config.repo}", command("push", config)):
         check_can_push(token)
         api = HfApi(token=token, library_name="tinytl_hf", library_version=__version__)
         api.create_repo(config.repo, private=config.private or None, exist_ok=True)
@@ -99,14 +88,20 @@ def push(config: PushConfig, token: str | None = None) -> str:
         revision = config.revision
         if revision is not None and revision != constants.DEFAULT_REVISION and not revision.startswith("refs/"):
             api.create_branch(config.repo, branch=revision, exist_ok=True)
-        files = _files_of_timm_model(api, folder, config) if record is None else _changes(api, folder, record, config)
+        # Where another commit comes in between, the Hub refuses this one: it has the card as it was before.
+        parent = api.model_info(config.repo, revision=revision).sha
+        where = api, config.repo, parent
+        files = _files_of_timm_model(folder, *where) if record is None else _changes(folder, record, *where)
         commit = api.create_commit(
             config.repo,
             files,
             commit_message=message,
             revision=revision,
             create_pr=config.create_pr,
+            parent_commit=parent,
         )
+    if config.create_pr and commit.pr_url is None:
+        logger.warning("%s has these files already: no pull request was opened", config.repo)
     return commit.pr_url or commit.commit_url
 
 
@@ -132,7 +127,7 @@ def pull(config: PullConfig) -> Path:
     Raises:
         TinyTLError: No such adapter, a folder that holds other files, or a failure, with the command to retry.
     """
-    with _explained(f"pulling {config.repo}", _command("pull", config)):
+    with in_one_line(f"pulling {config.repo}", command("pull", config)):
         source = _download(config.repo, config.revision, None)
     output = Path(config.output)
     files = [source / name for name in ADAPTER_FILES if (source / name).is_file()]
@@ -173,8 +168,8 @@ def find_adapter(name: StrPath, revision: str | None = None, token: str | None =
         if revision is not None:
             raise TinyTLError(f"revision={revision}: {name} is a path, and only names on the Hub have revisions")
         return _own_folder(path)
-    retry = _command("pull", PullConfig(repo=name, output=path.name, revision=revision))
-    with _explained(f"{name} is no folder here, and loading it from the Hub failed", retry):
+    retry = command("pull", PullConfig(repo=name, output=path.name, revision=revision))
+    with in_one_line(f"{name} is no folder here, and loading it from the Hub failed", retry):
         return _download(name, revision, token, **options)
 
 
@@ -220,31 +215,32 @@ def is_timm_model(folder: Path) -> bool:
     return not (folder / CONFIG_FILE).exists() and all((folder / name).is_file() for name in TIMM_FILES)
 
 
-def _files_of_timm_model(api: HfApi, folder: Path, config: PushConfig) -> list[CommitOperationAdd]:
+def _files_of_timm_model(folder: Path, api: HfApi, repo: str, commit: str | None) -> list[CommitOperationAdd]:
     """What a push of an exported timm model uploads: its card loads it by its new name."""
-    if api.file_exists(config.repo, CONFIG_FILE, revision=config.revision):
+    if api.file_exists(repo, CONFIG_FILE, revision=commit):
         raise TinyTLError(
-            f"repo={config.repo}: holds an adapter, whose card that of a timm model would replace; name another "
-            "repository"
+            f"repo={repo}: holds an adapter, whose card that of a timm model would replace; name another repository"
         )
     card = read_card(folder) or ""
     for example in TIMM_EXAMPLES:
-        card = card.replace(example.format(EXAMPLE_NAME), example.format(config.repo))
-    if (there := _card_there(api, config)) is not None:
+        card = card.replace(example.format(EXAMPLE_NAME), example.format(repo))
+    if (there := _card_there(api, repo, commit)) is not None:
         card = _with_what_is_there(card, there)
     files = [CommitOperationAdd(name, folder / name) for name in TIMM_FILES if name != CARD_FILE]
     return [*files, CommitOperationAdd(CARD_FILE, card.encode())]
 
 
 def _changes(
-    api: HfApi, folder: Path, record: AdapterConfig, config: PushConfig
+    folder: Path, record: AdapterConfig, api: HfApi, repo: str, commit: str | None
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     """What a push of an adapter uploads, and what it removes of one that was there."""
-    card, there = read_card(folder) or "", _card_there(api, config)
+    card, there = read_card(folder), _card_there(api, repo, commit)
+    if card is None:  # taken away; the one on the Hub would tell of the adapter that was there
+        card = render_card(record)
     if there is not None:
-        if all(example.format(config.repo) in there for example in TIMM_EXAMPLES):
+        if all(example.format(repo) in there for example in TIMM_EXAMPLES):
             raise TinyTLError(
-                f"repo={config.repo}: holds a timm model that tinytl-hf exported, whose card says nothing of an "
+                f"repo={repo}: holds a timm model that tinytl-hf exported, whose card says nothing of an "
                 "adapter; name another repository"
             )
         card = _with_what_is_there(card, there)
@@ -252,9 +248,9 @@ def _changes(
     operations = [CommitOperationAdd(CONFIG_FILE, without_paths(record).to_json().encode())]
     operations += [CommitOperationAdd(name, folder / name) for name in names]
     if card:
-        operations.append(CommitOperationAdd(CARD_FILE, with_name(card, config.repo).encode()))
+        operations.append(CommitOperationAdd(CARD_FILE, with_name(card, repo).encode()))
     former = [name for name in files_of_card(there or "") if name not in names]  # of an adapter that this one replaces
-    gone = [name for name in former if api.file_exists(config.repo, name, revision=config.revision)]
+    gone = [name for name in former if api.file_exists(repo, name, revision=commit)]
     return [*operations, *(CommitOperationDelete(name) for name in gone)]
 
 
@@ -286,86 +282,61 @@ def without_paths(config: AdapterConfig) -> AdapterConfig:
     return replace(config, backbone=replace(config.backbone, weights=without_folder(config.backbone.weights)))
 
 
-def _card_there(api: HfApi, config: PushConfig) -> str | None:
+def _card_there(api: HfApi, repo: str, commit: str | None) -> str | None:
     try:
-        path = api.hf_hub_download(config.repo, CARD_FILE, revision=config.revision)
+        path = api.hf_hub_download(repo, CARD_FILE, revision=commit)
     except RemoteEntryNotFoundError:
         return None
     return read_card(Path(path).parent)
 
 
 def _download(repo: str, revision: str | None, token: str | None, **options: Any) -> Path:
-    """The Hub's folder of an adapter in the client's cache; nothing but an adapter's files is fetched."""
-    folder = Path(
-        snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=[*ADAPTER_FILES],
-            token=token,
-            library_name="tinytl_hf",
-            library_version=__version__,
-            **options,
+    """The Hub's folder of an adapter in the client's cache; nothing but an adapter's files is fetched.
+
+    Where the Hub does not say what the newest commit is, the client takes the one that it has; then a warning says so.
+    """
+    refusal = None if options.get("local_files_only") else _refusal(repo, revision, token, options)
+    if refusal is not None:
+        options["local_files_only"] = True  # it was asked already, and need not be waited for again
+    try:
+        folder = Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=[*ADAPTER_FILES],
+                token=token,
+                library_name="tinytl_hf",
+                library_version=__version__,
+                **options,
+            )
         )
-    )
-    if not (folder / CONFIG_FILE).is_file():
-        raise TinyTLError(f"the repository is no TinyTL adapter: it has no {CONFIG_FILE}")
-    read_config(folder)
-    read_tensors(folder)
+    except LocalEntryNotFoundError:
+        if refusal is None:
+            raise
+        raise refusal from None
+    if not (folder / CONFIG_FILE).is_file():  # of a push, the cache has the card alone
+        raise refusal or TinyTLError(f"the repository is no TinyTL adapter: it has no {CONFIG_FILE}")
+    if refusal is not None and not constants.is_offline_mode():
+        logger.warning("%s: %s; taken from the cache, as of commit %s", repo, reason(refusal), folder.name[:7])
+    try:
+        read_config(folder)
+        read_tensors(folder)
+    except TinyTLError as error:
+        remedy = f"if the copy in the cache is damaged, remove it with: hf cache rm model/{repo}"
+        raise TinyTLError(f"{error}; {remedy}") from error
     return folder
 
 
-@contextmanager
-def _explained(what: str, retry: str) -> Iterator[None]:
-    """Turn a failure into one line: what was done, what went wrong, how to mend it, how to retry."""
+def _refusal(repo: str, revision: str | None, token: str | None, options: Mapping[str, Any]) -> Exception | None:
+    """Why the Hub does not say which commit ``revision`` is, if it does not."""
+    if revision is not None and COMMIT.fullmatch(revision):
+        return None  # a commit is what it is
+    asked = {name: options.get(name) for name in ("endpoint", "headers")}
+    api = HfApi(token=token, library_name="tinytl_hf", library_version=__version__, **asked)
     try:
-        yield
-    except (TinyTLError, *FAILURES) as error:
-        reason = str(error) if isinstance(error, TinyTLError) else _reason(error)
-        raise TinyTLError(f"{what}: {reason}; then retry with: {retry}") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        return _reason(error.__cause__)
-    if isinstance(error, OfflineModeIsEnabled) and not isinstance(error, client.HubUnreachableError):
-        return "HF_HUB_OFFLINE is set and the adapter is not in the cache; unset it"
-    if isinstance(error, GatedRepoError):
-        return "the repository is gated; ask for access on its page"
-    if isinstance(error, RevisionNotFoundError):
-        return "the repository has no such revision (404); name a branch, a tag or a commit that it has"
-    if isinstance(error, RepositoryNotFoundError):
-        return f"no such repository, or a private one (404); check the name, and {LOGIN} with a token that can read it"
-    if isinstance(error, HfHubHTTPError):
-        return _answer(error.response.status_code, error)
-    if isinstance(error, httpx2.TimeoutException):
-        return f"{constants.ENDPOINT} did not answer in {client.TIMEOUT_S:g} s; check the network"
-    if isinstance(error, (httpx2.HTTPError, ConnectionError)):
-        return f"{constants.ENDPOINT} cannot be reached ({_first_two_lines(error)}); check the network"
-    return f"{_first_two_lines(error)} ({type(error).__name__})"
-
-
-def _answer(status: int, error: HfHubHTTPError) -> str:
-    if status == 401:
-        return f"the Hub does not know the token (401); {LOGIN} with a valid one"
-    if status == 403:
-        return "the token has no right to that (403); use one that can write there, or a namespace of your own"
-    if status == 429:
-        return "too many requests (429); wait some minutes"
-    if status >= 500:
-        return f"the Hub has a server error ({status}); wait a little"
-    return f"the Hub answered {status}: {error.server_message or _first_two_lines(error)}"
-
-
-def _first_two_lines(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] if lines else type(error).__name__
-
-
-def _command(verb: str, config: PushConfig | PullConfig) -> str:
-    words = ["tinytl-hf", verb]
-    for key, value in vars(config).items():
-        if value is True:
-            words.append(f"--{key}")
-        elif value:
-            words += [f"--{key}", str(value)]
-    return shlex.join(words)
+        api.model_info(repo, revision=revision)
+    except RevisionNotFoundError:
+        raise
+    except (httpx2.HTTPError, OSError) as error:
+        return error
+    return None
