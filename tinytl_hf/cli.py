@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_dumper, set_loader, set_parsing_settings
 
-from tinytl_hf.commands import PROG, VERBS, is_main_process
+from tinytl_hf.commands import PROG, VERBS, is_main_process, shown
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.hub import HubConfig
 from tinytl_hf.config.numbers import check_numbers
@@ -82,9 +82,18 @@ def _clearing_up_when_terminated() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+class _Shown(logging.Formatter):
+    """Messages on a terminal, which would act on a control character in a name that somebody else's file holds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(shown, super().format(record).split("\n")))
+
+
 def _main(argv: list[str]) -> None:
     debug = "--debug" in argv
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Shown("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     for library in ("huggingface_hub", "datasets"):  # they print their own lines, which would come twice
         logging.getLogger(library).propagate = False
     logging.getLogger("tinytl_hf").setLevel(logging.INFO if is_main_process() else logging.ERROR)

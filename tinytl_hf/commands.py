@@ -94,15 +94,15 @@ def _predict(values: Namespace) -> None:
         if config.json:
             print(json.dumps(result), flush=True)
         elif "error" in result:
-            print(f"{_shown(result['image'])}: error: {one_line(result['error'])}", file=sys.stderr)
+            print(f"{shown(result['image'])}: error: {one_line(result['error'])}", file=sys.stderr)
         else:
-            labels = ", ".join(f"{_shown(label['label'])} {label['probability']:.1%}" for label in result["labels"])
-            print(f"{_shown(result['image'])}: {labels}", flush=True)
+            labels = ", ".join(f"{shown(label['label'])} {label['probability']:.1%}" for label in result["labels"])
+            print(f"{shown(result['image'])}: {labels}", flush=True)
     if failed:
         sys.exit(1)
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A name with its control characters escaped: a terminal would act on them."""
     return "".join(c if c.isprintable() or ord(c) > 0x9F else repr(c)[1:-1] for c in name)
 

@@ -19,7 +19,7 @@ from packaging.version import InvalidVersion, Version
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.network import HeadConfig, LiteConfig, MethodName
 from tinytl_hf.data.find import Source
-from tinytl_hf.errors import TinyTLError
+from tinytl_hf.errors import TinyTLError, one_line
 from tinytl_hf.network.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, Interpolation
 from tinytl_hf.version import __version__
 
@@ -327,8 +327,8 @@ def _build(kind: type, values: Any, key: str, newer: bool, path: Path) -> Any:
     prefix = f"{key}." if key else ""
     for name in values.keys() - hints.keys():
         if not newer:
-            raise TinyTLError(f"{prefix}{str(name)[:LONGEST]} is no setting")
-        logger.warning("%s: %s%s is of a newer tinytl_hf and left out", path, prefix, str(name)[:LONGEST])
+            raise TinyTLError(f"{prefix}{one_line(name)[:LONGEST]} is no setting")
+        logger.warning("%s: %s%s is of a newer tinytl_hf and left out", path, prefix, one_line(name)[:LONGEST])
     needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(needed - values.keys()):
         raise TinyTLError(f"{prefix}{missing[0]} is missing")
