@@ -85,6 +85,7 @@ class HubServer(ThreadingHTTPServer):
         xet: Folder of a xet store that the client works on itself, or null for plain LFS.
         failures: Answer by a part of the address, as ``{"preupload": 503}``.
         codes: What the Hub calls an answer of ``failures``, by its status.
+        renamed: Names of repositories that were renamed, and what they are called now.
         meanwhile: What happens once before an answer, by a part of the address.
         stall_s: Wait so long before each answer.
         requests: ``(verb, path)`` of each request.
@@ -95,7 +96,7 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self, xet: Path | None = None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos, self.stored, self.failures, self.requests = {}, {}, {}, []
-        self.codes, self.meanwhile = {}, {}
+        self.codes, self.meanwhile, self.renamed = {}, {}, {}
         self.xet, self.stall_s, self.lock = xet, 0.0, threading.Lock()
 
     @property
@@ -174,6 +175,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _route(self, path, query, body):
         """Status, content and headers of the answer."""
+        for old, new in self.server.renamed.items():
+            if f"/{old}/" in f"{path}/" and old not in self.server.repos:
+                return 307, {}, {"Location": path.replace(old, new, 1)}
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if path == "/api/validate-yaml":

@@ -87,12 +87,23 @@ def test_what_somebody_writes_while_a_push_is_on_its_way_is_not_lost(options, se
     assert "Written meanwhile." in card and "into 2 classes" in card
 
 
+def test_a_repository_that_was_renamed_is_pulled_by_its_old_name_and_not_made_again(server, adapter, tmp_path):
+    push(adapter)
+    server.repos["me/roses"] = server.repos.pop("me/flowers")
+    server.renamed["me/flowers"] = "me/roses"
+    done = pull(tmp_path / "pulled")
+    assert done.returncode == 0 and len(TinyTLModel.from_pretrained(tmp_path / "pulled").label_names) == 4
+    done = push(adapter)
+    assert done.returncode == 1 and "repo=me/flowers: is called me/roses now; name it so" in done.stderr
+    assert list(server.repos) == ["me/roses"]
+
+
 GATED = "the repository is gated; ask for access on its page, and run `hf auth login` or set HF_TOKEN"
 REFUSALS = {
     "server error": (500, None, "the Hub has a server error (500)"),
     "no right": (403, ("Enable access to gated repos in your token", None), "(403); Enable access to gated repos in"),
     "gated": (403, ("Access is restricted", "GatedRepo"), GATED),
-    "disabled": (403, ("Access to this resource is disabled.", None), "the Hub has disabled the repository (403)"),
+    "disabled": (403, ("Access to this resource is disabled.", None), "the repository is disabled (403)"),
 }
 
 

@@ -47,7 +47,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, GatedRepoError):
         return f"the repository is gated; ask for access on its page, and {LOGIN} with a token of who has it"
     if isinstance(error, DisabledRepoError):
-        return "the Hub has disabled the repository (403); its page says why"
+        return "the repository is disabled (403); its page says why"
     if isinstance(error, RevisionNotFoundError):
         return "the repository has no such revision (404); name a branch, a tag or a commit that it has"
     if isinstance(error, RepositoryNotFoundError):

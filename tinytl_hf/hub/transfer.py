@@ -22,7 +22,12 @@ from typing import Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE, folder_named, read_config, read_tensors
 from tinytl_hf.adapter.record import AdapterConfig
@@ -82,9 +87,7 @@ def push(config: PushConfig, token: str | None = None) -> str:
     with in_one_line(f"pushing {folder} to {config.repo}", command("push", config)):
         check_can_push(token)
         api = HfApi(token=token, library_name="tinytl_hf", library_version=__version__)
-        api.create_repo(config.repo, private=config.private or None, exist_ok=True)
-        if config.private and not api.model_info(config.repo).private:
-            raise TinyTLError("the repository is public already; make it private in its settings")
+        _make_repo(api, config)
         revision = config.revision
         if revision is not None and revision != constants.DEFAULT_REVISION and not revision.startswith("refs/"):
             api.create_branch(config.repo, branch=revision, exist_ok=True)
@@ -103,6 +106,19 @@ def push(config: PushConfig, token: str | None = None) -> str:
     if config.create_pr and commit.pr_url is None:
         logger.warning("%s has these files already: no pull request was opened", config.repo)
     return commit.pr_url or commit.commit_url
+
+
+def _make_repo(api: HfApi, config: PushConfig) -> None:
+    """Make the repository, if there is none; one by a name that another had would cut that one's links."""
+    try:
+        there = api.model_info(config.repo)
+    except RepositoryNotFoundError:
+        api.create_repo(config.repo, private=config.private or None, exist_ok=True)
+        there = api.model_info(config.repo)
+    if there.id.lower() != config.repo.lower():
+        raise TinyTLError(f"repo={config.repo}: is called {there.id} now; name it so")
+    if config.private and not there.private:
+        raise TinyTLError("the repository is public already; make it private in its settings")
 
 
 @contextmanager
