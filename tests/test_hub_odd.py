@@ -98,6 +98,16 @@ def test_a_repository_that_was_renamed_is_pulled_by_its_old_name_and_not_made_ag
     assert list(server.repos) == ["me/roses"]
 
 
+def test_a_command_says_once_that_its_adapter_is_of_the_cache(server, make_model, colour_folder, monkeypatch):
+    make_model("FT-Last", num_classes=None, label_names=["blue", "red"], train_size=32).push_to_hub("me/colours")
+    evaluate = ("eval", "--adapter", "me/colours", "--data.dataset", colour_folder)
+    done = run_cli(*evaluate)
+    assert done.returncode == 0 and "taken from the cache" not in done.stderr, done.stderr
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    done = run_cli(*evaluate)
+    assert done.returncode == 0 and done.stderr.count("me/colours: http://127.0.0.1:9 cannot be reached") == 1
+
+
 GATED = "the repository is gated; ask for access on its page, and run `hf auth login` or set HF_TOKEN"
 REFUSALS = {
     "server error": (500, None, "the Hub has a server error (500)"),

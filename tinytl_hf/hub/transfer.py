@@ -333,7 +333,7 @@ def _download(repo: str, revision: str | None, token: str | None, **options: Any
     if not (folder / CONFIG_FILE).is_file():  # of a push, the cache has the card alone
         raise refusal or TinyTLError(f"the repository is no TinyTL adapter: it has no {CONFIG_FILE}")
     if refusal is not None and not constants.is_offline_mode():
-        logger.warning("%s: %s; taken from the cache, as of commit %s", repo, reason(refusal), folder.name[:7])
+        _say_is_of_cache(repo, folder.name[:7], reason(refusal))
     try:
         read_config(folder)
         read_tensors(folder)
@@ -341,6 +341,11 @@ def _download(repo: str, revision: str | None, token: str | None, **options: Any
         remedy = f"if the copy in the cache is damaged, remove it with: hf cache rm model/{repo}"
         raise TinyTLError(f"{error}; {remedy}") from error
     return folder
+
+
+@functools.cache  # once, though a command can look for its adapter more than once
+def _say_is_of_cache(repo: str, commit: str, why: str) -> None:
+    logger.warning("%s: %s; taken from the cache, as of commit %s", repo, why, commit)
 
 
 def _refusal(repo: str, revision: str | None, token: str | None, options: Mapping[str, Any]) -> Exception | None:
