@@ -333,6 +333,7 @@ def _read_weights(name: str, weights: str, backbone: nn.Module, head: str) -> Ma
 
 def _translated(tensors: Mapping[str, Tensor], architecture: str, backbone: nn.Module) -> Mapping[str, Tensor]:
     """``tensors`` under our names, if they are those of the network's twin in the other library."""
+    tensors = torchvision_nets.as_named_today(tensors)
     twin = SAME_TENSORS.get(architecture)
     if twin is None or set(tensor_names(backbone)) & tensors.keys() or not _can_build(twin):
         return tensors

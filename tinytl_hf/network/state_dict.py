@@ -13,6 +13,9 @@ from tinytl_hf.errors import TinyTLError
 logger = logging.getLogger(__name__)
 
 HOLDERS = ("state_dict", "model_state_dict", "model")  # what checkpoints call it
+# Averages of weights beside them, as timm's and torchvision's training code call them.
+AVERAGES = ("state_dict_ema", "model_ema")
+COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, which is no part of the network
 # What DataParallel, torch.compile, and modules that hold the network put before each name.
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
 
@@ -29,6 +32,7 @@ def state_dict_of(content: Any, source: str) -> Mapping[str, Tensor]:
     tensors = content if holder is None else content[holder]
     if not isinstance(tensors, Mapping) or not tensors or not all(_is_entry(*entry) for entry in tensors.items()):
         raise TinyTLError(f"backbone.weights={source}: holds no state dict; save model.state_dict() there")
+    tensors = {name: tensor for name, tensor in tensors.items() if name != COUNTER}
     taken = []
     while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in tensors)), None):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -37,6 +41,14 @@ def state_dict_of(content: Any, source: str) -> Mapping[str, Tensor]:
         part = "" if holder is None else f" its {holder!r}"
         without = f" without the prefix {''.join(taken)!r}" if taken else ""
         logger.info("backbone.weights=%s: taken is%s%s", source, part, without)
+    for average in () if holder is None else AVERAGES:
+        if isinstance(content.get(average), Mapping):
+            logger.warning(
+                "backbone.weights=%s: left out is its %r, the average of the weights over their training; to use it, "
+                "save it in a file of its own",
+                source,
+                average,
+            )
     return tensors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from tinytl_hf.errors import TinyTLError
 
 AUXILIARY_HEADS = {"googlenet", "inception_v3"}
+# Layers of DenseNet as the files of its weights name them: PyTorch has no more dots in names of modules since.
+DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
 USUAL_SIZE = 224  # of the images that networks for ImageNet are made for
 
 
@@ -101,6 +104,11 @@ def mean_and_std(name: str, weights: str) -> dict[str, Any]:
         return {}
     view = (known[weights] if weights in known.__members__ else known.DEFAULT).transforms()
     return {"mean": tuple(view.mean), "std": tuple(view.std)}
+
+
+def as_named_today(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """``tensors`` under the names that layers have today; others come back as they are."""
+    return {DENSE_LAYER.sub(r"\1", name): tensor for name, tensor in tensors.items()}
 
 
 def in_cache(name: str) -> list[str]:

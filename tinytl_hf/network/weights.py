@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from tinytl_hf.errors import TinyTLError, first_line
 from tinytl_hf.network.state_dict import state_dict_of
 from tinytl_hf.words import counted
+
+logger = logging.getLogger(__name__)
 
 FILE_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin"}
 
@@ -139,10 +142,10 @@ def renamed(tensors: Mapping[str, Tensor], theirs: nn.Module, own: nn.Module) ->
 
 
 def copy_weights(backbone: nn.Module, tensors: Mapping[str, Tensor], head: str, source: str) -> None:
-    """Copy ``tensors`` into ``backbone`` after checking every name and shape.
+    """Copy ``tensors`` into ``backbone`` after checking every name, shape and value.
 
     The head is not copied, so it may be missing or of another shape. Nor are lite residuals, which a file that
-    ``merge`` wrote has: they are no part of the backbone.
+    ``merge`` wrote has: they are no part of the backbone, and that they stay out is logged.
 
     Args:
         backbone: The network.
@@ -151,24 +154,60 @@ def copy_weights(backbone: nn.Module, tensors: Mapping[str, Tensor], head: str, 
         source: Where they come from, for messages.
 
     Raises:
-        TinyTLError: Missing, unexpected or misshapen tensors; nothing was copied.
+        TinyTLError: Missing, unexpected or misshapen tensors, or some that hold no finite numbers; nothing was copied.
     """
     own = backbone.state_dict()
-    tensors = {name: tensor for name, tensor in tensors.items() if ".lite_residual." not in name}
+    taken = {name: tensor for name, tensor in tensors.items() if ".lite_residual." not in name}
+    if lite := len(tensors) - len(taken):
+        logger.warning(
+            "backbone.weights=%s: %s left out; the rest was trained to go with them, and alone gives other outputs",
+            source,
+            counted(lite, "tensor of lite residuals is", "tensors of lite residuals are"),
+        )
     needed = {name for name in tensor_names(backbone) if not name.startswith(f"{head}.")}
-    missing = sorted(needed - tensors.keys())
-    unexpected = sorted(tensors.keys() - own.keys())
-    shapes = [
-        f"{name} {list(tensors[name].shape)} instead of {list(own[name].shape)}"
-        for name in sorted(needed & tensors.keys())
-        if tensors[name].shape != own[name].shape
-    ]
-    for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
-        if names:
-            raise TinyTLError(
-                f"backbone.weights={source}: {counted(len(names), 'tensor is', 'tensors are')} {what}, such as "
-                f"{names[0]}; use weights of this very network with its library's keys"
-            )
+    there = sorted(needed & taken.keys())
+    same = "weights of this very network with its library's keys"
+    problems = (
+        ("missing", same, sorted(needed - taken.keys())),
+        ("unexpected", same, sorted(taken.keys() - own.keys())),
+        (
+            "of another shape",
+            same,
+            [_shapes(name, taken, own) for name in there if taken[name].shape != own[name].shape],
+        ),
+        (
+            "no plain numbers",
+            "weights in floating point",
+            [_kind(name, taken[name]) for name in there if _odd(taken[name])],
+        ),
+    )
+    for what, fix, names in problems:
+        _check_none(source, what, fix, names)
+    infinite = [name for name in there if not taken[name].to(own[name].dtype).isfinite().all()]
+    _check_none(source, "not finite", "those of a training that did not diverge", infinite)
     with torch.no_grad():
         for name in needed:
-            own[name].copy_(tensors[name])
+            own[name].copy_(taken[name])
+
+
+def _shapes(name: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    return f"{name} {list(tensors[name].shape)} instead of {list(own[name].shape)}"
+
+
+def _odd(tensor: Tensor) -> bool:
+    """Whether it is none of floating-point numbers as they are: quantised, sparse, or without values."""
+    return not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta
+
+
+def _kind(name: str, tensor: Tensor) -> str:
+    place = " on the meta device" if tensor.is_meta else "" if tensor.layout is torch.strided else ", sparse"
+    return f"{name} ({str(tensor.dtype).removeprefix('torch.')}{place})"
+
+
+def _check_none(source: str, what: str, fix: str, names: list[str]) -> None:
+    """Raise if there are names of tensors with a problem."""
+    if names:
+        raise TinyTLError(
+            f"backbone.weights={source}: {counted(len(names), 'tensor is', 'tensors are')} {what}, such as "
+            f"{names[0]}; use {fix}"
+        )
