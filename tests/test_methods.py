@@ -7,6 +7,7 @@ from torch import nn
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.config.network import LiteConfig
+from tinytl_hf.network import torchvision_nets
 from tinytl_hf.network.lite_residual import LiteResidual, fit_kernel
 from tinytl_hf.network.methods import METHODS as TABLE
 
@@ -128,6 +129,32 @@ def test_layerwise_rates_are_1_and_06_and_04(make_model):
 def test_a_backbone_without_blocks_says_which_methods_it_supports(method, make_model):
     with pytest.raises(TinyTLError, match=r"supports FT-Last, TinyTL-B, FT-Norm\+Last and FT-Full"):
         make_model(method, "shufflenet_v2_x0_5")
+
+
+@pytest.mark.parametrize(
+    ("method", "backbone", "warns"),
+    [
+        ("FT-Norm+Last", "alexnet", True),  # which has no norms
+        ("TinyTL-B", "alexnet", False),
+        ("FT-Last", "alexnet", False),
+        ("FT-Norm+Last", "shufflenet_v2_x0_5", False),
+    ],
+)
+def test_a_method_that_finds_nothing_to_train_but_the_head_says_so(
+    method, backbone, warns, make_model, monkeypatch, caplog
+):
+    def build(name):  # without the 54 million weights between its maps and its classifier
+        network = get(name)
+        if name == "alexnet":
+            network.classifier = nn.Sequential(nn.Flatten(), nn.Linear(256 * 6 * 6, 7))
+        return network
+
+    get = torchvision_nets.build
+    monkeypatch.setattr(torchvision_nets, "build", build)
+    model = make_model(method, backbone, train_size=64 if backbone != "alexnet" else 96)
+    more = {name for name, p in model.backbone.named_parameters() if p.requires_grad and "bias" in name}
+    assert (len(more) == 1) == (warns or method == "FT-Last")
+    assert ("the head alone, as by FT-Last" in caplog.text) == warns
 
 
 @pytest.mark.slow

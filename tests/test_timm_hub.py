@@ -71,6 +71,47 @@ def test_weights_of_another_tag_than_the_default_one_bring_their_own_preprocessi
     assert find_backbone("timm/mobilenetv3_large_100", "none").mean == IMAGENET_MEAN
 
 
+@pytest.mark.parametrize(
+    ("name", "weights", "found_name"),
+    [
+        ("resnet34", "timm/resnet34.ra4_e3600_r224_in1k", "resnet34"),
+        ("efficientnet_b0", "timm/efficientnet_b0.ra4_e3600_r224_in1k", "efficientnet_b0"),
+        ("timm/resnet34.a1_in1k", "timm/resnet34.ra4_e3600_r224_in1k", "timm/resnet34.ra4_e3600_r224_in1k"),
+    ],
+)
+def test_weights_bring_their_preprocessing_to_a_name_of_torchvision_and_to_another_tag(
+    name, weights, found_name, server, caplog
+):
+    """They were normalised as the network's default weights want it, and so gave other features."""
+    server.add_repo(weights, {"model.safetensors": b"not read"})
+    found = find_backbone(name, f"hf-hub:{weights}@main")
+    cfg = timm.get_pretrained_cfg(weights.removeprefix("timm/"))
+    assert (found.mean, found.std) == ((0.5,) * 3, (0.5,) * 3) == (cfg.mean, cfg.std)
+    assert (found.crop_pct, found.interpolation, found.license) == (cfg.crop_pct, cfg.interpolation, cfg.license)
+    assert found.name == found_name and found.weights.startswith(f"hf-hub:{weights}@")
+    assert find_backbone(name, "none").mean == IMAGENET_MEAN and caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "said"),
+    [
+        (
+            "efficientnet_b0",
+            "timm/tf_efficientnet_b0.in1k",
+            "are weights of timm/tf_efficientnet_b0, and the network is",
+        ),
+        ("timm/efficientnet_b0", "timm/tf_efficientnet_b0.in1k", "and the network is timm/efficientnet_b0"),
+        ("resnet34", "me/resnet", "normalised, cropped and resized as for resnet34; of a timm model"),
+        ("timm/resnet34", "me/resnet", "backbone.name=hf-hub:me/resnet takes what its config says"),
+    ],
+)
+def test_weights_of_another_network_and_of_no_description_are_named(name, weights, said, server, caplog):
+    caplog.set_level("INFO")
+    server.add_repo(weights, {"model.safetensors": b"not read"})
+    found = find_backbone(name, f"hf-hub:{weights}")
+    assert said in caplog.text and found.name.partition(".")[0] == name
+
+
 @pytest.fixture
 def pushed(hub, tmp_path, monkeypatch):
     """An adapter on the Hub whose base is there, too; the cache that follows is empty."""

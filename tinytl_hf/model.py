@@ -34,7 +34,6 @@ from tinytl_hf.lean.notes import training_paths
 from tinytl_hf.lean.prefix import find_prefix
 from tinytl_hf.network import methods, norms
 from tinytl_hf.network.backbones import locate_weights, sha256
-from tinytl_hf.network.blocks import name_unknown_blocks
 from tinytl_hf.network.head import Head, head_of, without_head
 
 
@@ -136,7 +135,7 @@ class TinyTLModel(nn.Module):
         labels, sizes = (label_names, num_classes), (train_size, eval_size, crop_pct)
         config = new_config(name, weights, method, labels, sizes, frozen_weights, trained_blocks, lite, head)
         model = cls(config, Engine(lean, backend, slice_mb, gradient_checkpointing))
-        name_unknown_blocks(model.backbone, model._blocks)
+        methods.name_what_stays(model.backbone, model._blocks, model.config.method)
         return model
 
     @classmethod

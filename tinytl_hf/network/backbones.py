@@ -101,17 +101,40 @@ def find_backbone(name: str, weights: str, **download: Any) -> Backbone:
     if not name.startswith(PREFIX):
         torchvision_nets.check(name)
         source = pin_weights(name, weights, **download)
-        return Backbone(name, source, **torchvision_nets.mean_and_std(name, source))
+        found = Backbone(name, source, **torchvision_nets.mean_and_std(name, source))
+        repo = _timms_repo(name, weights)
+        return found if repo is None else _described(found, vars(timm_nets.pretrained_cfg(repo)))
     if (today := timm_nets.current_name(name)) != name:
         logger.info("backbone.name=%s: timm calls it %s today, which is taken", name, today)
         name = today
-    repo = weights.removeprefix(HUB).partition("@")[0]
-    if repo.startswith(f"{name}.") and repo in timm_nets.repos_of_weights(name):
-        name = repo  # these weights' own description, not that of the default ones
     cfg = timm_nets.pretrained_cfg(name)
+    if (repo := _timms_repo(name, weights)) is not None:
+        cfg = timm_nets.pretrained_cfg(repo)  # these weights' own, not that of the default ones or of another tag
+        name = repo if same_network(repo, name) else name
     if weights == "imagenet" and "." not in name and cfg.tag and cfg.hf_hub_id:
         name = f"{name}.{cfg.tag}"
     return _described(Backbone(name, pin_weights(name, weights, **download)), vars(cfg))
+
+
+def _timms_repo(name: str, weights: str) -> str | None:
+    """The repository on the Hub that a source of weights names, if timm has a description of what is in it.
+
+    Of a repository without one, and of one with the weights of another network, this is logged.
+    """
+    if not weights.startswith(HUB):
+        return None
+    repo = weights.removeprefix(HUB).partition("@")[0]
+    if not timm_nets.describes(repo):
+        logger.info(
+            "backbone.weights=%s: images are normalised, cropped and resized as for %s; of a timm model, "
+            "backbone.name=%s takes what its config says",
+            *(weights, name, weights),
+        )
+        return None
+    architecture = timm_nets.architecture(repo)
+    if architecture not in (timm_nets.architecture(name), f"{PREFIX}{name}", SAME_TENSORS.get(name)):
+        logger.warning("backbone.weights=%s: are weights of %s, and the network is %s", weights, architecture, name)
+    return repo
 
 
 def pin_weights(name: str, weights: str, **download: Any) -> str:

@@ -7,6 +7,7 @@ that train are kept with the network: a user can freeze some of them, and they a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -19,13 +20,15 @@ from tinytl_hf.config.check import check
 from tinytl_hf.config.network import METHOD_ALIASES, LiteConfig, MethodName
 from tinytl_hf.config.train import LrFactors
 from tinytl_hf.errors import TinyTLError
-from tinytl_hf.network.blocks import TinyTLBlock, add_lite_residuals
+from tinytl_hf.network.blocks import TinyTLBlock, add_lite_residuals, name_unknown_blocks
 from tinytl_hf.network.head import Head
 from tinytl_hf.network.kinds import class_name
 from tinytl_hf.network.lite_residual import LiteResidual
 from tinytl_hf.network.norms import FrozenBatchNorm2d, GlobalBatchNorm2d, has_batch_statistics, replace_batch_norms
 from tinytl_hf.network.parts import check_parts
 from tinytl_hf.network.trained_blocks import last_blocks, prefix_modules
+
+logger = logging.getLogger(__name__)
 
 
 class Role(Enum):
@@ -175,6 +178,24 @@ def _remember_trained(backbone: nn.Module, roles: Mapping[str, Role]) -> None:
         for own_name in module._parameters
         if (name := f"{prefix}.{own_name}".lstrip(".")) in roles and name not in trained
     ]
+
+
+def name_what_stays(backbone: nn.Module, blocks: dict[str, TinyTLBlock], method: MethodName) -> None:
+    """Warn of blocks without lite residuals, beside those that have them, and where nothing but the head trains.
+
+    That is so by ``FT-Norm+Last`` without norms.
+    """
+    name_unknown_blocks(backbone, blocks)
+    if METHODS[method].trains != {Role.HEAD} and not trained_names(backbone) - _of_head(backbone):
+        logger.warning(
+            "method=%s: what trains of this backbone is the head alone, as by FT-Last; the rest has nothing that it "
+            "trains",
+            method,
+        )
+
+
+def _of_head(backbone: nn.Module) -> set[str]:
+    return {name for name, role in parameter_roles(backbone).items() if role is Role.HEAD}
 
 
 def trained_names(backbone: nn.Module) -> frozenset[str]:

@@ -63,6 +63,11 @@ def repos_of_weights(name: str) -> list[str]:
     return list(dict.fromkeys(repo for repo in repos if repo))
 
 
+def describes(repo: str) -> bool:
+    """Whether timm is there and has a description of the weights in a repository of the Hub."""
+    return repo.startswith(PREFIX) and has(repo.removeprefix(PREFIX)) and repo in repos_of_weights(architecture(repo))
+
+
 def architecture(name: str) -> str:
     """``timm/NAME.TAG`` without the tag of its weights, and other names as they are."""
     return name.partition(".")[0] if name.startswith(PREFIX) else name
