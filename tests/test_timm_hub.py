@@ -216,6 +216,30 @@ def test_a_repository_that_is_no_plain_timm_model_is_refused_and_no_pickle_is_re
     assert message in error_of("hf-hub:someone/model", "imagenet")
 
 
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        ({"mean": [123.675, 116.28, 103.53]}, r"has \{'mean': \(123.675, .* a scale of 0 to 1; mend its config.json"),
+        ({"std": [58.395, 57.12, 57.375]}, r"has \{'std': "),
+        ({"mean": [0.5], "std": [0.5]}, "is not for RGB images"),
+        ({"mean": 0.5}, "its description is damaged"),
+    ],
+)
+def test_a_description_for_other_pixels_is_named(described, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "pretrained_cfg": {**PRETRAINED, **described}}))
+    with pytest.raises(TinyTLError, match=message):
+        find_backbone(f"local-dir:{tmp_path}", "none")
+
+
+@pytest.mark.parametrize(("share", "said"), [(1.15, True), (1.0, False), (0.95, False)])
+def test_a_crop_that_is_larger_than_the_image_is_said(share, said, tmp_path, caplog):
+    caplog.set_level("INFO")
+    config = {**CONFIG, "pretrained_cfg": {**PRETRAINED, "crop_pct": share, "mean": [0, 0, 0], "std": [1, 1, 1]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert find_backbone(f"local-dir:{tmp_path}", "none").crop_pct == min(share, 1)
+    assert ("crop_pct 1.15, so with a border; 1 is taken here" in caplog.text) == said
+
+
 def test_an_adapter_of_torchvisions_network_loads_over_the_hubs_weights_if_the_hashes_agree(server, tmp_path):
     torch.manual_seed(0)
     stock = torchvision_nets.build("mobilenet_v2")

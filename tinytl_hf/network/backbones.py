@@ -313,6 +313,13 @@ def _described(backbone: Backbone, cfg: Mapping[str, Any]) -> Backbone:
         raise TinyTLError(f"backbone.name={backbone.name}: its description is damaged ({error})") from error
     if any(len(value) != 3 for value in found.values()) or not math.isfinite(crop_pct):
         raise TinyTLError(f"backbone.name={backbone.name}: is not for RGB images; use another")
+    if large := {key: value for key, value in found.items() if max(value) > 1}:
+        raise TinyTLError(
+            f"backbone.name={backbone.name}: its description has {large}, and pixels are on a scale of 0 to 1; mend "
+            "its config.json (numbers for pixels up to 255, divided by 255)"
+        )
+    if crop_pct > 1:
+        logger.info("%s was evaluated with crop_pct %g, so with a border; 1 is taken here", backbone.name, crop_pct)
     if (mode := cfg.get("crop_mode") or "center") != "center":
         logger.info("%s was evaluated with crop_mode %s; a centre crop is taken here", backbone.name, mode)
     resized = cfg.get("interpolation") or "bicubic"

@@ -346,7 +346,7 @@ def _role(module: nn.Module, name: str) -> Role:
         return Role.NORM_SCALE
     raise TinyTLError(
         f"parameter {name} belongs to a {type(module).__name__}, which no method knows how to train; "
-        "use a convolutional backbone"
+        "`tinytl-hf backbones` lists what can be trained"
     )
 
 
