@@ -333,3 +333,24 @@ def test_a_run_on_a_timm_backbone_ends_with_an_adapter_that_predicts(colour_fold
     assert config["preprocessing"]["interpolation"] == "bicubic"
     done = run_cli("eval", "--adapter", adapter)
     assert done.returncode == 0 and "accuracy" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("size", [64, 96, 107])
+def test_a_lite_residual_has_the_stride_of_its_block_where_a_pool_reduces_the_maps(size, make_model):
+    """An anti-aliased network has convolutions of stride 1, each with a pool after it."""
+    model = make_model("TinyTL-L", "timm/efficientnet_blur_b0", train_size=size, lean=False)
+    maps = {}
+    for name, block in model._blocks.items():
+        block.lite_residual.norm2.register_forward_hook(lambda _, __, out, name=name: maps.update({name: out}))
+        block.register_forward_hook(lambda _, ins, out, name=name: maps.update({name: (maps[name], ins[0], out)}))
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, size, size))
+    strides = {name: block.lite_residual.conv1.stride[0] for name, block in model._blocks.items()}
+    assert [strides[f"blocks.{stage}.0"] for stage in range(7)] == [1, 2, 2, 2, 1, 2, 1]
+    assert sum(strides.values()) == len(strides) + 4
+    for name, (small, before, after) in maps.items():
+        pooled = before.shape[-1] // 2 if before.shape[-1] > 3 else before.shape[-1]  # smaller maps are not pooled
+        assert (
+            small.shape[-1] == -(-pooled // strides[name])
+            and abs(before.shape[-1] / after.shape[-1] - strides[name]) < 1
+        )

@@ -253,9 +253,18 @@ def add_lite_residuals(
 ) -> None:
     """Give each of ``blocks`` its lite residual, fitted to its maps at ``train_size`` px."""
     for block, (input, output) in zip(blocks.values(), _trace_shapes(backbone, blocks, train_size), strict=True):
-        stride = max(conv.stride[0] for conv in block.modules() if isinstance(conv, nn.Conv2d))
         map_size = min(input[-2:])
-        block.lite_residual = LiteResidual(input[1], output[1], stride, map_size, options)
+        block.lite_residual = LiteResidual(input[1], output[1], _stride(block, input, output), map_size, options)
+
+
+def _stride(block: nn.Module, input: torch.Size, output: torch.Size) -> int:
+    """How many times a block reduces its maps: by a convolution or, as anti-aliased networks do, by a pool after one.
+
+    That of convolutions counts where maps are too small to tell.
+    """
+    of_convolutions = max(conv.stride[0] for conv in block.modules() if isinstance(conv, nn.Conv2d))
+    of_maps = next(stride for stride in range(1, input[-1] + 1) if input[-1] // stride <= output[-1])
+    return max(of_convolutions, of_maps)
 
 
 def _trace_shapes(
