@@ -13,7 +13,7 @@ from shared import run_cli, slow, small_run
 from started_runs import as_launched, checkpoints, free_port, metrics
 
 from tinytl_hf.config.run import Config
-from tinytl_hf.train import loop
+from tinytl_hf.train import loop, start
 from tinytl_hf.train.output_dir import claimed
 
 OPTIONS = ["--method", "FT-Last", "--train.threads", "1", "--train.schedule", "constant"]
@@ -45,6 +45,32 @@ def test_a_folder_that_another_run_works_in_is_refused_and_free_after_it(finishe
     done = go_on(colour_folder, finished, "auto", "--train.epochs", "4")
     assert done.returncode == 0 and len(metrics(finished)) == 4, done.stderr
     assert not (finished / ".lock").exists()
+
+
+@pytest.mark.parametrize("began_at", [0, 1])
+def test_what_another_run_did_while_this_one_was_set_up_is_not_cleared(
+    began_at, finished, colour_folder, tmp_path, monkeypatch
+):
+    output, find = tmp_path / "going", start.checkpoint.find
+    if began_at:
+        shutil.copytree(finished, output)
+        for path in checkpoints(output)[began_at:]:
+            shutil.rmtree(path)
+
+    def find_and_wait(config):
+        found = find(config)
+        shutil.rmtree(output, ignore_errors=True)
+        shutil.copytree(finished, output)  # the other run ends meanwhile
+        return found
+
+    monkeypatch.setattr(start.checkpoint, "find", find_and_wait)
+    before = [path.name for path in checkpoints(finished)]
+    done = go_on(colour_folder, output, "auto", "--train.epochs", "4")
+    assert done.returncode == 1 and "another run went on in it while this one was set up" in done.stderr
+    assert [path.name for path in checkpoints(output)] == before and (output / "eval_results.json").is_file()
+    monkeypatch.undo()
+    done = go_on(colour_folder, output, "auto", "--train.epochs", "4")
+    assert done.returncode == 0 and len(metrics(output)) == 4, done.stderr
 
 
 def test_a_folder_that_is_taken_away_ends_the_run_and_does_not_come_back_by_half(colour_folder, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from unittest.mock import patch
 
 import pytest
@@ -203,6 +204,21 @@ def test_what_has_no_room_is_told_the_option_that_makes_some(colour_folder, tmp_
     assert fewer.returncode == 1 and fewer.stderr.strip().endswith("more tensors; use --trained_blocks all")
     other = train("x", "--lite.norm", "group", "--adapter.init", tmp_path / "all")
     assert other.returncode == 1 and other.stderr.strip().endswith("more tensors; use --lite.norm batch")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "options"),
+    [
+        (("TinyTL-B", {}), ("TinyTL-L+B", {"trained_blocks": 3}), "--trained_blocks all"),
+        (("TinyTL-L+B", {}), ("TinyTL-B", {"trained_blocks": 3}), "--method TinyTL-L+B --trained_blocks all"),
+        (("TinyTL-B", {"trained_blocks": 3}), ("FT-Last", {}), "--method TinyTL-B"),
+    ],
+)
+def test_the_options_that_make_room_are_all_that_it_takes_and_no_more(old, new, options, saved, make_model):
+    folder, _ = saved(old[0], **old[1])
+    model = make_new(make_model, new[0], ["cat", "dog"], **new[1])
+    with pytest.raises(TinyTLError, match=f"; use {re.escape(options)}$"):
+        warm_start(model, str(folder), "none")
 
 
 @pytest.mark.parametrize("backbone", ["mobilenet_v2", "resnet18", "mobilenet_v3_small"])

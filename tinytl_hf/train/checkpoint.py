@@ -203,6 +203,24 @@ def find(config: Config) -> Path | None:
     return path
 
 
+def check_newest(config: Config, resume_from: Path | None) -> None:
+    """Raise if the checkpoint to go on from is gone or no longer the newest: another run was at work in the meantime.
+
+    Args:
+        config: The run, whose folder nobody else works in any more.
+        resume_from: What :func:`find` gave before that.
+
+    Raises:
+        TinyTLError: Going on would clear what the other run has done since.
+    """
+    output = Path(config.output_dir)
+    there = [path for path in list_checkpoints(output / CHECKPOINTS) if config.train.resume == "auto"]
+    since = [path for path in there if resume_from is None or path.name > resume_from.name]
+    is_gone = resume_from is not None and find_damage(resume_from) is not None
+    if is_gone or any(find_damage(path) is None for path in since):
+        raise TinyTLError(f"output_dir={output}: another run went on in it while this one was set up; start it again")
+
+
 def load(accelerator: Accelerator, path: Path, hashes: dict[str, str | None]) -> Progress:
     """Bring model, optimizer, schedule, scaler and random states back to the checkpoint at ``path``.
 

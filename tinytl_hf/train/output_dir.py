@@ -39,7 +39,7 @@ from tinytl_hf.reports.run_folder import (
     RESULTS_FILE,
     read_metrics,
 )
-from tinytl_hf.train.checkpoint import MAY_DIFFER, is_of, list_checkpoints
+from tinytl_hf.train.checkpoint import MAY_DIFFER, check_newest, is_of, list_checkpoints
 from tinytl_hf.words import counted
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,12 @@ def check_keeps_init(config: Config) -> None:
 
 
 @contextmanager
-def claimed(config: Config) -> Iterator[None]:
+def claimed(config: Config, resume_from: Path | None = None) -> Iterator[None]:
     """Keep a run's folder to one run, whichever process and machine the other is of.
+
+    Args:
+        config: The run.
+        resume_from: The checkpoint that it is to go on from.
 
     Raises:
         TinyTLError: Another run is at work there, or was while this one was set up; or the folder cannot be written.
@@ -122,6 +126,7 @@ def claimed(config: Config) -> Iterator[None]:
         raise TinyTLError(f"output_dir={output}: cannot be written ({error}); choose another") from error
     try:
         check_free(config)
+        check_newest(config, resume_from)
         yield
     finally:
         with suppress(OSError):  # where an open file cannot be removed, it stays and hurts nobody

@@ -99,7 +99,7 @@ def set_up(config: Config, held: ExitStack) -> Run:
     evaluation, test = eval_sets(config, accelerator, opened, inputs, record)
     hashes = hashes_of(accelerator, model, opened, record, resume_from)
     if accelerator.is_main_process:
-        held.enter_context(claimed(config))
+        held.enter_context(claimed(config, resume_from))
     progress = start_or_go_on(config, accelerator, model, record, resume_from, hashes)
     set_learning_rates(scheduler.scheduler)
     progress.seconds += inputs.seconds

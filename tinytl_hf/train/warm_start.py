@@ -5,7 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
+from functools import reduce
+from itertools import combinations
+from operator import or_
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +57,7 @@ def warm_start(model: TinyTLModel, init: str, weights: str) -> None:
         more = f" and {counted(len(lost) - 1, 'more tensor')}" if len(lost) > 1 else ""
         raise TinyTLError(
             f"adapter.init={init}: it was trained by {saved.method}, and {own.method} has no place for {lost[0]}"
-            f"{more}; use {_options_of(saved, own)}"
+            f"{more}; use {_options_of(saved, own, before.keys())}"
         )
     head, _ = head_of(model.backbone)
     rows = {f"{head}.weight", f"{head}.bias"}
@@ -92,9 +96,14 @@ def has_place_for(config: Config, tensors: Set[str]) -> bool:
     what = new_config(
         name, "none", config.method, labels, sizes, "fp32", config.trained_blocks, config.lite, config.head
     )
+    return tensors <= _names_in(what)
+
+
+def _names_in(what: AdapterConfig) -> Set[str]:
+    """Names of the tensors that an adapter so made would hold."""
     with torch.device("meta"), NoRandomValues():  # names alone: a model of values takes twenty times as long
         backbone, _ = build_network(what, "none")
-    return tensors <= adapter_tensors(backbone).keys()
+    return adapter_tensors(backbone).keys()
 
 
 def _folder(init: str, backbone: str) -> Path:
@@ -115,13 +124,20 @@ def _load(init: str, weights: str, backbone: str) -> TinyTLModel:
         raise TinyTLError(f"adapter.init={init}: {error}") from error
 
 
-def _options_of(saved: AdapterConfig, own: AdapterConfig) -> str:
-    """The options by which a run has room for all that an adapter holds."""
-    if saved.method != own.method:
-        return f"--method {saved.method}"
-    if saved.lite.norm != own.lite.norm:
-        return f"--lite.norm {saved.lite.norm}"
-    return f"--trained_blocks {'all' if saved.trained_blocks is None else saved.trained_blocks}"
+def _options_of(saved: AdapterConfig, own: AdapterConfig, tensors: Set[str]) -> str:
+    """The fewest options by which a run has room for all tensors that an adapter holds."""
+    blocks = "all" if saved.trained_blocks is None else saved.trained_blocks
+    values: dict[str, dict[str, Any]] = {
+        f"--method {saved.method}": {"method": saved.method},
+        f"--lite.norm {saved.lite.norm}": {"lite": replace(own.lite, norm=saved.lite.norm)},
+        f"--trained_blocks {blocks}": {"trained_blocks": saved.trained_blocks},
+    }
+    differ = {option: value for option, value in values.items() if replace(own, **value) != own}
+    for count in range(1, len(differ)):
+        for options in combinations(differ, count):
+            if tensors <= _names_in(replace(own, **reduce(or_, map(differ.__getitem__, options)))):
+                return " ".join(options)
+    return " ".join(differ)
 
 
 def seen_before(init: str | None, data: DataConfig, splits: Sequence[Split]) -> list[int | None]:
