@@ -12,7 +12,7 @@ from shared import run_cli, slow, small_run
 from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.fit import FitConfig
-from tinytl_hf.config.network import BackboneConfig
+from tinytl_hf.config.network import BackboneConfig, LiteConfig
 from tinytl_hf.config.run import AdapterOptions, Config
 from tinytl_hf.train.fit import make_families
 from tinytl_hf.train.search import Budget, DataFacts
@@ -84,6 +84,34 @@ def test_a_lite_residual_of_another_kernel_starts_fresh_as_a_whole(saved, make_m
             same = new[conv].shape == old[conv].shape
             assert torch.equal(tensor, old[name]) if same else not tensor.any(), name
     assert taken and fresh
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ({}, {}, ""),
+        (
+            {"lite": LiteConfig(norm="group")},
+            {},
+            "; its lite residuals of 17 blocks are left out, as lite.norm is batch, not group",
+        ),
+        (
+            {"train_size": 32},
+            {"train_size": 64, "lite": LiteConfig(groups=4)},
+            "; its lite residuals of 17 blocks are left out, "
+            "as lite.groups is 4, not 2 and data.train_size is 64, not 32",
+        ),
+        ({"frozen_weights": "int8"}, {}, "; it was trained with int8 frozen weights, and they are fp32 here"),
+    ],
+)
+def test_what_is_not_taken_over_is_said_with_its_reason(old, new, said, saved, make_model, caplog):
+    folder, _ = saved("TinyTL-L", **old)
+    model = make_new(make_model, "TinyTL-L", ["cat", "dog", "emu"], **new)
+    with caplog.at_level(logging.INFO):
+        warm_start(model, str(folder), "none")
+    (line,) = [r.message for r in caplog.records if "goes on from" in r.message]
+    assert line.endswith(said or "of 3 classes are taken over")
+    assert ("left out" in line, "frozen weights" in line) == ("left out" in said, "frozen weights" in said)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import reduce
 from itertools import combinations
@@ -70,7 +70,9 @@ def warm_start(model: TinyTLModel, init: str, weights: str) -> None:
         for name in rows:
             tensors[name][rows_to] = before[name][rows_from]
     fresh = [name for name in tensors if name not in rows and name not in taken]
-    logger.info(_describe(init, saved.method, own.label_names, old.label_names, taken, fresh))
+    lost_branches = {_branch_of(name) for name in before if name not in taken} - {None}
+    parts = _describe(init, saved.method, own.label_names, old.label_names, taken, fresh)
+    logger.info("; ".join([*parts, *_say_what_differs(saved, own, len(lost_branches))]))
     source = None if expanded(init).exists() else init
     train_sha256 = saved.data.train_sha256 if saved.data is not None else None
     model.config = replace(own, init=InitRecord(saved.method, saved.label_names, source, train_sha256))
@@ -181,7 +183,7 @@ def _branch_of(name: str) -> str | None:
     return block if in_branch else None
 
 
-def _describe(init: str, method: str, new: list[str], old: list[str], taken: list[str], fresh: list[str]) -> str:
+def _describe(init: str, method: str, new: list[str], old: list[str], taken: list[str], fresh: list[str]) -> list[str]:
     unknown, gone = [name for name in new if name not in old], [name for name in old if name not in new]
     parts = [
         f"goes on from {init} ({method}): {counted(len(taken), 'tensor')} and the head's rows of "
@@ -193,7 +195,19 @@ def _describe(init: str, method: str, new: list[str], old: list[str], taken: lis
         parts.append(f"{counted(len(fresh), 'tensor starts', 'tensors start')} fresh, such as {fresh[0]}")
     if gone:
         parts.append(f"its rows of {_names(gone)} are left out")
-    return "; ".join(parts)
+    return parts
+
+
+def _say_what_differs(saved: AdapterConfig, own: AdapterConfig, lost_branches: int) -> Iterator[str]:
+    """That lite residuals are left out, with the options that differ, and that frozen weights are other ones."""
+    if lost_branches:
+        values = {f"lite.{name}": (value, getattr(own.lite, name)) for name, value in vars(saved.lite).items()}
+        values["data.train_size"] = saved.preprocessing.train_size, own.preprocessing.train_size
+        differ = [f"{option} is {now}, not {was}" for option, (was, now) in values.items() if now != was]
+        yield f"its lite residuals of {counted(lost_branches, 'block')} are left out, as {' and '.join(differ)}"
+    was, now = saved.backbone.frozen_weights, own.backbone.frozen_weights
+    if now != was:
+        yield f"it was trained with {was} frozen weights, and they are {now} here"
 
 
 def _names(names: list[str]) -> str:
