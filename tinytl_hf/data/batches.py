@@ -209,7 +209,11 @@ class ShuffledBatches(Sampler[list[int]]):
 def make_loader(images: Dataset, config: DataConfig, **batching: Any) -> DataLoader:
     """A loader of ``images``; ``batching`` is a ``batch_sampler`` or a ``batch_size``."""
     workers = config.workers if isinstance(images, StreamedImages) else 0
-    # A generator of its own, so that starting an epoch does not move the random state of the run.
+    return _loader(images, workers, **batching)
+
+
+def _loader(images: Dataset, workers: int, **batching: Any) -> DataLoader:
+    # A generator of its own, so that starting to read does not move the random state of the run.
     return DataLoader(images, collate_fn=_as_is, num_workers=workers, generator=torch.Generator(), **batching)
 
 
@@ -241,9 +245,7 @@ class _Readable(Dataset):
 
 
 def _readable(split: Split, config: DataConfig, size: int) -> np.ndarray:
-    loader = DataLoader(
-        _Readable(split, config, size), batch_size=READ_AT_ONCE, collate_fn=_as_is, num_workers=config.workers
-    )
+    loader = _loader(_Readable(split, config, size), config.workers, batch_size=READ_AT_ONCE)
     return np.concatenate([np.array(batch) for batch in loader])
 
 
