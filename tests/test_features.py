@@ -4,13 +4,21 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
-from shared import BACKBONES, run_cli, slow, small_run
+from shared import BACKBONES, run_cli, slow, small_run, write_image
 from started_runs import metrics
 
 from tinytl_hf import TinyTLModel
+from tinytl_hf.config.data import DataConfig
+from tinytl_hf.config.network import BackboneConfig
+from tinytl_hf.config.run import Config
+from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.data.augment import RandomCropFlip
+from tinytl_hf.data.batches import read_images
+from tinytl_hf.data.sets import open_data
 from tinytl_hf.train.cached_features import drawn_view
+from tinytl_hf.train.inputs import read_inputs
 
 
 @pytest.mark.parametrize(("backbone", "lean"), [*((name, True) for name in BACKBONES), ("mobilenet_v2", False)])
@@ -37,6 +45,24 @@ def test_a_run_on_cached_features_has_the_figures_of_its_adapter_on_images(colou
     assert after["accuracy"] == before["accuracy"] and after["loss"] == pytest.approx(before["loss"], rel=1e-5)
     assert "none, features computed once, flipped" in (output / "adapter" / "README.md").read_text()
     assert json.loads((output / "mistakes.json").read_text())["n"] == 10
+
+
+def test_features_to_train_on_are_those_of_the_evaluation_where_that_has_larger_images(tmp_path):
+    for i in range(6):
+        write_image(tmp_path / "train" / "ab"[i % 2] / f"{i}.png", size=(150, 140), seed=i)
+    data = DataConfig(dataset=str(tmp_path), train_size=32, eval_size=64)
+    options = TrainConfig(cache_features=True, global_batch_size=4)
+    backbone = BackboneConfig("resnet18", "none")
+    config = Config(method="FT-Last", data=data, train=options, backbone=backbone)
+    opened, model = open_data(data), TinyTLModel.from_config(config, ["a", "b"])
+    inputs = read_inputs(Accelerator(cpu=True), model, opened, config)
+    photos = [read_images(opened.train, data, size) for size in (64, 32)]
+    batch = photos[0].__getitems__(list(range(len(photos[0]))))
+    features = model.features(model.normalise(batch["pixels"], batch["sizes"])).half().float()
+    found = inputs.train_set.__getitems__(batch["index"].tolist())["features"]
+    assert found.std() > 0 and torch.allclose(found, features, rtol=2e-3, atol=1e-6)
+    # What would be measured of a step is one on the photos that it would see.
+    assert inputs.memory.photo_size == photos[1].photo_size == (64, 69)
 
 
 def test_cached_features_resume_to_the_same_head(colour_folder, tmp_path):

@@ -28,6 +28,7 @@ class Inputs:
         test_images: To evaluate on at the end, if another split is for that.
         train_set: The training images, or their features.
         eval_set: The images of the evaluations, or their features.
+        photo_size: Greatest height and width in px of the photos that a step sees, or would see without features.
         seconds: What the features took.
     """
 
@@ -36,6 +37,7 @@ class Inputs:
     test_images: DecodedImages | StreamedImages | None
     train_set: DecodedImages | StreamedImages | CachedFeatures
     eval_set: DecodedImages | StreamedImages | CachedFeatures
+    photo_size: tuple[int, int]
     seconds: float = 0.0
 
     @property
@@ -46,7 +48,7 @@ class Inputs:
             held = {f"{name} features": size for name, size in held.items()} | {"eval": self.eval_images.in_memory}
         if self.test_images is not None:
             held["test"] = self.test_images.in_memory
-        return DataMemory(held, self.train_images.photo_size)
+        return DataMemory(held, self.photo_size)
 
     @property
     def streams(self) -> bool:
@@ -75,11 +77,15 @@ def read_inputs(accelerator: Accelerator, model: TinyTLModel, opened: Opened, co
         TinyTLError: An image cannot be read, or the features do not fit anywhere.
     """
     eval_size = model.config.preprocessing.eval_size
-    train_images = batches.read_images(opened.train, config.data, config.data.train_size)
+    train_size, caches = config.data.train_size, config.train.cache_features
+    # Features are those of the evaluation's view, for which photos may have to be larger than for random crops.
+    train_images = batches.read_images(opened.train, config.data, eval_size if caches else train_size)
     eval_images = batches.read_images(opened.evaluation, config.data, eval_size)
     test_images = None if opened.test is None else batches.read_images(opened.test, config.data, eval_size)
-    inputs = Inputs(train_images, eval_images, test_images, train_images, eval_images)
-    if config.train.cache_features:
+    inputs = Inputs(train_images, eval_images, test_images, train_images, eval_images, train_images.photo_size)
+    if caches and eval_size != train_size:
+        inputs.photo_size = batches.survey_headers(opened.train, config.data, train_size).photo_size
+    if caches:
         start = time.perf_counter()
         inputs.train_set = compute_features(accelerator, model, train_images, config, trains=True)
         inputs.eval_set = compute_features(accelerator, model, eval_images, config, trains=False)
