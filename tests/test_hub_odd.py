@@ -13,6 +13,7 @@ from shared import run_cli, small_run
 
 from tinytl_hf import TinyTLModel
 from tinytl_hf.adapter.record import DataRecord
+from tinytl_hf.hub import transfer
 from tinytl_hf.hub.card import END, has_our_part
 
 ESCAPE = "\x1b]0;mine\x07"
@@ -141,6 +142,7 @@ def test_a_refused_pull_says_why_though_the_cache_has_the_card_of_a_push(refusal
 def test_what_comes_from_the_cache_as_the_hub_does_not_answer_is_said_to(
     name, value, said, server, adapter, tmp_path, monkeypatch, make_model
 ):
+    transfer._say_is_of_cache.cache_clear()  # which says a thing once a process, and other tests are in this one
     push(adapter)
     assert pull(tmp_path / "first").returncode == 0
     old = server.repos["me/flowers"].refs["main"]
