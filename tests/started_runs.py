@@ -140,6 +140,7 @@ def _run(arguments, environment, log, kill, limit, pictures):
     tempfile.tempdir = None  # it is looked for again in this environment
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in the background
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
