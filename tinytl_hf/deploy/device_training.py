@@ -23,6 +23,7 @@ from torch import Tensor
 from tinytl_hf.adapter.format import CONFIG_FILE, folder_named, write_adapter
 from tinytl_hf.adapter.record import AdapterConfig, InitRecord, config_from
 from tinytl_hf.config.check import check
+from tinytl_hf.data.found import named
 from tinytl_hf.data.images import UnreadableImageError, decode_pixels
 from tinytl_hf.data.listing import is_of_system
 from tinytl_hf.data.view import centre_view, normalised
@@ -190,7 +191,8 @@ def read_folder(folder: StrPath, label_names: Sequence[str], size: int) -> tuple
     inside = sorted(root.iterdir()) if root.is_dir() else []
     others = [path.name for path in inside if _is_no_class(path)]
     if others:
-        logger.info("%s: left out, as they are no folder of a class: %s", root, ", ".join(map(ascii, others[:5])))
+        shown = named([ascii(name) for name in others])
+        logger.info("%s: left out, as they are no folder of a class: %s", root, shown)
     classes = [path.name for path in inside if path.name not in others]
     unknown = [name for name in classes if name not in label_names]
     if not classes or unknown:
