@@ -168,6 +168,26 @@ def test_rendering_again_edits_our_part_only():
     assert "| accuracy | 0.7500 |" in again and "0.5000" not in again and "TinyTL-B adapter" in again
 
 
+@pytest.mark.parametrize(
+    ("weights", "named", "licence", "said"),
+    [
+        ("hf-hub:timm/some_net.a1_in1k", "cc-by-nc-4.0", "cc-by-nc-4.0", "Their author's licence: cc-by-nc-4.0."),
+        ("IMAGENET1K_V1", None, "unknown", "The licence of those weights is not known here"),
+        ("none", None, "apache-2.0", "Training began with random ones."),
+    ],
+)
+def test_an_adapter_that_holds_the_whole_network_has_the_licence_of_its_weights(weights, named, licence, said):
+    deltas = config(weights=weights)
+    whole = config(weights=weights, method="FT-Full")
+    deltas, whole = (replace(of, backbone=replace(of.backbone, license=named)) for of in (deltas, whole))
+    assert metadata(render_card(deltas))["license"] == "apache-2.0"
+    card = render_card(whole)
+    assert metadata(card)["license"] == licence and said in card and yaml_errors(card) == []
+    assert is_untouched(card) and not is_untouched(card.replace(f"license: {licence}", "license: gpl-3.0"))
+    chosen = card.replace("license: unknown", "license: mit")  # by a person, where it was not known
+    assert metadata(render_card(whole, existing=chosen))["license"] == metadata(chosen)["license"]
+
+
 def test_a_card_whose_end_mark_a_person_removed_is_theirs():
     first = render_card(config(), METRICS)
     assert not is_untouched(first.replace(END, "and what I wrote"))

@@ -22,7 +22,8 @@ from tinytl_hf.deploy.check import compare, evaluation_images
 from tinytl_hf.deploy.exported import Deployed, check_output, no_room, require, write_files
 from tinytl_hf.disk import check_ours
 from tinytl_hf.errors import TinyTLError, quoted
-from tinytl_hf.hub.card import BEGIN, END, UNKNOWN, escaped, has_our_part, read_card, update_card
+from tinytl_hf.hub.card import BEGIN, END, has_our_part, read_card, update_card
+from tinytl_hf.hub.card_words import UNKNOWN, escaped
 from tinytl_hf.hub.transfer import TIMM_FILES
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.backbones import SAME_TENSORS

@@ -13,18 +13,31 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
-from urllib.parse import urlparse
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from tinytl_hf.adapter.format import CARD_FILE, CONFIG_FILE, TENSORS_FILE
-from tinytl_hf.adapter.record import AdapterConfig, DataRecord, InitRecord
+from tinytl_hf.adapter.record import AdapterConfig, DataRecord
 from tinytl_hf.config.check import check
 from tinytl_hf.config.network import MethodName
 from tinytl_hf.data.roles import HOLDOUT
-from tinytl_hf.errors import TinyTLError, one_line
+from tinytl_hf.errors import TinyTLError
+from tinytl_hf.hub.card_words import (
+    AUTHORS,
+    LICENCE,
+    UNKNOWN,
+    as_code,
+    dataset_in_words,
+    dataset_name,
+    escaped,
+    eval_data_in_words,
+    hub_dataset,
+    init_in_words,
+    licence_of,
+    weights_in_words,
+)
 from tinytl_hf.network.hub_weights import SOURCE
 from tinytl_hf.network.weights import is_weights_file
 from tinytl_hf.reports.run_folder import RESULTS_FILE
@@ -35,7 +48,6 @@ BEGIN, END = "<!-- tinytl_hf: begin -->", "<!-- tinytl_hf: end -->"
 PICTURES = {"accuracy and loss by epoch": "curves.png", "confusion matrix": "confusion_matrix.png"}
 ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE, CARD_FILE, RESULTS_FILE, *PICTURES.values())  # all that one can have
 HERE = "."  # stands for the adapter's name in the card's examples until it is pushed
-LICENCE, UNKNOWN = "apache-2.0", "unknown"  # of an adapter, and of weights; until a person names another
 SHOWN_LABELS = 100
 METRICS = {  # our name: the Hub's name of the metric, and the reader's
     "accuracy": ("accuracy", "accuracy"),
@@ -50,7 +62,6 @@ OUR_KEYS = {"library_name", "license", "pipeline_tag", "tags", "base_model", "ba
 OUR_KEYS |= {"model-index"}
 # torchvision's networks whose very weight files timm has on the Hub, under the same names.
 ON_THE_HUB = re.compile(r"(wide_)?res(net|next)\d")
-HUB_DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # an adapter of somebody else's can say anything
 
 
 @dataclass(frozen=True)
@@ -108,15 +119,15 @@ def render_card(
         shown_labels=SHOWN_LABELS,
         eval_size=config.preprocessing.eval_size,
         dtype=config.dtype,
-        weights=_weights_in_words(config),
+        weights=weights_in_words(config),
         classes=counted(len(config.label_names), "class", "classes"),
         weights_file=json.dumps(Path(weights).name, ensure_ascii=False) if in_file else None,
-        predict=_code(f"tinytl-hf predict --adapter {HERE}{option} image.png"),
-        dataset=_dataset_in_words(data) if data else None,
-        subset=_code(data.subset) if data and data.subset else None,
-        train_split=_code(data.train_split) if data else None,
-        eval_data=_eval_data_in_words(data, facts.n) if data else None,
-        init=_init_in_words(config.init) if config.init else None,
+        predict=as_code(f"tinytl-hf predict --adapter {HERE}{option} image.png"),
+        dataset=dataset_in_words(data) if data else None,
+        subset=as_code(data.subset) if data and data.subset else None,
+        train_split=as_code(data.train_split) if data else None,
+        eval_data=eval_data_in_words(data, facts.n) if data else None,
+        init=init_in_words(config.init) if config.init else None,
         metrics={METRICS[name][1]: f"{value:.4f}" for name, value in figures.items()},
         ece="ece" in figures,
         results_file=RESULTS_FILE,
@@ -147,11 +158,6 @@ def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
             raise TinyTLError(f"metrics: {name} is {metrics[name]!r}; use a number from 0 to 1") from error
         check(0 <= round(figures[name], 6) <= 1, f"metrics: {name}", figures[name], "use a number from 0 to 1")
     return figures
-
-
-def _init_in_words(init: InitRecord) -> str:
-    name = _code(init.source) if init.source else "another adapter"
-    return f"{name} ({init.method}, {counted(len(init.label_names), 'class', 'classes')})"
 
 
 def read_card(folder: Path) -> str | None:
@@ -203,7 +209,9 @@ def is_untouched(card: str) -> bool:
     """Whether a card holds our part and nothing that a person wrote."""
     head = REGEX_YAML_BLOCK.search(card)
     licensed = re.search(r"^license: (\S+)$", head[2] if head else "", re.MULTILINE)
-    return bool(has_our_part(card) and licensed and licensed[1] == LICENCE) and not text_around(card)
+    licence = licensed[1] if licensed else None
+    ours = licence in (LICENCE, UNKNOWN) or f"{AUTHORS} {escaped(licence)}." in _block(card)
+    return has_our_part(card) and ours and not text_around(card)
 
 
 def has_our_part(card: str) -> bool:
@@ -242,11 +250,11 @@ def _block(card: str) -> str:
 
 def _metadata(config: AdapterConfig, figures: Mapping[str, float]) -> ModelCardData:
     base_model = _base_model(config)
-    dataset = _hub_dataset(config.data)
+    dataset = hub_dataset(config.data)
     more: dict[str, Any] = {"base_model_relation": "adapter"} if base_model else {}
     return ModelCardData(
         library_name="tinytl-hf",  # the Hub's ids are in lower case with hyphens
-        license=LICENCE,
+        license=licence_of(config),
         pipeline_tag="image-classification",
         tags=["tinytl", config.backbone.name, config.method],
         base_model=base_model,
@@ -263,7 +271,7 @@ def _result(data: DataRecord | None, name: str, value: float) -> EvalResult:
     return EvalResult(
         task_type="image-classification",
         task_name=MEASURED,
-        dataset_type=_hub_dataset(data) or "custom",
+        dataset_type=hub_dataset(data) or "custom",
         dataset_name=dataset_name(data),
         dataset_config=data.subset if data else None,
         dataset_split=None if split == HOLDOUT else split,
@@ -326,70 +334,3 @@ def _base_model(config: AdapterConfig) -> str | None:
     if config.backbone.sha256 is None or not ON_THE_HUB.match(name) or not weights.startswith("IMAGENET1K_V"):
         return None
     return f"timm/{name}.tv{'' if weights.endswith('V1') else '2'}_in1k"
-
-
-def _weights_in_words(config: AdapterConfig) -> str:
-    name, weights = config.backbone.name, config.backbone.weights
-    if config.backbone.sha256 is None:
-        return "That is all of the network, so no other weights are needed."
-    if is_weights_file(weights):
-        source = f"a file, {_code(Path(weights).name)}, which is not part of this repository"
-    elif weights == "none":
-        source = "a random generator with a fixed seed"
-    elif on_hub := SOURCE.fullmatch(weights):
-        repo, revision = on_hub["repo"], on_hub["revision"]
-        at = f" at commit `{revision}`" if revision else ""
-        source = f"[{repo}](https://huggingface.co/{repo}) on the Hub{at}"
-    elif weights.startswith("IMAGENET"):
-        source = f"torchvision ({_code(weights)}, downloaded once)"
-    else:
-        source = f"the Python package {_code(weights)}"
-    of_file = f" (sha256 of the frozen tensors `{config.backbone.sha256}`)" if is_weights_file(weights) else ""
-    words = f"The frozen weights of {name} come from {source}, and are checked by their hash{of_file}."
-    licence = config.backbone.license
-    return words if licence is None else f"{words} Their author's licence: {escaped(licence)}."
-
-
-def _hub_dataset(data: DataRecord | None) -> str | None:
-    """The name of the data set if it was taken from the Hub; old adapters do not say that, and have no link."""
-    is_on_hub = data is not None and data.source == "hub" and HUB_DATASET.fullmatch(data.dataset)
-    return data.dataset if data is not None and is_on_hub else None
-
-
-def dataset_name(data: DataRecord | None) -> str:
-    """The data set's name, without the path to it, as what is pushed is public."""
-    if data is None:
-        return "unknown"
-    path = urlparse(data.dataset).path if data.source == "url" else data.dataset  # what follows ? can be a secret
-    return _hub_dataset(data) or Path(path).name or "local data"
-
-
-def _dataset_in_words(data: DataRecord) -> str:
-    if on_hub := _hub_dataset(data):
-        return f"[{on_hub}](https://huggingface.co/datasets/{on_hub})"
-    if data.dataset == "digits" and data.source in ("digits", None):
-        return "scikit-learn's digits"
-    return f"{'data at a URL' if data.source == 'url' else 'local data'}, {_code(dataset_name(data))}"
-
-
-def _eval_data_in_words(data: DataRecord, count: int) -> str:
-    """What it was evaluated on: so many images, or 0 where no run says how many."""
-    asked = data.max_eval_samples
-    drawn = "" if not asked else "a random image" if asked == 1 else f"a random {asked:,} images"
-    subset = f", {drawn} of it" if drawn and count in (0, asked) else ""
-    if data.eval_split in (None, HOLDOUT):
-        part = f"{100 * data.eval_fraction:g}% of that, or an image of each class, held out"
-        split = part if data.eval_split else f"its test or validation split (without one, {part})"
-    else:
-        split = f"split {_code(data.eval_split)}"
-    return f"evaluated on {split}{subset}"
-
-
-def escaped(text: object) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", one_line(text)) or "(no name)"
-
-
-def _code(text: object) -> str:
-    """Text as code within a line of Markdown."""
-    return f"`{one_line(text).replace('`', chr(39))}`"

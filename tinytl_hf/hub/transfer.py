@@ -36,7 +36,6 @@ from tinytl_hf.disk import StrPath, write_together, writing
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card import (
     ADAPTER_FILES,
-    dataset_name,
     files_of_card,
     has_our_part,
     read_card,
@@ -45,6 +44,7 @@ from tinytl_hf.hub.card import (
     update_card,
     with_name,
 )
+from tinytl_hf.hub.card_words import dataset_name
 from tinytl_hf.hub.failures import LOGIN, command, in_one_line, reason
 from tinytl_hf.network.hub_weights import COMMIT
 from tinytl_hf.network.weights import without_folder

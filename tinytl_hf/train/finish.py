@@ -14,7 +14,8 @@ from tinytl_hf.adapter.record import DataRecord
 from tinytl_hf.config.run import Config
 from tinytl_hf.disk import encoded, write_together, writing
 from tinytl_hf.errors import one_line
-from tinytl_hf.hub.card import PICTURES, RunFacts, dataset_name, read_card, render_card
+from tinytl_hf.hub.card import PICTURES, RunFacts, read_card, render_card
+from tinytl_hf.hub.card_words import dataset_name
 from tinytl_hf.measure import memory
 from tinytl_hf.measure.measured_step import random_batch
 from tinytl_hf.measure.peak import process_high_water
