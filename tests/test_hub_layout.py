@@ -157,3 +157,32 @@ def test_columns_of_pixels_and_of_lists_are_told_what_to_write(values, feature, 
     datasets.Dataset.from_dict({"image": values, "label": ["a", "b"] * 4}, features=features).save_to_disk(tmp_path)
     with pytest.raises(TinyTLError, match=r"if image holds pixels or lists of images, write the bytes of one image"):
         opened(tmp_path)
+
+
+def write_numbers(root, numbers, info):
+    root.mkdir(exist_ok=True)
+    for split, rows in numbers.items():
+        pd.DataFrame({"image": [png(i) for i in range(len(rows))], "label": rows}).to_parquet(
+            root / f"{split}.parquet"
+        )
+    (root / "README.md").write_text(f"---\ndataset_info: {json.dumps(info)}\n---\n")
+
+
+@pytest.mark.parametrize("names", [["cat", "dog", "fox"], {"0": "cat", "1": "dog", "2": "fox"}])
+@pytest.mark.parametrize("wrap", [lambda info: info, lambda info: [info], lambda info: [info, info]])
+def test_classes_have_the_names_that_a_readme_gives_their_numbers(names, wrap, tmp_path):
+    info = {"features": [{"name": "label", "dtype": {"class_label": {"names": names}}}]}
+    write_numbers(tmp_path / "data", {"train": [0, 1, 2] * 6, "test": [2, 1, 0]}, wrap(info))
+    sets = opened(tmp_path / "data")
+    assert sets.train.label_names == ["cat", "dog", "fox"]
+    assert list(sets.evaluation.labels) == [2, 1, 0]
+
+
+def test_numbers_beside_those_that_a_readme_names_are_refused_and_other_names_ignored(tmp_path):
+    info = {"features": [{"name": "label", "dtype": {"class_label": {"names": ["cat", "dog"]}}}]}
+    write_numbers(tmp_path / "more", {"train": [0, 1, 2] * 6}, info)
+    with pytest.raises(TinyTLError, match=r"README.md: names the classes of label 0 to 1, and there is 2; write all"):
+        opened(tmp_path / "more")
+    other = {"features": [{"name": "label", "dtype": {"class_label": {"names": ["dog", "cat"]}}}, "odd", {"name": 1}]}
+    write_numbers(tmp_path / "two", {"train": [0, 1] * 6}, [info, other])  # of two subsets: not known which it is
+    assert opened(tmp_path / "two").train.label_names == ["0", "1"]

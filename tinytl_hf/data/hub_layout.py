@@ -9,6 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
@@ -26,21 +29,58 @@ SUBSETS = re.compile(r"[Aa]vailable(?: configs)?: \[(.*)\]")  # in errors of the
 
 def has_configs(folder: Path) -> bool:
     """Whether the README of a data set in the Hub's layout says which files are which split."""
-    return _configs(folder) is not None
+    return _head(folder, "configs") is not None
 
 
-def _configs(folder: Path) -> Any:
+def _head(folder: Path, field: str) -> Any:
+    """A field of the metadata at the head of a folder's README."""
     try:
         head = REGEX_YAML_BLOCK.search((folder / README).read_text(encoding="utf-8-sig"))
         values = yaml.safe_load(head[2]) if head else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    return values.get("configs") if isinstance(values, dict) else None
+    return values.get(field) if isinstance(values, dict) else None
+
+
+def with_named_classes(folder: Path, splits: datasets.DatasetDict) -> datasets.DatasetDict:
+    """Tables whose columns of numbers are classes, with names, where the README has ``dataset_info`` of them.
+
+    Raises:
+        TinyTLError: A column has other numbers than those of the names.
+    """
+    for column, names in _named_classes(folder).items():
+        for split, table in splits.items():
+            if column in table.column_names and pa.types.is_integer(table.features[column].pa_type):
+                splits[split] = _with_names(table, column, names, f"{folder / README}: names the classes of {column}")
+    return splits
+
+
+def _with_names(table: datasets.Dataset, column: str, names: list[str], what: str) -> datasets.Dataset:
+    numbers = pc.unique(table.data.column(column)).drop_null().to_pylist()
+    if odd := [number for number in numbers if not -1 <= number < len(names)]:  # -1 is the Hub's word for none
+        raise TinyTLError(f"{what} 0 to {len(names) - 1}, and there is {odd[0]}; write all names, or none, there")
+    return table.cast_column(column, datasets.ClassLabel(names=names))
+
+
+def _named_classes(folder: Path) -> dict[str, list[str]]:
+    """The names of each column's classes, by number; without those on which subsets differ."""
+    info = _head(folder, "dataset_info")
+    found: dict[str, list[list[str]]] = defaultdict(list)
+    of_all = [each.get("features") for each in (info if isinstance(info, list) else [info]) if isinstance(each, dict)]
+    for feature in (feature for features in of_all if isinstance(features, list) for feature in features):
+        dtype = feature.get("dtype") if isinstance(feature, dict) else None
+        label = dtype.get("class_label") if isinstance(dtype, dict) else None
+        names = label.get("names") if isinstance(label, dict) else None
+        if isinstance(names, dict) and names.keys() == {str(number) for number in range(len(names))}:
+            names = [names[str(number)] for number in range(len(names))]
+        if names and isinstance(names, list):
+            found[str(feature.get("name"))].append([str(name) for name in names])
+    return {column: each[0] for column, each in found.items() if each.count(each[0]) == len(each)}
 
 
 def say_configs_not_taken(folder: Path) -> None:
     """Say if a README lists splits of images, where the folders say none."""
-    configs = _configs(folder)
+    configs = _head(folder, "configs")
     for config in configs if isinstance(configs, list) else []:
         files = config.get("data_files") if isinstance(config, dict) else None
         splits = {each.get("split") for each in files if isinstance(each, dict)} if isinstance(files, list) else set()

@@ -24,7 +24,13 @@ from tinytl_hf.data.columns import images_named
 from tinytl_hf.data.find import ARCHIVES, TABLES, Source, find, suffix_of
 from tinytl_hf.data.folder import class_folders
 from tinytl_hf.data.found import LeftOut, named
-from tinytl_hf.data.hub_layout import check_subset, has_configs, say_configs_not_taken, say_missing_parts
+from tinytl_hf.data.hub_layout import (
+    check_subset,
+    has_configs,
+    say_configs_not_taken,
+    say_missing_parts,
+    with_named_classes,
+)
 from tinytl_hf.data.images import IMAGE_SUFFIXES, allow_megapixels
 from tinytl_hf.data.listing import Listing, list_folder
 from tinytl_hf.data.lists_beside import say_lists_beside
@@ -230,7 +236,7 @@ def _load_tables_in(source: Source, listing: Listing, config: DataConfig) -> Tab
     elif saved := saved_below(listing):
         splits = load_saved(listing, saved)
     else:
-        splits = load_tables(_files_by_split(listing), listing.root)
+        splits = with_named_classes(listing.root, load_tables(_files_by_split(listing), listing.root))
     if listing.images:
         used = {place for table in splits.values() for place in images_named(table, listing.root)}
         for name in listing.images:
