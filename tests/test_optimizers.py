@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import AdamW, Muon
 
@@ -25,6 +27,24 @@ def test_each_role_has_its_factor(make_model):
     layerwise = make_model("FT-Layerwise")
     rates = {group["lr"] for group in layerwise.parameter_groups(1.0, 0.0, factors=LrFactors(head=2.0))}
     assert rates == {2.0, 0.6, 0.4}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adam", "sgd", "muon"])
+def test_a_step_that_a_gradient_scaler_leaves_out_is_known_as_one(kind, make_model):
+    Accelerator(cpu=True)  # whose state its optimizers look at
+    model = make_model("TinyTL-L+B", train_size=32)
+    optimizer = make_optimizer(model, TrainConfig(optimizer=kind, lr=1e-3, epochs=1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    prepared = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+    for gradient in (float("inf"), 1024.0, float("nan")):
+        before = [parameter.clone() for parameter in model.trainable_parameters()]
+        for parameter in model.trainable_parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        scaler.scale(torch.ones(()))  # as of a loss
+        prepared.step()
+        same = [torch.equal(*pair) for pair in zip(before, model.trainable_parameters(), strict=True)]
+        assert prepared.step_was_skipped == all(same) == (gradient != 1024.0)
+        prepared.zero_grad()
 
 
 def trained(model, optimizer, steps):

@@ -23,6 +23,14 @@ MUON_RATE = 10.0  # of AdamW's: each of Muon's steps has a norm of its own, what
 
 def make_optimizer(model: TinyTLModel, options: TrainConfig) -> Optimizer:
     """An optimizer over the parameters that train, and no others."""
+    optimizer = _optimizer(model, options)
+    # A fused one leaves steps that fp16 cannot represent out by itself, and says so to nobody: the schedule would go on,
+    # and the run would count none. So a gradient scaler is to decide, before it calls the step.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
+
+
+def _optimizer(model: TinyTLModel, options: TrainConfig) -> Optimizer:
     lr = options.plan.lr
     decay_all, factors = options.decay_norms_and_biases, options.lr_factors
     groups = model.parameter_groups(lr, options.weight_decay, decay_all=decay_all, factors=factors)
@@ -145,10 +153,6 @@ class MuonAdamW(AdamW):
     A weight is as many matrices as its convolution has groups, each of a row for each channel that it makes. One
     optimizer for all of them goes through Accelerate, schedules, gradient scalers and checkpoints as any other does.
     """
-
-    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
-        super().__init__(groups, **options)
-        self._step_supports_amp_scaling = False  # a gradient scaler is to unscale before the step, also of fused AdamW
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take a step of both."""
