@@ -6,7 +6,8 @@ import sys
 import tarfile
 
 import pytest
-from shared import ROOT
+import torch
+from shared import ROOT, pytest_collection_modifyitems
 
 FILES = ("pyproject.toml", "MANIFEST.in", "Makefile", "README.md", "CHANGELOG.md", "LICENSE")
 FOLDERS = ("tinytl_hf", "configs", "tests", "model_cards")
@@ -27,3 +28,13 @@ def test_it_holds_every_file_that_the_tests_take(tmp_path):
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert expected - held == set() and {"tests/shared.py", "configs/demo.yaml", "model_cards/runs"} <= held
+
+
+@pytest.mark.parametrize(("mark", "left_out"), [(None, False), ("gpu", not torch.cuda.is_available())])
+def test_the_name_of_the_folder_that_it_lies_in_leaves_no_test_out(mark, left_out, request):
+    item = pytest.Function.from_parent(request.node.parent, name="test_nothing", callobj=lambda: None)
+    item.keywords["gpu"] = True  # as pytest does for each folder above it
+    if mark is not None:
+        item.add_marker(mark)
+    pytest_collection_modifyitems([item])
+    assert (item.get_closest_marker("skip") is not None) == left_out
