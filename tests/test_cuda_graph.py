@@ -1,12 +1,15 @@
 """Training passes that are replayed from a CUDA graph, against the same ones launched kernel by kernel."""
 
 import json
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from shared import run_cli, small_run
 from torch import nn
 
+from tinytl_hf import cuda_graph
 from tinytl_hf.config.run import Config, MemoryConfig
 from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.cuda_graph import ReplayedPasses, describe_passes, training_passes, why_launched
@@ -42,6 +45,34 @@ def test_on_a_cpu_and_of_a_stock_model_passes_are_the_models_own(make_model):
         assert training_passes(model, CONFIG) is model
 
 
+@pytest.mark.parametrize(("processes", "replayed"), [(1, True), (2, False)])
+def test_a_step_that_is_measured_is_replayed_where_the_runs_own_is(processes, replayed, make_model, monkeypatch):
+    model = make_model("FT-Last")
+    monkeypatch.setattr(model, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda", 0))]))
+    monkeypatch.setattr(cuda_graph, "world_size", lambda: processes)
+    assert cuda_graph.is_replayed(model, CONFIG) == replayed
+
+
+def test_passes_are_recorded_with_the_models_device_as_the_current_one(make_model, monkeypatch):
+    current, seen = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor.data_ptr())
+        yield
+        current.pop()
+
+    def record(passes, *_, **__):
+        seen.extend(current)
+        return passes
+
+    model = make_model().train()
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(cuda_graph, "make_graphed_callables", record)
+    ReplayedPasses(model)(torch.randn(2, 3, 64, 64))
+    assert seen == [next(model.parameters()).data_ptr()] and not current
+
+
 def train(model, passes, sizes):
     """Losses of a few steps, a new batch of this many px each."""
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=1e-2, momentum=0.9)
@@ -71,6 +102,18 @@ def test_a_replayed_run_is_the_launched_one(make_model, method, backbone):
     assert found == pytest.approx(expected, rel=1e-7)
     for name, tensor in launched.adapter_tensors().items():
         torch.testing.assert_close(replayed.adapter_tensors()[name], tensor, atol=1e-7, rtol=1e-7, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_passes_on_a_gpu_that_is_not_the_current_one_are_replayed_too(make_model):
+    images = [torch.randn(4, 3, 64, 64, dtype=torch.float64, device="cuda:1") for _ in range(3)]
+    launched, replayed = (make_model().double().to("cuda:1").train() for _ in range(2))
+    assert torch.cuda.current_device() == 0
+    passes = ReplayedPasses(replayed)
+    for each in images:
+        torch.testing.assert_close(passes(each), launched(each), atol=1e-7, rtol=1e-7)
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.gpu

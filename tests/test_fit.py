@@ -15,16 +15,18 @@ from PIL import Image
 from shared import ROOT, run_cli, small_run, write_image
 from started_runs import CONTEXT, delta, run
 
+from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.fit import FitConfig
 from tinytl_hf.config.network import BackboneConfig, LiteConfig
-from tinytl_hf.config.run import Config
+from tinytl_hf.config.run import Config, MemoryConfig
 from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.data.images import decode_pixels, decoded_size
+from tinytl_hf.data.sets import open_data
 from tinytl_hf.device import memory_limit
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.native_library import instruction_sets
 from tinytl_hf.measure.peak import Peak
-from tinytl_hf.train import ranking
+from tinytl_hf.train import budget, ranking
 from tinytl_hf.train.fit import about_lr, fitted_to_backbone, make_families, recommend
 from tinytl_hf.train.fresh_step import FreshStep
 from tinytl_hf.train.plans import families
@@ -292,6 +294,24 @@ def test_the_size_of_a_decoded_photo_is_known_by_its_header(size, turned, tmp_pa
 def sgd_run(data, output, *options):
     options = ("--train.optimizer", "sgd", "--train.lr", "1e-2", "--train.epochs", "1", *options)
     return small_run(data, output, "--data.train_size", "64", "--memory.report", "true", *options)
+
+
+@pytest.mark.parametrize(("processes", "batch", "replayed"), [(1, 8, True), (2, 4, False)])
+def test_a_budget_is_of_a_step_whose_passes_go_as_those_of_the_run(
+    processes, batch, replayed, colour_folder, monkeypatch
+):
+    measured = []
+    monkeypatch.setattr(budget, "measure_step", lambda config, *_: measured.append(config))
+    config = Config(
+        method="TinyTL-B",
+        data=DataConfig(dataset=str(colour_folder), train_size=32),
+        train=TrainConfig(lr=1e-3, epochs=1, global_batch_size=8),
+        memory=MemoryConfig(budget_mb=100),
+    )
+    family = budget._family(config, processes, open_data(config.data))
+    assert family.measure(family.plans[0]) is None
+    (of_step,) = measured
+    assert (of_step.train.global_batch_size, of_step.memory.cuda_graph) == (batch, replayed)
 
 
 @pytest.mark.slow

@@ -117,6 +117,35 @@ def test_processes_on_a_cpu_see_no_gpu(told, launched, sees, monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == sees
 
 
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [("cpu", "cpu"), ("cpu:0", "cpu:0"), ("cuda", "cuda"), ("cuda:1", "cuda:1")]
+    + [(told, None) for told in ("cuda:2", "cuda:", "mps", "abacus", "cpu:1", "")],
+)
+def test_steps_are_measured_on_the_device_that_runs_are_told_to_use(told, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert device.device_of_figures() == torch.device("cuda")
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", told)
+    if found is not None:
+        assert device.device_of_figures() == torch.device(found)
+        return
+    with pytest.raises(TinyTLError, match=rf"^ACCELERATE_TORCH_DEVICE={told}: .* CUDA, which has 2 devices here; "):
+        device.device_of_figures()
+
+
+@pytest.mark.parametrize(("name", "made_current"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
+def test_the_gpu_that_a_run_is_told_to_use_is_the_current_one(name, made_current, monkeypatch):
+    found = SimpleNamespace(device=torch.device(name), mixed_precision="no")
+    monkeypatch.setattr(device, "Accelerator", lambda **_: found)
+    monkeypatch.setattr(device, "_check_device", lambda _: None)
+    seen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: seen.append(str(gpu)))
+    threads = torch.get_num_threads()
+    assert device.make_accelerator("no", threads) is found and seen == made_current
+
+
 @pytest.mark.slow
 def test_the_first_process_of_a_launch_does_alone_what_is_not_shared(tmp_path, monkeypatch, make_model):
     make_model("FT-Last", num_classes=2, train_size=32).save_pretrained(tmp_path / "adapter")

@@ -10,18 +10,19 @@ from shared import assert_left_as_found, run_cli, small_run, state_of
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.network import LiteConfig
-from tinytl_hf.config.run import Config
+from tinytl_hf.config.run import Config, MemoryConfig
 from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.config.verbs import MemoryTableConfig
 from tinytl_hf.device import make_accelerator
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean import native_library
 from tinytl_hf.lean.notes import grouped
+from tinytl_hf.measure import memory
 from tinytl_hf.measure.ledger import kept_by_layer, kept_for_backward
 from tinytl_hf.measure.measured_step import random_batch
 from tinytl_hf.measure.memory import DataMemory, MemoryRow, memory_table, photo_size_of, to_json
 from tinytl_hf.measure.paper_rule import paper_rule
-from tinytl_hf.measure.peak import Peak, measure_peak, measure_speed, process_high_water
+from tinytl_hf.measure.peak import Peak, _cuda_peak, measure_peak, measure_speed, process_high_water
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,6 +133,28 @@ def test_photos_are_of_the_size_that_is_named_or_of_the_data_or_those_that_decod
     assert "once a machine: train 10.0 MB, eval streams" in memory_table(make_rows(), data)
     with pytest.raises(TinyTLError, match="photo_size=448: use height x width in px, such as 448x672"):
         MemoryTableConfig(photo_size="448")
+
+
+def test_the_conditions_name_the_gpu_that_is_measured_and_how_the_runs_passes_go_there(monkeypatch):
+    monkeypatch.setattr(memory, "device_of_figures", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device}")
+    config = Config(memory=MemoryConfig(backend="eager"))
+    engines = []
+    for processes in (1, 2):
+        monkeypatch.setattr(memory, "world_size", lambda processes=processes: processes)
+        found = memory.conditions(config)
+        assert found["device"] == "GPU cuda:1"
+        engines.append(found["engine"])
+    assert engines == ["lean, eager, CUDA graph", "lean, eager, no CUDA graph (several processes)"]
+
+
+def test_the_peak_on_cuda_is_that_of_the_gpu_that_is_named(monkeypatch):
+    here, figures = torch.device("cuda", 1), {torch.device("cuda", 1): [100, 350]}
+    reset = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: reset.append(device))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: figures.get(device, [0, 0])[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: figures.get(device, [0, 0])[1])
+    assert _cuda_peak(lambda: None, here) == 250 and reset == [here]
 
 
 @pytest.mark.gpu

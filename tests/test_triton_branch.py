@@ -104,7 +104,7 @@ def test_over_two_processes_with_the_same_images_a_branch_is_that_of_one(monkeyp
     grad = torch.randn(3, 24, 5, 5, dtype=torch.float64, device=DEVICE)
     alone = run_branch(twin, pooled, grad)
     exchanged = []
-    monkeypatch.setattr("tinytl_hf.network.norms._world_size", lambda: 2)
+    monkeypatch.setattr("tinytl_hf.network.norms.world_size", lambda: 2)
     monkeypatch.setattr(triton_branch, "sum_over_processes", lambda own: exchanged.append(own.shape) or own * 2)
     for ours, theirs in zip(run_branch(lite, pooled, grad), alone, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)

@@ -16,6 +16,7 @@ from torch.cuda import make_graphed_callables
 from tinytl_hf.config.run import Config
 from tinytl_hf.errors import TinyTLError, first_line
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.network.norms import world_size
 from tinytl_hf.step import left_as_found
 
 
@@ -31,10 +32,10 @@ def training_passes(prepared: nn.Module, config: Config) -> Callable[[Tensor], T
 
 def is_replayed(prepared: nn.Module, config: Config) -> TypeGuard[TinyTLModel]:
     """Whether the passes of a run are replayed, with arguments as of :func:`training_passes`."""
-    if not isinstance(prepared, TinyTLModel) or not prepared.engine.lean:  # one of several processes, or stock
+    if not isinstance(prepared, TinyTLModel) or not prepared.engine.lean:  # in DDP, or stock
         return False
     on_gpu = next(prepared.parameters()).device.type == "cuda"
-    return on_gpu and why_launched(config, processes=1) is None
+    return on_gpu and why_launched(config, world_size()) is None
 
 
 def why_launched(config: Config, processes: int) -> str | None:
@@ -87,7 +88,9 @@ class ReplayedPasses:
 
     def _record(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
         try:
-            with left_as_found(self.model):  # a few passes come before the one that is recorded
+            # A graph is of the current device, and what runs on another one would not be in it. In ``left_as_found``,
+            # as a few passes come before the one that is recorded.
+            with torch.cuda.device_of(next(self.model.parameters())), left_as_found(self.model):
                 passes = make_graphed_callables(_Passes(self.model), (inputs.clone(),), allow_unused_input=True)
                 return cast("Callable[[Tensor], Tensor]", passes)
         except torch.OutOfMemoryError:

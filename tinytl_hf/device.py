@@ -96,6 +96,8 @@ def make_accelerator(
     except (ValueError, RuntimeError, ImportError) as error:
         raise TinyTLError(f"Accelerate cannot start ({error}); see what its ACCELERATE_ variables say") from error
     _check_device(accelerator.device)
+    if accelerator.device.type == "cuda" and accelerator.device.index is not None:
+        torch.cuda.set_device(accelerator.device)  # Accelerate does not, where a variable names the GPU
     set_threads(threads)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise TinyTLError("train.mixed_precision=fp16: a CPU would compute in fp32; use bf16 or no")
@@ -199,8 +201,22 @@ def is_told_cpu() -> bool:
 
 
 def device_of_figures() -> torch.device:
-    """Where steps are measured: on CUDA if there is one, as a run is, unless Accelerate is told to use the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() and not is_told_cpu() else "cpu")
+    """Where steps are measured, as a run is: where Accelerate is told to compute, or on CUDA if there is one.
+
+    Raises:
+        TinyTLError: It is told a device whose memory cannot be measured, or that is not here.
+    """
+    told = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    if told is None:
+        return torch.device("cuda" if torch.cuda.is_available() and not is_told_cpu() else "cpu")
+    kind, colon, index = told.partition(":")
+    here, index = {"cpu": 1, "cuda": torch.cuda.device_count()}, index if colon else "0"
+    if not index.isdecimal() or int(index) >= here.get(kind, 0):
+        raise TinyTLError(
+            f"ACCELERATE_TORCH_DEVICE={told}: steps are measured on the CPU and on CUDA, which has "
+            f"{counted(here['cuda'], 'device')} here; ACCELERATE_TORCH_DEVICE=cpu takes the CPU"
+        )
+    return torch.device(told)
 
 
 def device_name(accelerator: Accelerator) -> str:

@@ -24,7 +24,7 @@ MUON_RATE = 10.0  # of AdamW's: each of Muon's steps has a norm of its own, what
 def make_optimizer(model: TinyTLModel, options: TrainConfig) -> Optimizer:
     """An optimizer over the parameters that train, and no others."""
     optimizer = _optimizer(model, options)
-    # A fused one leaves steps that fp16 cannot represent out by itself, and says so to nobody: the schedule would go on,
+    # A fused one leaves steps that fp16 cannot represent out by itself, and tells nobody: the schedule would go on,
     # and the run would count none. So a gradient scaler is to decide, before it calls the step.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer

@@ -35,6 +35,7 @@ from tinytl_hf.measure.peak import Peak, measure_peak, measure_speed, process_hi
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.backbones import check_size, check_takes
 from tinytl_hf.network.methods import METHODS
+from tinytl_hf.network.norms import world_size
 from tinytl_hf.reports.table import aligned
 from tinytl_hf.words import counted
 
@@ -186,8 +187,8 @@ def conditions(config: Config, **sizes: int | str) -> dict[str, Any]:
         "frozen_weights": config.backbone.frozen_weights,
         **({} if config.trained_blocks == "all" else {"trained_blocks": config.trained_blocks}),
         "precision": precision_of(config.train.mixed_precision),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "engine": describe(config.engine, device) + describe_passes(config, device, processes=1),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "engine": describe(config.engine, device) + describe_passes(config, device, world_size()),
         "threads": torch.get_num_threads(),
         "torch_version": torch.__version__,
     }

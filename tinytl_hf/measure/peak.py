@@ -17,7 +17,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -26,6 +25,7 @@ from tinytl_hf.cuda_graph import is_replayed
 from tinytl_hf.measure.ledger import kept_for_backward
 from tinytl_hf.measure.measured_step import MeasuredStep
 from tinytl_hf.model import TinyTLModel
+from tinytl_hf.network.norms import world_size
 from tinytl_hf.step import left_as_found
 
 
@@ -85,9 +85,9 @@ def measure_peak(model: TinyTLModel, pixels: Tensor, labels: Tensor, config: Con
         step = MeasuredStep(model, pixels, labels, config, launched=True)
         kept = kept_for_backward(model, step.view(), labels, step.options.label_smoothing)
         step()
-        measured = _cuda_peak(step) if pixels.is_cuda else cpu_peak(step)
+        measured = _cuda_peak(step, pixels.device) if pixels.is_cuda else cpu_peak(step)
         if is_replayed(model, config):
-            measured += _cuda_peak(step.view)
+            measured += _cuda_peak(step.view, pixels.device)
         state = _bytes(value for values in step.optimizer.state.values() for value in values.values())
     # All that is kept is there when the forward pass ends, so the peak is no less.
     gradients = min(trainable, max(0, measured - kept))
@@ -99,7 +99,7 @@ def measure_peak(model: TinyTLModel, pixels: Tensor, labels: Tensor, config: Con
         kept_activations=kept,
         transient=max(0, measured - kept - gradients),
         photos=_bytes([pixels]),
-        gradient_buckets=trainable if step.options.gradient_accumulation_steps > 1 and _many_processes() else 0,
+        gradient_buckets=trainable if step.options.gradient_accumulation_steps > 1 and world_size() > 1 else 0,
     )
 
 
@@ -132,10 +132,6 @@ def process_high_water() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _many_processes() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
-
-
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -150,11 +146,11 @@ def cpu_peak(step: Callable[[], object]) -> int:
     return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
-def _cuda_peak(step: Callable[[], object]) -> int:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+def _cuda_peak(step: Callable[[], object], device: torch.device) -> int:
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     step()
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     @property
     def spans_processes(self) -> bool:
         """Whether the batch is spread over several processes."""
-        return _world_size() > 1
+        return world_size() > 1
 
     def count_batch(self) -> float:
         """Count a batch, unless it is computed for a second time; the share of its statistics in the running ones."""
@@ -119,7 +119,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         Raises:
             TinyTLError: It is one value, which has no variance.
         """
-        return _values_of_a_channel(shape, _world_size(), self.instead)
+        return _values_of_a_channel(shape, world_size(), self.instead)
 
     @torch.no_grad()
     def take_in(self, mean: Tensor, var: Tensor, values: int) -> None:
@@ -224,7 +224,7 @@ def check_even(network: nn.Module, images: Tensor) -> None:
     Raises:
         TinyTLError: One has more than another, as at the end of a data set that was not shared out evenly.
     """
-    if _world_size() == 1 or not any(isinstance(m, GlobalBatchNorm2d) and m.training for m in network.modules()):
+    if world_size() == 1 or not any(isinstance(m, GlobalBatchNorm2d) and m.training for m in network.modules()):
         return
     counts = torch.tensor([len(images), -len(images)], device=images.device)
     dist.all_reduce(counts, dist.ReduceOp.MAX)
@@ -258,12 +258,13 @@ class _SumOverProcesses(Function):
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes, without a gradient."""
-    if _world_size() == 1:
+    if world_size() == 1:
         return tensor
     total = tensor.clone()
     dist.all_reduce(total)
     return total
 
 
-def _world_size() -> int:
+def world_size() -> int:
+    """How many processes work together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

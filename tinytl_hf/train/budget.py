@@ -87,6 +87,8 @@ def _family(config: Config, processes: int, opened: Opened) -> Family:
     """The run as it is, with fewer and fewer images a pass; of several processes, the part of one."""
     options = config.train
     share = replace(config, train=replace(options, global_batch_size=options.global_batch_size // processes))
+    if processes > 1:  # whose passes no graph holds
+        share = replace(share, memory=replace(share.memory, cuda_graph=False))
     whole = share.train.global_batch_size // options.gradient_accumulation_steps
     plan = Plan(
         method=config.method,
