@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.config.run import Config
@@ -132,3 +133,23 @@ def test_balanced_classes_weigh_alike_whatever_their_number_of_images():
     halves = [loss(logits[part], {"labels": labels[part]}, 16, changes) for part in (slice(0, 4), slice(4, 8))]
     whole = loss(logits[:8], {"labels": labels[:8]}, 16, changes)
     torch.testing.assert_close(sum(halves) / 2, whole)  # as processes average their gradients
+
+
+class Moves(TorchDispatchMode):
+    """Counts what is copied to another device or type."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is torch.ops.aten._to_copy.default
+        return operation(*args, **(kwargs or {}))
+
+
+def test_weights_of_classes_go_to_a_device_once_as_each_time_would_wait_for_it():
+    labels, changes = torch.tensor([0, 0, 1, 2]), make_changes()
+    loss, batch = Loss(TrainConfig(class_weights="balanced"), labels, 3), {"labels": labels.to("meta")}
+    logits = torch.zeros(4, 3, device="meta")
+    with Moves() as moves:
+        for _ in range(3):
+            assert loss(logits, batch, 16, changes).device.type == "meta"
+    assert moves.count == 1

@@ -131,7 +131,10 @@ class Loss:
 
     def _each(self, logits: Tensor, labels: Tensor) -> Tensor:
         losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
-        return losses if self.weights is None else losses * self.weights.to(labels.device)[labels]
+        if self.weights is None:
+            return losses
+        self.weights = self.weights.to(labels.device)  # once: a step would wait for a GPU to take them
+        return losses * self.weights[labels]
 
 
 def right_answers(logits: Tensor, batch: Mapping[str, Tensor], size: int, changes: Changes) -> Tensor:
