@@ -53,7 +53,7 @@ def test_a_step_that_is_measured_is_replayed_where_the_runs_own_is(processes, re
     assert cuda_graph.is_replayed(model, CONFIG) == replayed
 
 
-def test_passes_are_recorded_with_the_models_device_as_the_current_one(make_model, monkeypatch):
+def test_passes_are_recorded_with_the_device_of_the_images_as_the_current_one(make_model, monkeypatch):
     current, seen = [], []
 
     @contextmanager
@@ -66,11 +66,45 @@ def test_passes_are_recorded_with_the_models_device_as_the_current_one(make_mode
         seen.extend(current)
         return passes
 
-    model = make_model().train()
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(cuda_graph, "make_graphed_callables", record)
-    ReplayedPasses(model)(torch.randn(2, 3, 64, 64))
-    assert seen == [next(model.parameters()).data_ptr()] and not current
+    images = torch.randn(2, 3, 64, 64)
+    ReplayedPasses(make_model().train())(images)
+    assert seen == [images.data_ptr()] and not current
+
+
+def test_passes_are_recorded_anew_for_what_they_are_not_of(make_model, tmp_path, monkeypatch):
+    made = []
+
+    def record(passes, sample, **_):
+        (images,) = sample
+        made.append((images.shape[-1], passes(images).dtype, passes.model.active_adapter))
+        return lambda given: f"replayed {made[-1]}"
+
+    monkeypatch.setattr(cuda_graph, "make_graphed_callables", record)
+    model = make_model("FT-Last").train()
+    model.save_pretrained(tmp_path / "adapter")
+    model.load_adapter(tmp_path / "adapter", "other")
+    passes, images = ReplayedPasses(model), torch.randn(2, 3, 64, 64)
+    for _ in range(2):
+        assert passes(images) == "replayed (64, torch.float32, 'default')"
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # as PyTorch asks for
+        for _ in range(2):
+            assert passes(images) == "replayed (64, torch.bfloat16, 'default')"
+    model.set_adapter("other")
+    assert passes(images) == "replayed (64, torch.float32, 'other')"
+    assert passes(images[..., :32, :32]) == "replayed (32, torch.float32, 'other')"
+    assert len(made) == 4
+
+
+def test_without_gradients_and_in_evaluation_mode_the_model_itself_is_called(make_model, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "make_graphed_callables", lambda *_, **__: pytest.fail("recorded"))
+    model, images = make_model().train(), torch.randn(4, 3, 64, 64)
+    passes = ReplayedPasses(model)
+    with torch.no_grad():
+        assert torch.equal(passes(images), model(images))
+    model.eval()
+    assert torch.equal(passes(images), model(images)) and passes(images).requires_grad
 
 
 def train(model, passes, sizes):

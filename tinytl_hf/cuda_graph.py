@@ -7,7 +7,7 @@ the GPU takes for the kernels. A CUDA graph holds them all, and is launched once
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.cuda import make_graphed_callables
 
 from tinytl_hf.config.run import Config
 from tinytl_hf.errors import TinyTLError, first_line
+from tinytl_hf.lean.again import autocast_on
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.norms import world_size
 from tinytl_hf.step import left_as_found
@@ -63,16 +64,17 @@ class ReplayedPasses:
     """Records the passes of a model for a shape of its input when it comes first, and replays them from then on.
 
     The graph keeps for itself the memory that a pass takes, and a copy of its input. Of a shape that differs from the
-    last one it makes another, which a run does once for each size of its images. Gradients lie where those of the last
-    replay did: set them to None before the next one, as ``optimizer.zero_grad()`` does.
+    last one it makes another, which a run does once for each size of its images; so it does of another adapter, and
+    under another autocast. Gradients lie where those of the last replay did: set them to None before the next one, as
+    ``optimizer.zero_grad()`` does. In evaluation mode, and without gradients, it calls the model itself.
 
     Args:
-        model: The model, in training mode when it is called.
+        model: The model.
     """
 
     def __init__(self, model: TinyTLModel) -> None:
         self.model = model
-        self._shape: torch.Size | None = None
+        self._recorded: tuple[Any, ...] | None = None  # what the passes are of
         self._passes: Callable[[Tensor], Tensor] = model
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -81,16 +83,19 @@ class ReplayedPasses:
         Raises:
             TinyTLError: The model does what a graph cannot hold, such as to wait for the GPU.
         """
-        if inputs.shape != self._shape:
-            self._passes = self.model  # the graph before this one goes first
-            self._passes, self._shape = self._record(inputs), inputs.shape
+        if not (self.model.training and torch.is_grad_enabled()):
+            return self.model(inputs)
+        asked = (inputs.shape, inputs.dtype, self.model.backbone, autocast_on(inputs.device))
+        if asked != self._recorded:
+            self._passes, self._recorded = self.model, None  # the graph before this one goes first
+            self._passes, self._recorded = self._record(inputs), asked
         return self._passes(inputs)
 
     def _record(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
         try:
-            # A graph is of the current device, and what runs on another one would not be in it. In ``left_as_found``,
-            # as a few passes come before the one that is recorded.
-            with torch.cuda.device_of(next(self.model.parameters())), left_as_found(self.model):
+            # A graph is of the current device, and would not hold what runs on another one. In ``left_as_found``, as a few
+            # passes come before the one that is recorded.
+            with torch.cuda.device_of(inputs), left_as_found(self.model):
                 passes = make_graphed_callables(_Passes(self.model), (inputs.clone(),), allow_unused_input=True)
                 return cast("Callable[[Tensor], Tensor]", passes)
         except torch.OutOfMemoryError:
