@@ -93,8 +93,8 @@ class ReplayedPasses:
 
     def _record(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
         try:
-            # A graph is of the current device, and would not hold what runs on another one. In ``left_as_found``, as a few
-            # passes come before the one that is recorded.
+            # A graph is of the current device, and would not hold what runs on another one. A few passes come before
+            # it, which are to leave no trace.
             with torch.cuda.device_of(inputs), left_as_found(self.model):
                 passes = make_graphed_callables(_Passes(self.model), (inputs.clone(),), allow_unused_input=True)
                 return cast("Callable[[Tensor], Tensor]", passes)
