@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ from shared import ROOT, run_cli, small_run, write_image
 
 from tinytl_hf import TinyTLModel
 from tinytl_hf.config.yaml12 import load_yaml
+from tinytl_hf.explained import explained
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +152,32 @@ def test_the_command_line_wins_over_the_file(tmp_path, colour_folder):
     assert done.returncode == 0, done.stderr
     saved = (output / "config.yaml").read_text()
     assert "lr: 0.002" in saved and "seed: 7" in saved and "method: TinyTL-B" in saved
+
+
+OF_CUDA = "CUDA out of memory. Tried to allocate 20.00 GiB"
+ON_CUDA = torch.OutOfMemoryError(
+    f"{OF_CUDA}. GPU 0 has a total capacity of 14.58 GiB of which 3.00 GiB is free. Of the"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "verb", "said"),
+    [
+        (ON_CUDA, "train", f"{OF_CUDA}); use fewer images at a time"),
+        (ON_CUDA, "eval", f"{OF_CUDA}); use a smaller --batch_size"),
+        (MemoryError("Unable to allocate 7 PiB"), "predict", "Unable to allocate 7 PiB); see what else takes it"),
+    ],
+)
+def test_too_little_memory_is_said_with_what_helps(error, verb, said):
+    assert explained(error, verb).startswith(f"not enough memory ({said}")
+
+
+def test_too_little_memory_of_a_cpu_is_known_and_other_errors_are_not_taken_for_it():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    said = explained(caught.value, "eval")
+    assert re.fullmatch(r"not enough memory \(.*can't allocate memory: .*\); use a .*", said)
+    assert explained(RuntimeError("size mismatch"), "train").startswith("RuntimeError: size mismatch (unexpected")
 
 
 def test_debug_shows_where_an_error_was_raised():

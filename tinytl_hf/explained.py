@@ -35,6 +35,13 @@ OTHERS = {
     "warmup_steps": "train.warmup_epochs",
 }
 
+# What helps each verb where the memory of the device, or of the machine, is not enough.
+NEEDS_LESS = {
+    "train": "use fewer images at a time (--train.gradient_accumulation_steps 2, or more) or smaller ones "
+    "(--data.train_size); `tinytl-hf fit` says what fits",
+    "eval": "use a smaller --batch_size",
+}
+
 
 def explained(error: Exception, verb: str | None) -> str:
     """What went wrong with a command of this verb and how to mend it, without the library's own layout."""
@@ -43,6 +50,9 @@ def explained(error: Exception, verb: str | None) -> str:
         text = text.rpartition("TinyTLError: ")[2]
     if isinstance(error, TinyTLError):
         return _with_own_names(text, verb)
+    if _is_of_memory(error):
+        fix = NEEDS_LESS.get(verb or "", "see what else takes it")
+        return f"not enough memory ({text.partition('. GPU ')[0].rstrip('.')}); {fix}"
     if not isinstance(error, ArgumentError):
         return f"{type(error).__name__}: {text} (unexpected: --debug shows where)"
     unknown = re.search(r"does not accept option '([^']+)'|unrecognized arguments: (-*)([^\s=]+)", text)
@@ -60,6 +70,15 @@ def explained(error: Exception, verb: str | None) -> str:
         example = next(name for name in flat(Config().to_dict()) if name.startswith(f"{group[1]}."))
         return f"{group[1]}={group[2]}: it is a group of options; name one, as --{example} {group[2]}"
     return _with_fix(text)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether a device, or the machine, had not as much memory as it was asked for."""
+    if not isinstance(error, RuntimeError):
+        return isinstance(error, MemoryError)
+    from accelerate.utils.memory import should_reduce_batch_size  # here, as its import takes long
+
+    return should_reduce_batch_size(error)
 
 
 def _with_own_names(text: str, verb: str | None) -> str:
