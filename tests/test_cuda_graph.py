@@ -1,6 +1,8 @@
 """Training passes that are replayed from a CUDA graph, against the same ones launched kernel by kernel."""
 
+import gc
 import json
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -95,6 +97,27 @@ def test_passes_are_recorded_anew_for_what_they_are_not_of(make_model, tmp_path,
     assert passes(images) == "replayed (64, torch.float32, 'other')"
     assert passes(images[..., :32, :32]) == "replayed (32, torch.float32, 'other')"
     assert len(made) == 4
+
+
+def test_the_graph_of_another_size_is_gone_before_the_next_one_takes_memory(make_model, monkeypatch):
+    recorded = []
+
+    def record(passes, *_, **__):
+        assert [each() for each in recorded] == [None] * len(recorded)
+        recorded.append(weakref.ref(passes))
+        own = passes.forward
+        passes.forward = lambda images: own(images) if passes.training else None  # holds itself, as PyTorch's does
+        return passes
+
+    monkeypatch.setattr(cuda_graph, "make_graphed_callables", record)
+    passes = ReplayedPasses(make_model("FT-Last").train())
+    gc.disable()
+    try:
+        for size in (32, 64, 96):
+            passes(torch.randn(2, 3, size, size))
+    finally:
+        gc.enable()
+    assert len(recorded) == 3
 
 
 def test_without_gradients_and_in_evaluation_mode_the_model_itself_is_called(make_model, monkeypatch):

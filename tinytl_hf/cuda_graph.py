@@ -6,6 +6,7 @@ the GPU takes for the kernels. A CUDA graph holds them all, and is launched once
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, TypeGuard, cast
 
@@ -87,7 +88,9 @@ class ReplayedPasses:
             return self.model(inputs)
         asked = (inputs.shape, inputs.dtype, self.model.backbone, autocast_on(inputs.device))
         if asked != self._recorded:
-            self._passes, self._recorded = self.model, None  # the graph before this one goes first
+            if self._recorded is not None:  # the graph before this one goes first: it is in a cycle of PyTorch's
+                self._passes, self._recorded = self.model, None
+                gc.collect()
             self._passes, self._recorded = self._record(inputs), asked
         return self._passes(inputs)
 
