@@ -157,5 +157,14 @@ class _BranchFunction(LeanFunction):
         grad_pooled, of_parameters = ctx.backend.branch_backward(
             ctx.branch, pooled, statistics, ctx.compute_dtype, grad, ctx.needs_input_grad[0]
         )
-        grads = [found.to(p.dtype) for found, p in zip(of_parameters, ctx.parameters, strict=True)]
+        grads = [_laid_as(p, found.to(p.dtype)) for found, p in zip(of_parameters, ctx.parameters, strict=True)]
         return None if grad_pooled is None else grad_pooled.to(pooled.dtype), None, None, *grads
+
+
+def _laid_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the strides of its parameter where a dimension has one entry, so that they mean nothing.
+
+    ``DistributedDataParallel`` compares them all the same, and warns of any other.
+    """
+    dimensions = zip(gradient.shape, gradient.stride(), parameter.stride(), strict=True)
+    return gradient.as_strided(gradient.shape, [theirs if size == 1 else own for size, own, theirs in dimensions])
