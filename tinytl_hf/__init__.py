@@ -41,11 +41,13 @@ _WHERE = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import what needs torch when it is asked for: ``tinytl-hf --help`` does not need it."""
-    if name in _WHERE:
-        return getattr(import_module(_WHERE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take any name to be there
+
+    def __getattr__(name: str) -> Any:
+        """Import what needs torch when it is asked for: ``tinytl-hf --help`` does not need it."""
+        if name in _WHERE:
+            return getattr(import_module(_WHERE[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
