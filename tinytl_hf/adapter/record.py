@@ -247,7 +247,9 @@ def label_strings(names: Iterable[object] | None, num_classes: int | None) -> li
         TinyTLError: No list of those, or another number of them.
     """
     if names is None:
-        names = range(num_classes or 0)
+        if num_classes is None or num_classes < 1:
+            raise TinyTLError(f"num_classes={num_classes}: use 1 or more, or name the classes with label_names")
+        names = range(num_classes)
     if isinstance(names, (str, bytes, Mapping, Set)) or not isinstance(names, Iterable):
         raise TinyTLError(f"label_names={_short(names)}: use a list of names, in the order of the class numbers")
     plain = [name.item() if isinstance(name, np.generic) else name for name in names]

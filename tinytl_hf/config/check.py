@@ -11,13 +11,20 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from tinytl_hf.disk import expanded, path_of
 from tinytl_hf.errors import TinyTLError
 
+LONGEST_VALUE = 200  # characters of what is no text, such as a whole network
 LONGEST_NAME = 255  # bytes of a file's or a folder's name, on the file systems of Linux, macOS and Windows
 
 
 def check(holds: bool, key: str, value: object, fix: str) -> None:
     """Raise unless an option's value holds, with what to do."""
     if not holds:
-        raise TinyTLError(f"{key}={value}: {fix}")
+        raise TinyTLError(f"{key}={_shown(value)}: {fix}")
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    is_short = isinstance(value, (str, PathLike)) or (len(text) <= LONGEST_VALUE and "\n" not in text)
+    return text if is_short else f"a {type(value).__name__}"
 
 
 def check_once(key: str, values: Sequence[object]) -> None:

@@ -54,6 +54,27 @@ def check_normalised(images: Tensor, network: nn.Module) -> None:
         )
 
 
+def true_sizes(pixels: Tensor, sizes: Tensor) -> Tensor:
+    """The sizes of decoded images that are padded to one size, once both are found to be that.
+
+    Args:
+        pixels: ``uint8`` ``[N, 3, H, W]``.
+        sizes: ``[N, 2]`` height and width in px, whose values are looked at on a CPU only: a GPU would be waited for.
+
+    Raises:
+        TinyTLError: They are not, or a size is not from 1 px to that of the padded images.
+    """
+    shape = pixels.shape if isinstance(pixels, Tensor) and pixels.dtype is torch.uint8 else ()
+    if len(shape) != 4 or shape[1] != 3:
+        raise TinyTLError("pixels: use a tensor [N, 3, H, W] of uint8; preprocess() takes images of other kinds")
+    if not isinstance(sizes, Tensor) or sizes.shape != (shape[0], 2):
+        raise TinyTLError(f"sizes: use a tensor [{shape[0]}, 2], the height and the width of each image in px")
+    largest = torch.tensor(shape[2:])
+    if sizes.device.type == "cpu" and not bool(((sizes >= 1) & (sizes <= largest)).all()):
+        raise TinyTLError(f"sizes: use heights from 1 to {shape[2]} px and widths from 1 to {shape[3]} px")
+    return sizes
+
+
 def _is_cast(images: Tensor, dtype: torch.dtype) -> bool:
     """Whether mixed precision brings images and weights of ``dtype`` to one type: all but float64."""
     return torch.float64 not in (images.dtype, dtype) and torch.is_autocast_enabled(images.device.type)
@@ -110,6 +131,8 @@ def _from_array(array: np.ndarray | Tensor) -> Image.Image:
     """An array or tensor as a PIL image."""
     what = f"{'tensor' if isinstance(array, Tensor) else 'array'} {list(array.shape)} of {array.dtype}"
     if isinstance(array, Tensor):
+        if array.is_meta:
+            raise TinyTLError(f"{what} is on the meta device, and holds no pixels: {TAKEN}")
         array = array.detach().cpu()
         array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
         values = array.numpy()
@@ -120,8 +143,9 @@ def _from_array(array: np.ndarray | Tensor) -> Image.Image:
         raise TinyTLError(f"{what} is no image: {TAKEN}")
     is_float = np.issubdtype(values.dtype, np.floating)
     highest = 1 if is_float else 255
-    is_number = is_float or np.issubdtype(values.dtype, np.integer)
-    if not is_number or not (values.min() >= 0 and values.max() <= highest):  # also where there are NaNs
+    if not is_float and not np.issubdtype(values.dtype, np.integer):
+        raise TinyTLError(f"{what} holds no numbers: {TAKEN}")
+    if not (values.min() >= 0 and values.max() <= highest):  # also where there are NaNs
         raise TinyTLError(f"{what} has values that are no pixels (from {values.min()} to {values.max()}): {TAKEN}")
     pixels = (values * 255.0).round() if is_float else values
     pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels

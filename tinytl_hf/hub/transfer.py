@@ -196,8 +196,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
         if name in LOADING:
             hint = "another adapter has that of the model it is loaded into"
             raise TinyTLError(f"{name}={options[name]}: {hint}; leave it out")
-        near = difflib.get_close_matches(name, [*LOADING, *known], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"use {', '.join(LOADING)} or those of a download"
+        near = difflib.get_close_matches(name, [*LOADING, *known], n=1, cutoff=0.75)
+        others = f"use {', '.join(LOADING)} or those of a download; move and cast what was loaded with model.to()"
+        hint = f"did you mean {near[0]}?" if near else others
         raise TinyTLError(f"{name}={options[name]}: loading an adapter has no such argument; {hint}")
 
 

@@ -207,6 +207,8 @@ def create_backbone(name: str, weights: str, num_classes: int, dropout: float = 
     else:
         assert isinstance(old_head, nn.Linear)
         backbone.set_submodule(head_name, Head(old_head.in_features, num_classes, dropout))
+    if library is timm_nets:
+        backbone.num_classes = num_classes  # where timm's networks say it
     return backbone
 
 

@@ -8,6 +8,7 @@ that train are kept with the network: a user can freeze some of them, and they a
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -294,9 +295,12 @@ def parameter_groups(
         the groups of channels: each is a matrix.
 
     Raises:
-        TinyTLError: An argument of a wrong type.
+        TinyTLError: An argument of a wrong type, or a negative one.
     """
-    check(isinstance(lr, Real), "lr", lr, "use a number")
+    for option, value in (("lr", lr), ("weight_decay", weight_decay)):
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        check(is_number and 0 <= value < math.inf, option, value, "use a number, 0 or more")
+    check(isinstance(decay_all, bool), "decay_all", decay_all, "use True or False")
     fits = factors is None or isinstance(factors, LrFactors)
     check(fits, "factors", factors, "use an LrFactors of tinytl_hf.config.train")
     roles, matrices = parameter_roles(backbone), _lite_matrices(backbone)
