@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tinytl_hf.adapter import delta
 from tinytl_hf.adapter.build import as_it_is, build_network, check_fits, check_weights, new_config, recorded, source_of
-from tinytl_hf.adapter.delta import adapter_tensors, check_values, frozen_tensors, load_tensors
 from tinytl_hf.adapter.format import folder_named, holds, read_config, read_tensors, write_adapter
 from tinytl_hf.adapter.record import AdapterConfig, DataRecord
 from tinytl_hf.adapter.switching import Adapters, LoadedAdapter
@@ -23,7 +23,7 @@ from tinytl_hf.config.hub import PushConfig
 from tinytl_hf.config.network import HeadConfig, LiteConfig
 from tinytl_hf.config.run import Config
 from tinytl_hf.data.augment import centre_boxes, resample
-from tinytl_hf.data.given_images import GivenImages, check_normalised, pixels_of
+from tinytl_hf.data.given_images import GivenImages, check_normalised, pixels_of, true_sizes
 from tinytl_hf.data.tensors import channels_last, pad_images
 from tinytl_hf.disk import StrPath
 from tinytl_hf.hub.card import read_card, render_card
@@ -57,11 +57,13 @@ class TinyTLModel(nn.Module):
     def __init__(self, config: AdapterConfig, engine: Engine | None = None) -> None:
         super().__init__()
         self.engine = engine = engine or Engine()
-        self.backbone, self._blocks = build_network(config, config.backbone.weights, engine.gradient_checkpointing)
-        check_values(frozen_tensors(self.backbone))
-        self.config = replace(config, backbone=replace(config.backbone, sha256=sha256(frozen_tensors(self.backbone))))
+        self.backbone, self._blocks = build_network(config, None, engine.gradient_checkpointing)
+        delta.check_values(delta.frozen_tensors(self.backbone))
+        found = sha256(delta.frozen_tensors(self.backbone))
+        self.config = replace(config, backbone=replace(config.backbone, sha256=found))
         if config.backbone.frozen_weights == "int8":
             quantise(self.backbone)
+        delta.remember_complete(self.backbone)
         size, trained = config.preprocessing.train_size, config.trained_blocks
         self.stock_layers = convert(self.backbone, self._blocks, self.engine, size, trained)
         # One layout always, so that a saved and a loaded model run the same kernels on the same numbers.
@@ -184,7 +186,7 @@ class TinyTLModel(nn.Module):
         needed = saved.backbone.sha256 is not None
         source, weights = locate_weights(saved.backbone.name, source, **net) if needed else (source, "none")
         model = cls(replace(saved, backbone=replace(saved.backbone, weights=weights)), engine)
-        load_tensors(model.backbone, tensors, source=str(folder))
+        delta.load_tensors(model.backbone, tensors, source=str(folder))
         model._weights_from, model.folder = source, folder.absolute()  # found from another folder, too
         model.config = replace(model.config, backbone=replace(model.config.backbone, weights=recorded(saved, source)))
         return model
@@ -258,7 +260,7 @@ class TinyTLModel(nn.Module):
             return self._head(images)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             norms.check_even(self.backbone, images)
-            methods.check_trained(self.backbone, self.config.method, whole=self._unchecked)
+            delta.check_trains(self.backbone, self.config.method, whole=self._unchecked)
             self._unchecked = False
         images = channels_last(images)
         lean = self.training and self.engine.lean
@@ -361,11 +363,11 @@ class TinyTLModel(nn.Module):
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The delta by the backbone's own names: trained parameters and buffers that can change."""
-        return adapter_tensors(self.backbone)
+        return delta.adapter_tensors(self.backbone)
 
     def load_adapter_tensors(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Copy a delta in, strictly; ``source`` names it in errors."""
-        load_tensors(self.backbone, tensors, source)
+        delta.load_tensors(self.backbone, tensors, source)
 
     def preprocess(self, images: GivenImages) -> Tensor:
         """What :mod:`tinytl_hf.data.given_images` takes, to normalised ``[N, 3, eval_size, eval_size]``."""
@@ -379,7 +381,7 @@ class TinyTLModel(nn.Module):
             sizes: ``[N, 2]`` true height and width in px.
         """
         options, head = self.config.preprocessing, self._head.weight
-        boxes = centre_boxes(sizes, options.crop_pct)
+        boxes = centre_boxes(true_sizes(pixels, sizes), options.crop_pct)
         device = "cpu" if head.is_meta else head.device  # of weights that are offloaded
         return resample(pixels.to(device), sizes, boxes, options.eval_size, *options.normal).to(head.dtype)
 

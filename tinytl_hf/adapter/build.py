@@ -18,7 +18,6 @@ from tinytl_hf.adapter.delta import (
     check_tensors,
     check_values,
     frozen_tensors,
-    remember_complete,
 )
 from tinytl_hf.adapter.record import AdapterConfig, BackboneRecord, Preprocessing, checked, label_strings
 from tinytl_hf.config.check import check, whole_number
@@ -98,7 +97,9 @@ def source_of(weights: object, own: str) -> str:
 
 def _check_types(name: object, weights: object, crop_pct: object, lite: object, head: object) -> None:
     """Raise for arguments of another type, of which nothing that is called with them would say what is wrong."""
-    check(isinstance(name, str), "name", name, "use the name of a backbone, such as mobilenet_v2")
+    own = "; a network's own weights are taken from a file of its state_dict(), with weights="
+    hint = own if isinstance(name, nn.Module) else ""
+    check(isinstance(name, str), "name", name, f"use the name of a backbone, such as mobilenet_v2{hint}")
     check(isinstance(weights, (str, os.PathLike)), "weights", weights, "use imagenet, a file or none, for example")
     is_share = isinstance(crop_pct, Real) and not isinstance(crop_pct, bool)
     check(crop_pct is None or is_share, "crop_pct", crop_pct, "use a share above 0, at most 1")
@@ -133,13 +134,13 @@ def as_it_is(config: AdapterConfig, backbone: nn.Module) -> AdapterConfig:
 
 
 def build_network(
-    config: AdapterConfig, weights: str, gradient_checkpointing: bool = False
+    config: AdapterConfig, weights: str | None = None, gradient_checkpointing: bool = False
 ) -> tuple[nn.Module, dict[str, TinyTLBlock]]:
     """Build the backbone with its head, made to train by the config's method.
 
     Args:
         config: What to build.
-        weights: Source of the backbone's weights.
+        weights: Source of the backbone's weights; None: the config's own.
         gradient_checkpointing: Whether blocks are computed a second time in the backward pass.
 
     Returns:
@@ -148,17 +149,19 @@ def build_network(
     Raises:
         TinyTLError: A name, source or size that does not fit.
     """
+    fits = isinstance(config, AdapterConfig)
+    check(fits, "config", config, "build a model with TinyTLModel.from_backbone or from_pretrained")
     name, sizes = config.backbone.name, config.preprocessing
     check_size(name, "data.train_size", sizes.train_size)
     check_size(name, "data.eval_size", sizes.eval_size)
-    backbone = create_backbone(name, weights, len(config.label_names), config.head.dropout)
+    source = config.backbone.weights if weights is None else weights
+    backbone = create_backbone(name, source, len(config.label_names), config.head.dropout)
     methods.parameter_roles(backbone)  # raises where neither another method nor another size would help
     if not next(backbone.parameters()).is_meta:  # what is built without values is built once more, with them
         for key in ("train_size", "eval_size"):
             check_takes(name, backbone, f"data.{key}", getattr(sizes, key))
     blocks = convert_blocks(backbone, gradient_checkpointing)
     methods.apply_method(backbone, blocks, config.method, sizes.train_size, config.lite, config.trained_blocks)
-    remember_complete(backbone)
     return backbone, blocks
 
 

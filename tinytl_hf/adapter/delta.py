@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isfinite
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tinytl_hf.errors import TinyTLError
+from tinytl_hf.network.head import Head, head_of
 from tinytl_hf.network.lite_residual import LiteResidual
-from tinytl_hf.network.methods import changing_buffers, trained_names
+from tinytl_hf.network.methods import changing_buffers, check_trained, trained_names
 from tinytl_hf.words import counted
 
 
@@ -22,25 +24,87 @@ def adapter_tensors(backbone: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+class Complete(NamedTuple):
+    """What a network is made of whose adapter can be loaded.
+
+    Attributes:
+        shapes: Those of the delta's tensors.
+        names: All its parameters and buffers.
+        head: Name of its head.
+    """
+
+    shapes: dict[str, torch.Size]
+    names: frozenset[str]
+    head: str
+
+
 def remember_complete(backbone: nn.Module) -> None:
-    """Note what a new network's delta consists of, for :func:`check_complete`; copies of the network have it too."""
-    vars(backbone)["delta_shapes"] = {name: tensor.shape for name, tensor in adapter_tensors(backbone).items()}
+    """Note what a new network is made of, for :func:`check_complete`; copies of the network have it too."""
+    shapes = {name: tensor.shape for name, tensor in adapter_tensors(backbone).items()}
+    vars(backbone)["complete"] = Complete(shapes, _names(backbone), head_of(backbone)[0])
 
 
 def check_complete(backbone: nn.Module) -> None:
-    """Raise unless the delta still has all its tensors: an adapter without one could not be loaded.
+    """Raise unless a network has the tensors that it was built with: another one's adapter could not be loaded.
 
     Raises:
-        TinyTLError: A layer was replaced or parametrized; with the name of a tensor.
+        TinyTLError: A layer was added, replaced, tied or parametrized; with the name of a tensor.
     """
-    shapes, own = vars(backbone)["delta_shapes"], adapter_tensors(backbone)
-    for name, shape in shapes.items():
+    complete: Complete = vars(backbone)["complete"]
+    own, names = adapter_tensors(backbone), _names(backbone)
+    for name, shape in complete.shapes.items():
         if name not in own or own[name].shape != shape:
+            raise _not_loadable(name, "is not in the network any more" if name not in own else "has another shape")
+    for name in sorted(complete.names - names):
+        raise _not_loadable(name, "is not in the network any more")
+    for name in sorted(names - complete.names):
+        raise _not_loadable(name, "came into the network")
+
+
+def check_trains(backbone: nn.Module, method: str, whole: bool = True) -> None:
+    """Raise if what trains could not be saved.
+
+    What is parametrized for a while can be put back before saving, and is no matter here.
+
+    Args:
+        backbone: The network.
+        method: Its method, for the message.
+        whole: Look for another head, for other norms and for added parameters too, which takes longer.
+
+    Raises:
+        TinyTLError: With the name of a parameter or a layer.
+    """
+    if whole:
+        _check_head_and_norms(backbone)
+    check_trained(backbone, method, whole)
+
+
+def _check_head_and_norms(backbone: nn.Module) -> None:
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
             raise TinyTLError(
-                f"{name} {'is not in the network any more' if name not in own else 'has another shape'}, as a layer "
-                "was replaced or parametrized, and an adapter without it could not be loaded; undo that before saving "
-                "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove)"
+                f"{name} is a SyncBatchNorm, and the norm that the method has there is not in the network any more; "
+                "leave convert_sync_batchnorm out: norms that use statistics of the batch take them over all processes"
             )
+    complete: Complete = vars(backbone)["complete"]
+    trains = {name: parameter.shape for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    beside_head = {name for name in complete.shapes if not name.startswith(f"{complete.head}.")}
+    if not any(isinstance(module, Head) for module in backbone.modules()) and trains.keys() - beside_head:
+        head_of(backbone)  # raises; a network without any head may train, for its features
+    for name, shape in trains.items():
+        if complete.shapes.get(name, shape) != shape:
+            raise _not_loadable(name, "has another shape")
+
+
+def _names(backbone: nn.Module) -> frozenset[str]:
+    return frozenset([*dict(backbone.named_parameters()), *dict(backbone.named_buffers())])
+
+
+def _not_loadable(name: str, what: str) -> TinyTLError:
+    return TinyTLError(
+        f"{name} {what}, as a layer was added, replaced, tied or parametrized, and an adapter of such a network could "
+        "not be loaded; undo that before saving (torch.nn.utils.parametrize.remove_parametrizations, prune.remove)"
+    )
 
 
 def frozen_tensors(backbone: nn.Module) -> dict[str, Tensor]:
@@ -75,6 +139,8 @@ def load_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor], source: str
     Raises:
         TinyTLError: Missing, unexpected or misshapen tensors, or no memory to copy them to; nothing was copied.
     """
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise TinyTLError(f"{source}: use tensors by name, as adapter_tensors() gives them")
     check_values(own := adapter_tensors(backbone))
     check_tensors(backbone, tensors, source)
     with torch.no_grad():
