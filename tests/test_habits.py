@@ -1,5 +1,6 @@
 """What people who know PEFT, timm and PyTorch do by habit: it works, or one line says what to do instead."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
 from shared import ROOT
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -258,3 +260,29 @@ def test_a_type_checker_knows_what_the_package_has_and_what_not(tmp_path):
     )
     errors = [line for line in done.stdout.splitlines() if ": error:" in line]
     assert len(errors) == 1 and errors[0].startswith("user.py:3: error: Module has no attribute"), done.stdout
+
+
+@pytest.mark.parametrize("load", ["from_pretrained", "load_adapter"])
+@pytest.mark.parametrize(
+    "change", [lambda backbone: backbone.pop("sha256"), lambda backbone: backbone.update(sha256=None)]
+)
+def test_a_config_that_lost_the_hash_of_the_weights_is_said_to_have_none(change, load, make_model, tmp_path):
+    model = make_model("TinyTL-B")
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    change(values["backbone"])
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    loads = {
+        "from_pretrained": TinyTLModel.from_pretrained,
+        "load_adapter": lambda path: model.load_adapter(path, "b"),
+    }
+    with pytest.raises(TinyTLError, match=r"backbone\.sha256 is missing in its adapter_config\.json"):
+        loads[load](tmp_path)
+
+
+def test_an_enumeration_of_torchvisions_weights_is_told_its_name(make_model, tmp_path):
+    weights = torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V2
+    make_model("FT-Last").save_pretrained(tmp_path)
+    for call in (lambda: make_model(weights=weights), lambda: TinyTLModel.from_pretrained(tmp_path, weights=weights)):
+        with pytest.raises(TinyTLError, match=r"use imagenet, a file or none, .*, and here IMAGENET1K_V2 as a text$"):
+            call()

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from enum import Enum
 from numbers import Real
 from typing import Literal
 
@@ -91,8 +92,14 @@ def source_of(weights: object, own: str) -> str:
     if weights is None:
         return own
     text = os.fspath(weights) if isinstance(weights, (str, os.PathLike)) else ""
-    check(bool(text.strip()), "weights", weights, "use imagenet, a file or none, for example")
+    check(bool(text.strip()), "weights", weights, f"use {_sources(weights)}")
     return text
+
+
+def _sources(weights: object) -> str:
+    """What to use in place of what is no source: of torchvision's enumerations, the name."""
+    own = f", and here {weights.name} as a text" if isinstance(weights, Enum) else ""
+    return f"imagenet, a file or none, for example{own}"
 
 
 def _check_types(name: object, weights: object, crop_pct: object, lite: object, head: object) -> None:
@@ -100,7 +107,7 @@ def _check_types(name: object, weights: object, crop_pct: object, lite: object, 
     own = "; a network's own weights are taken from a file of its state_dict(), with weights="
     hint = own if isinstance(name, nn.Module) else ""
     check(isinstance(name, str), "name", name, f"use the name of a backbone, such as mobilenet_v2{hint}")
-    check(isinstance(weights, (str, os.PathLike)), "weights", weights, "use imagenet, a file or none, for example")
+    check(isinstance(weights, (str, os.PathLike)), "weights", weights, f"use {_sources(weights)}")
     is_share = isinstance(crop_pct, Real) and not isinstance(crop_pct, bool)
     check(crop_pct is None or is_share, "crop_pct", crop_pct, "use a share above 0, at most 1")
     check(lite is None or isinstance(lite, LiteConfig), "lite", lite, "use a LiteConfig of tinytl_hf.config.network")
@@ -187,6 +194,11 @@ def check_fits(config: AdapterConfig, tensors: Mapping[str, Tensor], source: str
     with torch.device("meta"), NoRandomValues():
         backbone, _ = build_network(config, "none")
     check_tensors(backbone, tensors, source)
+    if config.backbone.sha256 is None and frozen_tensors(backbone):
+        raise TinyTLError(
+            f"{source}: backbone.sha256 is missing in its adapter_config.json, which says what frozen weights "
+            f"{config.method} was trained on; put it back as it was saved"
+        )
 
 
 def recorded(saved: AdapterConfig, source: str) -> str:
