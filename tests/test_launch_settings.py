@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from shared import run_cli, small_run, write_image
-from started_runs import as_launched, free_port, metrics, run
+from started_runs import CONTEXT, HANG, Run, as_launched, free_port, metrics, run
 
 from tinytl_hf import TinyTLError, device
 from tinytl_hf.config.data import DataConfig
@@ -144,6 +145,50 @@ def test_the_gpu_that_a_run_is_told_to_use_is_the_current_one(name, made_current
     monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: seen.append(str(gpu)))
     threads = torch.get_num_threads()
     assert device.make_accelerator("no", threads) is found and seen == made_current
+
+
+def test_on_a_machine_without_a_gpu_launched_processes_train_together_untold(colour_folder, tmp_path):
+    options = last_layer(colour_folder, tmp_path / "run")
+    done = run(options, tmp_path / "log", processes=2, environment={"ACCELERATE_USE_CPU": "false"})
+    assert done.returncode == 0 and done.stderr.startswith("FT-Last on 2 processes, cpu "), done.stderr
+    assert metrics(tmp_path / "run")[0]["step"] == 3  # of 24 images, 8 a step
+
+
+def _start_in_a_group(rank, port, told, folder):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    os.environ |= as_launched(rank, 2, port) if told else {}
+    try:
+        said = str(device.make_accelerator("no").num_processes)
+    except TinyTLError as error:
+        said = str(error)
+    (folder / str(rank)).write_text(said)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [(True, "2"), (False, "there are 2 processes, and Accelerate counts 1, so each would train alone")],
+)
+def test_a_group_of_processes_that_accelerate_does_not_know_is_refused(told, said, tmp_path):
+    arguments = (free_port(), told, tmp_path)
+    processes = [CONTEXT.Process(target=_start_in_a_group, args=(rank, *arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(HANG)
+    assert [(tmp_path / str(rank)).read_text().partition(":")[0] for rank in (0, 1)] == [said, said]
+
+
+def test_what_a_process_says_whose_run_has_lost_another(colour_folder, tmp_path):
+    kill = ("tinytl_hf.train.loop", "train_epoch", 1)  # of the second process
+    both = Run(last_layer(colour_folder, tmp_path / "run"), tmp_path / "log", processes=2, kill=kill)
+    both.workers[0].join(HANG)
+    assert (both.workers[0].exitcode, both.wait().returncode) == (1, -signal.SIGKILL)
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.endswith(
+        "tinytl-hf (process 0): error: another process of the run has ended; its own message, or that of "
+        "the launcher, says why"
+    ), last
 
 
 @pytest.mark.slow

@@ -74,10 +74,12 @@ def make_accelerator(
         **options: More arguments of the accelerator.
 
     Raises:
-        TinyTLError: A device that is not there, a precision that it does not have, or a way of launching that runs do
-            not have.
+        TinyTLError: A device that is not there, a precision that it does not have, a way of launching that runs do
+            not have, or other processes that Accelerate does not count.
     """
     check_launch()
+    if launched_processes() > 1 and not torch.accelerator.is_available():
+        options["cpu"] = True  # untold, Accelerate would let each process train alone
     if is_told_cpu() and "LOCAL_RANK" in os.environ:
         # Accelerate's barriers name a GPU by the number of a process, be it on a CPU, and there may be fewer of them.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -95,6 +97,7 @@ def make_accelerator(
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise TinyTLError(f"Accelerate cannot start ({error}); see what its ACCELERATE_ variables say") from error
+    _check_counts_all(accelerator)
     _check_device(accelerator.device)
     if accelerator.device.type == "cuda" and accelerator.device.index is not None:
         torch.cuda.set_device(accelerator.device)  # Accelerate does not, where a variable names the GPU
@@ -102,6 +105,24 @@ def make_accelerator(
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise TinyTLError("train.mixed_precision=fp16: a CPU would compute in fp32; use bf16 or no")
     return accelerator
+
+
+def launched_processes() -> int:
+    """How many processes a launcher says that there are; 1 where none says anything."""
+    told = os.environ.get("WORLD_SIZE", "") if "LOCAL_RANK" in os.environ else ""
+    return int(told) if told.isdecimal() else 1
+
+
+def _check_counts_all(accelerator: Accelerator) -> None:
+    """Raise unless Accelerate works with all processes that there are: norms and images would be shared with them."""
+    in_group = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    processes = max(launched_processes(), in_group)
+    if processes != accelerator.num_processes:
+        raise TinyTLError(
+            f"there are {processes} processes, and Accelerate counts {accelerator.num_processes}, so each would train "
+            "alone: start them with `accelerate launch` or `torchrun`, on CPUs with ACCELERATE_USE_CPU=1, and make no "
+            "Accelerator before torch.distributed is there"
+        )
 
 
 def _check_device(device: torch.device) -> None:

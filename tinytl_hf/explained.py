@@ -41,6 +41,8 @@ NEEDS_LESS = {
     "(--data.train_size); `tinytl-hf fit` says what fits",
     "eval": "use a smaller --batch_size",
 }
+# What torch.distributed raises in the processes that wait for one that has ended.
+OTHER_ENDED = re.compile(r"by peer|remote (worker crash|server shutdown|process exited)", re.I)
 
 
 def explained(error: Exception, verb: str | None) -> str:
@@ -53,6 +55,8 @@ def explained(error: Exception, verb: str | None) -> str:
     if _is_of_memory(error):
         fix = NEEDS_LESS.get(verb or "", "see what else takes it")
         return f"not enough memory ({text.partition('. GPU ')[0].rstrip('.')}); {fix}"
+    if isinstance(error, RuntimeError) and OTHER_ENDED.search(text):
+        return "another process of the run has ended; its own message, or that of the launcher, says why"
     if not isinstance(error, ArgumentError):
         return f"{type(error).__name__}: {text} (unexpected: --debug shows where)"
     unknown = re.search(r"does not accept option '([^']+)'|unrecognized arguments: (-*)([^\s=]+)", text)
