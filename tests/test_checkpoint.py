@@ -305,6 +305,14 @@ def test_an_option_of_a_newer_version_is_named(finished, colour_folder):
     assert done.returncode == 0 and "options that are not known here: train.magic" in done.stderr
 
 
+def test_progress_of_a_newer_version_is_refused_with_its_reason(finished, colour_folder):
+    record_of(finished, lambda record: record["progress"].update({"magic": 3}))
+    before = (finished / "metrics.jsonl").read_bytes()
+    done = resume(colour_folder, finished, "--train.epochs", "3")
+    assert done.returncode == 1 and "its progress has magic, which is not known here: a later tinytl_hf" in done.stderr
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
 def test_the_same_data_and_weights_under_another_path_go_on_and_others_do_not(colour_folder, tmp_path):
     import torchvision
 

@@ -4,13 +4,14 @@ import json
 import os
 import signal
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from shared import run_cli, small_run, write_image
-from started_runs import CONTEXT, HANG, Run, as_launched, free_port, metrics, run
+from started_runs import CONTEXT, HANG, Run, as_launched, checkpoints, free_port, metrics, run
 
 from tinytl_hf import TinyTLError, device
 from tinytl_hf.config.data import DataConfig
@@ -20,6 +21,7 @@ from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.config.verbs import EvalConfig
 from tinytl_hf.device import alone_in_process
 from tinytl_hf.measure.accuracy import evaluate_adapter
+from tinytl_hf.train import output_dir
 from tinytl_hf.train.loop import train
 
 
@@ -177,6 +179,40 @@ def test_a_group_of_processes_that_accelerate_does_not_know_is_refused(told, sai
     for process in processes:
         process.join(HANG)
     assert [(tmp_path / str(rank)).read_text().partition(":")[0] for rank in (0, 1)] == [said, said]
+
+
+def _train_on_a_machine_of_its_own(rank, port, data, folder, resume):
+    os.environ |= {**as_launched(rank, 2, port), "ACCELERATE_USE_CPU": "1"}
+    os.chdir(folder / str(rank))
+    output_dir.SEEN_WITHIN = 0.5
+    try:
+        train(config(data, "run", resume=resume))
+        said = "nothing"
+    except (TinyTLError, RuntimeError) as error:
+        said = str(error)
+    Path("said").write_text(said)
+
+
+@pytest.mark.parametrize(
+    ("resume", "missing"),
+    [("never", "run/config.yaml"), ("auto", "run/checkpoints/step_00000003_epoch_0001/progress.json")],
+)
+def test_machines_without_a_folder_in_common_are_told_so_before_they_train(resume, missing, colour_folder, tmp_path):
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+    if resume == "auto":
+        train(config(colour_folder, tmp_path / "0" / "run"))
+    before = checkpoints(tmp_path / "0" / "run")
+    arguments = (free_port(), colour_folder, tmp_path, resume)
+    processes = [CONTEXT.Process(target=_train_on_a_machine_of_its_own, args=(rank, *arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(HANG)
+    assert (tmp_path / "1" / "said").read_text() == (
+        f"{missing}: is there for the first process, and not for this one; let all machines share output_dir"
+    )
+    assert checkpoints(tmp_path / "0" / "run") == before and not (tmp_path / "1" / "run").exists()
 
 
 def test_what_a_process_says_whose_run_has_lost_another(colour_folder, tmp_path):

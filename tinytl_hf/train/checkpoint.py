@@ -13,7 +13,7 @@ import pickle
 import random
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports.run_folder import CHECKPOINTS
 from tinytl_hf.train import epoch_sums
 from tinytl_hf.train.epoch_sums import Sums
+from tinytl_hf.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -231,8 +232,8 @@ def load(accelerator: Accelerator, path: Path, hashes: dict[str, str | None]) ->
     """
     _check_same(path, hashes)
     try:
+        progress = Progress(**_progress(path))
         accelerator.load_state(str(path))
-        progress = Progress(**_record(path)["progress"])
         if progress.sums and len(progress.sums) != accelerator.num_processes:
             progress.sums = epoch_sums.shared_out(progress.sums, accelerator.num_processes)
         if not (path / RANDOM_STATES.format(accelerator.process_index)).exists():
@@ -328,6 +329,17 @@ def _sha256(path: Path) -> str:
 
 def _record(path: Path) -> dict[str, Any]:
     return json.loads((path / PROGRESS_FILE).read_text(encoding="utf-8"))
+
+
+def _progress(path: Path) -> dict[str, Any]:
+    """The values of a checkpoint's :class:`Progress`."""
+    values: dict[str, Any] = _record(path)["progress"]
+    if unknown := sorted(values.keys() - {field.name for field in fields(Progress)}):
+        raise TinyTLError(
+            f"checkpoint {path}: its progress has {unknown[0]}, which is not known here: a later tinytl_hf wrote it; "
+            f"go on with that one (this is {__version__})"
+        )
+    return values
 
 
 def _check_same(path: Path, now: dict[str, Any]) -> None:

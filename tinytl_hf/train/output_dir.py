@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -50,6 +51,7 @@ OPTIONS = {*GROUPS, "output_dir", "overwrite", "seed", "method", "tracker", "met
 # The same of its JSON files: a key that each of them has.
 KEYS = {RESULTS_FILE: "tinytl_hf_version", MISTAKES_FILE: "shown", MEMORY_FILE: "rows"}
 LOCK_FILE = ".lock"  # while a run is at work
+SEEN_WITHIN = 60.0  # seconds: a network's file system may remember for a while that a file was not there
 TRACKED_AS = "tinytl_hf"  # what trackers call the project, and TensorBoard its folder
 NAMES = (CONFIG_FILE, METRICS_FILE, *KEYS, ADAPTER, LAST_ADAPTER, CHECKPOINTS)
 
@@ -180,6 +182,21 @@ def make_ready(config: Config, resume_from: Path | None, epochs_done: int) -> No
         # Written first: the other files count as a run's only beside it. To replace a run was allowed this once.
         replace(config, overwrite=False).save(output / CONFIG_FILE)
         write_text(output / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def check_is_shared(file: Path) -> None:
+    """Wait for what the first process wrote or found, which another machine that has the folder, too, sees in time.
+
+    Raises:
+        TinyTLError: It is not there.
+    """
+    end = time.monotonic() + SEEN_WITHIN
+    while not file.exists():
+        if time.monotonic() > end:
+            raise TinyTLError(
+                f"{file}: is there for the first process, and not for this one; let all machines share output_dir"
+            )
+        time.sleep(0.1)
 
 
 def run_of(checkpoint: Path | None) -> Path | None:

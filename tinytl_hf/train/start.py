@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
@@ -38,7 +38,7 @@ from tinytl_hf.measure.metrics import load_metrics
 from tinytl_hf.measure.results import Evaluated
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.network.backbones import check_takes
-from tinytl_hf.reports.run_folder import ADAPTER
+from tinytl_hf.reports.run_folder import ADAPTER, CONFIG_FILE
 from tinytl_hf.step import Loss, make_optimizer
 from tinytl_hf.train import checkpoint
 from tinytl_hf.train.budget import within_budget
@@ -49,6 +49,7 @@ from tinytl_hf.train.inputs import Inputs, read_inputs
 from tinytl_hf.train.output_dir import (
     TRACKED_AS,
     check_free,
+    check_is_shared,
     check_keeps_init,
     claimed,
     copy_best,
@@ -77,7 +78,7 @@ def set_up(config: Config, held: ExitStack) -> Run:
     opened = sets.open_data(config.data)
     asked, config = config, settle(config, accelerator, opened)
     options = config.train
-    resume_from = checkpoint.find(config)
+    resume_from = find_checkpoint(config, accelerator)
     set_seed(config.seed)
     model = make_model(config, opened.train.label_names, resume_from)
     log_recipe(asked, config, opened, resume_from, accelerator.device)
@@ -167,6 +168,15 @@ def settle(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
     return within_budget(config, accelerator, opened)
 
 
+def find_checkpoint(config: Config, accelerator: Accelerator) -> Path | None:
+    """The checkpoint to go on from, if any: that which the first process finds."""
+    found = [checkpoint.find(config) if accelerator.is_main_process else None]
+    (path,) = broadcast_object_list(found)
+    if path is not None:
+        check_is_shared(path / checkpoint.PROGRESS_FILE)
+    return path
+
+
 def make_model(config: Config, label_names: list[str], resume_from: Path | None) -> TinyTLModel:
     """The model to train; with ``adapter.init``, and no checkpoint to go on from, with what that adapter has."""
     model = TinyTLModel.from_config(config, label_names)
@@ -236,6 +246,7 @@ def start_or_go_on(
     if accelerator.is_main_process:
         make_ready(config, None, epochs_done=0)
     accelerator.wait_for_everyone()
+    check_is_shared(Path(config.output_dir) / CONFIG_FILE)
     return Progress(init=None if model.config.init is None else asdict(model.config.init))
 
 
@@ -266,6 +277,7 @@ def go_on(
         make_ready(config, resume_from, progress.epoch)
         copy_best(config, resume_from, progress.epoch)
     accelerator.wait_for_everyone()
+    check_is_shared(output / CONFIG_FILE)
     is_missing = not has_whole_adapter(output)
     accelerator.wait_for_everyone()  # all have seen that, before it is written
     if is_missing or is_of_later_epoch:
