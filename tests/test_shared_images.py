@@ -86,3 +86,19 @@ def test_an_image_that_one_process_cannot_read_is_an_error_of_all(tmp_path):
     (tmp_path / "data" / "train" / "a" / "74.png").write_bytes(b"damaged")
     ours, theirs = read_by_two(DataConfig(dataset=str(tmp_path / "data")), tmp_path)
     assert ours == theirs and "74.png of split train cannot be read" in ours
+
+
+def test_a_temporary_folder_that_is_not_there_is_named_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(TinyTLError, match=r"written to .*/gone \(\[Errno 2\] No such file.*name a folder with more"):
+        shared.decode_in_shares(1, lambda index: [])
+
+
+def test_where_python_finds_no_temporary_folder_at_all_it_says_so(monkeypatch):
+    def find_none(**_: str) -> None:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "mkstemp", find_none)
+    with pytest.raises(TinyTLError, match=r"written to a temporary folder \(No usable temporary directory found"):
+        shared.decode_in_shares(1, lambda index: [])

@@ -42,18 +42,22 @@ def decode_in_shares(count: int, decode: Callable[[np.ndarray], Iterable[Tensor 
     state = PartialState()
     machine = state.process_index - state.local_process_index  # number of its first process
     with ExitStack() as opened:
-        descriptor, name = tempfile.mkstemp(prefix="tinytl-images-")
         try:
-            own = opened.enter_context(os.fdopen(descriptor, "wb", buffering=0))
-            names = [name for other, name in gather_object([(machine, name)]) if other == machine]
-            files = [opened.enter_context(Path(name).open("rb")) for name in names]
-            state.wait_for_everyone()
-        finally:
-            Path(name).unlink()
+            descriptor, name = tempfile.mkstemp(prefix="tinytl-images-")
+            try:
+                own = opened.enter_context(os.fdopen(descriptor, "wb", buffering=0))
+                names = [name for other, name in gather_object([(machine, name)]) if other == machine]
+                files = [opened.enter_context(Path(name).open("rb")) for name in names]
+                state.wait_for_everyone()
+            finally:
+                Path(name).unlink()
+        except OSError as error:  # no folder to write in, or one that another process does not have
+            raise _no_room(error) from error
         share = np.array_split(np.arange(count), len(names))[state.local_process_index]
-        shapes, error = _write(own, decode(share))
-        written = [rest for other, *rest in gather_object([(machine, shapes, error)]) if other == machine]
-        if errors := [error for _, error in written if error is not None]:
+        written = [
+            rest for other, *rest in gather_object([(machine, *_write(own, decode(share)))]) if other == machine
+        ]
+        if errors := [failed for _, failed in written if failed is not None]:
             raise errors[0]
         return [image for file, (shapes, _) in zip(files, written, strict=True) for image in _mapped(file, shapes)]
 
@@ -69,11 +73,16 @@ def _write(file: FileIO, images: Iterable[Tensor | None]) -> tuple[list[Shape | 
     except TinyTLError as error:
         return shapes, error
     except OSError as error:
-        return shapes, TinyTLError(
-            f"decoded images or features cannot be written to {tempfile.gettempdir()} ({error}); name a folder with "
-            "more room in TMPDIR, or let images stream with a lower --data.memory_limit_mb"
-        )
+        return shapes, _no_room(error)
     return shapes, None
+
+
+def _no_room(error: OSError) -> TinyTLError:
+    place = tempfile.tempdir or "a temporary folder"  # where Python found none, to ask for it raises again
+    return TinyTLError(
+        f"decoded images or features cannot be written to {place} ({error}), for all processes of a machine; name "
+        "a folder with more room in TMPDIR, or let images stream with a lower --data.memory_limit_mb"
+    )
 
 
 def _mapped(file: BinaryIO, shapes: list[Shape | None]) -> list[Tensor | None]:
