@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from tinytl_hf.config.train import TrainConfig
 from tinytl_hf.config.verbs import EvalConfig
 from tinytl_hf.device import alone_in_process
 from tinytl_hf.measure.accuracy import evaluate_adapter
-from tinytl_hf.train import output_dir
+from tinytl_hf.train import output_dir, start
 from tinytl_hf.train.loop import train
 
 
@@ -213,6 +214,31 @@ def test_machines_without_a_folder_in_common_are_told_so_before_they_train(resum
         f"{missing}: is there for the first process, and not for this one; let all machines share output_dir"
     )
     assert checkpoints(tmp_path / "0" / "run") == before and not (tmp_path / "1" / "run").exists()
+
+
+def _go_on_and_see_no_adapter_yet(rank, port, data, folder):
+    os.environ |= {**as_launched(rank, 2, port), "ACCELERATE_USE_CPU": "1"}
+    if rank == 1:
+        start.has_whole_adapter = lambda _: False
+    figures = train(replaced(config(data, folder / "run"), lr=1e-9, resume="auto", epochs=5, patience=2))
+    (folder / f"{rank}.txt").write_text(f"{figures['accuracy']}")
+
+
+def replaced(run_config, **train_options):
+    return replace(run_config, train=replace(run_config.train, **train_options))
+
+
+def test_a_process_that_sees_the_adapter_later_stops_at_the_same_epoch(colour_folder, tmp_path):
+    first = train(replaced(config(colour_folder, tmp_path / "run"), lr=1e-9, epochs=2))
+    arguments = (free_port(), colour_folder, tmp_path)
+    processes = [CONTEXT.Process(target=_go_on_and_see_no_adapter_yet, args=(rank, *arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(HANG)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == [f"{first['accuracy']}"] * 2
+    assert len(metrics(tmp_path / "run")) == 3  # the second and the third are no better than the first
 
 
 def test_what_a_process_says_whose_run_has_lost_another(colour_folder, tmp_path):

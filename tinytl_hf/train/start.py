@@ -278,9 +278,9 @@ def go_on(
         copy_best(config, resume_from, progress.epoch)
     accelerator.wait_for_everyone()
     check_is_shared(output / CONFIG_FILE)
-    is_missing = not has_whole_adapter(output)
-    accelerator.wait_for_everyone()  # all have seen that, before it is written
-    if is_missing or is_of_later_epoch:
+    # All do what the first process sees: another machine may see it later, and would stop at another epoch.
+    (is_to_be_written,) = broadcast_object_list([is_of_later_epoch or not has_whole_adapter(output)])
+    if is_to_be_written:
         # Resumed into another folder, and the best so far is not in the first, or from before a better epoch.
         is_best = progress.batch == 0 and progress.epochs_since_best == 0  # which the checkpoint has itself
         if config.adapter.keep == "best" and not is_best:
