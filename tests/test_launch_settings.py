@@ -141,7 +141,7 @@ def test_steps_are_measured_on_the_device_that_runs_are_told_to_use(told, found,
 
 @pytest.mark.parametrize(("name", "made_current"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
 def test_the_gpu_that_a_run_is_told_to_use_is_the_current_one(name, made_current, monkeypatch):
-    found = SimpleNamespace(device=torch.device(name), mixed_precision="no")
+    found = SimpleNamespace(device=torch.device(name), mixed_precision="no", num_processes=1)
     monkeypatch.setattr(device, "Accelerator", lambda **_: found)
     monkeypatch.setattr(device, "_check_device", lambda _: None)
     seen = []
