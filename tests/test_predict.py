@@ -10,11 +10,13 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from shared import run_cli, write_image
 
 from tinytl_hf import TinyTLModel, cli
 from tinytl_hf.data import images
+from tinytl_hf.deploy.adapter_classifier import AdapterClassifier
 from tinytl_hf.deploy.sources import find_images
 
 LABELS = ["\u732b", "\U0001f600 caf\u00e9", "\x1b[31mred", "two\nlines"]
@@ -258,6 +260,13 @@ def test_predict_and_preprocess_see_the_same_pixels(adapter, tmp_path):
     done = run_cli("predict", "--adapter", adapter, "--json", "--top_k", "4", tmp_path / "a.png")
     for label in json.loads(done.stdout)["labels"]:
         assert label["probability"] == pytest.approx(expected[LABELS.index(label["label"])].item(), rel=1e-6)
+
+
+def test_a_cpu_that_accelerate_is_told_to_use_predicts_beside_a_gpu(adapter, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    photo = np.full((40, 30, 3), 128, dtype=np.uint8)
+    assert AdapterClassifier(str(adapter), None, None).probabilities([photo]).sum() == pytest.approx(1)
 
 
 def test_an_adapter_whose_folder_is_called_as_an_exported_file_is_one(adapter, tmp_path):

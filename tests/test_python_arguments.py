@@ -154,6 +154,7 @@ def test_options_of_a_download_are_checked(options, message, make_model):
         ({"metrics": {"acc": 0.9}}, r"a card shows accuracy, .*; use one of those"),
         ({"metrics": {"accuracy": "high"}}, r"metrics: accuracy is 'high'; use a number from 0 to 1"),
         ({"metrics": {"accuracy": 91.5}}, r"metrics: accuracy=91.5: use a number from 0 to 1"),
+        ({"metrics": {"accuracy": True}}, r"metrics: accuracy=True: use a number from 0 to 1"),
         ({"metrics": {"ece": float("nan")}}, r"metrics: ece=nan: use a number from 0 to 1"),
         ({"data": "flowers"}, r"data='flowers': use a DataRecord of tinytl_hf.adapter.record"),
     ],

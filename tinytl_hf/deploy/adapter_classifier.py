@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from tinytl_hf.data.tensors import as_tensor, pad_images
-from tinytl_hf.device import forward_in_parts, set_threads
+from tinytl_hf.device import forward_in_parts, is_told_cpu, set_threads
 from tinytl_hf.lean.evaluation import evaluated_by_chains
 from tinytl_hf.model import TinyTLModel
 
 
 class AdapterClassifier:
-    """Labels photos with an adapter, on CUDA or else the CPU.
+    """Labels photos with an adapter, on CUDA or, if there is none or Accelerate is told so, on the CPU.
 
     Args:
         adapter: Its folder, or its name on the Hub.
@@ -27,7 +27,7 @@ class AdapterClassifier:
 
     def __init__(self, adapter: str, weights: str | None, revision: str | None) -> None:
         set_threads(None)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() and not is_told_cpu() else "cpu"
         self._model = TinyTLModel.from_pretrained(adapter, weights=weights, revision=revision).eval().to(device)
         self.label_names = self._model.label_names
         self.eval_size = self._model.config.preprocessing.eval_size

@@ -156,7 +156,8 @@ def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
             figures[name] = float(metrics[name])
         except (TypeError, ValueError) as error:
             raise TinyTLError(f"metrics: {name} is {metrics[name]!r}; use a number from 0 to 1") from error
-        check(0 <= round(figures[name], 6) <= 1, f"metrics: {name}", figures[name], "use a number from 0 to 1")
+        is_share = 0 <= round(figures[name], 6) <= 1 and not isinstance(metrics[name], bool)
+        check(is_share, f"metrics: {name}", metrics[name], "use a number from 0 to 1")
     return figures
 
 
