@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from shared import run_cli
+from shared import run_cli, small_run
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.deploy.exported import described_by, write_with_description
@@ -103,3 +103,17 @@ def test_a_file_that_cannot_be_written_ends_the_command_before_it_measures(
     name, _, path = option.partition("=")
     done = run_cli(*words, f"--{name}", path)
     assert done.returncode == 1 and f"{option}: cannot be written" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "fix"), [(1, "go on from the one before with --train.resume auto"), (0, "start it again")]
+)
+def test_a_checkpoint_that_has_no_room_says_how_to_go_on(before, fix, colour_folder, tmp_path, monkeypatch):
+    def sync(_):
+        if len(list((tmp_path / "run/checkpoints").glob("step_*"))) == before:
+            raise FULL
+
+    monkeypatch.setattr("tinytl_hf.train.checkpoint.sync", sync)
+    done = run_cli(*small_run(colour_folder, tmp_path / "run", "--method", "FT-Last", "--train.epochs", "3"))
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.endswith(f"No space left on device); make room and {fix}"), last

@@ -169,8 +169,8 @@ def save(accelerator: Accelerator, config: Config, progress: Progress, hashes: d
         shutil.rmtree(temporary, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        is_gone = not Path(config.output_dir).is_dir()
-        fix = "the folder is gone" if is_gone else "make room and go on from the one before with --train.resume auto"
+        again = "go on from the one before with --train.resume auto" if list_checkpoints(folder) else "start it again"
+        fix = f"make room and {again}" if Path(config.output_dir).is_dir() else "the folder is gone"
         what = f"the checkpoint of step {progress.step} cannot be written"
         raise TinyTLError(f"output_dir={config.output_dir}: {what} ({error}); {fix}") from error
     accelerator.wait_for_everyone()
