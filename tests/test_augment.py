@@ -88,6 +88,16 @@ def test_boxes_stay_inside_and_keep_to_the_scale():
     assert len(boxes.unique(dim=0)) == 4000  # each image has its own box
 
 
+@pytest.mark.parametrize(("size", "least", "most"), [((64, 64), 0.866, 1.0), ((100, 400), 0.433, 0.578)])
+def test_what_does_not_fit_of_a_crop_is_cut_off(size, least, most):
+    boxes, _ = RandomCropFlip(4000, seed=0, scale=(1.0, 1.0), flip=False)(
+        torch.tensor([size] * 4000), torch.arange(4000)
+    )
+    shares = boxes[:, 2] * boxes[:, 3] / (size[0] * size[1])
+    assert least <= shares.min() < least + 0.01 and most - 0.01 < shares.max() <= most
+    assert (boxes[:, :2] + boxes[:, 2:]).amax(0).tolist() == pytest.approx(size, abs=0.01)  # to the last pixel
+
+
 def test_a_draw_depends_on_seed_epoch_and_image_alone():
     augment = RandomCropFlip(images=10, seed=3, scale=(0.1, 1.0), flip=True)
     sizes = torch.tensor([[32, 32]] * 10)

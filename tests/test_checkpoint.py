@@ -137,6 +137,16 @@ def test_another_kind_of_run_is_refused(option, value, named, original, colour_f
     assert done.returncode == 1 and named in done.stderr and "was made with" in done.stderr
 
 
+def test_a_budget_that_splits_the_batch_otherwise_is_told_how_to_go_on(finished, colour_folder, ready_processes):
+    done = resume(colour_folder, finished, "--memory.budget_mb", "900", "--train.gradient_accumulation_steps", "2")
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "error: memory.budget_mb=900 takes train.gradient_accumulation_steps=2: " in last
+    fix = "use --memory.budget_mb null --train.gradient_accumulation_steps 1"
+    assert f"was made with 1; {fix}, or another --output_dir" in last
+    done = resume(colour_folder, finished, "--train.epochs", "3", *fix.split()[1:])
+    assert done.returncode == 0 and len(metrics(finished)) == 3, done.stderr
+
+
 def test_other_images_at_the_same_place_are_refused(colour_folder, finished, tmp_path):
     data = shutil.copytree(colour_folder, tmp_path / "data")
     arguments = small_run(data, tmp_path / "own", *OPTIONS)

@@ -27,7 +27,7 @@ from tinytl_hf.errors import TinyTLError
 from tinytl_hf.lean.native_library import instruction_sets
 from tinytl_hf.measure.peak import Peak
 from tinytl_hf.train import budget, ranking
-from tinytl_hf.train.fit import about_lr, fitted_to_backbone, make_families, recommend
+from tinytl_hf.train.fit import about_lr, facts_of, fitted_to_backbone, make_families, recommend, say_what_streams
 from tinytl_hf.train.fresh_step import FreshStep
 from tinytl_hf.train.plans import families
 from tinytl_hf.train.search import BYTES, Budget, DataFacts, Family, search
@@ -277,6 +277,19 @@ def test_limits_of_control_groups_of_both_versions_are_read_and_the_tightest_cou
     write("sys/fs/cgroup/memory/job/memory.limit_in_bytes", "2000\n")
     write("sys/fs/cgroup/memory/memory.limit_in_bytes", str(2**63 - 4096))
     assert memory_limit(tmp_path) == 2000
+
+
+def test_images_that_stream_are_said_to_be_decoded_beside_the_figures(colour_folder, caplog):
+    facts = {}
+    for size, limit in ((64, 2048), (32, 0)):
+        config = Config(data=DataConfig(dataset=str(colour_folder), memory_limit_mb=limit))
+        facts[size] = facts_of(open_data(config.data), config, size)
+    assert [(known.streams, known.in_memory > 0) for known in facts.values()] == [(False, True), (True, False)]
+    with caplog.at_level(logging.INFO):
+        say_what_streams({64: facts[64]}, 2048)
+        assert "decoded in each epoch" not in caplog.text
+        say_what_streams(facts, 0)
+    assert "at 32 px, the images of a split take more than data.memory_limit_mb=0 and are decoded in" in caplog.text
 
 
 @pytest.mark.parametrize(("size", "turned"), [((40, 36), 1), ((300, 200), 1), ((300, 200), 6), ((1000, 70), 8)])

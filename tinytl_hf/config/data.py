@@ -52,7 +52,8 @@ class DataConfig:
     show, so a network that trained on them sees things at their usual size in somewhat larger images (Touvron et
     al. 2019)."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
-    """Training: least and greatest share of an image's area in the random resized crop."""
+    """Training: least and greatest share of an image's area in the random resized crop, of a shape from 3:4 to 4:3.
+    What of it does not fit into an image is cut off: of square images, [1, 1] shows 0.87 to 1."""
     flip: bool = True
     """Training: mirror half of the images."""
     auto_augment: Literal["none", "trivial"] = "none"

@@ -67,8 +67,9 @@ class AdapterOptions:
     dtype: Literal["fp32", "fp16"] = "fp32"
     """Type of the trained tensors on disk; fp16 halves the file and rounds them."""
     keep: Literal["best", "last"] = "best"
-    """The epoch whose adapter is the run's result: best on the evaluation split, or last, whose figures owe
-    nothing to a choice made on that split (unless train.patience ends the training)."""
+    """The epoch whose adapter is the run's result: best on the evaluation split (the first of those with the greatest
+    accuracy), or last, whose figures owe nothing to a choice made on that split (unless train.patience ends the
+    training)."""
     init: str | None = None
     """Start from the adapter in this folder or of this name on the Hub, trained on these or other data: what the
     method trains and the adapter has goes on, and so do the head's rows of classes that both have."""

@@ -348,11 +348,14 @@ def _check_same(path: Path, now: dict[str, Any]) -> None:
     said = with_new_names(_record(path).get("run", {}))
     before = {**flat(Config().to_dict()), "precision": now.get("precision"), **said}
     for key, value in now.items():
-        if key not in MAY_DIFFER and before.get(key) != value:
-            raise TinyTLError(
-                f"{key}={value}: the checkpoint {path} was made with {before.get(key)}; use that, or another "
-                "--output_dir"
-            )
+        was = before.get(key)
+        if key in MAY_DIFFER or was == value:
+            continue
+        name, fix = f"{key}={value}", "use that"
+        if key == "train.gradient_accumulation_steps" and (budget := now["memory.budget_mb"]) is not None:
+            name = f"memory.budget_mb={budget:g} takes {name}"  # which nobody named
+            fix = f"use --memory.budget_mb null --{key} {was}"
+        raise TinyTLError(f"{name}: the checkpoint {path} was made with {was}; {fix}, or another --output_dir")
 
 
 def _say_what_changes(path: Path, config: Config) -> None:

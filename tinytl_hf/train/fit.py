@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -13,6 +14,7 @@ from tinytl_hf.config.fit import FitConfig
 from tinytl_hf.config.recipe import LEARNING_RATES, resolve
 from tinytl_hf.config.run import Config
 from tinytl_hf.config.yaml12 import dump_yaml
+from tinytl_hf.data.batches import STREAMS
 from tinytl_hf.data.sets import Opened, open_data
 from tinytl_hf.device import device_of_figures, memory_limit
 from tinytl_hf.disk import write_text
@@ -81,6 +83,7 @@ def fit(config: Config, options: FitConfig) -> Fit:
     opened = open_data(config.data)
     epochs = resolve(config, len(opened.train.labels)).train.plan.epochs
     facts = {size: facts_of(opened, config, size) for size in sizes_to_try(options, config.data.train_size)}
+    say_what_streams(facts, config.data.memory_limit_mb)
     import_module(TRAINING)  # so that this process has resident what a training has
     seconds = None if options.minutes is None else options.minutes * 60
     step = None if options.memory_mb is None else options.memory_mb * MB
@@ -234,7 +237,23 @@ def facts_of(opened: Opened, config: Config, size: int) -> DataFacts:
     in_memory = sum(part for part in memory.parts.values() if isinstance(part, int))
     train, evaluated = opened.train, len(opened.evaluation.labels)
     last = evaluated + (0 if opened.test is None else len(opened.test.labels))
-    return DataFacts(len(train.labels), evaluated, len(train.label_names), memory.photo_size, in_memory, last)
+    streams = STREAMS in memory.parts.values()
+    return DataFacts(len(train.labels), evaluated, len(train.label_names), memory.photo_size, in_memory, last, streams)
+
+
+def say_what_streams(facts: Mapping[int, DataFacts], limit_mb: int) -> None:
+    """Log for which sizes of the images the figures lack something, as images are decoded while the training goes on.
+
+    Args:
+        facts: Of the data, by size of the images.
+        limit_mb: What the decoded images of a split may take in MB.
+    """
+    if sizes := [str(size) for size, known in facts.items() if known.streams]:
+        logger.info(
+            "at %s px, the images of a split take more than data.memory_limit_mb=%d and are decoded in each epoch: "
+            "what that takes is in no figure of time or memory",
+            *(", ".join(sizes), limit_mb),
+        )
 
 
 def fitted_to_backbone(options: FitConfig, config: Config) -> tuple[FitConfig, int]:

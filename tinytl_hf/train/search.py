@@ -34,6 +34,7 @@ class DataFacts:
         photo_size: Greatest height and width of the decoded photos in px.
         in_memory: What the decoded images of all splits keep in memory, in bytes.
         evaluated_last: Images of the evaluations after the last epoch, of the adapter that is kept.
+        streams: Whether images of a split are decoded each time they are used.
     """
 
     images: int
@@ -42,6 +43,7 @@ class DataFacts:
     photo_size: tuple[int, int]
     in_memory: int
     evaluated_last: int = 0
+    streams: bool = False
 
     @property
     def photo(self) -> int:
