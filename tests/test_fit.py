@@ -29,7 +29,7 @@ from tinytl_hf.measure.peak import Peak
 from tinytl_hf.train import budget, ranking
 from tinytl_hf.train.fit import about_lr, facts_of, fitted_to_backbone, make_families, recommend, say_what_streams
 from tinytl_hf.train.fresh_step import FreshStep
-from tinytl_hf.train.plans import families
+from tinytl_hf.train.plans import Plan, families
 from tinytl_hf.train.search import BYTES, Budget, DataFacts, Family, search
 
 BLOCKS = 17
@@ -345,6 +345,24 @@ def test_a_budget_splits_the_batch_and_a_method_without_batch_statistics_trains_
     first, second = delta(tmp_path / "whole"), delta(tmp_path / "split")
     for name, tensor in first.items():
         assert np.abs(tensor - second[name]).max() <= 1e-6 * max(1.0, np.abs(tensor).max()), name
+
+
+@pytest.mark.parametrize("fits", [8, 4, 2, 1])
+def test_a_budget_of_just_what_a_step_takes_is_kept_by_that_step(fits):
+    plans, measured = [Plan("TinyTL-B", "all", 1.0, 64, batch) for batch in (16, 8, 4, 2, 1)], []
+
+    def take(plan, repeats):  # a step takes 0.5 % less than in proportion, but for the whole batch
+        measured.append(plan.batch)
+        kept = round((1.0 if plan.batch == 16 else 0.995) * 1e6 * plan.batch)
+        return FreshStep(Peak(9_000_000, 0, 0, 0, kept, 0, 0), 0, 0, 1.0, 1.0)
+
+    limit = Budget(take(replace(plans[0], batch=fits), 0).peak.total, None, None, 0)
+    family = Family(plans, {64: DataFacts(100, 10, 3, (64, 64), 0)}, limit, 16, take)
+    family.measure(plans[0])
+    row = family.best(plans) or family.measure(plans[-1])
+    found = budget.with_more_images(family, row)
+    assert found.plan.batch == fits and found.step.peak.total == limit.step
+    assert len(measured) <= 6  # the limit's own, and the whole batch
 
 
 def test_a_budget_that_one_image_exceeds_ends_before_training_with_what_would_fit(

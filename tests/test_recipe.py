@@ -68,7 +68,11 @@ def test_a_run_that_gets_no_better_stops_and_goes_on_with_more_patience(colour_f
     options += ["--adapter.keep", "last"]
     done = run_cli(*options, "--train.patience", "2")
     assert done.returncode == 0, done.stderr
-    assert len(metrics(tmp_path / "run")) == 3 and "stopped after epoch 3: no better accuracy in 2" in done.stderr
+    assert len(metrics(tmp_path / "run")) == 3
+    stopped = (
+        "stopped after epoch 3: no better accuracy in 2 epochs; of 9 epochs, which the cosine schedule would span"
+    )
+    assert stopped in done.stderr
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert "of the last epoch, after which patience ended the run by the figures on test, as the figures are" in card
     for patience, epochs in (("2", 3), ("4", 5)):

@@ -25,6 +25,8 @@ from tinytl_hf.train.warm_start import has_place_for, trained_by
 
 logger = logging.getLogger(__name__)
 
+NEARLY = 1.02  # times the budget: what a step should take at most for its measure to be worth the time
+
 
 def within_budget(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
     """``config`` with the fewest accumulation steps, no fewer than it has, whose measured step keeps the budget.
@@ -65,6 +67,7 @@ def _split(config: Config, accelerator: Accelerator, opened: Opened) -> Config:
     first = row = family.measure(whole)
     if row is None or not row.fits(family.budget):
         row = (family.best(family.plans) if family.rows else None) or family.measure(smallest)
+        row = with_more_images(family, row) if row is not None and row.fits(family.budget) else row
     if row is None:
         raise TinyTLError(
             f"{name}: the step that is measured before training did not end: this machine has not enough memory for "
@@ -119,6 +122,24 @@ def _family(config: Config, processes: int, opened: Opened) -> Family:
 def _has_batch_norms(config: Config) -> bool:
     method = METHODS[config.method]
     return method.batch_statistics or (method.lite_residual and config.lite.norm == "batch")
+
+
+def with_more_images(family: Family, row: Row) -> Row:
+    """A row with more images a pass than ``row``, if one that should take a trifle too much keeps the budget.
+
+    Args:
+        family: Its plans differ in that alone, most images first.
+        row: What fits.
+    """
+    measured = {each.plan for each in family.rows} | family.failed
+    for plan in reversed(family.plans[: family.plans.index(row.plan)]):
+        if plan in measured or family.excess(plan) > NEARLY:
+            break
+        larger = family.measure(plan)
+        if larger is None or not larger.fits(family.budget):
+            break
+        row = larger
+    return row
 
 
 def _in_words(row: Row) -> str:

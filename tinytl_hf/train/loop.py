@@ -139,7 +139,10 @@ def has_stalled(run: Run) -> bool:
     patience, since = run.config.train.patience, run.progress.epochs_since_best
     if patience is None or since < patience:
         return False
-    logger.info("stopped after epoch %d: no better accuracy in %s", run.progress.epoch, counted(since, "epoch"))
+    spread, epochs = run.config.spans_epochs, run.config.train.plan.epochs
+    planned = f"; of {counted(epochs, 'epoch')}, which {' and '.join(spread)} would span" if spread else ""
+    stopped = "stopped after epoch %d: no better accuracy in %s%s"
+    logger.info(stopped, run.progress.epoch, counted(since, "epoch"), planned)
     return True
 
 
