@@ -28,7 +28,7 @@ from tinytl_hf.config.verbs import (
     ReportConfig,
 )
 from tinytl_hf.disk import check_ours, write_bytes, writing
-from tinytl_hf.errors import TinyTLError, one_line
+from tinytl_hf.errors import TURNING, TinyTLError, one_line
 
 PROG = "tinytl-hf"
 VARIED_BY_FIT = {"gradient_accumulation_steps", "frozen_weights", "trained_blocks", "precision"}  # its rows have them
@@ -103,8 +103,8 @@ def _predict(values: Namespace) -> None:
 
 
 def shown(name: str) -> str:
-    """A name with its control characters escaped: a terminal would act on them."""
-    return "".join(c if c.isprintable() or ord(c) > 0x9F else repr(c)[1:-1] for c in name)
+    """A name with its control characters escaped, and marks that turn text: a terminal would act on them."""
+    return "".join(c if c.isprintable() or (ord(c) > 0x9F and c not in TURNING) else repr(c)[1:-1] for c in name)
 
 
 def _merge(values: Namespace) -> None:

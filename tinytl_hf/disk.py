@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,9 +59,24 @@ def check_ours(key: str, path: Path, mark: str | re.Pattern[bytes]) -> None:
     """
     pattern = re.compile(re.escape(mark.encode())) if isinstance(mark, str) else mark
     with writing(f"{key}={path}", "name another file"):
+        check_is_file(path)
         is_other = os.path.lexists(path) and pattern.search(path.read_bytes()) is None
     if is_other:
         raise TinyTLError(f"{key}={path}: is there, and was not written by this command; name another file")
+
+
+def check_is_file(path: Path) -> None:
+    """Raise if a pipe or a device is at a path: the one is waited for, for ever, and the other can have no end.
+
+    Raises:
+        OSError: With what it is. A folder, or nothing at all, is told by what opens it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError("it is no file, but a pipe, a device or the like")
 
 
 @contextmanager
@@ -90,10 +106,9 @@ def check_writable(path: Path) -> None:
         path.parent.stat()  # names that are too long, or below a file
     there = next(folder for folder in path.absolute().parents if folder.exists())
     trial = there / f".{path.name}.tmp"
-    try:
-        trial.touch()
-    finally:
-        trial.unlink(missing_ok=True)  # another process of a launch tries the same
+    with suppress(FileExistsError):  # another process of a launch tries the same, or it is somebody's
+        trial.open("xb").close()
+        trial.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -105,15 +120,23 @@ def write_together(files: Mapping[Path, bytes]) -> None:
     """As :func:`write_bytes`, for files that belong together: none gets its name before all are on the disk.
 
     So where one finds no room, or a person stops it there, those that were there before still fit one another, and
-    nothing new stays. Folders that are not there are made.
+    nothing new stays. Folders that are not there are made. A pipe or a device is not replaced, and nothing is written
+    through a link that somebody put where the file is to be made.
+
+    Raises:
+        OSError: One cannot be written.
     """
+    for path in files:
+        check_is_file(path)
     temporary = {path: path.with_name(f".{path.name}.tmp") for path in files}
     folders = {path.parent for path in files}
     made = [place for folder in folders for place in (folder, *folder.parents) if not place.exists()]
     try:
         for path, content in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary[path].write_bytes(content)
+            temporary[path].unlink(missing_ok=True)  # what a kill left, or a link
+            with temporary[path].open("xb") as file:
+                file.write(content)
             sync(temporary[path])
         for path in files:
             temporary[path].replace(path)

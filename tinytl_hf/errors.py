@@ -3,6 +3,9 @@
 import json
 import unicodedata
 
+# Marks that turn the direction of the text behind them, so that a name shows as another one.
+TURNING = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
+
 
 class TinyTLError(ValueError):
     """Bad input: the message names the thing, the value found and the fix."""
@@ -41,9 +44,11 @@ def first_line(error: BaseException) -> str:
 def one_line(text: object) -> str:
     """Text on one line, without what is no character: line ends, escape sequences, bytes of a name that is not UTF-8.
 
+    Nor has it marks that turn the direction of text.
+
     A name of a file or a class can hold such things, and a terminal or a page would act on them.
     """
-    shown = "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in str(text))
+    shown = "".join(" " if unicodedata.category(c) in ("Cc", "Cs") or c in TURNING else c for c in str(text))
     return " ".join(shown.split())
 
 

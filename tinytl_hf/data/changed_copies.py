@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from tinytl_hf.config.check import LONGEST_NAME
 from tinytl_hf.data.columns import image_paths
 from tinytl_hf.data.split import Split
 from tinytl_hf.words import counted
@@ -20,9 +21,10 @@ logger = logging.getLogger(__name__)
 _CHANGE = (
     r"(new)?(\d+ ?deg(rees?)?|rot(at(ed?|ion))?|([hv]|lr|ud)?[-_]?flip(ped)?([-_]?([hv]|lr|tb|ud))?|mirror(ed)?|"
     r"aug(mented|mentation)?|crop(ped)?|nois[ey]|blur(red|ry)?|bright(ness|er)?|dark(er)?|contrast|shear(ed)?|"
-    r"zoom(ed)?|shift(ed)?|jitter(ed)?)([-_ ]?\d+){0,2}"
+    r"zoom(ed)?|shift(ed)?|jitter(ed)?)([-_ ]?\d+([-_ ]\d+)?)?"
 )
-BEHIND = re.compile(rf"([-_ ]{_CHANGE})({_CHANGE}|[-_ ]{_CHANGE})*$", re.I)
+APART = "-_ "
+BEHIND = re.compile(rf"[{APART}]?{_CHANGE}$", re.I)
 BEFORE = re.compile(rf"^{_CHANGE}[-_ ]+(?=.)", re.I)
 OF_CHANGED = re.compile(  # folders
     r"(originals?|thumb(nail)?s?|resized|aug(mented|mentations?)?|flipped|mirrored|rotated|cropped)([-_ ]?\d+)?", re.I
@@ -80,8 +82,25 @@ def copies_by_names(split: Split, files: np.ndarray) -> list[list[int]]:
 
 def original_name(path: str) -> str:
     """What an image is called, without what says that it was changed."""
-    name = OF_ROBOFLOW.sub("", _stem(path))
-    return BEFORE.sub("", BEHIND.sub("", name)) or name
+    if len(stem := _stem(path)) > LONGEST_NAME:  # a table can say anything of an image that is in it
+        return stem
+    name = OF_ROBOFLOW.sub("", stem)
+    return BEFORE.sub("", _without_what_is_behind(name)) or name
+
+
+def _without_what_is_behind(name: str) -> str:
+    """A name without the changes behind it, of which the first is set apart (``cat_flip90deg``).
+
+    One pattern for all of them would try each way to share a long name out among them, which can take for ever.
+    """
+    if BEHIND.search(name) is None:
+        return name
+    starts, first = [len(name)], len(name)  # where there are changes, and no more than those, up to the end
+    for start in reversed(range(len(name))):
+        if any(BEHIND.fullmatch(name, start, end) for end in starts):
+            starts.append(start)
+            first = start if name[start] in APART else first
+    return name[:first]
 
 
 def _by_original(images: Sequence[tuple[int, str | None]], say: bool) -> list[list[int]]:

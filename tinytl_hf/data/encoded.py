@@ -15,7 +15,8 @@ from PIL import Image
 from tinytl_hf.errors import TinyTLError
 
 FEWEST = 64  # numbers in a row that are likely the pixels of an image, of 8 x 8 and more
-PIXELS = re.compile(rf"\W*(\d+(\.\d*)?\W+){{{FEWEST - 1}}}\d")  # 70 80 82, or [70, 80, 82]
+# 70 80 82, or [70, 80, 82]. A text is read in one way alone: in two ways for each number, it would take for ever.
+PIXELS = re.compile(rf"\W*(\d+(\.\d+)?(?!\.\d)\W+){{{FEWEST - 1}}}\d")
 SHORTEST = 64  # characters: no image is smaller, and few other texts without a space are longer
 
 

@@ -18,6 +18,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.beside import say_splits_not_taken
 from tinytl_hf.data.found import named
+from tinytl_hf.disk import check_is_file
 from tinytl_hf.errors import TinyTLError
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,10 @@ def has_configs(folder: Path) -> bool:
 def _head(folder: Path, field: str) -> Any:
     """A field of the metadata at the head of a folder's README."""
     try:
+        check_is_file(folder / README)
         head = REGEX_YAML_BLOCK.search((folder / README).read_text(encoding="utf-8-sig"))
         values = yaml.safe_load(head[2]) if head else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except Exception:  # no such date, too many digits, too deep: what a value's constructor makes of it
         return None
     return values.get(field) if isinstance(values, dict) else None
 

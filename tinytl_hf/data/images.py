@@ -8,10 +8,13 @@ import logging
 import re
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
+
+from tinytl_hf.disk import check_is_file
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +101,7 @@ def _what_it_is(encoded: dict[str, Any]) -> str:
     start = encoded["bytes"]
     if start is None:
         try:
+            check_is_file(Path(encoded["path"] or ""))
             with open(encoded["path"] or "", "rb") as file:
                 start = file.read(256)
         except (OSError, ValueError):
@@ -114,7 +118,10 @@ def _what_it_is(encoded: dict[str, Any]) -> str:
 
 
 def _opened(encoded: dict[str, Any]) -> Image.Image:
-    return Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]), formats=FORMATS)
+    if encoded["bytes"] is None:
+        check_is_file(Path(encoded["path"] or ""))
+        return Image.open(encoded["path"], formats=FORMATS)
+    return Image.open(io.BytesIO(encoded["bytes"]), formats=FORMATS)
 
 
 def _scale_transparent_colour(image: PngImagePlugin.PngImageFile) -> None:

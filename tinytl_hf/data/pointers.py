@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from tinytl_hf.data.images import LFS
+from tinytl_hf.disk import check_is_file
 from tinytl_hf.errors import TinyTLError
 
 PAGES = re.compile(rb"\s*<(!doctype html|html)", re.I)
@@ -20,6 +21,7 @@ def check_is_here(file: str | Path, url: str | None = None) -> None:
         file: Its path.
         url: Where it was downloaded from.
     """
+    check_is_file(Path(file))
     with open(file, "rb") as content:
         check_start(content.read(LOOKED_AT), str(file if url is None else url))
 

@@ -259,6 +259,8 @@ def _load_files(source: Source, config: DataConfig) -> Tables:
     files = [source.name]
     if not os.path.isfile(source.name):
         files = sorted(file for file in glob.glob(source.name, recursive=True) if os.path.isfile(file))
+    if not files and suffix_of(source.name) in TABLES:  # a pipe would be waited for, for ever
+        raise TinyTLError(f"data.dataset={config.dataset}: is no file, but a pipe, a device or the like; name a file")
     for file in files or [source.name]:
         suffix = suffix_of(file)
         if suffix not in TABLES:

@@ -77,6 +77,10 @@ def _predict_batch(classifier: Classifier, sources: list[Source], config: Predic
         probabilities = classifier.probabilities([photo for _, photo in inputs], config.mirror)
         views = {"views": 2} if config.mirror else {}
         for (number, _), values in zip(inputs, probabilities, strict=True):
+            if not np.isfinite(values).all():
+                reason = "the network gives no finite numbers for it; its weights or its preprocessing are damaged"
+                results[number] = {"image": sources[number].name, "error": reason}
+                continue
             best = np.argsort(-values, kind="stable")[: config.top_k]
             labels = [{"label": classifier.label_names[i], "probability": float(values[i])} for i in best]
             results[number] = {"image": sources[number].name, "labels": labels, **views}

@@ -23,6 +23,7 @@ from tinytl_hf.adapter.record import AdapterConfig, DataRecord
 from tinytl_hf.config.check import check
 from tinytl_hf.config.network import MethodName
 from tinytl_hf.data.roles import HOLDOUT
+from tinytl_hf.disk import check_is_file
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.hub.card_words import (
     AUTHORS,
@@ -168,6 +169,7 @@ def read_card(folder: Path) -> str | None:
         TinyTLError: It is there and cannot be read.
     """
     try:
+        check_is_file(folder / CARD_FILE)
         card = (folder / CARD_FILE).read_text(encoding="utf-8-sig")
         return card if card.strip() else None
     except (FileNotFoundError, NotADirectoryError):
@@ -201,7 +203,7 @@ def update_card(existing: str, new: str) -> str:
     try:
         theirs = yaml.safe_load(head[2]) or {}
         merged = _merged(theirs, yaml.safe_load(own[2]) or {})
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError):
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError):
         return text  # a head that is no mapping of the Hub's is a person's business
     return text if merged == theirs else f"{_head(merged)}{text[head.end() :]}"
 
