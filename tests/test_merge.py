@@ -157,6 +157,35 @@ def test_a_file_is_replaced_only_on_request_and_then_whole(merged, tmp_path, mon
     assert done.returncode == 1 and "is a file of the adapter" in done.stderr and tensors.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors, about: about.update(adapter_config="[" * 100_000), "maximum recursion depth"),
+        (
+            lambda tensors, about: about.update(
+                adapter_config=about["adapter_config"].replace('"dtype"', '"dtype": "fp32", "dtype"')
+            ),
+            "'dtype' is there more than once",
+        ),
+        (lambda tensors, about: tensors["classifier.1.weight"].fill_(float("nan")), "classifier.1.weight has values"),
+        (
+            lambda tensors, about: tensors.update({"classifier.1.bias": torch.zeros(2, dtype=torch.int8)}),
+            "does not fit the adapter_config in its metadata",
+        ),
+    ],
+)
+def test_what_a_file_of_somebody_elses_can_say_is_named_on_one_line(change, said, merged):
+    _, path, _ = merged("FT-Last")
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    change(tensors, about)
+    save_file(tensors, path, about)
+    with pytest.raises(TinyTLError, match=path.name) as refused:
+        load_merged(path)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
 def test_a_link_that_leads_nowhere_is_not_replaced(make_model, tmp_path):
     model = make_model("FT-Last")
     model.save_pretrained(tmp_path / "adapter")

@@ -25,6 +25,7 @@ from tinytl_hf.deploy import export as deploy_export
 from tinytl_hf.deploy import exported as exported_network
 from tinytl_hf.deploy import onnx as deploy_onnx
 from tinytl_hf.deploy.check import Comparison, RealImages, evaluation_images
+from tinytl_hf.deploy.onnx_predict import OnnxClassifier
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 ort = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
@@ -341,6 +342,30 @@ def test_predict_says_what_is_wrong_with_a_file(tmp_path):
         assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     done = run_cli("predict", "--adapter", tmp_path / "other.onnx", "--weights", "none", "x.png")
     assert "holds its own weights" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"labels": "no JSON"}, "Expecting value"),
+        ({"labels": "[" * 100_000}, "maximum recursion depth"),
+        ({"labels": '{"a": 1}'}, "its labels are no list of names"),
+        ({"labels": '["blue", "red"]'}, "it has 2 labels, and gives [1, 4]"),
+        ({"preprocessing": '{"eval_size": 1000000000}'}, "its eval_size is no side of an image"),
+        ({"preprocessing": '{"eval_size": true}'}, "its eval_size is no side of an image"),
+        ({"preprocessing": "[]"}, "list indices"),
+        ({"preprocessing": '{"eval_size": 64}'}, "crop_pct"),
+        ({"input": '{"name": "other", "type": "float32", "layout": "NCHW"}'}, "images"),
+    ],
+)
+def test_a_file_that_says_of_itself_what_does_not_hold_is_refused(change, said, exported, tmp_path):
+    network = onnx.load(exported[0] / "new" / "m.onnx")
+    for entry in network.metadata_props:
+        entry.value = change.get(entry.key, entry.value)
+    onnx.save(network, tmp_path / "m.onnx")
+    with pytest.raises(TinyTLError, match=r"m.onnx: is not what it says of itself \(") as refused:
+        OnnxClassifier(tmp_path / "m.onnx")
+    assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_size_in_use_that_is_null_is_that_of_training_and_for_python_that_of_the_adapter(make_model, monkeypatch):

@@ -1,6 +1,7 @@
 """Files of weights as training code leaves them."""
 
 import pickle
+import random
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from tinytl_hf import TinyTLError, TinyTLModel
 from tinytl_hf.network.backbones import create_backbone
-from tinytl_hf.network.weights import copy_weights
+from tinytl_hf.network.weights import copy_weights, read_file
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,33 @@ def test_a_pickled_network_is_not_run(weights, tmp_path):
         with pytest.raises(TinyTLError) as caught:
             build(tmp_path / name)
         assert "not a readable weights file" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x80\x02)\x81.", b"\x80\x02}q\x00(X\x01", b"\x80\x02h\x05.", b"\x80\x02ctorch\n", b"", b"PK\3\4"]
+)
+def test_a_damaged_pickle_is_named(content, tmp_path):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(TinyTLError, match=r"w.pth: not a readable weights file \("):
+        build(tmp_path / "w.pth")
+
+
+def test_a_pickle_of_which_bytes_were_changed_is_read_or_named(weights, tmp_path):
+    draw = random.Random(0)
+    for is_zip in (True, False):
+        torch.save(dict([*weights.items()][:3]), tmp_path / "w.pth", _use_new_zipfile_serialization=is_zip)
+        whole = (tmp_path / "w.pth").read_bytes()
+        refused = 0
+        for _ in range(150):
+            content = bytearray(whole)
+            for _ in range(4):
+                content[draw.randrange(900)] = draw.randrange(256)
+            (tmp_path / "w.pth").write_bytes(content)
+            try:
+                read_file(tmp_path / "w.pth")
+            except TinyTLError as error:
+                refused += "w.pth" in str(error)
+        assert refused > 100
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def read_config(folder: Path) -> AdapterConfig:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise TinyTLError(f"{path} is not an adapter config: it has {path.stat().st_size / 1e6:.0f} MB")
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_each_once)
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=each_once)
     except (OSError, ValueError, RecursionError) as error:
         raise TinyTLError(f"{path} is not valid JSON: {error}") from error
     return config_from(values, path)
@@ -120,7 +120,7 @@ def _why_not(folder: Path) -> str:
     return f", as it is a file; name {folder.parent if is_in_one else 'the folder of an adapter'}"
 
 
-def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, of whose values for one key Python would take the last."""
     if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
         raise ValueError(f"{twice[0][:LONGEST]!r} is there more than once")

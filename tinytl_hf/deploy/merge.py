@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from tinytl_hf.adapter.build import build_network
 from tinytl_hf.adapter.delta import frozen_tensors
-from tinytl_hf.adapter.format import CONFIG_FILE
+from tinytl_hf.adapter.format import CONFIG_FILE, each_once
 from tinytl_hf.adapter.record import AdapterConfig, config_from
 from tinytl_hf.config.check import check
 from tinytl_hf.config.verbs import MergeConfig
 from tinytl_hf.disk import StrPath, expanded, write_bytes, writing
-from tinytl_hf.errors import TinyTLError, quoted
+from tinytl_hf.errors import TinyTLError, one_line, quoted
 from tinytl_hf.hub.card import ADAPTER_FILES
 from tinytl_hf.hub.transfer import without_paths
 from tinytl_hf.lean.int8 import dequantise
@@ -96,9 +96,9 @@ def load_merged(path: StrPath) -> TinyTLModel:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        values = json.loads(metadata.get("adapter_config", "null"))
+        values = json.loads(metadata.get("adapter_config", "null"), object_pairs_hook=each_once)
         tensors = load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise TinyTLError(f"{path} cannot be read as a safetensors file: {error}") from error
     if not isinstance(values, dict):
         raise TinyTLError(f"{path} was not written by tinytl-hf merge: it has no adapter_config in its metadata")
@@ -106,10 +106,12 @@ def load_merged(path: StrPath) -> TinyTLModel:
     try:
         with torch.device("meta"):  # first without memory, in case the config asks for more than the file holds
             _fill(build_network(saved, "none")[0], tensors, assign=True)
+        if bad := [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]:
+            raise TinyTLError(f"{path}: {bad[0]} has values that are not finite; merge the adapter again")
         model = TinyTLModel(replace(saved, backbone=replace(saved.backbone, weights="none")))
         _fill(model.backbone, tensors)
     except RuntimeError as error:
-        raise TinyTLError(f"{path} does not fit the adapter_config in its metadata: {error}") from error
+        raise TinyTLError(f"{path} does not fit the adapter_config in its metadata: {one_line(error)}") from error
     is_itself = OWN_WEIGHTS in metadata or saved.backbone.weights == path.name  # older files say only their name
     record = replace(saved.backbone, weights=str(path.absolute())) if is_itself else saved.backbone
     model.config = replace(saved, backbone=record)

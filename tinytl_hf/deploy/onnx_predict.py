@@ -11,6 +11,8 @@ from tinytl_hf.data.view import centre_view, normalised
 from tinytl_hf.disk import StrPath, expanded
 from tinytl_hf.errors import TinyTLError, first_line
 
+MAX_IMAGE_SIZE = 2048  # px, as of all networks of this package
+
 
 class OnnxClassifier:
     """Labels photos with a file that ``tinytl-hf export --format onnx`` wrote.
@@ -45,10 +47,25 @@ class OnnxClassifier:
         about = self._session.get_modelmeta().custom_metadata_map
         if not {"labels", "preprocessing", "input"} <= about.keys():
             raise TinyTLError(f"{path}: was not written by tinytl-hf export: it does not say its labels")
-        self.label_names: list[str] = json.loads(about["labels"])
-        self._preprocessing = json.loads(about["preprocessing"])
-        self._input = json.loads(about["input"])
-        self.eval_size: int = self._preprocessing["eval_size"]
+        try:
+            self.label_names: list[str] = json.loads(about["labels"])
+            self._preprocessing = json.loads(about["preprocessing"])
+            self._input = json.loads(about["input"])
+            self.eval_size: int = self._preprocessing["eval_size"]
+            self._check()
+        except Exception as error:  # a file of somebody else's can say anything, at which onnxruntime has its own
+            reason = first_line(error)
+            raise TinyTLError(f"{path}: is not what it says of itself ({reason}); export it again") from error
+
+    def _check(self) -> None:
+        """Raise unless a photo gives a logit for each label, before any of a person's is labelled."""
+        if type(self.eval_size) is not int or not 1 <= self.eval_size <= MAX_IMAGE_SIZE:
+            raise ValueError("its eval_size is no side of an image")
+        if not isinstance(self.label_names, list) or not all(isinstance(name, str) for name in self.label_names):
+            raise ValueError("its labels are no list of names")
+        shape = self.logits([np.zeros((1, 1, 3), np.uint8)]).shape
+        if shape != (1, len(self.label_names)):
+            raise ValueError(f"it has {len(self.label_names)} labels, and gives {list(shape)}")
 
     def logits(self, photos: Sequence[np.ndarray]) -> np.ndarray:
         """Photos ``uint8`` ``[H, W, 3]`` of any sizes to logits ``[N, classes]``."""
