@@ -185,7 +185,11 @@ def test_a_run_with_an_option_that_others_lack_is_a_row_of_its_own(runs):
         ("eval_results.json", {"trained_parameters": "many"}, "eval_results.json: trained_parameters is no number"),
         ("eval_results.json", {"balanced_accuracy": None}, "eval_results.json: balanced_accuracy is no number"),
         ("eval_results.json", {"per_class_accuracy": None}, "eval_results.json: per_class_accuracy is no list"),
+        ("eval_results.json", {"label_names": []}, "eval_results.json: label_names is no list of names"),
+        ("eval_results.json", {"evaluate_f1": "0.5"}, "eval_results.json: evaluate_f1 is no number"),
+        ("eval_results.json", {"n": 10**400}, "int too large to convert to float"),
         ("memory.json", {"conditions": []}, "memory.json: conditions is no mapping"),
+        ("memory.json", {"rows": None}, "'NoneType' object is not iterable"),
     ],
 )
 def test_a_damaged_run_is_left_out_with_the_file_and_what_is_wrong_in_it(file, changes, reason, runs):
@@ -455,3 +459,34 @@ def test_an_option_of_another_type_in_a_config_is_no_path(runs):
     config["data"]["dataset"] = 5
     (runs / "last0" / "config.yaml").write_text(yaml.safe_dump(config))
     assert len(Comparison([read_run(runs / "last0"), read_run(runs / "last1")]).rows) == 2
+
+
+@pytest.mark.parametrize("file", ["eval_results.json", "memory.json", "metrics.jsonl", "config.yaml", "mistakes.json"])
+def test_a_file_that_is_nested_too_deeply_is_damaged(file, runs):
+    (runs / "bias" / file).write_text(f"{'a: ' * (file == 'config.yaml')}{'[' * 100_000}\n")
+    done = run_cli("report", runs / "bias", "--html")
+    assert done.returncode == 1 and "is damaged: " in done.stderr and "unexpected" not in done.stderr, done.stderr
+    assert file in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["[]", "3", '{"epoch": 1}', '{"epoch": 1, "seconds": 1, "train": [], "eval": 2}'])
+def test_lines_of_other_things_are_damaged(line, runs):
+    (runs / "bias" / "metrics.jsonl").write_text(f"{line}\n")
+    done = run_cli("compare", runs / "bias")
+    assert done.returncode == 1 and f"{runs / 'bias'} is damaged: " in done.stderr and "unexpected" not in done.stderr
+
+
+def test_what_a_config_or_a_table_of_memory_can_say_besides_ends_no_page(runs):
+    text = (runs / "bias" / "config.yaml").read_text()
+    for seed in ("[1]", "!!set {a}", "2020-01-01", "!!timestamp 2020-01-01", "!!binary aGk="):
+        (runs / "bias" / "config.yaml").write_text(re.sub("(?m)^seed: .*$", f"seed: {seed}", text))
+        for words in (("compare", runs / "bias", runs / "last0"), ("report", runs / "bias", "--html")):
+            done = run_cli(*words)
+            assert done.returncode == 0, done.stderr
+    row = {"method": "TinyTL-B", "engine": "lean", "peak": {"total": 5, "nothing known": 5}}
+    edit(runs / "bias" / "memory.json", rows=[row], conditions={})
+    assert run_cli("report", runs / "bias", "--html").returncode == 0
+    mistake = json.loads((runs / "bias" / "mistakes.json").read_text())["shown"][0]
+    edit(runs / "bias" / "mistakes.json", shown=[{**mistake, "probability": "0.5"}])
+    done = run_cli("report", runs / "bias", "--html")
+    assert done.returncode == 1 and "mistakes.json is damaged: " in done.stderr and "unexpected" not in done.stderr

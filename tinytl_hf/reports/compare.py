@@ -134,7 +134,7 @@ def _groups(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
     """Runs that differ in their seed only, by a name that says what is special about them."""
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(_compared(run), sort_keys=True), []).append(run)
+        groups.setdefault(json.dumps(_compared(run), sort_keys=True, default=str), []).append(run)
     named: dict[str, list[FinishedRun]] = {}
     for members in groups.values():
         rivals = [_compared(group[0]) for group in groups.values() if group[0].method == members[0].method]
@@ -173,9 +173,9 @@ def _compared(run: FinishedRun) -> dict[str, Any]:
 
 
 def _row(name: str, runs: Sequence[FinishedRun]) -> Row:
-    of_seed: dict[Any, list[float]] = {}  # a seed that ran twice counts once
+    of_seed: dict[str, list[float]] = {}  # a seed that ran twice counts once
     for run in runs:
-        of_seed.setdefault(run.config.get("seed"), []).append(run.results["accuracy"])
+        of_seed.setdefault(str(run.config.get("seed")), []).append(run.results["accuracy"])
     accuracies = [mean(each) for each in of_seed.values()]
     return Row(
         name=name,
@@ -223,7 +223,7 @@ def _notes(runs: Sequence[FinishedRun], groups: dict[str, list[FinishedRun]]) ->
     if measured:
         notes.append(f"peak of one training step measured with: {measured}")
     for name, members in groups.items():
-        seeds = [run.config.get("seed") for run in members]
+        seeds = [str(run.config.get("seed")) for run in members]
         if len(set(seeds)) < len(seeds):
             notes.append(f"{name}: {len(seeds)} runs of {counted(len(set(seeds)), 'seed')}, {_values(seeds)}")
         lengths = {len(run.epochs) for run in members}

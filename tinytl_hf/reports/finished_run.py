@@ -110,7 +110,7 @@ def read_run(folder: Path) -> FinishedRun:
             memory=_parsed(memory) if memory.is_file() else None,
         )
         _check_complete(run)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise TinyTLError(f"{folder} is damaged: {reason}") from error
     return run
@@ -120,7 +120,7 @@ def _parsed(path: Path) -> dict[str, Any]:
     """A JSON or YAML file that holds a mapping."""
     try:
         values = load_yaml(path.read_text("utf-8")) if path.suffix == ".yaml" else json.loads(path.read_bytes())
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path.name}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path.name}: no mapping")
@@ -159,9 +159,10 @@ def _check_results(results: dict[str, Any]) -> None:
     later = [name for name in ("trained_parameters", "balanced_accuracy") if name in results]  # 0.1 had none
     _check_numbers(RESULTS_FILE, results, *later)
     for name in added:  # a figure of the user's own can be no number, as a precision of nothing is
-        float(results[name])
+        if not isinstance(results[name], (int, float)):
+            raise ValueError(f"{RESULTS_FILE}: {name} is no number")
     labels, by_class = results["label_names"], results["per_class_accuracy"]
-    if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
+    if not isinstance(labels, list) or not labels or not all(isinstance(name, str) for name in labels):
         raise ValueError(f"{RESULTS_FILE}: label_names is no list of names")
     if not isinstance(by_class, list):
         raise ValueError(f"{RESULTS_FILE}: per_class_accuracy is no list of numbers")

@@ -78,7 +78,7 @@ def render(run: FinishedRun) -> str:
 
 def _as_yaml(value: Any) -> str:
     """A value as a config file would have it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _figures(run: FinishedRun) -> dict[str, str]:
@@ -116,8 +116,8 @@ def _mistakes(run: FinishedRun) -> dict[str, Any] | None:
         for mistake in found["shown"]:  # what the page will read
             base64.b64decode(mistake["png"]), int(mistake["index"])
             str(labels[mistake["answer"]] + labels[mistake["label"]])
-            float(100 * mistake["probability"]), float(100 * mistake["probability_of_label"])
-    except (ValueError, TypeError, LookupError) as error:
+            format(mistake["probability"], ".1f"), format(mistake["probability_of_label"], ".1f")
+    except (ValueError, TypeError, LookupError, RecursionError, OverflowError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise TinyTLError(f"{path} is damaged: {reason}; remove it to do without") from error
     return found

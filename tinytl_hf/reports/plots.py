@@ -164,7 +164,7 @@ def draw_memory_bars(rows: Sequence[Mapping[str, Any]]) -> bytes:
             axis.annotate(f"{total:.1f}", (total, i), (4, 0), textcoords="offset points", va="center", fontsize=9)
         axis.set_yticks(range(len(rows)), [f"{row['method']}, {row['engine']}" for row in rows])
         axis.set_ylim(len(rows) - 0.4, -0.6)
-        axis.set_xlim(0, 1.1 * max(left))
+        axis.set_xlim(0, 1.1 * max(left) or 1)
         axis.set_xlabel("peak of one training step, measured (MB of 1e6 bytes)")
         axis.grid(axis="y", visible=False)
         _legend(figure, axis)
@@ -259,7 +259,7 @@ def _legend(figure: Figure, axis: Axes) -> None:
 
 
 def _columns(labels: Sequence[str]) -> int:
-    return 3 if max(len(label) for label in labels) <= LONGEST_NAME // 2 else 2
+    return 3 if max(map(len, labels), default=0) <= LONGEST_NAME // 2 else 2
 
 
 def _legend_rows(names: Collection[str]) -> int:

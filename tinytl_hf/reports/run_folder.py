@@ -53,12 +53,19 @@ def append_metrics(output: Path, line: dict[str, Any]) -> None:
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; none if there is no such file. A last line that a kill cut off is left out."""
+    """The lines of ``metrics.jsonl``; none if there is no such file. A last line that a kill cut off is left out.
+
+    Raises:
+        ValueError: One is no JSON.
+    """
     path = output / METRICS_FILE
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except RecursionError as error:
+        raise ValueError(f"{METRICS_FILE}: {error}") from error
 
 
 def planned_epochs(lines: list[dict[str, Any]]) -> list[int]:
