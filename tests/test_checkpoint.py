@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import tracemalloc
@@ -183,6 +184,50 @@ def test_a_pickle_in_a_checkpoint_is_not_run(finished, colour_folder, tmp_path):
     done = resume(colour_folder, finished)
     assert done.returncode == 1 and f"checkpoint {newest} cannot be read" in done.stderr, done.stderr
     assert not (tmp_path / "escaped").exists()
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02)\x81.", b"\x80\x02h\x05.", b"\x80\x02}q\x00(X\x01", b""])
+def test_a_damaged_pickle_in_a_checkpoint_is_named(content, finished, colour_folder):
+    newest = checkpoints(finished)[-1]
+    (newest / "optimizer.bin").write_bytes(content)
+    checkpoint._seal(newest)
+    done = resume(colour_folder, finished)
+    assert done.returncode == 1 and f"checkpoint {newest} cannot be read (" in done.stderr, done.stderr
+    assert done.stderr.count("error: ") == 1 and "unexpected" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda record: [], "it says nothing of a run"),
+        (lambda record: {**record, "run": []}, "it says nothing of a run"),
+        (lambda record: {**record, "progress": {"step": 1}}, "it lacks 'epoch'"),
+        (lambda record: {**record, "progress": {**record["progress"], "epoch": "2"}}, "epoch is 2"),
+        (lambda record: {**record, "progress": {**record["progress"], "step": -1}}, "step is -1"),
+        (lambda record: {**record, "progress": {**record["progress"], "batch": True}}, "batch is True"),
+        (lambda record: {**record, "progress": {**record["progress"], "best_accuracy": 10**400}}, "int too large"),
+        (
+            lambda record: {**record, "progress": {**record["progress"], "more": 1}},
+            "unexpected keyword argument 'more'",
+        ),
+        (lambda record: {**record, "progress": {**record["progress"], "init": {"a": 1}}}, "unexpected keyword"),
+    ],
+)
+def test_progress_that_cannot_be_is_named(change, reason, finished, colour_folder):
+    newest = checkpoints(finished)[-1]
+    record = json.loads((newest / "progress.json").read_text())
+    (newest / "progress.json").write_text(json.dumps(change(record)))
+    checkpoint._seal(newest)
+    done = resume(colour_folder, finished)
+    assert done.returncode == 1 and reason in done.stderr and "another" in done.stderr, done.stderr
+    assert str(newest) in done.stderr and "(unexpected: " not in done.stderr
+
+
+def test_a_pipe_in_a_checkpoint_is_damage(finished):
+    newest = checkpoints(finished)[-1]
+    (newest / "optimizer.bin").unlink()
+    os.mkfifo(newest / "optimizer.bin")
+    assert "it is no file, but a pipe" in find_damage(newest)
 
 
 def test_more_epochs_go_on_where_the_run_ended(finished, colour_folder):

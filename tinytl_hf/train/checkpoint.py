@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import pickle
+import math
 import random
 import re
 import shutil
@@ -25,10 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tinytl_hf.adapter.record import InitRecord
 from tinytl_hf.config.run import Config, flat, with_new_names
 from tinytl_hf.data.sets import has_hash
 from tinytl_hf.data.split import Split
-from tinytl_hf.disk import expanded, sync
+from tinytl_hf.disk import check_is_file, expanded, sync
 from tinytl_hf.errors import TinyTLError, first_line
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports.run_folder import CHECKPOINTS
@@ -234,12 +235,16 @@ def load(accelerator: Accelerator, path: Path, hashes: dict[str, str | None]) ->
     try:
         progress = Progress(**_progress(path))
         accelerator.load_state(str(path))
+        if progress.init is not None:
+            InitRecord(**progress.init)
         if progress.sums and len(progress.sums) != accelerator.num_processes:
             progress.sums = epoch_sums.shared_out(progress.sums, accelerator.num_processes)
         if not (path / RANDOM_STATES.format(accelerator.process_index)).exists():
             _take_random_state(path / RANDOM_STATES.format(0))  # all processes draw the same numbers
         return progress
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, LookupError, TypeError) as error:
+    except TinyTLError:
+        raise
+    except Exception as error:  # a damaged pickle can make torch raise almost anything
         raise TinyTLError(f"checkpoint {path} cannot be read ({first_line(error)}); resume from another") from error
 
 
@@ -321,6 +326,7 @@ def _file_names(folder: Path) -> list[str]:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
+    check_is_file(path)
     with path.open("rb") as file:
         while piece := file.read(HASHED_AT_ONCE):
             digest.update(piece)
@@ -328,7 +334,28 @@ def _sha256(path: Path) -> str:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    return json.loads((path / PROGRESS_FILE).read_text(encoding="utf-8"))
+    """What ``progress.json`` says.
+
+    Raises:
+        TinyTLError: It says no such thing.
+    """
+    try:
+        record = json.loads((path / PROGRESS_FILE).read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not isinstance(record.get("run", {}), dict):
+            raise ValueError("it says nothing of a run")
+        _check_progress(record.get("progress", asdict(Progress())))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, OverflowError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
+        raise TinyTLError(f"checkpoint {path}: {PROGRESS_FILE} is damaged ({reason}); resume from another") from error
+    return record
+
+
+def _check_progress(progress: dict[str, Any]) -> None:
+    for name in ("epoch", "batch", "step"):
+        if type(progress[name]) is not int or progress[name] < 0:
+            raise ValueError(f"{name} is {str(progress[name])[:20]}")
+    if not math.isfinite(progress["best_accuracy"]):
+        raise ValueError("best_accuracy is no number")
 
 
 def _progress(path: Path) -> dict[str, Any]:
