@@ -10,7 +10,9 @@ import signal
 import stat
 import tarfile
 from contextlib import contextmanager
+from dataclasses import replace
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -20,9 +22,12 @@ from test_tables import opened
 
 from tinytl_hf import TinyTLError
 from tinytl_hf.adapter.format import CONFIG_FILE, read_config
+from tinytl_hf.config.data import DataConfig
 from tinytl_hf.data.changed_copies import original_name
 from tinytl_hf.data.encoded import PIXELS
 from tinytl_hf.data.images import UnreadableImageError, decode_pixels
+from tinytl_hf.data.labels import label_values
+from tinytl_hf.data.odd_classes import about_names
 from tinytl_hf.data.tars import check_tars
 from tinytl_hf.disk import check_writable
 from tinytl_hf.errors import one_line
@@ -207,3 +212,40 @@ def test_what_is_no_number_is_no_probability(key, value, model, tmp_path):
     done = run_cli("predict", "--adapter", tmp_path, tmp_path / "a.png", "--json")
     (line,) = done.stdout.splitlines()
     assert done.returncode == 1 and "gives no finite numbers" in json.loads(line)["error"]
+
+
+def test_a_text_that_is_no_name_is_no_class_and_many_classes_take_no_time(images, tmp_path):
+    image = {"bytes": next(images.rglob("*.png")).read_bytes(), "path": None}
+    table = pyarrow.table({"image": [image] * 8, "label": ["x" * 3_000_000, "b"] * 4})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with within(20), pytest.raises(TinyTLError, match="label: it holds a text of 3,000,000 characters, and the name"):
+        opened(tmp_path / "x.parquet")
+    names = ["x" * 2_000_000, f"{'x' * 2_000_000} (1)", "cat", "cat - Copy"]
+    with within(10):
+        assert [len(line) < 2_000 for line in about_names(names)] == [True, True]
+    table = datasets.Dataset.from_dict({"label": [str(number) for number in range(200_000)]})
+    with within(30):
+        _, numbers, classes = label_values(table, "train", DataConfig(label_column="label"), "image")
+    assert numbers.tolist() == list(range(200_000)) and classes[:3] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("key", ["name", "weights"])
+def test_a_name_that_none_can_be_is_not_told_in_full(key, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / CONFIG_FILE).read_text())
+    record["backbone"][key] = "x" * 1_000_000
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(record))
+    with pytest.raises(TinyTLError, match=rf"backbone.{key} has 1,000,000 characters") as refused:
+        read_config(tmp_path)
+    assert len(str(refused.value)) < 1_000
+
+
+def test_what_an_adapter_says_of_its_weights_is_code_in_a_card():
+    record = config()
+    odd = "`<img src=x>`"
+    for backbone in (
+        replace(record.backbone, weights="w.pth", sha256=odd),
+        replace(record.backbone, weights=f"hf-hub:a/b@{odd.replace(' ', '')}", sha256="0" * 64),
+    ):
+        card = render_card(replace(record, backbone=backbone))
+        assert "`'<img" in card and "``<img" not in card

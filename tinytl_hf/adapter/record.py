@@ -38,6 +38,7 @@ OF_SPLITS = (
     "max_train_samples",
     "max_eval_samples",
 )
+LONGEST_PATH = 4096  # characters, on Linux
 LONGEST = 60  # characters of a file's own text that a message quotes
 
 
@@ -58,6 +59,11 @@ class BackboneRecord:
     sha256: str | None = None
     frozen_weights: Literal["fp32", "int8"] = "fp32"
     license: str | None = None
+
+    def __post_init__(self) -> None:
+        for key, value in (("name", self.name), ("weights", self.weights)):
+            if len(value) > LONGEST_PATH:
+                raise TinyTLError(f"backbone.{key} has {len(value):,} characters, and no name or path has so many")
 
 
 @dataclass(frozen=True)

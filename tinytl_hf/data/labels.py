@@ -9,9 +9,11 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from tinytl_hf.config.data import DataConfig
-from tinytl_hf.data.columns import NoLabelsError, as_label, class_order, label_column
+from tinytl_hf.data.columns import NoLabelsError, as_label, class_order, is_string, label_column
 from tinytl_hf.data.csv_files import NUMBER, WHOLE, is_of_texts
 from tinytl_hf.data.found import named
 from tinytl_hf.data.json_files import KINDS
@@ -19,6 +21,7 @@ from tinytl_hf.errors import TinyTLError
 
 LABELS = re.compile(r"(large_)?string(_view)?|u?int\d+|float\d+|bool|null")  # types of values that can be classes
 A_CLASS = "a class is a text, a whole number, or true or false"
+LONGEST = 1000  # characters of the name of a class
 MOST = 2.0**53  # up to which floats are whole numbers
 DECIMAL_COMMA = re.compile(r"-?\d+,(\d{1,2}|\d{4,})")
 
@@ -38,6 +41,8 @@ def label_values(
         check_one_kind(content, column, [f"row {row} of split {name}" for row in range(len(content))])
     if not isinstance(feature, (datasets.ClassLabel, datasets.Value)) or not LABELS.match(feature.dtype):
         raise _no_class(table, column)
+    if is_string(feature):
+        _check_short(table, column)
     values = table.with_format("numpy")[column][:]
     missing = [i for i, value in enumerate(values) if is_missing(value)]
     if len(missing) == len(values):
@@ -58,6 +63,17 @@ def label_values(
         return column, np.array([number[name] for name in names])[labels], list(number)
     values = np.asarray(values)
     return column, *_numbered(_as_numbers(values, column) if is_of_texts(table) else values, column)
+
+
+def _check_short(table: datasets.Dataset, column: str) -> None:
+    """Raise for texts that are no names: an array of them takes as much memory for each row as for the longest."""
+    texts = table.select_columns(column).with_format("arrow")[:].column(column)
+    longest = pc.max(pc.utf8_length(texts.cast(pa.large_string()))).as_py() or 0
+    if longest > LONGEST:
+        raise TinyTLError(
+            f"data.label_column={column}: it holds a text of {longest:,} characters, and the name of a class has up "
+            f"to {LONGEST:,}; name the column of the classes"
+        )
 
 
 def check_one_kind(values: Sequence[Any], column: str, places: Sequence[str]) -> None:
@@ -143,5 +159,6 @@ def _numbered(values: np.ndarray, column: str) -> tuple[np.ndarray, list[str]]:
     classes, labels = np.unique(values, return_inverse=True)
     texts = [str(value) for value in classes]
     names = class_order(texts)
-    number = np.array([names.index(text) for text in texts], dtype=np.int64)
+    place = {name: at for at, name in enumerate(names)}
+    number = np.array([place[text] for text in texts], dtype=np.int64)
     return number[labels], names

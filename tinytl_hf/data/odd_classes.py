@@ -54,8 +54,8 @@ def _alike(names: Sequence[str]) -> list[list[str]]:
 
 def _copies(names: Sequence[str]) -> list[tuple[str, str]]:
     """Names with those that are called as their copies, as ``cat`` and ``cat (1)``."""
-    known = set(names)
-    pairs = [(name[:end], name) for name in names for end in range(1, len(name)) if name[:end] in known]
+    known, lengths = set(names), {len(name) for name in names} - {0}
+    pairs = [(name[:end], name) for name in names for end in lengths if end < len(name) and name[:end] in known]
     return [(name, copy) for name, copy in pairs if OF_A_COPY.fullmatch(copy[len(name) :])]
 
 

@@ -29,13 +29,13 @@ def weights_in_words(config: AdapterConfig) -> str:
         source = "a random generator with a fixed seed"
     elif on_hub := SOURCE.fullmatch(weights):
         repo, revision = on_hub["repo"], on_hub["revision"]
-        at = f" at commit `{revision}`" if revision else ""
+        at = f" at commit {as_code(revision)}" if revision else ""
         source = f"[{repo}](https://huggingface.co/{repo}) on the Hub{at}"
     elif weights.startswith("IMAGENET"):
         source = f"torchvision ({as_code(weights)}, downloaded once)"
     else:
         source = f"the Python package {as_code(weights)}"
-    of_file = f" (sha256 of the frozen tensors `{config.backbone.sha256}`)" if is_weights_file(weights) else ""
+    of_file = f" (sha256 of the frozen tensors {as_code(config.backbone.sha256)})" if is_weights_file(weights) else ""
     words = f"The frozen weights of {name} come from {source}, and are checked by their hash{of_file}."
     licence = config.backbone.license
     return words if licence is None else f"{words} {AUTHORS} {escaped(licence)}."
