@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import random
 import re
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,11 @@ from tinytl_hf.errors import TinyTLError, first_line
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.reports.run_folder import CHECKPOINTS
 from tinytl_hf.train import epoch_sums
-from tinytl_hf.train.epoch_sums import Sums
-from tinytl_hf.version import __version__
+from tinytl_hf.train.progress import PROGRESS_FILE, Progress, read_progress, read_record
 
 logger = logging.getLogger(__name__)
 
 DELTA_FILE = "delta.safetensors"
-PROGRESS_FILE = "progress.json"
 RANDOM_STATES = "random_states_{}.pkl"  # of each process
 SUMS_FILE = "SHA256SUMS"
 HASHED_AT_ONCE = 2**20  # bytes
@@ -76,42 +73,6 @@ MAY_DIFFER = {  # options that a resumed run may set differently
 }
 
 
-@dataclass
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        epoch: Epochs that are complete.
-        batch: Forward passes done in the current epoch.
-        step: Optimizer steps done.
-        best_accuracy: Best evaluation accuracy so far; -1 before the first.
-        epochs_since_best: Complete epochs after the one of that accuracy.
-        sums: Loss, right answers and images of the current epoch, summed up to the last checkpoint.
-        seconds: Training time of the current epoch.
-        learning_rate: That of the last step.
-        overflows: Steps of the current epoch that fp16 could not represent and that were left out.
-        init: The adapter that the run went on from, as its record says.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    best_accuracy: float = -1.0
-    sums: Sums = field(default_factory=list)
-    seconds: float = 0.0
-    learning_rate: float = 0.0
-    overflows: int = 0
-    epochs_since_best: int = 0
-    init: dict[str, Any] | None = None
-
-    def next_epoch(self, accuracy: float) -> None:
-        """Turn to the next epoch."""
-        self.epochs_since_best = 0 if accuracy > self.best_accuracy else self.epochs_since_best + 1
-        self.best_accuracy = max(self.best_accuracy, accuracy)
-        self.epoch += 1
-        self.batch, self.sums, self.seconds, self.overflows = 0, [], 0.0, 0
-
-
 def register(accelerator: Accelerator, model: TinyTLModel) -> None:
     """Make ``save_state`` and ``load_state`` handle the delta in place of the whole model."""
 
@@ -145,7 +106,7 @@ def save(accelerator: Accelerator, config: Config, progress: Progress, hashes: d
     folder = Path(config.output_dir) / CHECKPOINTS
     final = folder / f"step_{progress.step:08d}_epoch_{progress.epoch:04d}"
     temporary = folder / f".{final.name}.tmp"
-    if final.exists() and find_damage(final) is None and _record(final)["progress"]["batch"] == progress.batch:
+    if final.exists() and find_damage(final) is None and read_record(final)["progress"]["batch"] == progress.batch:
         return final  # the run goes on from it and has not moved since: there is no moment without it
     try:
         if accelerator.is_main_process:
@@ -198,7 +159,7 @@ def find(config: Config) -> Path | None:
             raise TinyTLError(f"train.resume={path}: damaged ({damage}); use another checkpoint, or auto")
     if path is not None:
         _check_same(path, flat(config.to_dict()))
-        done = _record(path)["progress"]["epoch"]
+        done = read_record(path)["progress"]["epoch"]
         if config.train.epochs is not None and config.train.epochs < done:
             raise TinyTLError(f"train.epochs={config.train.epochs}: {path} has {done} already; use {done} or more")
         _say_what_changes(path, config)
@@ -233,7 +194,7 @@ def load(accelerator: Accelerator, path: Path, hashes: dict[str, str | None]) ->
     """
     _check_same(path, hashes)
     try:
-        progress = Progress(**_progress(path))
+        progress = read_progress(path)
         accelerator.load_state(str(path))
         if progress.init is not None:
             InitRecord(**progress.init)
@@ -250,7 +211,7 @@ def load(accelerator: Accelerator, path: Path, hashes: dict[str, str | None]) ->
 
 def hash_of(split: Split, now: str | None, key: str, path: Path | None) -> str | None:
     """A split's hash ``now``, or the one that the checkpoint at ``path`` has under ``key``, if it is of that split."""
-    recorded = None if path is None else _record(path).get("run", {}).get(key)
+    recorded = None if path is None else read_record(path).get("run", {}).get(key)
     return now if recorded in (None, now) or not has_hash(split, recorded) else recorded
 
 
@@ -333,46 +294,10 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """What ``progress.json`` says.
-
-    Raises:
-        TinyTLError: It says no such thing.
-    """
-    try:
-        record = json.loads((path / PROGRESS_FILE).read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or not isinstance(record.get("run", {}), dict):
-            raise ValueError("it says nothing of a run")
-        _check_progress(record.get("progress", asdict(Progress())))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, OverflowError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
-        raise TinyTLError(f"checkpoint {path}: {PROGRESS_FILE} is damaged ({reason}); resume from another") from error
-    return record
-
-
-def _check_progress(progress: dict[str, Any]) -> None:
-    for name in ("epoch", "batch", "step"):
-        if type(progress[name]) is not int or progress[name] < 0:
-            raise ValueError(f"{name} is {str(progress[name])[:20]}")
-    if not math.isfinite(progress["best_accuracy"]):
-        raise ValueError("best_accuracy is no number")
-
-
-def _progress(path: Path) -> dict[str, Any]:
-    """The values of a checkpoint's :class:`Progress`."""
-    values: dict[str, Any] = _record(path)["progress"]
-    if unknown := sorted(values.keys() - {field.name for field in fields(Progress)}):
-        raise TinyTLError(
-            f"checkpoint {path}: its progress has {unknown[0]}, which is not known here: a later tinytl_hf wrote it; "
-            f"go on with that one (this is {__version__})"
-        )
-    return values
-
-
 def _check_same(path: Path, now: dict[str, Any]) -> None:
     # An option that the checkpoint does not have was added later; its default is what runs did before.
     # Earlier ones do not say the precision either, and are taken to have this one.
-    said = with_new_names(_record(path).get("run", {}))
+    said = with_new_names(read_record(path).get("run", {}))
     before = {**flat(Config().to_dict()), "precision": now.get("precision"), **said}
     for key, value in now.items():
         was = before.get(key)
@@ -387,7 +312,7 @@ def _check_same(path: Path, now: dict[str, Any]) -> None:
 
 def _say_what_changes(path: Path, config: Config) -> None:
     """Log what goes on otherwise than it began, though the run may go on."""
-    before, now = with_new_names(_record(path).get("run", {})), flat(config.to_dict())
+    before, now = with_new_names(read_record(path).get("run", {})), flat(config.to_dict())
     epochs = before.get("train.epochs", config.train.epochs)
     if epochs != config.train.epochs and (spread := config.spans_epochs):
         logger.info(

@@ -22,7 +22,7 @@ from tinytl_hf.measure.memory import DataMemory
 from tinytl_hf.measure.results import Evaluated
 from tinytl_hf.model import TinyTLModel
 from tinytl_hf.step import Loss
-from tinytl_hf.train.checkpoint import Progress
+from tinytl_hf.train.progress import Progress
 from tinytl_hf.train.time_left import TimeLeft
 
 

@@ -42,7 +42,6 @@ from tinytl_hf.reports.run_folder import ADAPTER, CONFIG_FILE
 from tinytl_hf.step import Loss, make_optimizer
 from tinytl_hf.train import checkpoint
 from tinytl_hf.train.budget import within_budget
-from tinytl_hf.train.checkpoint import Progress
 from tinytl_hf.train.finish import save_adapters
 from tinytl_hf.train.idle import Facts, can_stop_early, check_trains, rules_of_reading, rules_of_run, say_idle
 from tinytl_hf.train.inputs import Inputs, read_inputs
@@ -57,6 +56,7 @@ from tinytl_hf.train.output_dir import (
     has_whole_adapter,
     make_ready,
 )
+from tinytl_hf.train.progress import PROGRESS_FILE, Progress
 from tinytl_hf.train.run import EvalSet, Run
 from tinytl_hf.train.schedule import lr_factor, set_learning_rates
 from tinytl_hf.train.time_left import TimeLeft
@@ -173,7 +173,7 @@ def find_checkpoint(config: Config, accelerator: Accelerator) -> Path | None:
     found = [checkpoint.find(config) if accelerator.is_main_process else None]
     (path,) = broadcast_object_list(found)
     if path is not None:
-        check_is_shared(path / checkpoint.PROGRESS_FILE)
+        check_is_shared(path / PROGRESS_FILE)
     return path
 
 
