@@ -60,7 +60,7 @@ def test_one_photo_gives_the_same_numbers_in_each_of_its_forms(model, pixels, tm
         (np.full((4, 4), 255.0), "has values that are no pixels"),
         (torch.full((3, 4, 4), -2.0), "has values that are no pixels"),
         (torch.full((3, 4, 4), float("nan")), "has values that are no pixels"),
-        (np.zeros((4, 4), bool), "has values that are no pixels"),
+        (np.zeros((4, 4), bool), "of bool holds no numbers"),
         ("nowhere.png", "nowhere.png cannot be read as an image"),
         ("", "'' is empty: name the file of an image"),
         ("https://x.org/a.png", "'https://x.org/a.png' is an address"),
