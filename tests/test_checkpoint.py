@@ -345,9 +345,9 @@ def record_of(folder, change):
 
 
 def test_an_option_that_was_added_later_does_not_end_an_old_run(finished, colour_folder):
-    record_of(finished, lambda record: [record["run"].pop(key) for key in ("train.label_smoothing", "lite.norm")])
-    done = resume(colour_folder, finished, "--train.label_smoothing", "0.1")
-    assert done.returncode == 1 and "train.label_smoothing=0.1: the checkpoint" in done.stderr
+    record_of(finished, lambda record: [record["run"].pop(key) for key in ("train.mixup", "lite.norm")])
+    done = resume(colour_folder, finished, "--train.mixup", "0.1")
+    assert done.returncode == 1 and "train.mixup=0.1: the checkpoint" in done.stderr
     assert resume(colour_folder, finished, "--train.epochs", "3").returncode == 0 and len(metrics(finished)) == 3
 
 

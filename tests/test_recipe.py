@@ -25,9 +25,12 @@ def test_a_recipe_fills_in_what_is_open_and_nothing_else(method):
     settled = resolve(asked, 2_000)
     assert settled.train.plan == (LEARNING_RATES[method], 10)
     assert resolve(Config(method=method, train=TrainConfig(lr=0.5, epochs=3)), 2_000).train.plan == (0.5, 3)
+    smoothing = 0.1 if method in ("TinyTL-L", "TinyTL-L+B") else 0.0
+    assert settled.train.smoothing == smoothing
+    assert resolve(Config(method=method, train=TrainConfig(label_smoothing=0.0)), 2_000).train.smoothing == 0.0
     assert describe(asked, settled, 2_000, 63) == (
         f"lr {LEARNING_RATES[method]:g} (suits {method}), 10 epochs (suits 2,000 images) of 63 steps, cosine, "
-        "warm-up 0.5 epochs"
+        f"warm-up 0.5 epochs{f', label smoothing 0.1 (suits {method})' if smoothing else ''}"
     )
 
 

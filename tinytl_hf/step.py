@@ -105,7 +105,7 @@ class Loss:
     """
 
     def __init__(self, options: TrainConfig, labels: Tensor, classes: int) -> None:
-        self.label_smoothing, self.weights = options.label_smoothing, None
+        self.label_smoothing, self.weights = options.smoothing, None
         if options.class_weights == "balanced":
             counts = labels.bincount(minlength=classes)
             self.weights = len(labels) / ((counts > 0).sum() * counts.clamp(min=1))

@@ -18,6 +18,7 @@ LEARNING_RATES: dict[MethodName, float] = {
     "FT-Full": 5e-4,
     "FT-Layerwise": 1e-3,
 }
+LABEL_SMOOTHING: dict[str, float] = {"TinyTL-L": 0.1, "TinyTL-L+B": 0.1}  # of other methods: none
 IMAGES = 20_000  # to see in training, some of them many times
 FEWEST_EPOCHS, MOST_EPOCHS = 6, 20
 
@@ -28,7 +29,7 @@ def epochs_for(images: int) -> int:
 
 
 def resolve(config: Config, images: int) -> Config:
-    """``config`` with a learning rate that suits its method and epochs that suit its number of training images.
+    """``config`` with a learning rate and a label smoothing that suit its method, and epochs that suit its images.
 
     Args:
         config: What was set stays as it is.
@@ -37,7 +38,10 @@ def resolve(config: Config, images: int) -> Config:
     options = config.train
     lr = LEARNING_RATES[config.method] if options.lr is None else options.lr  # type: ignore[index]
     epochs = epochs_for(images) if options.epochs is None else options.epochs
-    return replace(config, train=replace(options, lr=lr, epochs=epochs))
+    smoothing = options.label_smoothing
+    if smoothing is None:
+        smoothing = LABEL_SMOOTHING.get(config.method, 0.0)
+    return replace(config, train=replace(options, lr=lr, epochs=epochs, label_smoothing=smoothing))
 
 
 def describe(before: Config, after: Config, images: int, steps: int) -> str:
@@ -52,12 +56,14 @@ def describe(before: Config, after: Config, images: int, steps: int) -> str:
     options, plan = after.train, after.train.plan
     by_method = f" (suits {after.method})" if before.train.lr is None else ""
     by_images = f" (suits {counted(images, 'image')})" if before.train.epochs is None else ""
+    smoothed = f", label smoothing {options.smoothing:g}" if options.smoothing else ""
+    smoothed += f" (suits {after.method})" if smoothed and before.train.label_smoothing is None else ""
     warmup = f"warm-up {counted(options.warmup_epochs, 'epoch')}"
     if options.warmup_epochs and not warmup_steps(options, steps):
         warmup = f"no warm-up ({counted(options.warmup_epochs, 'epoch')}: less than a step)"
     return (
         f"lr {plan.lr:g}{by_method}, {counted(plan.epochs, 'epoch')}{by_images} of {counted(steps, 'step')}, "
-        f"{options.schedule}, {warmup}"
+        f"{options.schedule}, {warmup}{smoothed}"
     )
 
 

@@ -73,8 +73,8 @@ class TrainConfig:
     """Factor of the exponential schedule, per epoch."""
     warmup_epochs: float = 0.5
     """Epochs (or a part of one) in which the learning rate rises linearly, from its first part on."""
-    label_smoothing: float = 0.0
-    """Share of the target spread evenly over all classes."""
+    label_smoothing: float | None = None
+    """Share of the target spread evenly over all classes; null: what suits the method, see configs/README.md."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: an image weighs the less in the loss the more images its class has, so that all classes weigh the
     same."""
@@ -136,7 +136,7 @@ class TrainConfig:
             f"use 0 or more, and less than train.epochs={self.epochs}",
         )
         check(
-            0 <= self.label_smoothing < 1,
+            self.label_smoothing is None or 0 <= self.label_smoothing < 1,
             "train.label_smoothing",
             self.label_smoothing,
             "use a share from 0 to below 1",
@@ -152,3 +152,8 @@ class TrainConfig:
         """Learning rate and epochs; :func:`tinytl_hf.config.recipe.resolve` settles what is left open."""
         assert self.lr is not None and self.epochs is not None
         return Plan(self.lr, self.epochs)
+
+    @property
+    def smoothing(self) -> float:
+        """Label smoothing; none where it is left open and :func:`tinytl_hf.config.recipe.resolve` did not run."""
+        return self.label_smoothing or 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -34,7 +36,7 @@ class MeasuredStep:
         self, model: TinyTLModel, pixels: Tensor, labels: Tensor, config: Config, launched: bool = False
     ) -> None:
         count, device = len(pixels), pixels.device
-        config = resolve(config, count)
+        config = resolve(replace(config, method=model.config.method), count)
         self.model, self.labels, self.options = model, labels, config.train
         self.passes = model if launched else training_passes(model, config)
         sizes = torch.tensor(pixels.shape[-2:], device=device).expand(count, 2)

@@ -140,7 +140,7 @@ def measure(
     Speed and the process's high-water mark are measured by the caller.
     """
     step = MeasuredStep(model, pixels, labels, config)
-    kept = kept_by_layer(model, step.view(), labels, config.train.label_smoothing)
+    kept = kept_by_layer(model, step.view(), labels, step.options.smoothing)
     return MemoryRow(
         method=model.config.method,
         engine="lean" if model.engine.lean else "stock",

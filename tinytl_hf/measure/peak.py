@@ -83,7 +83,7 @@ def measure_peak(model: TinyTLModel, pixels: Tensor, labels: Tensor, config: Con
     config = config or Config()
     with left_as_found(model):
         step = MeasuredStep(model, pixels, labels, config, launched=True)
-        kept = kept_for_backward(model, step.view(), labels, step.options.label_smoothing)
+        kept = kept_for_backward(model, step.view(), labels, step.options.smoothing)
         step()
         measured = _cuda_peak(step, pixels.device) if pixels.is_cuda else cpu_peak(step)
         if is_replayed(model, config):

@@ -48,7 +48,7 @@ def recipe(
         "optimizer": options.optimizer,
         "learning rate": f"{options.lr:g}, {options.schedule}{gamma}, {warmup}",
         "weight decay": f"{options.weight_decay:g}",
-        "label smoothing": f"{options.label_smoothing:g}",
+        "label smoothing": f"{options.smoothing:g}",
         "head dropout": f"{config.head.dropout:g}",
         "image size": _sizes(data),
         "adapter": _epoch(config, results),
