@@ -74,6 +74,17 @@ def free_port():
         return s.getsockname()[1]
 
 
+def in_two_processes(target, *arguments):
+    """Call ``target(rank, port, *arguments)`` in two processes at a time; the exit codes of both."""
+    port = free_port()
+    processes = [CONTEXT.Process(target=target, args=(rank, port, *arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(HANG)
+    return [process.exitcode for process in processes]
+
+
 def as_launched(rank, processes, port):
     """What a launcher puts into the environment of one of its processes."""
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}

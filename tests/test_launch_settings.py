@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from shared import run_cli, small_run, write_image
-from started_runs import CONTEXT, HANG, Run, as_launched, checkpoints, free_port, metrics, run
+from started_runs import HANG, Run, as_launched, checkpoints, free_port, in_two_processes, metrics, run
 
 from tinytl_hf import TinyTLError, device
 from tinytl_hf.config.data import DataConfig
@@ -173,12 +173,7 @@ def _start_in_a_group(rank, port, told, folder):
     [(True, "2"), (False, "there are 2 processes, and Accelerate counts 1, so each would train alone")],
 )
 def test_a_group_of_processes_that_accelerate_does_not_know_is_refused(told, said, tmp_path):
-    arguments = (free_port(), told, tmp_path)
-    processes = [CONTEXT.Process(target=_start_in_a_group, args=(rank, *arguments)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(HANG)
+    in_two_processes(_start_in_a_group, told, tmp_path)
     assert [(tmp_path / str(rank)).read_text().partition(":")[0] for rank in (0, 1)] == [said, said]
 
 
@@ -204,12 +199,7 @@ def test_machines_without_a_folder_in_common_are_told_so_before_they_train(resum
     if resume == "auto":
         train(config(colour_folder, tmp_path / "0" / "run"))
     before = checkpoints(tmp_path / "0" / "run")
-    arguments = (free_port(), colour_folder, tmp_path, resume)
-    processes = [CONTEXT.Process(target=_train_on_a_machine_of_its_own, args=(rank, *arguments)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(HANG)
+    in_two_processes(_train_on_a_machine_of_its_own, colour_folder, tmp_path, resume)
     assert (tmp_path / "1" / "said").read_text() == (
         f"{missing}: is there for the first process, and not for this one; let all machines share output_dir"
     )
@@ -230,13 +220,7 @@ def replaced(run_config, **train_options):
 
 def test_a_process_that_sees_the_adapter_later_stops_at_the_same_epoch(colour_folder, tmp_path):
     first = train(replaced(config(colour_folder, tmp_path / "run"), lr=1e-9, epochs=2))
-    arguments = (free_port(), colour_folder, tmp_path)
-    processes = [CONTEXT.Process(target=_go_on_and_see_no_adapter_yet, args=(rank, *arguments)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(HANG)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert in_two_processes(_go_on_and_see_no_adapter_yet, colour_folder, tmp_path) == [0, 0]
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == [f"{first['accuracy']}"] * 2
     assert len(metrics(tmp_path / "run")) == 3  # the second and the third are no better than the first
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from shared import slow
-from started_runs import CONTEXT, HANG, free_port
+from started_runs import in_two_processes
 from torch import nn
 
 from tinytl_hf import TinyTLError, TinyTLModel
@@ -48,13 +48,7 @@ def test_gradients_and_statistics_over_two_processes_are_those_of_one(method, dt
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(8, 3, 64, 64, dtype=dtype, generator=generator), torch.arange(8) % 4
     whole, whole_tensors = _gradients(method, images, labels)
-    arguments = (free_port(), method, images, labels, tmp_path / "gradients.pt")
-    processes = [CONTEXT.Process(target=_gradients_of_a_part, args=(rank, *arguments)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(HANG)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert in_two_processes(_gradients_of_a_part, method, images, labels, tmp_path / "gradients.pt") == [0, 0]
     parts, part_tensors = torch.load(tmp_path / "gradients.pt")
     largest = max(gradient.abs().max() for gradient in whole.values())
     for name, gradient in whole.items():
@@ -78,13 +72,7 @@ def _said_of_an_uneven_batch(rank, port, method, path):
 
 @pytest.mark.parametrize("method", ["TinyTL-L+B", "TinyTL-B", slow("FT-Full")])
 def test_processes_with_batches_of_other_sizes_are_told_so_where_norms_see_all_of_them(method, tmp_path):
-    arguments = (free_port(), method, tmp_path / "said")
-    processes = [CONTEXT.Process(target=_said_of_an_uneven_batch, args=(rank, *arguments)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(HANG)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert in_two_processes(_said_of_an_uneven_batch, method, tmp_path / "said") == [0, 0]
     said = [(tmp_path / f"{rank}").read_text() for rank in (0, 1)]
     assert said[0].endswith("(4, 2)") and said[1].endswith("(3, 2)")
     told = [

@@ -7,6 +7,7 @@ from typing import Literal
 
 from tinytl_hf.config.check import check, check_types, expand_paths
 
+MAX_IMAGE_SIZE = 2048  # px
 TOTAL_STRIDE = 32  # of the backbones, in px; at sizes in between, their maps have odd sides and shift
 
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tinytl_hf.config.data import MAX_IMAGE_SIZE
 from tinytl_hf.data.view import centre_view, normalised
 from tinytl_hf.disk import StrPath, expanded
 from tinytl_hf.errors import TinyTLError, first_line
-
-MAX_IMAGE_SIZE = 2048  # px, as of all networks of this package
 
 
 class OnnxClassifier:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from tinytl_hf.config.data import TOTAL_STRIDE
+from tinytl_hf.config.data import MAX_IMAGE_SIZE, TOTAL_STRIDE
 from tinytl_hf.disk import expanded
 from tinytl_hf.errors import TinyTLError
 from tinytl_hf.network import hub_weights, proxylessnas, timm_nets, torchvision_nets
@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MAX_IMAGE_SIZE = 2048
 Interpolation = Literal["bilinear", "bicubic"]
 
 # Networks that the two libraries have with the same tensors in the same order, under other names, and which give the
